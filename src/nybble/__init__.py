@@ -1,0 +1,37 @@
+"""Nybble: fine-tune large language models in 4 bits on one GPU, or on a CPU.
+
+Every verb of the command line is a function here. Names are loaded when first used, so that `import nybble` costs
+nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ask": "nybble.pipeline",
+    "demo": "nybble.pipeline",
+    "quantize": "nybble.pipeline",
+    "report": "nybble.pipeline",
+    "train": "nybble.pipeline",
+    "NybbleConfig": "nybble.models",
+    "register": "nybble.models",
+    "Recipe": "nybble.recipe",
+    "load_recipe": "nybble.recipe",
+    "NybbleError": "nybble.errors",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'nybble' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

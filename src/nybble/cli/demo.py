@@ -1,0 +1,57 @@
+"""`nybble demo`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    context: typer.Context,
+    output_dir: Annotated[
+        str, typer.Option("--output_dir", "--output-dir", help="folder of the run; a former demo is replaced")
+    ] = "runs/demo",
+    as_json: Annotated[bool, typer.Option("--json", help="print the figures on stdout")] = False,
+) -> None:
+    """The whole story in a few minutes, offline: quantize, train, evaluate, answer, report."""
+    from nybble.cli.flags import print_json, quiet_libraries, read_flags
+
+    overrides = read_flags(list(context.args))
+    quiet_libraries()
+    from nybble import pipeline
+    from nybble.cli.progress import Live
+
+    live = Live()
+    try:
+        record = pipeline.demo(output_dir, overrides, observer=live)
+    finally:
+        live.close()
+    if as_json:
+        print_json(_figures(record.to_json()))
+        return
+    from nybble.cli.ask import print_samples
+    from nybble.cli.train import print_outcome
+    from nybble.runs import read_lines
+
+    shown = [s for s in read_lines(_samples_file(record.run_dir)) if s.get("step") is None]
+    print_samples(shown)
+    print_outcome(record.run_dir)
+
+
+def _samples_file(run_dir: str):  # type: ignore[no-untyped-def]
+    from pathlib import Path
+
+    return Path(run_dir) / "samples.jsonl"
+
+
+def _figures(record: dict) -> dict:  # type: ignore[type-arg]
+    base, tuned = record["evaluation_base"], record["evaluation_tuned"]
+    names = ("trainable_parameters", "total_parameters", "peak_bytes", "tokens_per_second", "seconds", "run_dir")
+    return {
+        "exact_match_base": base["exact_match"],
+        "exact_match_tuned": tuned["exact_match"],
+        "eval_loss_base": base["loss"],
+        "eval_loss_tuned": tuned["loss"],
+        **{name: record[name] for name in names},
+    }

@@ -1,0 +1,57 @@
+"""Settings as flags: every setting of the recipe is a flag, in its own spelling or another tool's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from nybble.errors import RecipeError
+
+
+def read_flags(words: list[str], assignments: list[str] | None = None) -> dict[str, str]:
+    """`--learning-rate 2e-4`, `--learning_rate=2e-4` and `--set training.learning_rate=2e-4` as name -> text.
+
+    A flag without a value means true.
+
+    Raises:
+        RecipeError: a word that is neither a flag nor a value, or a `--set` without `=`.
+    """
+    found: dict[str, str] = {}
+    for assignment in assignments or []:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise RecipeError(f"--set {assignment!r} has no '='; write --set name=value")
+        found[name] = value
+    position = 0
+    while position < len(words):
+        word = words[position]
+        if not word.startswith("--"):
+            raise RecipeError(f"unexpected word {word!r}; the recipe comes first, then settings as --name value")
+        name, equals, value = word[2:].partition("=")
+        position += 1
+        if not equals:
+            has_value = position < len(words) and not words[position].startswith("--")
+            value = words[position] if has_value else "true"
+            position += has_value
+        found[name] = value
+    return found
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    """One JSON object on stdout, and nothing else."""
+    print(json.dumps(content, ensure_ascii=False))
+
+
+def quiet_libraries() -> None:
+    """Let the libraries' bars and advice be silent: this process belongs to the command line."""
+    import logging
+    import warnings
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|peft|transformers|accelerate)\..*")

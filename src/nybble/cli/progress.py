@@ -1,0 +1,67 @@
+"""What people see while a run goes on: a live bar on a terminal, plain lines elsewhere. Always on stderr."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from nybble.runs import StepEvent
+from nybble.units import format_bytes, format_number, format_seconds
+
+_STAGES = {
+    "rows": "reading rows",
+    "load": "loading the base",
+    "evaluate base": "evaluating the base",
+    "train": "training",
+    "evaluate": "evaluating the tuned model",
+    "save": "saving",
+    "report": "writing the report",
+}
+
+
+class Live:
+    """An observer that draws."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self._bar: Progress | None = None
+
+    def stage(self, name: str) -> None:
+        """Announce a part of the run."""
+        self.close()
+        self.console.print(f"[bold]{_STAGES.get(name, name)}[/bold]")
+
+    def note(self, text: str) -> None:
+        """Print a remark."""
+        self.console.print(f"  {text}", markup=False)
+
+    def step(self, event: StepEvent) -> None:
+        """Move the bar, or print a line."""
+        if event.eval_loss is not None:
+            self.note(f"step {event.step}: held-out loss {event.eval_loss:.4f}")
+            return
+        figures = _figures(event)
+        if not self.console.is_terminal:
+            self.note(figures)
+            return
+        if self._bar is None:
+            columns = (BarColumn(bar_width=None), TextColumn("{task.fields[figures]}"), TimeElapsedColumn())
+            self._bar = Progress(*columns, console=self.console, expand=True)
+            self._bar.start()
+            self._bar.add_task("train", total=event.total_steps, figures=figures)
+        self._bar.update(self._bar.task_ids[0], completed=event.step, figures=figures)
+
+    def close(self) -> None:
+        """Take the bar down."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _figures(event: StepEvent) -> str:
+    speed = event.tokens / event.seconds if event.seconds else 0.0
+    left = event.seconds / event.step * (event.total_steps - event.step) if event.step else None
+    return (
+        f"step {event.step}/{event.total_steps}  loss {format_number(event.loss)}  {speed:,.0f} tokens/s  "
+        f"peak {format_bytes(event.peak_bytes)}  {format_seconds(left)} left"
+    )

@@ -1,0 +1,176 @@
+"""From a row, whatever its shape, to one of two forms.
+
+    pieces    text whose answers are already marked: [INST] text, prompt + completion, plain text
+    turns     who says what: messages, sharegpt, alpaca; a chat template will render them
+
+Shapes are told apart by their columns; the first row decides, and a row that differs is an error with its number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nybble.data.rows import Row, Rows, check_text
+from nybble.errors import RowsError
+from nybble.recipe import DataSection
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of text between a begin and an end token; learned from `answer_start` on."""
+
+    text: str
+    answer_start: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message."""
+
+    role: str
+    content: str
+
+
+Form = list[Piece] | list[Turn]
+
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "user",
+    "tool": "user",
+    "system": "system",
+}
+_MESSAGE_ROLES = ("system", "user", "assistant", "tool")
+_COLUMNS = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+    "alpaca": ("instruction", "output"),
+}
+_ALPACA = "### Instruction:\n{instruction}\n\n### Response:\n"
+_ALPACA_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+
+
+def detect_shape(rows: Rows, data: DataSection) -> str:
+    """The shape of the rows, by the columns of the first.
+
+    Raises:
+        RowsError: no known set of columns.
+    """
+    if data.data_format != "auto":
+        return data.data_format
+    columns = rows.rows[0].keys()
+    for shape, needed in _COLUMNS.items():
+        if all(column in columns for column in needed):
+            return shape
+    if data.dataset_text_field in columns:
+        return "text"
+    raise RowsError(
+        f"{rows.where(0)}: has the columns {', '.join(map(str, columns)) or 'none'}; allowed: "
+        f"{data.dataset_text_field} (--dataset_text_field), prompt + completion, instruction + output, messages, "
+        "or conversations"
+    )
+
+
+def to_form(row: Row, shape: str, data: DataSection, where: str, has_template: bool) -> Form:
+    """The row as pieces or turns.
+
+    Raises:
+        RowsError: a column is missing or holds another type; the message starts with `where`.
+    """
+    if shape == "text":
+        return _split_text(_text(row, data.dataset_text_field, where))
+    if shape == "prompt_completion":
+        if isinstance(row.get("prompt"), list):
+            return _turns([*row["prompt"], *_list(row, "completion", where)], "role", "content", where)
+        prompt = _text(row, "prompt", where)
+        return [Piece(prompt + _text(row, "completion", where), len(prompt))]
+    if shape == "alpaca":
+        return _alpaca(row, where, has_template)
+    if shape == "sharegpt":
+        return _turns(_list(row, "conversations", where), "from", "value", where)
+    return _turns(_list(row, "messages", where), "role", "content", where)
+
+
+def _split_text(text: str) -> list[Piece]:
+    """Pieces of `<s>[INST] .. [/INST] .. </s>` text, or the whole text, all of it learned, where there are no marks.
+
+    The literal `<s>` and `</s>` stand for the tokenizer's own begin and end tokens, whatever those are called.
+    """
+    pieces = []
+    for part in re.split(r"</s>", text.strip()):
+        content = part.strip().removeprefix("<s>").lstrip() if "[INST]" in part else part.removeprefix("<s>")
+        if not content.strip():
+            continue
+        if content.startswith("[INST]") and "[/INST]" not in content:
+            continue  # a question that nobody answers
+        prompt, mark, _answer = content.rpartition("[/INST]")
+        # What stood before the end token stays as written, its space included: that is what a chat template makes.
+        tail = part[len(part.rstrip()) :] if mark else ""
+        pieces.append(Piece(content.rstrip() + tail, len(prompt) + len(mark) if mark else 0))
+    return pieces
+
+
+def _alpaca(row: Row, where: str, has_template: bool) -> Form:
+    instruction, output = _text(row, "instruction", where), _text(row, "output", where)
+    extra = _text(row, "input", where) if row.get("input") else ""
+    if has_template:
+        return [Turn("user", f"{instruction}\n\n{extra}" if extra else instruction), Turn("assistant", output)]
+    prompt = alpaca_prompt(instruction, extra)
+    return [Piece(prompt + output, len(prompt))]
+
+
+def alpaca_prompt(instruction: str, extra: str = "") -> str:
+    """Alpaca's plain form, up to where the answer begins."""
+    return (_ALPACA_WITH_INPUT if extra else _ALPACA).format(instruction=instruction, input=extra)
+
+
+def prompt_form(shape: str, forms: Sequence[Form], has_template: bool) -> str:
+    """How a prompt was put to the model: "template", "inst", "alpaca" or "plain". `ask` must put questions alike."""
+    if shape == "text":
+        marked = any(isinstance(part, Piece) and part.answer_start for form in forms for part in form)
+        return "inst" if marked else "plain"
+    if shape == "prompt_completion" and not any(isinstance(part, Turn) for form in forms for part in form):
+        return "plain"
+    return "alpaca" if shape == "alpaca" and not has_template else "template"
+
+
+def _turns(messages: list[Any], role_key: str, content_key: str, where: str) -> list[Turn]:
+    turns = []
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, Mapping) or role_key not in message or content_key not in message:
+            raise RowsError(f"{where} turn {number}: needs {role_key!r} and {content_key!r}, got {message!r:.80}")
+        role, content = message[role_key], message[content_key]
+        if role_key == "from" and isinstance(role, str):
+            role = _SHAREGPT_ROLES.get(role, role)
+        if role not in _MESSAGE_ROLES:
+            raise RowsError(f"{where} turn {number}: unknown role {role!r}; allowed: {', '.join(_MESSAGE_ROLES)}")
+        if not isinstance(content, str):
+            raise RowsError(f"{where} turn {number}: {content_key} is a {type(content).__name__}, not text")
+        check_text(content, f"{where} turn {number}")
+        turns.append(Turn(role, content))
+    if not any(turn.role == "assistant" for turn in turns):
+        raise RowsError(f"{where}: no assistant turn, so nothing to learn; allowed roles: {', '.join(_MESSAGE_ROLES)}")
+    return turns
+
+
+def _text(row: Row, column: str, where: str) -> str:
+    if column not in row:
+        raise RowsError(f"{where}: column {column!r} is missing; this row has {', '.join(map(str, row)) or 'none'}")
+    if not isinstance(row[column], str):
+        raise RowsError(f"{where}: column {column!r} holds a {type(row[column]).__name__}, not text")
+    return str(row[column])
+
+
+def _list(row: Row, column: str, where: str) -> list[Any]:
+    value = row.get(column)
+    if not isinstance(value, list) or not value:
+        raise RowsError(f"{where}: column {column!r} holds {value!r:.60}, not a list of turns")
+    return value

@@ -1,0 +1,49 @@
+"""Answers from a run, base and tuned side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nybble.data import encode_prompt
+from nybble.errors import InputError, ModelError
+from nybble.hardware import Device
+from nybble.models import compute_dtype, find_model, load_adapter, load_model, load_tokenizer
+from nybble.recipe import EvaluationSection, Recipe
+from nybble.runs import RunDirectory, Sample
+from nybble.training import generate_answers
+
+
+def answer(run: RunDirectory, recipe: Recipe, form: str, questions: Sequence[str], device: Device) -> list[Sample]:
+    """What the base and the tuned model of a finished run answer, greedily, to questions put in `form`.
+
+    Raises:
+        InputError: the run has produced no adapter or model yet.
+        ModelError: its base is gone or does not fit.
+    """
+    dtype, _notes = compute_dtype(recipe.quantization.bnb_4bit_compute_dtype, device)
+    source = find_model(recipe.model)
+    tokenizer = _tokenizer(run, source, recipe)
+    prompts = [encode_prompt(question, tokenizer, form) for question in questions]
+    section: EvaluationSection = recipe.evaluation
+    model, _report = load_model(source, recipe.method, recipe.model, recipe.quantization, device)
+    base = generate_answers(model, tokenizer, prompts, section, dtype)
+    if recipe.method == "full":
+        tuned_source = find_model(recipe.model.model_copy(update={"model_name_or_path": str(run.full_model)}))
+        tuned_model, _report = load_model(tuned_source, "lora", recipe.model, recipe.quantization, device)
+    else:
+        tuned_model = load_adapter(model, run.adapter)
+    tuned = generate_answers(tuned_model, tokenizer, prompts, section, dtype)
+    return [Sample(q, b, t) for q, b, t in zip(questions, base, tuned, strict=True)]
+
+
+def _tokenizer(run: RunDirectory, source: Any, recipe: Recipe) -> Any:
+    """The run's own copy: it carries the chat template that was trained with."""
+    folder: Path = run.full_model if recipe.method == "full" else run.adapter
+    if not folder.is_dir():
+        raise InputError(f"{run.path} holds no trained weights yet ({folder.name}/); wait for the run, or --resume it")
+    try:
+        return load_tokenizer(source, recipe.model.model_copy(update={"tokenizer_name_or_path": str(folder)}))
+    except ModelError:
+        return load_tokenizer(source, recipe.model)

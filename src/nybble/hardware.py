@@ -1,0 +1,132 @@
+"""What device is here: facts only, no choices.
+
+AMD cards answer to torch's `cuda` device type; `torch.version.hip` tells them apart. On a CPU the memory that counts is
+the resident memory of this process: Linux keeps its high-water mark (`VmHWM`) and resets it on request
+(proc(5), `/proc/PID/clear_refs`, value 5), so that each phase has a peak of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nybble.errors import CannotRunError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device as it is now."""
+
+    type: str  # torch's device type: "cpu" or "cuda"
+    backend: str  # "cpu", "hip" or "cuda"
+    name: str
+    total_bytes: int
+    n_cores: int
+    has_bfloat16: bool  # hardware or library support worth using
+
+    @property
+    def torch_device(self) -> torch.device:
+        import torch
+
+        return torch.device("cuda", torch.cuda.current_device()) if self.type == "cuda" else torch.device("cpu")
+
+
+def detect_device(wanted: str = "auto") -> Device:
+    """The device that `wanted` ("auto", "cpu", "cuda", "hip") names.
+
+    Raises:
+        CannotRunError: a GPU is asked for and torch sees none.
+    """
+    import torch
+
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return _cpu()
+    if not torch.cuda.is_available():
+        build = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda or 'none (CPU build)'}"
+        raise CannotRunError(
+            f"device {wanted!r}: torch {torch.__version__} (built for {build}) sees no GPU; "
+            "use --device cpu, or install the torch build that matches your driver"
+        )
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return Device(
+        type="cuda",
+        backend="hip" if torch.version.hip else "cuda",
+        name=properties.name,
+        total_bytes=properties.total_memory,
+        n_cores=properties.multi_processor_count,
+        has_bfloat16=torch.cuda.is_bf16_supported(),
+    )
+
+
+def _cpu() -> Device:
+    import psutil
+
+    return Device(
+        type="cpu",
+        backend="cpu",
+        name=_cpu_name(),
+        total_bytes=psutil.virtual_memory().total,
+        n_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        has_bfloat16=True,
+    )
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+class PeakMemory:
+    """Peak memory of one device since the last `reset`.
+
+    On a GPU: bytes of live tensors (`max_memory_allocated`). On a CPU: resident bytes of this process.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the peak so far."""
+        if self._on_gpu:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            _reset_resident_peak()
+
+    def peak_bytes(self) -> int:
+        """Highest use since `reset`, in bytes."""
+        if self._on_gpu:
+            import torch
+
+            return int(torch.cuda.max_memory_allocated())
+        return _resident_peak_bytes()
+
+
+def _reset_resident_peak() -> None:
+    clear_refs = Path("/proc/self/clear_refs")
+    if clear_refs.exists() and os.access(clear_refs, os.W_OK):
+        clear_refs.write_text("5")
+
+
+def _resident_peak_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    import resource  # macOS and kernels without /proc: the peak of the whole process life
+
+    scale = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

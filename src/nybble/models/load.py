@@ -1,0 +1,177 @@
+"""Loading model and tokenizer: streamed, packed to 4 bits on the way."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nybble.errors import ModelError, RecipeError
+from nybble.hardware import Device
+from nybble.models.plugin import NybbleConfig, adopt_bnb, raising_faults, register
+from nybble.models.source import ModelSource, find_folder
+from nybble.nn import Linear4bit
+from nybble.recipe import ModelSection, QuantizationSection
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What loading did."""
+
+    n_packed: int  # linears in 4 bits
+    packed_elements: int  # weights in them
+    packed_bytes: int  # their codes and scales
+    left_in_16bit: tuple[str, ...]  # linears that were not packed
+    compute_dtype: str
+    total_parameters: int
+    seconds: float
+    notes: tuple[str, ...]  # what was done other than asked, for people
+
+    @property
+    def bits_per_weight(self) -> float | None:
+        """Bits a packed weight takes, scales included."""
+        return 8 * self.packed_bytes / self.packed_elements if self.packed_elements else None
+
+
+def compute_dtype(wanted: str, device: Device) -> tuple[torch.dtype, list[str]]:
+    """The type to compute in, and a note if it is not the wanted one.
+
+    float16 products are about ten times slower than bfloat16 ones on a CPU, and lose range for nothing.
+    """
+    if wanted == "float16" and device.type == "cpu":
+        return torch.bfloat16, ["float16 is slow on a CPU: computing in bfloat16 instead"]
+    if wanted == "bfloat16" and not device.has_bfloat16:
+        return torch.float16, [f"{device.name} has no bfloat16: computing in float16 instead"]
+    return getattr(torch, wanted), []
+
+
+def load_model(
+    source: ModelSource, method: str, model: ModelSection, quantization: QuantizationSection, device: Device
+) -> tuple[Any, LoadReport]:
+    """The base model for a method, on `device`, in evaluation mode.
+
+    `qlora` packs every linear but the output head; what remains, and all of `lora`, is kept in the compute type;
+    `full` loads float32, the masters of a training that computes in the compute type.
+
+    Raises:
+        RecipeError: the folder is in 4 bits and the method needs 16.
+        ModelError: a tensor is damaged or does not fit.
+    """
+    started = time.monotonic()
+    dtype, notes = compute_dtype(quantization.bnb_4bit_compute_dtype, device)
+    if source.is_4bit and method != "qlora":
+        raise RecipeError(f"{source.name} is stored in 4 bits, method {method!r} needs 16; use --method qlora")
+    if source.is_4bit:
+        notes.append("the base is stored in 4 bits: its own format is kept")
+    loaded = _from_pretrained(source, method, model, _packing(source, method, quantization, dtype), device, dtype)
+    packed = [m.packed for m in loaded.modules() if isinstance(m, Linear4bit)]
+    if method == "qlora" and not packed:
+        raise ModelError(f"{source.name} has no linear layer that can be packed; use --method lora or full")
+    loaded.eval()
+    report = LoadReport(
+        n_packed=len(packed),
+        packed_elements=sum(weight.n_elements for weight in packed),
+        packed_bytes=sum(weight.n_bytes for weight in packed),
+        left_in_16bit=tuple(getattr(loaded.config.quantization_config, "left_alone", ())) if packed else (),
+        compute_dtype=str(dtype).removeprefix("torch."),
+        total_parameters=count_parameters(loaded)[1],
+        seconds=time.monotonic() - started,
+        notes=tuple(notes),
+    )
+    return loaded, report
+
+
+def _packing(source: ModelSource, method: str, quantization: QuantizationSection, dtype: torch.dtype) -> dict[str, Any]:
+    """What transformers must be told so that our plug-in packs, or reads what is packed."""
+    if method != "qlora":
+        return {}
+    register()
+    if source.quantization is None:
+        config = NybbleConfig(
+            quantization.bnb_4bit_quant_type,
+            quantization.bnb_4bit_use_double_quant,
+            dtype,
+            quantization.bnb_4bit_blocksize,
+            quantization.skip_modules,
+        )
+        return {"config": source.config, "quantization_config": config}
+    config = copy.deepcopy(source.config)
+    config.quantization_config = adopt_bnb(
+        {**source.quantization, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
+    )
+    return {"config": config}
+
+
+def _from_pretrained(
+    source: ModelSource, method: str, model: ModelSection, packing: dict[str, Any], device: Device, dtype: torch.dtype
+) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with raising_faults():
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                **{"config": source.config, **packing},
+                dtype=torch.float32 if method == "full" else dtype,
+                device_map={"": device.torch_device},
+                attn_implementation=model.attn_implementation,
+                trust_remote_code=model.trust_remote_code,
+                output_loading_info=True,
+            )
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise ModelError(f"{source.name}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ModelError(f"{source.name}: {len(missing)} tensors are missing from its files, e.g. {missing[0]}")
+    return loaded
+
+
+def load_tokenizer(source: ModelSource, model: ModelSection) -> Any:
+    """The tokenizer, with a pad token that is not its end token.
+
+    Padding with the end token hides every real end token from the loss: the model never learns to stop. Where the
+    tokenizer has no pad token of its own, the unknown token pads, or the first unused special token.
+
+    Raises:
+        ModelError: there is none, or it has no end token.
+    """
+    from transformers import AutoTokenizer
+
+    folder = find_folder(model.tokenizer_name_or_path) if model.tokenizer_name_or_path else source.folder
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
+    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
+        raise ModelError(f"{folder}: no usable tokenizer ({' '.join(str(error).split())[:200]})") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{folder}: the tokenizer has no end token (eos_token); a model could never learn to stop")
+    if len(tokenizer) > source.config.vocab_size:
+        raise ModelError(
+            f"{folder}: {len(tokenizer)} tokens, the model has embeddings for {source.config.vocab_size}; "
+            "give the tokenizer that belongs to the model"
+        )
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.pad_token = _padding(tokenizer)
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _padding(tokenizer: Any) -> str:
+    taken = {tokenizer.eos_token, tokenizer.bos_token}
+    for token in (tokenizer.unk_token, *tokenizer.all_special_tokens):
+        if token is not None and token not in taken:
+            return str(token)
+    # Padded positions are masked in loss and attention, so the identity of the token does not matter.
+    return str(tokenizer.convert_ids_to_tokens(0))
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trainable and all parameters; a packed weight counts as the weights it stands for, tied ones once."""
+    packed = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    bytes_of_packed = {id(module.weight) for module in packed}
+    plain = [parameter for parameter in model.parameters() if id(parameter) not in bytes_of_packed]
+    total = sum(m.in_features * m.out_features for m in packed) + sum(p.numel() for p in plain)
+    return sum(p.numel() for p in plain if p.requires_grad), total

@@ -1,0 +1,233 @@
+"""Nybble as a quantization method of transformers.
+
+    import nybble
+    nybble.register()
+    AutoModelForCausalLM.from_pretrained(path, quantization_config=nybble.NybbleConfig())
+
+transformers streams: it reads one tensor, hands it to our operation, drops it, reads the next; so host memory holds the
+packed model plus one tensor. Registration is an explicit call, may be repeated, and adds one entry to each of the two
+tables that transformers keeps for this purpose. Folders written by `save_pretrained` carry bitsandbytes' keys and
+`quantization_config`, so that stock transformers + bitsandbytes and vLLM read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from nybble.errors import ModelError
+from nybble.nn import Linear4bit
+from nybble.quant import BLOCK_SIZES, QUANT_TYPES, SUFFIXES, encode, from_bnb
+
+METHOD = "nybble"
+
+
+class NybbleConfig(QuantizationConfigMixin):
+    """How to pack: bitsandbytes' names and meanings.
+
+    Args:
+        bnb_4bit_quant_type: "nf4" or "fp4".
+        bnb_4bit_use_double_quant: store scales in 8 bits.
+        bnb_4bit_compute_dtype: type of the products.
+        bnb_4bit_blocksize: weights that share a scale.
+        skip_modules: linears to leave as they are, besides the output head.
+    """
+
+    def __init__(
+        self,
+        bnb_4bit_quant_type: str = "nf4",
+        bnb_4bit_use_double_quant: bool = True,
+        bnb_4bit_compute_dtype: torch.dtype | str = torch.bfloat16,
+        bnb_4bit_blocksize: int = 64,
+        skip_modules: tuple[str, ...] | list[str] = (),
+        **_others: Any,  # keys of bitsandbytes' dictionary that say nothing about 4 bits
+    ) -> None:
+        if bnb_4bit_quant_type not in QUANT_TYPES:
+            raise ValueError(f"bnb_4bit_quant_type must be one of {QUANT_TYPES}, got {bnb_4bit_quant_type!r}")
+        if bnb_4bit_blocksize not in BLOCK_SIZES:
+            raise ValueError(f"bnb_4bit_blocksize must be one of {BLOCK_SIZES}, got {bnb_4bit_blocksize}")
+        self.quant_method = METHOD
+        self.bnb_4bit_quant_type = bnb_4bit_quant_type
+        self.bnb_4bit_use_double_quant = bnb_4bit_use_double_quant
+        dtype = bnb_4bit_compute_dtype
+        self.bnb_4bit_compute_dtype = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+        self.bnb_4bit_blocksize = bnb_4bit_blocksize
+        self.skip_modules = list(skip_modules)
+        self.left_alone: list[str] = []  # linears that were not packed; filled while loading
+
+    def to_dict(self) -> dict[str, Any]:
+        """As config.json holds it: bitsandbytes' own dictionary."""
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "_load_in_4bit": True,
+            "_load_in_8bit": False,
+            "bnb_4bit_quant_type": self.bnb_4bit_quant_type,
+            "bnb_4bit_use_double_quant": self.bnb_4bit_use_double_quant,
+            "bnb_4bit_compute_dtype": str(self.bnb_4bit_compute_dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": sorted({*self.skip_modules, *self.left_alone}) or None,
+        }
+
+
+def adopt_bnb(stored: dict[str, Any]) -> dict[str, Any]:
+    """The `quantization_config` of a bitsandbytes 4-bit folder, renamed so that transformers gives it to us."""
+    names = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
+    known = {name: stored[name] for name in names if name in stored}
+    return {"quant_method": METHOD, "skip_modules": stored.get("llm_int8_skip_modules") or [], **known}
+
+
+class NybbleQuantizer(HfQuantizer):
+    """Swaps linears for `Linear4bit` before loading and packs (or unpacks keys) while loading."""
+
+    requires_calibration = False
+    quantization_config: NybbleConfig
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
+        """Whether this tensor of the checkpoint is to be packed."""
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, Linear4bit) and name == "weight"
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        config = self.quantization_config
+        keep_fp32 = getattr(model, "_keep_in_fp32_modules", None)
+        skip = self.get_modules_to_not_convert(model, config.skip_modules, keep_fp32, add_default_skips=True)
+        for name, module in list(model.named_modules()):
+            if type(module) is not nn.Linear:
+                continue
+            if not should_convert_module(name, skip):
+                config.left_alone.append(name)
+                continue
+            layer = Linear4bit(
+                module.in_features,
+                module.out_features,
+                module.bias is not None,
+                compute_dtype=config.bnb_4bit_compute_dtype,
+            )
+            if layer.bias is not None:
+                layer.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
+            model.set_submodule(name, layer)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        # transformers would undo on saving what it did on reading; our state dict has the file's keys already.
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [
+            c for c in conversions if not any(isinstance(op, _Unpack) for op in _operations(c))
+        ]  # type: ignore[assignment]
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]  # what PEFT, accelerate and TRL ask for
+        return model
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """The operation for a 16- or 32-bit tensor."""
+        return _Pack(self.quantization_config)
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """The operation that gathers the keys of a weight that is stored in 4 bits."""
+        if not self.pre_quantized:
+            return []
+        sources = [*(f"weight.{suffix}" for suffix in SUFFIXES), "weight"]
+        return [WeightConverter(source_patterns=sources, target_patterns="weight", operations=[_Unpack(self)])]
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters on top can be trained."""
+        return True
+
+
+# transformers turns what an operation raises into text in a log; the loader wants the error itself.
+_faults: ContextVar[list[ModelError] | None] = ContextVar("nybble_faults", default=None)
+
+
+@contextmanager
+def raising_faults() -> Iterator[None]:
+    """Within: an error in packing or unpacking a tensor is raised as itself, whatever transformers makes of it.
+
+    Raises:
+        ModelError: a tensor is not finite, or its 4-bit companions do not fit.
+    """
+    found: list[ModelError] = []
+    token = _faults.set(found)
+    try:
+        yield
+    except RuntimeError as error:
+        if found:
+            raise found[0] from error
+        raise
+    finally:
+        _faults.reset(token)
+
+
+def _fault(name: str, error: ValueError) -> ModelError:
+    fault = ModelError(f"{name}: {error}; the checkpoint is damaged or not meant for this model")
+    found = _faults.get()
+    if found is not None:
+        found.append(fault)
+    return fault
+
+
+def _operations(conversion: Any) -> list[Any]:
+    return list(getattr(conversion, "operations", ()))  # a mere renaming has none
+
+
+class _Pack(ConversionOps):
+    def __init__(self, config: NybbleConfig) -> None:
+        self.config = config
+
+    def convert(self, input_dict: dict[str, Any], model: nn.Module | None = None, **_: Any) -> dict[str, nn.Parameter]:
+        (name, value), *_others = input_dict.items()
+        weight = value[0] if isinstance(value, list) else value
+        layer, _name = get_module_from_name(model, name)
+        config = self.config
+        try:
+            layer.set_packed(
+                encode(weight, config.bnb_4bit_quant_type, config.bnb_4bit_blocksize, config.bnb_4bit_use_double_quant)
+            )
+        except ValueError as error:
+            raise _fault(name, error) from error
+        layer._is_hf_initialized = True
+        return {name: layer.weight}
+
+
+class _Unpack(ConversionOps):
+    def __init__(self, hf_quantizer: NybbleQuantizer) -> None:
+        # By this attribute transformers knows that the tensors are ours to convert, and does not round the float32
+        # scales to the model's type on reading.
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], model: nn.Module | None = None, full_layer_name: str = "", **_: Any
+    ) -> dict[str, Any]:
+        if len(input_dict) == 1:  # a weight that is stored in 16 bits
+            return input_dict
+        tensors = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        packed = tensors.pop("weight")
+        companions = {key.removeprefix("weight."): tensor for key, tensor in tensors.items()}
+        layer, _name = get_module_from_name(model, full_layer_name)
+        try:
+            layer.set_packed(from_bnb(packed, companions, (layer.out_features, layer.in_features)))
+        except ValueError as error:
+            raise _fault(full_layer_name, error) from error
+        layer._is_hf_initialized = True
+        return {"weight": layer.weight}
+
+
+def register() -> None:
+    """Make transformers know the method "nybble"; calling it again changes nothing."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(NybbleConfig)
+        register_quantizer(METHOD)(NybbleQuantizer)

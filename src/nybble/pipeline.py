@@ -1,0 +1,290 @@
+"""The sentence: recipe -> plan -> load -> attach adapters -> rows -> train -> evaluate -> report -> ask.
+
+Each verb of the command line is a function here with the same name and arguments. Start reading at `train`.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nybble import bundled, generation
+from nybble.data import Example, Prepared, prepare_rows
+from nybble.errors import InputError, RecipeError
+from nybble.hardware import Device, detect_device
+from nybble.models import (
+    ModelSource,
+    attach,
+    count_parameters,
+    find_model,
+    load_model,
+    load_tokenizer,
+    push_folder,
+    save_adapter,
+)
+from nybble.planning import make_plan
+from nybble.recipe import Plan, Recipe, load_recipe, save_recipe
+from nybble.reporting import model_card, write_report
+from nybble.runs import Observer, RunDirectory, RunRecord, Sample, Silent, read_record, write_text
+from nybble.training import Setup, Witness, check_training, evaluate, generate_answers, train_model
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a run works on, known to be usable before anything is written."""
+
+    recipe: Recipe
+    run: RunDirectory
+    device: Device
+    source: ModelSource
+    tokenizer: Any
+    prepared: Prepared
+    plan: Plan
+    watch: Observer
+
+    @property
+    def weights(self) -> Path:
+        """Where the trained weights go."""
+        return self.run.full_model if self.recipe.method == "full" else self.run.adapter
+
+    @property
+    def shown(self) -> list[Example]:
+        """The held-out rows whose answers are shown."""
+        asked = [example for example in self.prepared.held_out if example.prompt_ids]
+        return asked[: self.recipe.evaluation.n_samples]
+
+
+def train(
+    recipe: Recipe | Path | str,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    observer: Observer | None = None,
+) -> RunRecord:
+    """Fine-tune as `recipe` says (a Recipe or a YAML file, with `overrides` on top); everything lands in output_dir.
+
+    Raises:
+        InputError, CannotRunError, StoppedError: see `nybble.errors`; nothing is written before model, tokenizer and
+            rows are known to be usable.
+    """
+    job = _prepare(_as_recipe(recipe, overrides), overwrite, resume, observer or Silent())
+    job.run.create(overwrite=overwrite)
+    write_text(job.run.path / "recipe.yaml", save_recipe(job.recipe))
+    with Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
+        base, dtype = _load(job, witness)
+        base_answers = _evaluate_base(job, witness, base, dtype)
+        model = _attach(job, witness, base)
+        _train(job, witness, model, dtype, base_answers, resume)
+        _evaluate_tuned(job, witness, model, dtype, base_answers)
+        _save(job, witness, model)
+    job.watch.stage("report")
+    write_report(job.run.path)
+    job.run.write_manifest()
+    training = job.recipe.training
+    if training.push_to_hub and training.hub_model_id:
+        job.watch.note(f"uploaded to {push_folder(job.weights, training.hub_model_id)}")
+    return witness.record
+
+
+def _prepare(recipe: Recipe, overwrite: bool, resume: bool, watch: Observer) -> _Job:
+    run = RunDirectory.check(recipe.training.output_dir, overwrite=overwrite, resume=resume)
+    check_training(recipe.training)
+    device = detect_device(recipe.model.device)
+    watch.stage("rows")
+    source = find_model(recipe.model)
+    tokenizer = load_tokenizer(source, recipe.model)
+    recipe = _within_context(recipe, source.config, watch)
+    prepared = prepare_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed)
+    _tell_ledger(prepared, watch)
+    plan = make_plan(recipe.training, len(prepared.train))
+    return _Job(recipe, run, device, source, tokenizer, prepared, plan, watch)
+
+
+def _load(job: _Job, witness: Witness) -> tuple[Any, torch.dtype]:
+    job.watch.stage("load")
+    recipe = job.recipe
+    with witness.phase("load"):
+        model, loaded = load_model(job.source, recipe.method, recipe.model, recipe.quantization, job.device)
+    witness.record.model = asdict(loaded)
+    witness.record.notes += loaded.notes
+    witness.record.paths = {"dequantize_4bit": "torch"} if loaded.n_packed else {}
+    for note in loaded.notes:
+        job.watch.note(note)
+    if loaded.bits_per_weight is not None:
+        job.watch.note(
+            f"{loaded.n_packed} linears in {loaded.bits_per_weight:.3f} bits a weight ({loaded.packed_bytes:,} bytes)"
+        )
+    return model, getattr(torch, loaded.compute_dtype)
+
+
+def _evaluate_base(job: _Job, witness: Witness, model: Any, dtype: torch.dtype) -> list[str]:
+    job.watch.stage("evaluate base")
+    section = job.recipe.evaluation
+    with witness.phase("evaluate_base"):
+        witness.record.evaluation_base = evaluate(model, job.tokenizer, job.prepared.held_out, section, dtype)
+        prompts = [example.prompt_ids for example in job.shown]
+        return generate_answers(model, job.tokenizer, prompts, section, dtype)
+
+
+def _attach(job: _Job, witness: Witness, model: Any) -> Any:
+    if job.recipe.method != "full":
+        torch.manual_seed(job.recipe.training.seed)  # the adapters' first values
+        model = attach(model, job.recipe.lora, job.source.name)
+    trainable, total = count_parameters(model)
+    witness.record.trainable_parameters, witness.record.total_parameters = trainable, total
+    job.watch.note(f"trains {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)")
+    return model
+
+
+def _train(
+    job: _Job, witness: Witness, model: Any, dtype: torch.dtype, base_answers: Sequence[str], resume: bool
+) -> None:
+    section = job.recipe.evaluation
+
+    def check(step: int) -> float:
+        for sample in _answer(job, model, dtype, base_answers):
+            job.run.append_sample(replace(sample, step=step))
+        unchecked = [replace(example, answer=None) for example in job.prepared.held_out]
+        measured = evaluate(model, job.tokenizer, unchecked, section, dtype)
+        return measured.loss if measured else math.nan
+
+    job.watch.stage("train")
+    every = section.eval_steps if job.prepared.held_out else 0
+    setup = Setup(job.run, job.device, dtype, job.watch, check, every, job.plan.optimizer_steps, resume)
+    before = sum(phase.seconds for phase in witness.record.phases.values())
+    with witness.phase("train"):
+        result = train_model(model, job.tokenizer, job.prepared.train, job.recipe.training, setup)
+    witness.phase_peak("train", result.peak_bytes)
+    witness.record.train_loss = result.train_loss
+    witness.record.tokens_per_second = result.tokens_per_second
+    witness.record.seconds_to_first_step = before + (result.seconds_to_first_step or 0.0)
+
+
+def _evaluate_tuned(job: _Job, witness: Witness, model: Any, dtype: torch.dtype, base_answers: Sequence[str]) -> None:
+    job.watch.stage("evaluate")
+    if job.recipe.method == "full":
+        model.to(dtype)  # what is saved is what is measured
+    with witness.phase("evaluate"):
+        tuned = evaluate(model, job.tokenizer, job.prepared.held_out, job.recipe.evaluation, dtype)
+        for sample in _answer(job, model, dtype, base_answers):
+            job.run.append_sample(sample)
+    witness.record.evaluation_tuned = tuned
+    witness.record.eval_loss = tuned.loss if tuned else None
+
+
+def _answer(job: _Job, model: Any, dtype: torch.dtype, base_answers: Sequence[str]) -> list[Sample]:
+    prompts = [example.prompt_ids for example in job.shown]
+    tuned = generate_answers(model, job.tokenizer, prompts, job.recipe.evaluation, dtype)
+    return [
+        Sample(job.tokenizer.decode(e.prompt_ids, skip_special_tokens=True), before, after, e.answer)
+        for e, before, after in zip(job.shown, base_answers, tuned, strict=True)
+    ]
+
+
+def _save(job: _Job, witness: Witness, model: Any) -> None:
+    job.watch.stage("save")
+    folder = job.weights
+    with witness.phase("save"):
+        if job.recipe.method == "full":
+            model.save_pretrained(folder)
+        else:
+            save_adapter(model, folder)
+        job.tokenizer.save_pretrained(folder)
+        write_text(folder / "README.md", model_card(witness.record.to_json()))  # PEFT's own is a form to fill in
+
+
+def ask(run_dir: Path | str, questions: Sequence[str], device: str | None = None) -> list[Sample]:
+    """What base and tuned model of a run answer to `questions`, greedily."""
+    record = read_record(run_dir)
+    recipe = Recipe.model_validate(record["recipe"])
+    if not questions:
+        raise InputError('no question given; e.g. nybble ask RUN "What makes a good chatbot?"')
+    form = record["rows"]["ledger"]["prompt_form"]
+    run = RunDirectory(Path(run_dir))
+    return generation.answer(run, recipe, form, questions, detect_device(device or recipe.model.device))
+
+
+def quantize(model: str, out: Path | str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Write `model` as a 4-bit checkpoint in bitsandbytes' layout to the new folder `out`; returns what was done.
+
+    Raises:
+        InputError: `out` exists, or the model cannot be used.
+    """
+    recipe = load_recipe(None, {**(overrides or {}), "model_name_or_path": model})
+    folder = Path(out).expanduser()
+    if folder.exists():
+        raise InputError(f"{folder} exists already; choose a new folder")
+    source = find_model(recipe.model)
+    if source.is_4bit:
+        raise RecipeError(f"{model} is stored in 4 bits already; give the 16-bit model")
+    packed, report = load_model(source, "qlora", recipe.model, recipe.quantization, detect_device(recipe.model.device))
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        packed.save_pretrained(partial)
+        load_tokenizer(source, recipe.model).save_pretrained(partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return {"out": str(folder), "file_bytes": file_bytes, "bits_per_weight": report.bits_per_weight, **asdict(report)}
+
+
+def demo(
+    output_dir: Path | str = "runs/demo",
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = True,
+    observer: Observer | None = None,
+) -> RunRecord:
+    """The whole story on the bundled base and rows, offline."""
+    values = {
+        "model_name_or_path": str(bundled.base_path()),
+        "dataset_name": str(bundled.train_rows_path()),
+        "eval_dataset_name": str(bundled.heldout_rows_path()),
+        "output_dir": str(output_dir),
+        **(overrides or {}),
+    }
+    former = (Path(output_dir) / "run.json").is_file()
+    return train(bundled.recipe_path(), overrides=values, overwrite=overwrite and former, observer=observer)
+
+
+def report(run_dir: Path | str) -> Path:
+    """Write report.html, report.md and report.json of a run anew from what lies on disk."""
+    return write_report(Path(run_dir))
+
+
+def _as_recipe(recipe: Recipe | Path | str, overrides: Mapping[str, Any] | None) -> Recipe:
+    if not isinstance(recipe, Recipe):
+        return load_recipe(recipe, overrides)
+    if overrides:
+        raise RecipeError("overrides go with a recipe file; a Recipe is already resolved")
+    return recipe
+
+
+def _within_context(recipe: Recipe, config: Any, watch: Observer) -> Recipe:
+    """Rows cannot be longer than the positions that the model knows."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or recipe.data.max_length <= limit:
+        return recipe
+    watch.note(f"max_length {recipe.data.max_length} is above the model's context: {limit} is used")
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": limit})})
+
+
+def _tell_ledger(prepared: Prepared, watch: Observer) -> None:
+    ledger = prepared.ledger
+    watch.note(
+        f"{ledger.rows_used:,} rows ({ledger.shape}) to train, {ledger.rows_held_out:,} held out, "
+        f"{ledger.rows_truncated:,} cut, {ledger.rows_dropped:,} dropped"
+    )
+    watch.note(
+        f"{ledger.tokens_trained:,} of {ledger.tokens_total:,} tokens are learned; "
+        f"{100 * ledger.stop_token_trained_fraction:.1f} % of the answers keep their end token"
+    )

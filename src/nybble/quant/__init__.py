@@ -1,0 +1,21 @@
+"""The 4-bit format: value tables, packed weights, encode and decode in plain torch, bitsandbytes' file layout."""
+
+from nybble.quant.blockwise import decode, decode_absmax, encode
+from nybble.quant.bnb_layout import SUFFIXES, from_bnb, to_bnb
+from nybble.quant.codebooks import BLOCK_SIZES, QUANT_TYPES, codebook, dynamic_codebook
+from nybble.quant.packed import NESTED_BLOCK_SIZE, PackedWeight
+
+__all__ = [
+    "BLOCK_SIZES",
+    "NESTED_BLOCK_SIZE",
+    "QUANT_TYPES",
+    "SUFFIXES",
+    "PackedWeight",
+    "codebook",
+    "decode",
+    "decode_absmax",
+    "dynamic_codebook",
+    "encode",
+    "from_bnb",
+    "to_bnb",
+]

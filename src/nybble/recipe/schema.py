@@ -1,0 +1,210 @@
+"""Every setting of a recipe, defined once: default, unit, meaning, limits, other tools' names for it.
+
+Names are those of transformers, PEFT and bitsandbytes. The command line's flags, its help, `docs/settings.md` and the
+JSON schema for editors are all derived from here. A setting's name is unique over all sections, so a recipe may be
+written flat or in sections.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+
+def setting(default: Any, meaning: str, *, unit: str = "", aliases: tuple[str, ...] = (), **limits: Any) -> Any:
+    """One setting: `meaning` and `unit` go to help and docs, `aliases` are other names, `limits` are pydantic's."""
+    extra: dict[str, Any] = {"unit": unit, "aliases": list(aliases)}
+    return Field(default, description=meaning, json_schema_extra=extra, **limits)
+
+
+def _split_names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+class Section(BaseModel):
+    """A group of settings that one stage takes; frozen, and unknown names are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic reads true as 1; a flag without its value must not become one."""
+        wanted = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and wanted in (int, float, int | None):
+            raise ValueError(f"input should be a number, not {str(value).lower()}")
+        return value
+
+
+class ModelSection(Section):
+    """The base model and where it runs."""
+
+    model_name_or_path: str = setting(
+        "", "folder or hub id of the base model", aliases=("model", "model_name", "base_model", "model_id")
+    )
+    model_revision: str | None = setting(None, "branch, tag or commit of a hub model", aliases=("revision",))
+    tokenizer_name_or_path: str | None = setting(None, "folder or hub id of the tokenizer, if not the model's own")
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = setting("sdpa", "attention of transformers")
+    device: Literal["auto", "cpu", "cuda", "hip"] = setting("auto", "where to run: the GPU if torch sees one")
+    trust_remote_code: bool = setting(False, "run Python code that a hub repository brings")
+
+
+class QuantizationSection(Section):
+    """How the base is stored under `method: qlora`."""
+
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = setting("nf4", "the 16 values", aliases=("quant_type",))
+    bnb_4bit_use_double_quant: bool = setting(
+        True,
+        "store the blocks' scales in 8 bits (saves 0.37 bit a weight)",
+        aliases=("double_quantization", "use_double_quant", "use_bnb_nested_quant"),
+    )
+    bnb_4bit_blocksize: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = setting(
+        64, "weights that share a scale", unit="weights", aliases=("blocksize", "block_size")
+    )
+    bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] = setting(
+        "bfloat16",
+        "type of the arithmetic, for every method; float16 becomes bfloat16 on a CPU",
+        aliases=("compute_dtype",),
+    )
+    skip_modules: tuple[str, ...] = setting(
+        (), "linears to leave in 16 bits besides lm_head", aliases=("llm_int8_skip_modules",)
+    )
+
+    @field_validator("skip_modules", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return _split_names(value) if isinstance(value, str) else value
+
+    @field_validator("bnb_4bit_blocksize", mode="before")
+    @classmethod
+    def _number(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, str) and value.isdigit() else value
+
+
+class LoraSection(Section):
+    """The adapters, in PEFT's words; not used by `method: full`."""
+
+    r: int = setting(16, "rank", aliases=("lora_r", "lora_rank", "rank"), ge=1, le=4096)
+    lora_alpha: float = setting(32, "scale: the adapter's output is multiplied by alpha / r", gt=0)
+    lora_dropout: float = setting(0.0, "dropout on the adapters' input", ge=0, lt=1)
+    target_modules: str | tuple[str, ...] = setting(
+        "all-linear",
+        "names of the linears that get an adapter, or all-linear",
+        aliases=("lora_target_modules", "lora_target", "lora_modules"),
+    )
+    use_rslora: bool = setting(False, "scale by alpha / sqrt(r) instead")
+    use_dora: bool = setting(False, "learn magnitudes apart from directions (DoRA)")
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        if isinstance(value, str) and "," in value:
+            return _split_names(value)
+        return "all-linear" if value in ("all", "all_linear") else value
+
+
+class DataSection(Section):
+    """The rows, and which of their tokens are learned."""
+
+    dataset_name: str = setting(
+        "",
+        "rows: a parquet, json, jsonl, csv or text file, a folder of them, or a hub id",
+        aliases=("dataset", "dataset_path", "data", "train_file"),
+    )
+    dataset_split: str = setting("train", "split of a hub data set", aliases=("split",))
+    data_format: Literal["auto", "text", "prompt_completion", "alpaca", "sharegpt", "messages"] = setting(
+        "auto", "shape of the rows", aliases=("format_type", "dataset_format")
+    )
+    dataset_text_field: str = setting("text", "column that holds the text", aliases=("text_column",))
+    chat_template: str | None = setting(
+        None,
+        "template for rows with turns: inst, chatml or a .jinja file; default: the tokenizer's own",
+        aliases=("template",),
+    )
+    loss_on: Literal["answers", "all"] = setting("answers", "tokens that are learned")
+    max_length: int = setting(
+        1024,
+        "longer rows are cut, and counted aloud",
+        unit="tokens",
+        aliases=("max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"),
+        ge=8,
+    )
+    eval_dataset_name: str | None = setting(None, "held-out rows of their own", aliases=("eval_dataset", "eval_file"))
+    eval_fraction: float = setting(
+        0.05,
+        "share of the rows held out when there is no held-out file",
+        aliases=("val_set_size", "val_size"),
+        ge=0,
+        lt=1,
+    )
+    max_train_rows: int | None = setting(None, "use only the first rows", unit="rows", aliases=("max_samples",), ge=1)
+
+
+class TrainingSection(Section):
+    """The run."""
+
+    output_dir: str = setting("runs/latest", "folder of the run")
+    num_train_epochs: float = setting(3.0, "passes over the rows", aliases=("epochs", "num_epochs"), gt=0)
+    max_steps: int = setting(-1, "stop after so many optimizer steps; -1: by epochs", unit="steps", ge=-1)
+    per_device_train_batch_size: int = setting(
+        4, "rows a step and micro-batch", unit="rows", aliases=("micro_batch_size", "batch_size"), ge=1
+    )
+    gradient_accumulation_steps: int = setting(1, "micro-batches an optimizer step", aliases=("grad_accum",), ge=1)
+    learning_rate: float = setting(2e-4, "peak learning rate", aliases=("lr",), gt=0)
+    lr_scheduler_type: str = setting("linear", "schedule, by its transformers name", aliases=("lr_scheduler",))
+    warmup_ratio: float = setting(0.03, "share of the steps that warm up", ge=0, lt=1)
+    weight_decay: float = setting(0.0, "decoupled weight decay", ge=0)
+    adam_beta1: float = setting(0.9, "decay of Adam's first moment", ge=0, lt=1)
+    adam_beta2: float = setting(0.999, "decay of Adam's second moment", ge=0, lt=1)
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0: never", aliases=("grad_clip",), ge=0)
+    optim: str = setting("adamw_torch_fused", "optimizer, by its transformers name", aliases=("optimizer",))
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
+    logging_steps: int = setting(10, "a line in events.jsonl every so many steps", unit="steps", ge=1)
+    save_steps: int = setting(500, "a checkpoint every so many steps", unit="steps", ge=1)
+    save_total_limit: int = setting(2, "checkpoints kept", ge=1)
+    seed: int = setting(42, "seed of order, adapters and dropout", ge=0)
+    report_to: str = setting(
+        "auto", "trackers by their transformers names, comma between; auto: tensorboard if installed"
+    )
+    run_name: str | None = setting(None, "name for trackers")
+    push_to_hub: bool = setting(False, "upload the adapter to the hub at the end")
+    hub_model_id: str | None = setting(None, "repository for push_to_hub")
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _joined(cls, value: Any) -> Any:
+        return ",".join(value) if isinstance(value, list) else value
+
+
+class EvaluationSection(Section):
+    """What is measured on held-out rows, and the answers that are shown."""
+
+    per_device_eval_batch_size: int = setting(
+        16, "rows at a time in evaluation", unit="rows", aliases=("eval_batch_size",), ge=1
+    )
+    eval_steps: int = setting(0, "evaluate every so many steps; 0: before and after only", unit="steps", ge=0)
+    max_eval_rows: int = setting(500, "held-out rows used at most", unit="rows", ge=1)
+    answer_field: str = setting("answer", "column with the exact answer; where rows have it, exact match is measured")
+    max_new_tokens: int = setting(64, "length of generated answers", unit="tokens", ge=1)
+    n_samples: int = setting(3, "held-out prompts answered by base and tuned model in the report", ge=0)
+
+
+class Recipe(Section):
+    """A whole run, as data."""
+
+    method: Literal["qlora", "lora", "full"] = setting(
+        "qlora", "4-bit base + adapters, 16-bit base + adapters, or every parameter", aliases=("finetuning_type",)
+    )
+    model: Annotated[ModelSection, Field(description="base model")] = ModelSection()
+    quantization: QuantizationSection = QuantizationSection()
+    lora: LoraSection = LoraSection()
+    data: DataSection = DataSection()
+    training: TrainingSection = TrainingSection()
+    evaluation: EvaluationSection = EvaluationSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.training.push_to_hub and not self.training.hub_model_id:
+            raise ValueError("push_to_hub needs hub_model_id; name the repository, e.g. --hub_model_id you/adapter")
+        return self

@@ -1,0 +1,49 @@
+"""The model card beside trained weights: what was trained on what, and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nybble.units import format_count, format_number, format_share
+
+
+def model_card(record: Mapping[str, Any]) -> str:
+    """README.md of an adapter or model folder, from a run's record."""
+    recipe, ledger = record["recipe"], record["rows"]["ledger"]
+    base_name = recipe["model"]["model_name_or_path"]
+    is_local = Path(base_name).expanduser().exists()
+    head = ["---", "pipeline_tag: text-generation", "tags:", "- nybble", f"- {recipe['method']}"]
+    head += [] if recipe["method"] == "full" else ["library_name: peft"]
+    # The hub refuses a card whose base_model is a path.
+    head += [] if is_local else [f"base_model: {base_name}"]
+    base, tuned = record.get("evaluation_base") or {}, record.get("evaluation_tuned") or {}
+    table = [f"| loss | {format_number(base.get('loss'))} | {format_number(tuned.get('loss'))} |"]
+    if tuned.get("exact_match") is not None:
+        table.append(
+            f"| exact match | {format_share(base.get('exact_match'))} | {format_share(tuned['exact_match'])} |"
+        )
+    measured = [
+        f"On {format_count(tuned['n_rows'])} held-out rows:",
+        "",
+        "| | base | tuned |",
+        "|---|---|---|",
+        *table,
+    ]
+    return "\n".join(
+        [
+            *head,
+            "---",
+            "",
+            f"# {recipe['method']} of {Path(base_name).name if is_local else base_name}",
+            "",
+            f"Trained with Nybble {record['versions'].get('nybble', '')} on {format_count(ledger['rows_used'])} rows "
+            f"({format_count(ledger['tokens_trained'])} learned tokens, rows SHA-256 {record['rows']['sha256'][:16]}).",
+            f"Trained parameters: {format_count(record['trainable_parameters'])} of "
+            f"{format_count(record['total_parameters'])}.",
+            "",
+            *(measured if tuned else ["No rows were held out, so nothing was measured."]),
+            "",
+        ]
+    )

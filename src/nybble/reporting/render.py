@@ -1,0 +1,162 @@
+"""A run's report from what lies on disk: HTML (one file, no network), Markdown, JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from nybble.reporting.plots import BLUE, GREY, ORANGE, Line, draw
+from nybble.runs import read_lines, read_record, write_text
+from nybble.units import format_bytes, format_count, format_number, format_seconds, format_share
+
+Figure = tuple[str, str, str]  # what, base, tuned
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write report.html, report.md and report.json into a run directory; also for a run that is under way.
+
+    Raises:
+        InputError: it is no run directory.
+    """
+    record = read_record(run_dir)
+    events = read_lines(run_dir / "events.jsonl")
+    samples = [s for s in read_lines(run_dir / "samples.jsonl") if s.get("step") is None]
+    content = {
+        "title": _title(record),
+        "record": record,
+        "comparison": _comparison(record),
+        "facts": _facts(record),
+        "ledger": _ledger(record),
+        "phases": _phases(record),
+        "samples": samples,
+        "plots": _plots(record, events),
+        "recipe": _recipe_lines(record["recipe"]),
+        "versions": record.get("versions", {}),
+    }
+    environment = Environment(
+        loader=PackageLoader("nybble.reporting"),
+        # Answers and prompts are anybody's text: in the page they are never markup.
+        autoescape=select_autoescape(("html", "html.jinja"), default=False),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for name in ("report.html", "report.md"):
+        write_text(run_dir / name, environment.get_template(f"{name}.jinja").render(content))
+    summary = {"record": record, "events": events, "samples": samples}
+    write_text(run_dir / "report.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    return run_dir / "report.html"
+
+
+def _title(record: Mapping[str, Any]) -> str:
+    model = str(record["recipe"]["model"]["model_name_or_path"]).rstrip("/").rpartition("/")[2]
+    return f"{record['recipe']['method']} of {model}"
+
+
+def _comparison(record: Mapping[str, Any]) -> list[Figure]:
+    base, tuned = record.get("evaluation_base") or {}, record.get("evaluation_tuned") or {}
+    rows: list[Figure] = [
+        ("held-out loss (nats a token)", format_number(base.get("loss")), format_number(tuned.get("loss"))),
+        ("perplexity", format_number(base.get("perplexity"), 2), format_number(tuned.get("perplexity"), 2)),
+    ]
+    if base.get("exact_match") is not None:
+        rows.append(("exact match", format_share(base["exact_match"]), format_share(tuned.get("exact_match"))))
+    return rows
+
+
+def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    trainable, total = record.get("trainable_parameters"), record.get("total_parameters")
+    share = f" of {format_count(total)} ({100 * trainable / total:.2f} %)" if trainable and total else ""
+    model = record.get("model") or {}
+    bits = 8 * model["packed_bytes"] / model["packed_elements"] if model.get("packed_elements") else None
+    speed = record.get("tokens_per_second")
+    facts = [
+        ("status", str(record["status"])),
+        ("device", str(record["device"]["name"])),
+        ("trained parameters", f"{format_count(trainable)}{share}"),
+        ("training loss", format_number(record.get("train_loss"))),
+        ("tokens/s", format_count(speed)),
+        ("peak memory", format_bytes(record.get("peak_bytes"))),
+        ("seconds to first step", format_number(record.get("seconds_to_first_step"), 1)),
+        ("wall time", format_seconds(record.get("seconds"))),
+    ]
+    if bits is not None:
+        packed = f"{format_bytes(model['packed_bytes'])}, {bits:.3f} bits a weight"
+        facts.insert(3, ("4-bit weights", packed))
+    return facts
+
+
+def _ledger(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    ledger = record["rows"]["ledger"]
+    return [
+        ("shape of the rows", ledger["shape"]),
+        ("prompts are put as", ledger["prompt_form"]),
+        ("rows read", format_count(ledger["rows_read"])),
+        ("rows trained on", format_count(ledger["rows_used"])),
+        ("rows held out", format_count(ledger["rows_held_out"])),
+        ("rows dropped", format_count(ledger["rows_dropped"])),
+        ("rows cut at max_length", format_count(ledger["rows_truncated"])),
+        ("tokens", format_count(ledger["tokens_total"])),
+        ("tokens learned", format_count(ledger["tokens_trained"])),
+        ("answers whose end token is learned", format_share(ledger["stop_token_trained_fraction"])),
+        ("longest row", f"{format_count(ledger['length_max'])} tokens"),
+    ]
+
+
+def _phases(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    return [
+        (name, format_bytes(phase["measured_bytes"]), format_seconds(phase["seconds"]))
+        for name, phase in record.get("phases", {}).items()
+    ]
+
+
+def _plots(record: Mapping[str, Any], events: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    trained = [event for event in events if event.get("loss") is not None]
+    steps = [event["step"] for event in trained]
+    checked = [event for event in events if event.get("eval_loss") is not None]
+    base, tuned = record.get("evaluation_base"), record.get("evaluation_tuned")
+    held = [(e["step"], e["eval_loss"]) for e in checked]
+    if base:
+        held.insert(0, (0, base["loss"]))
+    if tuned and steps:
+        held.append((steps[-1], tuned["loss"]))
+    loss = draw(
+        [
+            Line("training rows", steps, [event["loss"] for event in trained], BLUE),
+            Line("held-out rows", [x for x, _ in held], [y for _, y in held], ORANGE, "--", "o"),
+        ],
+        "step",
+        "loss (nats a token)",
+        name="loss",
+    )
+    memory = draw(
+        [Line("peak since the last line", steps, [event["peak_bytes"] / 1e6 for event in trained], BLUE)],
+        "step",
+        "memory (MB)",
+        from_zero=True,
+        name="memory",
+    )
+    speeds = [
+        (b["tokens"] - a["tokens"]) / (b["seconds"] - a["seconds"])
+        for a, b in pairwise(trained)
+        if b["seconds"] > a["seconds"]
+    ]
+    speed = draw(
+        [Line("tokens/s", steps[1 : len(speeds) + 1], speeds, GREY)], "step", "tokens/s", from_zero=True, name="speed"
+    )
+    return [(title, svg) for title, svg in (("Loss", loss), ("Memory", memory), ("Speed", speed)) if svg]
+
+
+def _recipe_lines(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    flat: list[tuple[str, str]] = []
+    for key, value in recipe.items():
+        if isinstance(value, dict):
+            flat += [(f"{key}.{name}", json.dumps(inner, ensure_ascii=False)) for name, inner in value.items()]
+        else:
+            flat.append((key, json.dumps(value, ensure_ascii=False)))
+    return flat

@@ -1,0 +1,17 @@
+"""Training and evaluation on transformers' Trainer, and the witness of a run."""
+
+from nybble.training.arguments import check_training
+from nybble.training.evaluate import evaluate, generate_answers
+from nybble.training.trainer import Setup, TrainResult, train_model
+from nybble.training.witness import Witness, software_versions
+
+__all__ = [
+    "Setup",
+    "TrainResult",
+    "Witness",
+    "check_training",
+    "evaluate",
+    "generate_answers",
+    "software_versions",
+    "train_model",
+]

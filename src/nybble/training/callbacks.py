@@ -1,0 +1,149 @@
+"""What happens beside the steps: logging, evaluation on the way, stopping on a signal or a NaN."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainerCallback
+
+from nybble.data import PadBatch
+from nybble.hardware import PeakMemory
+from nybble.runs import Observer, RunDirectory, StepEvent
+
+
+class CountingBatch:
+    """A collator that also counts tokens, so that no step has to ask the device for them.
+
+    Batches are made ahead of their use; counts wait in order until their step ends.
+    """
+
+    def __init__(self, collate: PadBatch) -> None:
+        self._collate = collate
+        self._waiting: deque[int] = deque()
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+        """A batch, its tokens noted."""
+        self._waiting.append(sum(len(example["input_ids"]) for example in examples))
+        return self._collate(examples)
+
+    def take(self, n_batches: int) -> int:
+        """Tokens of the next `n_batches` batches."""
+        return sum(self._waiting.popleft() for _ in range(min(n_batches, len(self._waiting))))
+
+    def clear(self) -> None:
+        """Forget batches that were made but never trained on (the end of an epoch)."""
+        self._waiting.clear()
+
+
+class Logbook(TrainerCallback):
+    """Writes events.jsonl and tells the observer; finds NaN."""
+
+    def __init__(self, run: RunDirectory, observer: Observer, memory: PeakMemory, batches: CountingBatch) -> None:
+        self._run = run
+        self._observer = observer
+        self._memory = memory
+        self._batches = batches
+        self.accumulation: Callable[[], int] = lambda: 1  # micro-batches of the step under way; the trainer knows
+        self.diverged_at: int | None = None
+        self.peak_bytes = 0
+        self.tokens = 0
+        self.seconds_to_first_step: float | None = None
+        self._created = time.monotonic()
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the first step began."""
+        return time.monotonic() - self._started
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._started = time.monotonic()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._batches.clear()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.tokens += self._batches.take(self.accumulation())
+        if self.seconds_to_first_step is None:
+            self.seconds_to_first_step = time.monotonic() - self._created
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        if "loss" not in logs and "eval_loss" not in logs:
+            return
+        peak = self._memory.peak_bytes()
+        self.peak_bytes = max(self.peak_bytes, peak)
+        event = StepEvent(
+            step=state.global_step,
+            total_steps=state.max_steps,
+            loss=_number(logs.get("loss")),
+            learning_rate=_number(logs.get("learning_rate")),
+            grad_norm=_number(logs.get("grad_norm")),
+            tokens=self.tokens,
+            seconds=self.seconds,
+            peak_bytes=peak,
+            eval_loss=_number(logs.get("eval_loss")),
+        )
+        self._memory.reset()
+        self._run.append_event(event)
+        self._observer.step(event)
+        if not all(math.isfinite(float(logs.get(key, 0.0))) for key in ("loss", "grad_norm")):
+            self.diverged_at = state.global_step
+            control.should_training_stop = True
+
+
+class Checks(TrainerCallback):
+    """Evaluates and answers sample prompts every `every` steps."""
+
+    def __init__(self, every: int, check: Callable[[int], float]) -> None:
+        self._every = every
+        self._check = check
+        self.log: Callable[[dict[str, float]], None] = lambda _logs: None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._every and state.global_step % self._every == 0 and state.global_step < state.max_steps:
+            due = control.should_log  # transformers takes any log for the one that was due
+            self.log({"eval_loss": self._check(state.global_step)})
+            control.should_log = due
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGINT and SIGTERM let the step end and save; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._former: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._former[number] = signal.signal(number, self._handle)
+            except ValueError:  # not in the main thread: the host program owns the signals
+                return self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: object) -> None:
+        if self.received is not None:
+            self.__exit__()
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+def _number(value: Any) -> float | None:
+    """JSON has no NaN: what is not finite is left out."""
+    return float(value) if value is not None and math.isfinite(float(value)) else None

@@ -1,0 +1,126 @@
+"""The training itself: transformers' Trainer with our batches, our logbook and our stops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nybble.data import Example, PadBatch, as_features
+from nybble.errors import CannotRunError, InputError, StoppedError
+from nybble.hardware import Device, PeakMemory
+from nybble.recipe import TrainingSection
+from nybble.runs import Observer, RunDirectory
+from nybble.training.arguments import trackers, training_arguments
+from nybble.training.callbacks import Checks, CountingBatch, Logbook, StopOnSignal
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training measured."""
+
+    train_loss: float  # mean over all steps
+    steps: int
+    tokens: int
+    seconds: float
+    seconds_to_first_step: float | None  # from the start of training, loading not counted
+    peak_bytes: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens without padding, over the whole of training."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where a training happens."""
+
+    run: RunDirectory
+    device: Device
+    compute_dtype: torch.dtype
+    observer: Observer
+    check: Callable[[int], float]  # step -> held-out loss
+    check_every: int  # steps; 0: never
+    max_steps: int
+    resume: bool
+
+
+def train_model(
+    model: Any, tokenizer: Any, examples: Sequence[Example], section: TrainingSection, setup: Setup
+) -> TrainResult:
+    """Train `model` in place on `examples`.
+
+    Raises:
+        InputError: the loss is no longer a number.
+        StoppedError: a signal came; the state is saved.
+        CannotRunError: out of memory.
+    """
+    from transformers import Trainer
+    from transformers.trainer_callback import PrinterCallback
+
+    run = setup.run
+    if section.gradient_checkpointing:
+        _recompute_activations(model)
+    batches = CountingBatch(PadBatch(tokenizer.pad_token_id))
+    logbook = Logbook(run, setup.observer, PeakMemory(setup.device), batches)
+    checks = Checks(setup.check_every, setup.check)
+    stop = StopOnSignal()
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(section, run.checkpoints, setup.device, setup.compute_dtype, setup.max_steps),
+        train_dataset=as_features(examples),
+        data_collator=batches,
+        callbacks=[logbook, checks, stop, *_tensorboard(section, run)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    logbook.accumulation = lambda: trainer.current_gradient_accumulation_steps
+    checks.log = trainer.log
+    checkpoint = run.last_checkpoint() if setup.resume else None
+    if checkpoint is not None:
+        run.drop_events_after(int(checkpoint.name.partition("-")[2]))
+    try:
+        with stop:
+            outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        raise CannotRunError(
+            f"out of memory on {setup.device.name}; use --gradient_checkpointing true, a smaller "
+            "--per_device_train_batch_size (with more --gradient_accumulation_steps), or a shorter --max_length"
+        ) from error
+    if logbook.diverged_at is not None:
+        last = run.last_checkpoint()
+        raise InputError(
+            f"the loss is not a number at step {logbook.diverged_at}; lower --learning_rate ({section.learning_rate:g})"
+            f" or --max_grad_norm; kept: events.jsonl and {last.name if last else 'no checkpoint (none was due)'}"
+        )
+    if stop.received is not None:
+        raise StoppedError(
+            f"{stop.received.name} at step {trainer.state.global_step} of {trainer.state.max_steps}: saved; "
+            "go on with --resume"
+        )
+    return TrainResult(
+        train_loss=float(outcome.training_loss),
+        steps=trainer.state.global_step,
+        tokens=logbook.tokens,
+        seconds=logbook.seconds,
+        seconds_to_first_step=logbook.seconds_to_first_step,
+        peak_bytes=logbook.peak_bytes,
+    )
+
+
+def _recompute_activations(model: Any) -> None:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # transformers 5.23 renamed it; PEFT's wrapper is passed by, whose own copy of the switch asks by the old name.
+    switch = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    switch({"use_reentrant": False})
+
+
+def _tensorboard(section: TrainingSection, run: RunDirectory) -> list[Any]:
+    if "tensorboard" not in trackers(section):
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    return [TensorBoardCallback(SummaryWriter(str(run.path / "tensorboard")))]

@@ -1,0 +1,107 @@
+"""The witness of a run: run.json, kept true from the first moment to the last."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from nybble.data import Prepared
+from nybble.errors import InputError, NybbleError, StoppedError
+from nybble.hardware import Device, PeakMemory
+from nybble.recipe import Plan, Recipe
+from nybble.runs import Phase, RunDirectory, RunRecord
+
+_LIBRARIES = ("nybble", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "bitsandbytes")
+
+
+class Witness:
+    """Measures phases and writes run.json after each."""
+
+    def __init__(self, run: RunDirectory, recipe: Recipe, device: Device, prepared: Prepared, plan: Plan) -> None:
+        self._run = run
+        self._plan = plan
+        self._device = device
+        self._started = time.monotonic()
+        self._began = False  # whether training has begun: from then on there is something to keep
+        self.record = RunRecord(
+            status="running",
+            recipe=recipe.model_dump(mode="json"),
+            versions=software_versions(),
+            device=asdict(device),
+            rows={"ledger": asdict(prepared.ledger), "sha256": prepared.fingerprint},
+            plan=asdict(plan),
+            model={},
+            started=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+    def __enter__(self) -> Witness:
+        self.write()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
+        if error is None:
+            self.record.status = "done"
+        else:
+            self.record.status = "stopped" if isinstance(error, StoppedError | KeyboardInterrupt) else "failed"
+            self.record.notes.append(str(error) if isinstance(error, NybbleError) else type(error).__name__)
+        if isinstance(error, InputError) and not self._began:
+            self._run.discard()
+        else:
+            self.write()
+
+    def write(self) -> None:
+        """Put the present state on disk."""
+        record = self.record
+        record.seconds = time.monotonic() - self._started
+        record.peak_bytes = max((phase.measured_bytes for phase in record.phases.values()), default=None)
+        self._run.write_record(record)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure memory and time of the block. A phase that measures itself overrides `measured_bytes`."""
+        self._began |= name == "train"
+        memory = PeakMemory(self._device)
+        started = time.monotonic()
+        yield
+        predicted = self._plan.predicted_bytes.get(name)
+        self.record.phases[name] = Phase(predicted, memory.peak_bytes(), time.monotonic() - started)
+        self.write()
+
+    def phase_peak(self, name: str, measured_bytes: int) -> None:
+        """Raise the peak of a phase whose meter was reset within it."""
+        phase = self.record.phases[name]
+        phase.measured_bytes = max(phase.measured_bytes, measured_bytes)
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what computes, and the commit of a source checkout (`+dirty` when it has changes)."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    commit = _git("rev-parse", "--verify", "--quiet", "HEAD")
+    if commit:
+        found["commit"] = commit + ("+dirty" if _git("status", "--porcelain") else "")
+    return found
+
+
+def _git(*arguments: str) -> str:
+    checkout = Path(__file__).parents[3]
+    if not (checkout / ".git").exists():
+        return ""
+    command = ["git", "-C", str(checkout), *arguments]
+    try:
+        done: Any = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return str(done.stdout).strip()

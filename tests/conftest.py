@@ -1,0 +1,116 @@
+"""What every test shares: the data folder, a tiny model made on the spot, a fixed seed, a line on what did not run."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub at import: no test may reach the network
+
+import string
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# Tensors here are tiny. On cores that are shared, two threads that wait for each other are a hundred times slower.
+torch.set_num_threads(1)
+
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
+CORPUS = (
+    "Once upon a time there was a small model in four bits.",
+    "The cat sat on the mat, and the dog sat on the cat.",
+    "What is two plus two? Two plus two is four.",
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Models, rows and golden slices that are not part of the repository."""
+    default = Path(__file__).resolve().parents[1].parent / "shared" / "data"
+    folder = Path(os.environ.get("NYBBLE_SHARED_DATA", default))
+    if not folder.is_dir():
+        pytest.skip("shared data folder is absent (set NYBBLE_SHARED_DATA)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`tiny_llama(dtype, tied, **config)` -> folder of a random Llama and its tokenizer; made once: do not write."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def make(dtype: torch.dtype = torch.float32, tied: bool = False, **config: Any) -> Path:
+        key = (dtype, tied, *sorted(config.items()))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("tiny_llama")
+            _write_llama(made[key], dtype, tied, config)
+        return made[key]
+
+    return make
+
+
+def _write_llama(folder: Path, dtype: torch.dtype, tied: bool, changes: dict[str, Any]) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 256,
+        # Larger than Llama's 0.02: logits of order 1 let a wrong weight show.
+        "initializer_range": 0.1,
+    }
+    config = LlamaConfig(
+        **{**sizes, **changes}, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2, pad_token_id=3
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
+    _write_tokenizer(folder, config.vocab_size)
+
+
+def _write_tokenizer(folder: Path, vocab_size: int) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    unk, bos, eos, pad = SPECIAL_TOKENS
+    tokenizer = Tokenizer(models.BPE(unk_token=unk))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=[*string.ascii_letters, *string.digits, *string.punctuation],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=unk, bos_token=bos, eos_token=eos, pad_token=pad
+    )
+    fast.save_pretrained(folder)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One closing line: what did not run, and why."""
+    stats = terminalreporter.stats
+    reasons: Counter[str] = Counter()
+    for report in stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reasons[reason.removeprefix("Skipped: ")] += 1
+    if stats.get("deselected"):
+        reasons["deselected"] += len(stats["deselected"])
+    if reasons:
+        listed = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
+        terminalreporter.write_line(f"Not run: {sum(reasons.values())} tests ({listed})")
+    else:
+        terminalreporter.write_line("Not run: nothing was skipped or deselected")

@@ -1,0 +1,43 @@
+"""TRL's own trainer takes our 4-bit model as it is: nybble.register() and a NybbleConfig are the whole change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import nybble
+
+pytest.importorskip("trl", reason="trl is not installed")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_sft_trainer_trains_and_saves_a_stock_adapter(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    base = tiny_llama()
+    nybble.register()
+    model = AutoModelForCausalLM.from_pretrained(
+        base, quantization_config=nybble.NybbleConfig(bnb_4bit_compute_dtype="float32"), dtype=torch.float32
+    )
+    rows = Dataset.from_list([{"text": "What is two plus two? Two plus two is four."}] * 8)
+    trainer = SFTTrainer(
+        model,
+        args=SFTConfig(
+            output_dir=str(tmp_path), max_steps=8, learning_rate=1e-2, use_cpu=True, bf16=False, report_to=[],
+            logging_steps=1, disable_tqdm=True, per_device_train_batch_size=4, gradient_checkpointing=False,
+        ),
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(base),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )  # fmt: skip
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.9 * losses[0]
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

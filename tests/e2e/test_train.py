@@ -1,0 +1,131 @@
+"""From a recipe to a tuned model that answers, by the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+FAST = ("--learning_rate", "1e-2", "--max_steps", "12", "--logging_steps", "4", "--max_new_tokens", "8")
+
+
+def train_words(base: Path, rows: Path, out: Path, *more: object) -> list[object]:
+    flags = {"model_name_or_path": base, "dataset_name": rows, "output_dir": out, "device": "cpu"}
+    named = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    return ["train", *named, *FAST, *more]
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+def test_every_method_learns_and_leaves_a_whole_run(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path, method: str
+) -> None:
+    out = tmp_path / "run"
+    done = nybble(*train_words(tiny_llama(), rows_file, out, "--method", method, "--json"))
+    assert done.code == 0, done.err
+    record = done.json
+    assert record["evaluation_tuned"]["loss"] < 0.7 * record["evaluation_base"]["loss"]
+    assert record == json.loads((out / "run.json").read_text())
+    assert record["status"] == "done"
+    assert record["rows"]["ledger"]["stop_token_trained_fraction"] == 1.0
+    assert {"load", "evaluate_base", "train", "evaluate", "save"} == record["phases"].keys()
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    assert [event["step"] for event in events] == [1, 4, 8, 12]
+    assert events[-1]["tokens"] > 0
+    weights = out / ("model/model.safetensors" if method == "full" else "adapter/adapter_model.safetensors")
+    assert weights.is_file()
+    assert {"report.html", "report.md", "report.json", "recipe.yaml", "samples.jsonl"} <= {
+        p.name for p in out.iterdir()
+    }
+    assert weights.relative_to(out).as_posix() in json.loads((out / "manifest.json").read_text())
+
+
+def test_ask_answers_with_base_and_tuned(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    assert nybble(*train_words(tiny_llama(), rows_file, out, "--max_steps", "120", "--max_new_tokens", "24")).code == 0
+    answer = nybble("ask", out, "What is two?", "--json").json["answers"][0]
+    assert answer["tuned"].startswith("It is ")
+    assert answer["tuned"].endswith(".")  # and then it stops
+    assert answer["base"] != answer["tuned"]
+
+
+def test_the_adapter_is_the_same_function_in_stock_peft(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from nybble.hardware import detect_device
+    from nybble.models import find_model, load_adapter, load_model
+    from nybble.nn import Linear4bit
+    from nybble.recipe import load_recipe
+
+    out = tmp_path / "run"
+    assert nybble(*train_words(tiny_llama(), rows_file, out, "--compute_dtype", "float32")).code == 0
+    recipe = load_recipe(out / "recipe.yaml")
+    ours, _ = load_model(find_model(recipe.model), "qlora", recipe.model, recipe.quantization, detect_device("cpu"))
+    stock = AutoModelForCausalLM.from_pretrained(tiny_llama(), dtype=torch.float32)
+    for name, module in ours.named_modules():
+        if isinstance(module, Linear4bit):
+            stock.get_submodule(name).weight.data = module.dequantize()
+    ids = torch.tensor([[1, 20, 30, 40, 50]])
+    with torch.no_grad():
+        expected = load_adapter(ours, out / "adapter")(ids).logits
+        got = PeftModel.from_pretrained(stock, out / "adapter")(ids).logits
+    assert torch.allclose(got, expected, atol=1e-5)
+
+
+def test_resumed_equals_straight(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    words = train_words(tiny_llama(), rows_file, straight, "--save_steps", "6", "--lora_dropout", "0.1")
+    assert nybble(*words).code == 0
+    shutil.copytree(straight, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "checkpoint-12")
+    shutil.rmtree(resumed / "adapter")
+    done = nybble(*train_words(tiny_llama(), rows_file, resumed, *words[-4:], "--resume"))
+    assert done.code == 0, done.err
+    name = "adapter/adapter_model.safetensors"
+    ours, theirs = load_file(resumed / name), load_file(straight / name)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    steps = [json.loads(line)["step"] for line in (resumed / "events.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
+def test_a_nan_stops_says_where_and_keeps_the_record(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    flags = ("--learning_rate", "1e30", "--logging_steps", "1", "--max_grad_norm", "0", "--method", "full")
+    done = nybble(*train_words(tiny_llama(), rows_file, out, *flags))
+    assert done.code == 2
+    assert "not a number at step" in done.err.splitlines()[-1]
+    assert json.loads((out / "run.json").read_text())["status"] == "failed"
+    assert (out / "events.jsonl").read_text()
+
+
+def test_a_signal_saves_and_resume_goes_on(tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = [str(w) for w in train_words(tiny_llama(), rows_file, out, "--max_steps", "4000", "--logging_steps", "1")]
+    process = subprocess.Popen([sys.executable, "-m", "nybble", *words], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (out / "events.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 4, err
+    assert "--resume" in err.splitlines()[-1]
+    assert json.loads((out / "run.json").read_text())["status"] == "stopped"
+    assert list((out / "checkpoints").glob("checkpoint-*/optimizer.pt"))

@@ -1,0 +1,381 @@
+"""Recipes: what may be written, how it is understood, and what a wrong one is told."""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic.fields import FieldInfo
+
+from nybble.cli.flags import read_flags
+from nybble.errors import InputError, RecipeError
+from nybble.recipe import Recipe, Setting, all_settings, json_schema, load_recipe, save_recipe
+
+SETTINGS = all_settings()
+SECTIONS = sorted({item.section for item in SETTINGS if item.section})
+ALIASES = [(item, alias) for item in SETTINGS for alias in item.aliases]
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+LIMITS = ("ge", "gt", "le", "lt")
+
+
+def field_of(item: Setting) -> FieldInfo:
+    holder = type(Recipe.model_fields[item.section].default) if item.section else Recipe
+    return holder.model_fields[item.name]
+
+
+def limits_of(item: Setting) -> dict[str, float]:
+    return {k: getattr(m, k) for m in field_of(item).metadata for k in LIMITS if getattr(m, k, None) is not None}
+
+
+def value_of(recipe: Recipe, item: Setting) -> Any:
+    return getattr(getattr(recipe, item.section) if item.section else recipe, item.name)
+
+
+def other_value(item: Setting) -> Any:
+    """An allowed value that is not the default."""
+    kind = field_of(item).annotation
+    if get_origin(kind) is Literal:
+        return next(choice for choice in get_args(kind) if choice != item.default)
+    if kind is bool:
+        return not item.default
+    if kind is int or kind == int | None:
+        return 7 + (item.default or 8)
+    if kind is float:
+        return 0.125
+    return ["one", "two"] if get_origin(kind) is tuple else "other"
+
+
+def written(tmp_path: Path, content: str | dict[str, Any]) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(content if isinstance(content, str) else yaml.safe_dump(content), encoding="utf-8")
+    return file
+
+
+def refusal(path: Path | str | None = None, overrides: dict[str, Any] | None = None) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert isinstance(caught.value, InputError)
+    assert caught.value.exit_code == 2
+    return message
+
+
+def test_defaults_are_the_schemas() -> None:
+    recipe = load_recipe()
+    assert recipe == Recipe()
+    assert [value_of(recipe, item) for item in SETTINGS] == [item.default for item in SETTINGS]
+    assert (recipe.method, recipe.lora.r, recipe.quantization.bnb_4bit_quant_type) == ("qlora", 16, "nf4")
+    assert recipe.data.loss_on == "answers"
+
+
+def test_defaults_pass_their_own_validation() -> None:
+    assert Recipe.model_validate(Recipe().model_dump()) == Recipe()
+
+
+def test_a_recipe_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_recipe().training.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("content", ["", "# nothing\n", "{}\n", "training:\nlora: {}\n"])
+def test_an_empty_file_is_the_defaults(tmp_path: Path, content: str) -> None:
+    assert load_recipe(written(tmp_path, content)) == Recipe()
+
+
+def test_flat_sectioned_and_dotted_files_mean_the_same(tmp_path: Path) -> None:
+    flat = load_recipe(written(tmp_path, "learning_rate: 0.5\nr: 3\nmethod: lora\n"))
+    sections = load_recipe(written(tmp_path, "training: {learning_rate: 0.5}\nlora: {r: 3}\nmethod: lora\n"))
+    dotted = load_recipe(written(tmp_path, "training.learning_rate: 0.5\nlora.r: 3\nmethod: lora\n"))
+    assert flat == sections == dotted
+    assert (flat.training.learning_rate, flat.lora.r, flat.method) == (0.5, 3, "lora")
+
+
+@pytest.mark.parametrize("item", [s for s in SETTINGS if s.name != "push_to_hub"], ids=lambda s: s.path)
+def test_every_setting_is_set_by_name_by_path_and_in_its_section(tmp_path: Path, item: Setting) -> None:
+    value = other_value(item)
+    by_name = load_recipe(None, {item.name: value})
+    assert by_name != Recipe()
+    assert value_of(by_name, item) == (tuple(value) if isinstance(value, list) else value)
+    assert load_recipe(None, {item.path: value}) == by_name
+    nested = {item.section: {item.name: value}} if item.section else {item.name: value}
+    assert load_recipe(written(tmp_path, nested)) == by_name
+
+
+@pytest.mark.parametrize(("item", "alias"), ALIASES, ids=lambda x: x if isinstance(x, str) else "")
+def test_every_alias_means_its_setting(tmp_path: Path, item: Setting, alias: str) -> None:
+    value = other_value(item)
+    wanted = load_recipe(None, {item.path: value})
+    assert load_recipe(None, {alias: value}) == wanted
+    assert load_recipe(None, {f"{item.section}.{alias}" if item.section else alias: value}) == wanted
+    assert load_recipe(written(tmp_path, {alias: value})) == wanted
+
+
+def test_the_names_of_other_tools_are_understood() -> None:
+    foreign = """model_name base_model finetuning_type use_bnb_nested_quant double_quantization block_size lora_r
+        lora_rank lora_target_modules lora_target dataset train_file text_column max_seq_length cutoff_len sequence_len
+        val_set_size max_samples num_epochs micro_batch_size batch_size lr lr_scheduler optimizer grad_accum"""
+    assert set(foreign.split()) <= {alias for _, alias in ALIASES}
+
+
+def test_names_and_aliases_are_unique() -> None:
+    spellings = [spelling for item in SETTINGS for spelling in (item.name, *item.aliases)]
+    assert sorted(spellings) == sorted(set(spellings))
+    assert len({item.path for item in SETTINGS}) == len(SETTINGS)
+    # `model: folder` and `data: rows.jsonl` are short for a setting of that very section; no other name may clash.
+    clashes = {(item.section, alias) for item, alias in ALIASES if alias in SECTIONS}
+    assert all(section == alias for section, alias in clashes)
+    assert not {item.name for item in SETTINGS} & set(SECTIONS)
+
+
+@pytest.mark.parametrize(
+    "flag", ["learning-rate", "--learning-rate", "--learning_rate", "training.learning-rate", "lr"]
+)
+def test_dashes_and_underscores_are_one(flag: str) -> None:
+    assert load_recipe(None, {flag: "0.5"}).training.learning_rate == 0.5
+
+
+def test_override_beats_file_beats_default(tmp_path: Path) -> None:
+    file = written(tmp_path, "training: {learning_rate: 0.5, max_steps: 9}\n")
+    recipe = load_recipe(file, {"lr": "0.25"})
+    assert (recipe.training.learning_rate, recipe.training.max_steps, recipe.training.seed) == (0.25, 9, 42)
+
+
+def test_flag_beats_set() -> None:
+    overrides = read_flags(["--learning-rate", "0.5"], ["learning-rate=0.25", "lora.r=4"])
+    recipe = load_recipe(None, overrides)
+    assert (recipe.training.learning_rate, recipe.lora.r) == (0.5, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("learning_rate", "2e-4", 2e-4),
+        ("use_dora", "true", True),
+        ("max_train_rows", "null", None),
+        ("max_steps", "-1", -1),
+        ("bnb_4bit_blocksize", "128", 128),
+        ("target_modules", "q_proj, v_proj", ("q_proj", "v_proj")),
+        ("target_modules", "[q_proj, v_proj]", ("q_proj", "v_proj")),
+        ("target_modules", "all", "all-linear"),
+        ("target_modules", "q_proj", "q_proj"),
+        ("skip_modules", "[a, b]", ("a", "b")),
+        ("report_to", "[tensorboard, wandb]", "tensorboard,wandb"),
+        ("output_dir", "runs/ü x", "runs/ü x"),
+    ],
+)
+def test_text_from_the_command_line_becomes_the_value(name: str, text: str, value: Any) -> None:
+    item = next(item for item in SETTINGS if item.name == name)
+    assert value_of(load_recipe(None, {name: text}), item) == value
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("learning_rat", "learning_rate"),
+        ("Learning_Rate", "learning_rate"),
+        ("lora_alpa", "lora_alpha"),
+        ("training.learing_rate", "learning_rate"),
+        ("lora.learning_rate", "learning_rate"),
+        ("--num-train-epoch", "num_train_epochs"),
+    ],
+)
+def test_a_misspelt_setting_is_asked_back(wrong: str, meant: str) -> None:
+    message = refusal(None, {wrong: 1})
+    assert repr(wrong) in message
+    assert f"did you mean {meant!r}?" in message
+
+
+def test_a_name_like_no_other_is_sent_to_the_list() -> None:
+    assert "nybble settings" in refusal(None, {"xyzzy": 1})
+
+
+@pytest.mark.parametrize(
+    ("foreign", "ours"),
+    [
+        ("load_in_4bit", "method: qlora"),
+        ("load_in_8bit", "method: lora"),
+        ("quantization_bit", "method: qlora"),
+        ("adapter", "method: qlora"),
+        ("bf16", "bnb_4bit_compute_dtype: bfloat16"),
+        ("fp16", "bnb_4bit_compute_dtype: float16"),
+        ("training.bf16", "bnb_4bit_compute_dtype: bfloat16"),
+        ("train_on_inputs", "loss_on"),
+        ("warmup_steps", "warmup_ratio"),
+        ("eval_strategy", "eval_steps"),
+    ],
+)
+def test_other_tools_settings_get_a_hint(foreign: str, ours: str) -> None:
+    message = refusal(None, {foreign: True})
+    assert repr(foreign) in message
+    assert ours in message
+
+
+@pytest.mark.parametrize("item", SETTINGS, ids=lambda s: s.path)
+def test_a_wrong_type_is_named_in_one_line(item: Setting) -> None:
+    message = refusal(None, {item.path: {"a\nmapping": [1]}})
+    assert message.startswith(f"{item.path}: got ")
+    assert item.meaning in message
+
+
+@pytest.mark.parametrize(
+    ("item", "limit"),
+    [(s, k) for s in SETTINGS for k in limits_of(s)],
+    ids=lambda x: x if isinstance(x, str) else x.path,
+)
+def test_a_value_beyond_its_limit_is_named_in_one_line(item: Setting, limit: str) -> None:
+    beyond = limits_of(item)[limit] + {"ge": -1, "gt": 0, "le": 1, "lt": 0}[limit]
+    message = refusal(None, {item.path: beyond})
+    assert message.startswith(f"{item.path}: got {beyond!r}; input should be ")
+
+
+def test_limits_themselves_are_allowed() -> None:
+    for item in SETTINGS:
+        for limit, value in limits_of(item).items():
+            if limit in ("ge", "le"):
+                assert value_of(load_recipe(None, {item.path: value}), item) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("learning_rate", 0), ("r", 0), ("max_length", 7), ("eval_fraction", 1), ("lora_dropout", 1), ("max_steps", -2)]
+    + [(name, ".nan") for name in ("learning_rate", "weight_decay", "lora_dropout")],
+)
+def test_what_cannot_be_meant_is_refused(name: str, value: float | str) -> None:
+    assert f"{name}: got {str(value).strip('.')}" in refusal(None, {name: value})
+
+
+def test_push_to_hub_needs_a_name() -> None:
+    assert "hub_model_id" in refusal(None, {"push_to_hub": True})
+    assert load_recipe(None, {"push_to_hub": True, "hub_model_id": "me/it"}).training.push_to_hub
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("optimisation:\n  lr: 1\n", "unknown section 'optimisation'; allowed: data, evaluation, lora"),
+        ("- a\n- b\n", "holds a list, a recipe is a mapping"),
+        ("just words\n", "holds a str, a recipe is a mapping"),
+        ("a: b: c\n", "not YAML"),
+        ("training:\n\tlr: 1\n", "not YAML"),
+        ("x: !!python/object/apply:os.getcwd []\n", "not YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path: Path, content: str, said: str) -> None:
+    file = written(tmp_path, content)
+    message = refusal(file)
+    assert message.startswith(f"{file}: ")
+    assert said in message
+
+
+def test_a_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_bytes(b"run_name: \xff\n")
+    assert refusal(file).startswith(f"{file}: not YAML")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    assert f"'{tmp_path / 'none.yaml'}' does not exist" in refusal(tmp_path / "none.yaml")
+    assert "does not exist" in refusal(tmp_path)
+
+
+def values(kind: Any, limits: dict[str, float]) -> st.SearchStrategy[Any]:
+    """Allowed values of a setting's type."""
+    if get_origin(kind) is Literal:
+        return st.sampled_from(get_args(kind))
+    if get_origin(kind) in (Union, types.UnionType):
+        return st.one_of([values(one, limits) for one in get_args(kind)])
+    if get_origin(kind) is tuple:
+        return st.lists(st.text(), max_size=3)
+    if kind is float:
+        low, high = limits.get("ge", limits.get("gt", -1e300)), limits.get("le", limits.get("lt", 1e300))
+        return st.floats(low, high, exclude_min="gt" in limits, exclude_max="lt" in limits, allow_nan=False)
+    whole = st.integers(int(limits.get("ge", 0)), int(limits.get("le", 10**12)))
+    return {int: whole, bool: st.booleans(), str: st.text(), type(None): st.none()}[kind]
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    chosen = draw(st.sets(st.sampled_from(SETTINGS), max_size=12).map(lambda s: sorted(s, key=lambda item: item.path)))
+    given_values = {item.path: draw(values(field_of(item).annotation, limits_of(item))) for item in chosen}
+    content: dict[str, Any] = {"training": {"hub_model_id": "me/" + draw(st.text())}}
+    for path, value in given_values.items():
+        section, _, name = path.rpartition(".")
+        if name != "hub_model_id":
+            (content.setdefault(section, {}) if section else content)[name] = value
+    return Recipe.model_validate(content)
+
+
+@settings(max_examples=3000, deadline=None)
+@given(recipe=recipes())
+def test_a_saved_recipe_loads_as_itself(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> None:
+    file = tmp_path_factory.getbasetemp() / "saved.yaml"
+    file.write_text(save_recipe(recipe), encoding="utf-8")
+    assert load_recipe(file) == recipe
+
+
+def test_a_saved_recipe_keeps_the_next_line_character(tmp_path: Path) -> None:
+    recipe = Recipe.model_validate({"training": {"run_name": "a\x85b"}})
+    assert load_recipe(written(tmp_path, save_recipe(recipe))) == recipe
+
+
+def test_a_saved_recipe_holds_every_setting() -> None:
+    saved = yaml.safe_load(save_recipe(Recipe()))
+    assert {item.name for item in SETTINGS} == {"method"} | {name for s in SECTIONS for name in saved[s]}
+
+
+def test_the_json_schema_holds_every_setting() -> None:
+    schema = json_schema()
+    for item in SETTINGS:
+        properties = schema["properties"]
+        if item.section:
+            reference = properties[item.section]
+            name = (reference.get("$ref") or reference["allOf"][0]["$ref"]).rpartition("/")[2]
+            properties = schema["$defs"][name]["properties"]
+        assert properties[item.name]["description"] == item.meaning
+    assert all(d.get("additionalProperties") is False for d in schema["$defs"].values())
+
+
+def test_every_setting_has_a_meaning() -> None:
+    assert [item.path for item in SETTINGS if not item.meaning] == []
+
+
+def test_there_are_recipes_to_check() -> None:
+    folder = Path(__file__).parents[2] / "recipes"
+    assert RECIPES or not any(folder.glob("*"))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
+def test_every_recipe_of_the_project_loads(file: Path) -> None:
+    recipe = load_recipe(file)
+    assert recipe.model.model_name_or_path
+    assert recipe.data.dataset_name
+
+
+@pytest.mark.parametrize("text", ["2024", "2024-05-01", "on", "a: b", "runs/a #2"])
+def test_text_settings_take_text_as_it_is(text: str) -> None:
+    assert load_recipe(None, {"output_dir": text}).training.output_dir == text
+
+
+@pytest.mark.parametrize("text", ["2024-13-45", "!!int x"])
+def test_yaml_that_cannot_be_built_is_refused_as_yaml(tmp_path: Path, text: str) -> None:
+    assert "not YAML" in refusal(written(tmp_path, f"run_name: {text}\n"))
+
+
+@pytest.mark.parametrize("name", ["r", "max_steps", "seed", "learning_rate"])
+def test_true_is_no_number(name: str) -> None:
+    assert name in refusal(None, read_flags([f"--{name}"]))
+
+
+@pytest.mark.parametrize("name", ["num_train_epochs", "learning_rate", "lora_alpha"])
+def test_infinity_is_refused(name: str) -> None:
+    assert name in refusal(None, {name: ".inf"})
+
+
+def test_skip_modules_takes_names_with_commas() -> None:
+    assert load_recipe(None, {"skip_modules": "lm_head"}).quantization.skip_modules == ("lm_head",)

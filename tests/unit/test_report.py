@@ -1,0 +1,213 @@
+"""Reports from run directories written by hand: nothing foreign is run or fetched, whatever the run holds."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from nybble.data import Ledger
+from nybble.errors import InputError
+from nybble.recipe import load_recipe
+from nybble.reporting import write_report
+from nybble.runs import Evaluation, Phase, RunDirectory, RunRecord, Sample, StepEvent
+
+HOSTILE = '<script>alert("x")</script><img src=http://evil.example/x.png onerror=alert(1)>&lt;{{ 7 * 7 }}'
+LOADERS = {"src", "href", "xlink:href", "srcset", "data", "action", "formaction", "poster", "background", "ping"}
+
+
+def record(**changes: Any) -> RunRecord:
+    """What run.json holds when the run has just begun."""
+    ledger = {field.name: "text" if field.type == "str" else 3 for field in fields(Ledger)}
+    recipe = load_recipe(None, {"model_name_or_path": "models/tiny", "dataset_name": "rows.jsonl"})
+    values: dict[str, Any] = {
+        "status": "running",
+        "recipe": recipe.model_dump(mode="json"),
+        "versions": {"torch": "2.13"},
+        "device": {"name": "a CPU"},
+        "rows": {"ledger": ledger, "sha256": "0" * 64},
+        "plan": {},
+        "model": {},
+        "started": "2026-01-01T00:00:00+00:00",
+    }
+    return RunRecord(**{**values, **changes})
+
+
+def finished(**changes: Any) -> RunRecord:
+    values: dict[str, Any] = {
+        "status": "done",
+        "model": {"packed_bytes": 4127, "packed_elements": 8000},
+        "phases": {"load": Phase(None, 5_000_000, 1.5), "train": Phase(7, 9_000_000, 75.0)},
+        "trainable_parameters": 4_194_304,
+        "total_parameters": 6_742_609_920,
+        "train_loss": 0.75,
+        "tokens_per_second": 1234.0,
+        "peak_bytes": 9_000_000,
+        "seconds": 80.0,
+        "seconds_to_first_step": 3.25,
+        "evaluation_base": Evaluation(2.5, 12.18, 10, 100, 0.1, 1.0),
+        "evaluation_tuned": Evaluation(0.5, 1.65, 10, 100, 0.9, 1.0),
+    }
+    return record(**{**values, **changes})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    made = RunDirectory(tmp_path / "run")
+    made.create()
+    return made
+
+
+def write(run: RunDirectory, written: RunRecord, n_events: int = 0, sample: Sample | None = None) -> str:
+    """The page of a run directory made by hand."""
+    run.write_record(written)
+    for step in range(1, n_events + 1):
+        eval_loss = 1.0 if step == 2 else None
+        run.append_event(StepEvent(step, 9, 2 / step, 1e-4, 0.5, 100 * step, 0.5 * step, 1_000_000, eval_loss))
+    if sample is not None:
+        run.append_sample(sample)
+    page = write_report(run.path)
+    assert page == run.path / "report.html"
+    return page.read_text(encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """The tags of a page, and what its attributes would load."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.loaded: list[str] = []
+        self.handlers: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.loaded += [value or "" for name, value in attrs if name in LOADERS]
+        self.handlers += [name for name, _ in attrs if name.startswith("on")]
+
+
+def assert_loads_nothing(text: str) -> None:
+    page = Page(text)
+    assert not {"script", "link", "img", "iframe", "object", "embed", "base", "form", "video"} & set(page.tags)
+    assert page.handlers == []
+    assert [value for value in page.loaded if not value.startswith("#")] == []
+    assert [value for value in re.findall(r"url\(\s*['\"]?([^)]*)\)", text) if not value.startswith("#")] == []
+    assert "@import" not in text
+
+
+def test_a_finished_runs_report_shows_its_figures(run: RunDirectory) -> None:
+    text = write(run, finished(), 5, Sample("Is it?", "no", "yes", "yes"))
+    for shown in (
+        "qlora of tiny",
+        "2.5000",
+        "0.5000",
+        "10.0 %",
+        "90.0 %",
+        "4,194,304",
+        "9.00 MB",
+        "1 min 15 s",
+        "Is it?",
+    ):
+        assert shown in text
+    assert "4.127 bits a weight" in text
+    markdown = (run.path / "report.md").read_text(encoding="utf-8")
+    assert "| held-out loss (nats a token) | 2.5000 | 0.5000 |" in markdown
+    assert "Is it?" in markdown
+
+
+def test_the_json_report_is_record_events_and_samples(run: RunDirectory) -> None:
+    written = finished()
+    write(run, written, 3, Sample("p", "a", "b"))
+    summary = json.loads((run.path / "report.json").read_text(encoding="utf-8"))
+    assert summary["record"] == json.loads(json.dumps(written.to_json()))
+    assert [event["step"] for event in summary["events"]] == [1, 2, 3]
+    assert [sample["tuned"] for sample in summary["samples"]] == ["b"]
+
+
+def test_samples_on_the_way_are_not_shown_as_the_result(run: RunDirectory) -> None:
+    run.append_sample(Sample("p", "a", "half-way", step=2))
+    text = write(run, finished(), 3, Sample("p", "a", "at the end"))
+    assert "half-way" not in text
+    assert "at the end" in text
+
+
+def test_hostile_text_is_text(run: RunDirectory) -> None:
+    changes: dict[str, Any] = {"notes": [HOSTILE], "device": {"name": HOSTILE}, "versions": {HOSTILE: HOSTILE}}
+    written = finished(**changes)
+    written.recipe["model"]["model_name_or_path"] = HOSTILE
+    written.recipe["training"]["run_name"] = HOSTILE
+    text = write(run, written, 3, Sample(HOSTILE, HOSTILE, HOSTILE, HOSTILE))
+    assert "<script" not in text.lower()
+    assert "<img" not in text.lower()
+    assert text.count("&lt;script&gt;") >= 9
+    assert "{{ 7 * 7 }}" in text
+    assert_loads_nothing(text)
+
+
+@pytest.mark.parametrize("n_events", [0, 1, 5])
+def test_the_page_loads_nothing(run: RunDirectory, n_events: int) -> None:
+    assert_loads_nothing(write(run, finished(), n_events, Sample("p", "a", "b")))
+
+
+def test_curves_are_svg_inside_the_page_with_ids_of_their_own(run: RunDirectory) -> None:
+    text = write(run, finished(), 5)
+    drawings = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    assert len(drawings) == 3  # loss, memory, speed
+    ids = [node.attrib["id"] for svg in drawings for node in ElementTree.fromstring(svg).iter() if "id" in node.attrib]  # noqa: S314
+    assert len(ids) == len(set(ids))
+    referred = set(re.findall(r'(?:url\(#|href="#)([^")]+)', text))
+    assert referred <= set(ids)
+
+
+def test_the_same_run_gives_the_same_bytes(run: RunDirectory) -> None:
+    first = write(run, finished(), 4)
+    assert write_report(run.path).read_text(encoding="utf-8") == first
+
+
+def test_a_run_that_has_just_begun_has_a_report(run: RunDirectory) -> None:
+    text = write(run, record())
+    assert "running" in text
+    assert "<svg" not in text
+    assert {file.name for file in run.path.iterdir()} == {"run.json", "report.html", "report.md", "report.json"}
+
+
+def test_a_run_under_way_has_a_report_with_curves(run: RunDirectory) -> None:
+    base = Evaluation(2.5, 12.18, 10, 100, None, 1.0)
+    text = write(run, record(evaluation_base=base, phases={"load": Phase(None, 5, 1.0)}), 2)
+    assert "<svg" in text
+    assert "exact match" not in text
+
+
+def test_a_line_cut_short_does_not_stop_the_report(run: RunDirectory) -> None:
+    write(run, record(), 2)
+    with (run.path / "events.jsonl").open("a") as file:
+        file.write('{"step": 3, "los')
+    assert "<svg" in write_report(run.path).read_text(encoding="utf-8")
+
+
+def test_a_loss_that_is_not_a_number_does_not_stop_the_report(run: RunDirectory) -> None:
+    run.append_event(StepEvent(1, 9, float("nan"), 1e-4, float("inf"), 100, 0.5, 1))
+    assert "<svg" in write(run, record(status="failed", notes=["the loss is not a number"]), 3)
+
+
+def test_rows_without_held_out_rows_have_dashes(run: RunDirectory) -> None:
+    assert "–" in write(run, finished(evaluation_base=None, evaluation_tuned=None), 2)
+
+
+def test_no_run_directory_no_report(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is no run directory"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_record_without_rows_is_refused(run: RunDirectory) -> None:
+    (run.path / "run.json").write_text('{"status": "done", "recipe": {}}')
+    with pytest.raises(InputError, match=r"run\.json"):
+        write_report(run.path)
