@@ -337,6 +337,24 @@ def test_a_first_assistant_turn_is_learned_without_its_header(prepare: Call, tok
     assert learned_text(example, tok) == "Yes, it is.</s>No.</s>"
 
 
+@pytest.mark.parametrize("content", ["assistant", "s", "hi"])
+def test_a_header_is_told_from_content_that_looks_like_it(prepare: Call, tok: Any, content: str) -> None:
+    turns = [{"role": "assistant", "content": content}]
+    example = prepare([{"messages": turns}], chat_template="chatml").train[0]
+    assert learned_text(example, tok) == f"{content}</s>"
+
+
+def test_a_template_that_fails_is_the_rows_error(prepare: Call, tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text("{{ 1 // 0 }}")
+    with pytest.raises(RowsError, match="row 1: the chat template refuses it"):
+        prepare([{"messages": TURNS}], chat_template=str(tmp_path / "own.jinja"))
+
+
+def test_rows_that_are_all_held_out_say_so(prepare: Call) -> None:
+    with pytest.raises(RowsError, match="every row is held out"):
+        prepare([{"text": "a b"}] * 2, eval_fraction=0.5)
+
+
 def test_inst_text_that_ends_with_a_question_does_not_learn_it(prepare: Call, tok: Any) -> None:
     example = prepare([{"text": "<s>[INST] Q [/INST] A </s><s>[INST] and then?"}]).train[0]
     assert learned_text(example, tok) == " A </s>"

@@ -311,7 +311,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
     return Recipe.model_validate(content)
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(recipe=recipes())
 def test_a_saved_recipe_loads_as_itself(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.getbasetemp() / "saved.yaml"
@@ -322,6 +322,10 @@ def test_a_saved_recipe_loads_as_itself(recipe: Recipe, tmp_path_factory: pytest
 def test_a_saved_recipe_keeps_the_next_line_character(tmp_path: Path) -> None:
     recipe = Recipe.model_validate({"training": {"run_name": "a\x85b"}})
     assert load_recipe(written(tmp_path, save_recipe(recipe))) == recipe
+
+
+def test_one_setting_under_two_names_is_refused(tmp_path: Path) -> None:
+    assert "same setting" in refusal(written(tmp_path, "lr: 1.0e-3\nlearning_rate: 2.0e-3\n"))
 
 
 def test_a_saved_recipe_holds_every_setting() -> None:

@@ -118,9 +118,10 @@ def _encode_turns(turns: list[Turn], tokenizer: Any, loss_on: str, where: str) -
 def _answer_border(turns: list[Turn], k: int, text: str, tokenizer: Any, where: str) -> tuple[int, int] | None:
     """Characters of `text` that are turn `k`, or None where the template does not keep earlier turns as they were."""
     whole = _render(turns[: k + 1], tokenizer, where)
-    if k == 0:  # no template renders nothing: the header ends where the content begins
-        start = whole.find(turns[0].content.strip())
-        return (start, len(whole)) if start >= 0 and text.startswith(whole) else None
+    if k == 0:  # no template renders nothing: the header ends where two different contents begin to differ
+        a, b = (_render([Turn(turns[0].role, content)], tokenizer, where) for content in ("a", "b"))
+        differs = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+        return (next(differs, 0), len(whole)) if text.startswith(whole) else None
     for generation_prompt in (True, False):
         before = _render(turns[:k], tokenizer, where, generation_prompt)
         if whole.startswith(before) and text.startswith(whole):
@@ -134,7 +135,8 @@ def _render(turns: list[Turn], tokenizer: Any, where: str, add_generation_prompt
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
-    except (TemplateError, TypeError, KeyError, IndexError) as error:
+    # A template is a program of somebody else's; these are the ways in which one fails.
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise RowsError(f"{where}: the chat template refuses it: {error}") from error
 
 

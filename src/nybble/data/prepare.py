@@ -128,6 +128,11 @@ def _count(examples: list[Example], train: list[Example], n_held: int, shape: st
 
 
 def _refuse_useless(ledger: Ledger, source: str, data: DataSection) -> None:
+    if ledger.rows_used == 0 and ledger.rows_held_out > 0:
+        raise RowsError(
+            f"{source}: every row is held out, or the same as one that is; lower --eval_fraction, or "
+            "give other held-out rows"
+        )
     if ledger.tokens_trained == 0:
         raise RowsError(
             f"{source}: none of {ledger.rows_read} rows has a token to learn within max_length {data.max_length}; "

@@ -95,8 +95,13 @@ def load_recipe(path: Path | str | None = None, overrides: Mapping[str, Any] | N
     """
     names = _spellings()
     values: dict[str, dict[str, Any]] = {}
+    said: dict[str, str] = {}
     for key, value in _flat(_read(path) if path is not None else {}, str(path)):
-        _put(values, _resolve(key, names), value)
+        setting_path = _resolve(key, names)
+        if setting_path in said:
+            raise RecipeError(f"{path}: {said[setting_path]!r} and {key!r} are the same setting; keep one")
+        said[setting_path] = key
+        _put(values, setting_path, value)
     settings = {item.path: item for item in all_settings()}
     for key, value in (overrides or {}).items():
         setting_path = _resolve(key, names)
@@ -178,8 +183,10 @@ def _from_text(value: Any, setting: Setting) -> Any:
     """A flag's text as YAML would have it; where the setting is text itself, it stays as it is."""
     if not isinstance(value, str) or value == "":
         return value
+    if setting.default is None and value.lower() in ("none", "null"):
+        return None
     if setting.is_text and not value.startswith("["):
-        return None if setting.default is None and value.lower() in ("none", "null") else value
+        return value
     try:
         return yaml.safe_load(value)
     except (yaml.YAMLError, ValueError, RecursionError):
