@@ -18,19 +18,6 @@ def model_card(record: Mapping[str, Any]) -> str:
     head += [] if recipe["method"] == "full" else ["library_name: peft"]
     # The hub refuses a card whose base_model is a path.
     head += [] if is_local else [f"base_model: {base_name}"]
-    base, tuned = record.get("evaluation_base") or {}, record.get("evaluation_tuned") or {}
-    table = [f"| loss | {format_number(base.get('loss'))} | {format_number(tuned.get('loss'))} |"]
-    if tuned.get("exact_match") is not None:
-        table.append(
-            f"| exact match | {format_share(base.get('exact_match'))} | {format_share(tuned['exact_match'])} |"
-        )
-    measured = [
-        f"On {format_count(tuned['n_rows'])} held-out rows:",
-        "",
-        "| | base | tuned |",
-        "|---|---|---|",
-        *table,
-    ]
     return "\n".join(
         [
             *head,
@@ -43,7 +30,23 @@ def model_card(record: Mapping[str, Any]) -> str:
             f"Trained parameters: {format_count(record['trainable_parameters'])} of "
             f"{format_count(record['total_parameters'])}.",
             "",
-            *(measured if tuned else ["No rows were held out, so nothing was measured."]),
+            *_measured(record),
             "",
         ]
     )
+
+
+def _measured(record: Mapping[str, Any]) -> list[str]:
+    base, tuned = record.get("evaluation_base"), record.get("evaluation_tuned")
+    if not base or not tuned:
+        return ["No rows were held out, so nothing was measured."]
+    lines = [
+        f"On {format_count(tuned['n_rows'])} held-out rows:",
+        "",
+        "| | base | tuned |",
+        "|---|---|---|",
+        f"| loss | {format_number(base['loss'])} | {format_number(tuned['loss'])} |",
+    ]
+    if tuned["exact_match"] is not None:
+        lines.append(f"| exact match | {format_share(base['exact_match'])} | {format_share(tuned['exact_match'])} |")
+    return lines
