@@ -31,8 +31,11 @@ fix: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The measurements on real models need a folder with models/ and rows/: make bench DATA=FOLDER
 bench: install
 	$(BIN)/python bench/seven_b.py
+	$(BIN)/python bench/loading.py
+	$(if $(DATA),$(BIN)/python bench/real_rows.py --data $(DATA))
 
 docs: install
 	$(BIN)/python docs/generate.py

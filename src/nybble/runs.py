@@ -214,10 +214,12 @@ class RunDirectory:
         """Add a line to samples.jsonl."""
         self._append("samples.jsonl", asdict(sample))
 
-    def drop_events_after(self, step: int) -> None:
-        """Forget logged steps beyond `step`, which a resumed run will log again."""
+    def drop_events_after(self, step: int) -> tuple[int, float]:
+        """Forget logged steps beyond `step`, which a resumed run will log again; tokens and seconds up to there."""
         kept = [event for event in read_lines(self.path / "events.jsonl") if event.get("step", 0) <= step]
         write_text(self.path / "events.jsonl", "".join(f"{to_json(event)}\n" for event in kept))
+        last = kept[-1] if kept else {}
+        return int(last.get("tokens") or 0), float(last.get("seconds") or 0.0)
 
     def write_manifest(self) -> None:
         """Sizes and hashes of the finished run's files; checkpoints are not part of the result."""

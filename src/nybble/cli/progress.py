@@ -33,7 +33,7 @@ class Live:
 
     def note(self, text: str) -> None:
         """Print a remark."""
-        self.console.print(f"  {text}", markup=False)
+        self.console.print(f"  {text}", markup=False, soft_wrap=True)
 
     def step(self, event: StepEvent) -> None:
         """Move the bar, or print a line."""

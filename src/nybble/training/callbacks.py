@@ -52,7 +52,8 @@ class Logbook(TrainerCallback):
         self.accumulation: Callable[[], int] = lambda: 1  # micro-batches of the step under way; the trainer knows
         self.diverged_at: int | None = None
         self.peak_bytes = 0
-        self.tokens = 0
+        self.tokens = 0  # of this process
+        self.before: tuple[int, float] = (0, 0.0)  # tokens and seconds of the run that this one resumes
         self.seconds_to_first_step: float | None = None
         self._created = time.monotonic()
         self._started = time.monotonic()
@@ -85,8 +86,8 @@ class Logbook(TrainerCallback):
             loss=_number(logs.get("loss")),
             learning_rate=_number(logs.get("learning_rate")),
             grad_norm=_number(logs.get("grad_norm")),
-            tokens=self.tokens,
-            seconds=self.seconds,
+            tokens=self.before[0] + self.tokens,
+            seconds=self.before[1] + self.seconds,
             peak_bytes=peak,
             eval_loss=_number(logs.get("eval_loss")),
         )

@@ -80,7 +80,7 @@ def train_model(
     checks.log = trainer.log
     checkpoint = run.last_checkpoint() if setup.resume else None
     if checkpoint is not None:
-        run.drop_events_after(int(checkpoint.name.partition("-")[2]))
+        logbook.before = run.drop_events_after(int(checkpoint.name.partition("-")[2]))
     try:
         with stop:
             outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
