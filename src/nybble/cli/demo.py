@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -34,18 +35,12 @@ def demo(
     from nybble.cli.train import print_outcome
     from nybble.runs import read_lines
 
-    shown = [s for s in read_lines(_samples_file(record.run_dir)) if s.get("step") is None]
+    shown = [s for s in read_lines(Path(record.run_dir) / "samples.jsonl") if s.get("step") is None]
     print_samples(shown)
     print_outcome(record.run_dir)
 
 
-def _samples_file(run_dir: str):  # type: ignore[no-untyped-def]
-    from pathlib import Path
-
-    return Path(run_dir) / "samples.jsonl"
-
-
-def _figures(record: dict) -> dict:  # type: ignore[type-arg]
+def _figures(record: dict[str, Any]) -> dict[str, Any]:
     base, tuned = record["evaluation_base"], record["evaluation_tuned"]
     names = ("trainable_parameters", "total_parameters", "peak_bytes", "tokens_per_second", "seconds", "run_dir")
     return {
