@@ -1,5 +1,6 @@
 """Operators with a schema, a fake and a reference; faster paths register on the same operators."""
 
-from nybble.kernels.ops import dequantize
+from nybble.kernels.ops import ENCODERS, dequantize, multiply, quantize
+from nybble.kernels.paths import path_for
 
-__all__ = ["dequantize"]
+__all__ = ["ENCODERS", "dequantize", "multiply", "path_for", "quantize"]

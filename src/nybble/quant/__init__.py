@@ -4,6 +4,7 @@ from nybble.quant.blockwise import decode, decode_absmax, encode
 from nybble.quant.bnb_layout import SUFFIXES, from_bnb, to_bnb
 from nybble.quant.codebooks import BLOCK_SIZES, QUANT_TYPES, codebook, dynamic_codebook
 from nybble.quant.packed import NESTED_BLOCK_SIZE, PackedWeight
+from nybble.quant.search import Steps, encode_searched
 
 __all__ = [
     "BLOCK_SIZES",
@@ -11,11 +12,13 @@ __all__ = [
     "QUANT_TYPES",
     "SUFFIXES",
     "PackedWeight",
+    "Steps",
     "codebook",
     "decode",
     "decode_absmax",
     "dynamic_codebook",
     "encode",
+    "encode_searched",
     "from_bnb",
     "to_bnb",
 ]

@@ -28,6 +28,19 @@ def encode(
     Raises:
         ValueError: block size or type not supported, or a weight that is not finite.
     """
+    check_weight(weight, block_size)
+    pieces = [_encode_piece(part, quant_type, block_size) for part in weight.detach().reshape(-1).split(_PIECE)]
+    packed, absmax = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    plain = PackedWeight(packed.unsqueeze(1), absmax, tuple(weight.shape), block_size, quant_type, weight.dtype)
+    return _nest(plain) if double_quant else plain
+
+
+def check_weight(weight: Tensor, block_size: int) -> None:
+    """Refuse what cannot be packed.
+
+    Raises:
+        ValueError: with what was seen and what is allowed.
+    """
     if weight.dtype not in _FLOATS:
         raise ValueError(f"can pack float32, float16 and bfloat16, got {weight.dtype}")
     if block_size not in BLOCK_SIZES:
@@ -36,10 +49,6 @@ def encode(
         raise ValueError(f"a weight of shape {tuple(weight.shape)} has nothing to pack")
     if not torch.isfinite(weight).all():
         raise ValueError(f"{int((~torch.isfinite(weight)).sum())} of {weight.numel()} values are NaN or infinite")
-    pieces = [_encode_piece(part, quant_type, block_size) for part in weight.detach().reshape(-1).split(_PIECE)]
-    packed, absmax = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-    plain = PackedWeight(packed.unsqueeze(1), absmax, tuple(weight.shape), block_size, quant_type, weight.dtype)
-    return _nest(plain) if double_quant else plain
 
 
 def decode(weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
