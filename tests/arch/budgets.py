@@ -24,6 +24,7 @@ SHOWN = 10
 # Functions whose signature is somebody else's: (file, function) -> whose. An entry that is not needed is a violation.
 MIRRORED_SIGNATURES = {
     ("src/nybble/kernels/ops.py", "dequantize_4bit"): "torch.library reads the operator's schema off it",
+    ("src/nybble/kernels/ops.py", "gemv_4bit"): "torch.library reads the operator's schema off it",
     ("src/nybble/kernels/ops.py", "_"): "the fake of dequantize_4bit, whose signature must be the operator's",
 }
 VERBS = Path("src/nybble/cli")  # typer reads the command line's options off a verb's arguments
