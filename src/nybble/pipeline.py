@@ -6,9 +6,9 @@ Each verb of the command line is a function here with the same name and argument
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,20 @@ from nybble import bundled, generation
 from nybble.data import Example, Prepared, prepare_rows
 from nybble.errors import InputError, RecipeError
 from nybble.hardware import Device, detect_device
+from nybble.kernels import path_for
 from nybble.models import (
     ModelSource,
+    Starts,
     attach,
+    calibrate,
     count_parameters,
     find_model,
     load_model,
     load_tokenizer,
+    needs_calibration,
     push_folder,
     save_adapter,
+    save_whole,
 )
 from nybble.planning import make_plan
 from nybble.recipe import Plan, Recipe, load_recipe, save_recipe
@@ -78,9 +83,9 @@ def train(
     job.run.create(overwrite=overwrite)
     write_text(job.run.path / "recipe.yaml", save_recipe(job.recipe))
     with Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
-        base, dtype = _load(job, witness)
-        base_answers = _evaluate_base(job, witness, base, dtype)
-        model = _attach(job, witness, base)
+        base, dtype, starts = _load(job, witness)
+        model = _attach(job, witness, base, starts)
+        base_answers = _evaluate_base(job, witness, model, dtype)
         _train(job, witness, model, dtype, base_answers, resume)
         _evaluate_tuned(job, witness, model, dtype, base_answers)
         _save(job, witness, model)
@@ -107,21 +112,39 @@ def _prepare(recipe: Recipe, overwrite: bool, resume: bool, watch: Observer) -> 
     return _Job(recipe, run, device, source, tokenizer, prepared, plan, watch)
 
 
-def _load(job: _Job, witness: Witness) -> tuple[Any, torch.dtype]:
+def _load(job: _Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
     job.watch.stage("load")
-    recipe = job.recipe
+    recipe, kept = job.recipe, job.run.base.is_dir()  # kept: a resumed run goes on with the base that it began with
+    section = recipe.model.model_copy(update={"model_name_or_path": str(job.run.base)}) if kept else recipe.model
+    source = find_model(section) if kept else job.source
     with witness.phase("load"):
-        model, loaded = load_model(job.source, recipe.method, recipe.model, recipe.quantization, job.device)
-    witness.record.model = asdict(loaded)
+        model, loaded = load_model(source, recipe.method, section, recipe.quantization, job.device)
+    starts: Starts = {}
+    if recipe.method == "qlora" and needs_calibration(recipe.quantization, recipe.lora) and not kept:
+        starts = _calibrate(job, witness, model)
+    witness.record.model |= asdict(loaded)
     witness.record.notes += loaded.notes
-    witness.record.paths = {"dequantize_4bit": "torch"} if loaded.n_packed else {}
+    witness.record.paths = {"dequantize_4bit": path_for(model.device).NAME} if loaded.n_packed else {}
     for note in loaded.notes:
         job.watch.note(note)
     if loaded.bits_per_weight is not None:
         job.watch.note(
             f"{loaded.n_packed} linears in {loaded.bits_per_weight:.3f} bits a weight ({loaded.packed_bytes:,} bytes)"
         )
-    return model, getattr(torch, loaded.compute_dtype)
+    return model, getattr(torch, loaded.compute_dtype), starts
+
+
+def _calibrate(job: _Job, witness: Witness, model: Any) -> Starts:
+    """Pack anew, fitted to the rows; the base is kept in the run, since loading would not give it again."""
+    recipe, section = job.recipe, job.recipe.quantization
+    rows = [example.input_ids for example in job.prepared.train[: section.calibration_rows]]
+    with witness.phase("calibrate"):
+        done = calibrate(model, job.source, rows, section, recipe.lora, partial(job.watch.progress, "calibrating"))
+        save_whole(job.run.base, model, job.tokenizer)
+    witness.record.model["calibration"] = {"rows": done.n_rows, "tokens": done.n_tokens, "left": done.left}
+    on = f"calibrated on {done.n_rows:,} rows ({done.n_tokens:,} tokens)" if done.n_rows else "adapters started"
+    job.watch.note(f"{on}; the base is kept in {job.run.base}")
+    return done.starts
 
 
 def _evaluate_base(job: _Job, witness: Witness, model: Any, dtype: torch.dtype) -> list[str]:
@@ -133,10 +156,11 @@ def _evaluate_base(job: _Job, witness: Witness, model: Any, dtype: torch.dtype) 
         return generate_answers(model, job.tokenizer, prompts, section, dtype)
 
 
-def _attach(job: _Job, witness: Witness, model: Any) -> Any:
+def _attach(job: _Job, witness: Witness, model: Any, starts: Starts) -> Any:
     if job.recipe.method != "full":
         torch.manual_seed(job.recipe.training.seed)  # the adapters' first values
-        model = attach(model, job.recipe.lora, job.source.name)
+        base_name = str(job.run.base.resolve()) if job.run.base.is_dir() else job.source.name
+        model = attach(model, job.recipe.lora, base_name, starts)
     trainable, total = count_parameters(model)
     witness.record.trainable_parameters, witness.record.total_parameters = trainable, total
     job.watch.note(f"trains {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)")
@@ -211,7 +235,9 @@ def ask(run_dir: Path | str, questions: Sequence[str], device: str | None = None
     return generation.answer(run, recipe, form, questions, detect_device(device or recipe.model.device))
 
 
-def quantize(model: str, out: Path | str, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def quantize(
+    model: str, out: Path | str, overrides: Mapping[str, Any] | None = None, *, observer: Observer | None = None
+) -> dict[str, Any]:
     """Write `model` as a 4-bit checkpoint in bitsandbytes' layout to the new folder `out`; returns what was done.
 
     Raises:
@@ -221,18 +247,20 @@ def quantize(model: str, out: Path | str, overrides: Mapping[str, Any] | None = 
     folder = Path(out).expanduser()
     if folder.exists():
         raise InputError(f"{folder} exists already; choose a new folder")
-    source = find_model(recipe.model)
+    source, watch = find_model(recipe.model), observer or Silent()
     if source.is_4bit:
         raise RecipeError(f"{model} is stored in 4 bits already; give the 16-bit model")
-    packed, report = load_model(source, "qlora", recipe.model, recipe.quantization, detect_device(recipe.model.device))
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        packed.save_pretrained(partial)
-        load_tokenizer(source, recipe.model).save_pretrained(partial)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    if recipe.lora.init_lora_weights != "default":
+        raise RecipeError("init_lora_weights makes an adapter, quantize makes none; leave it away, or use nybble train")
+    tokenizer, rows = load_tokenizer(source, recipe.model), []
+    section = recipe.quantization
+    if section.encoder == "calibrated":
+        prepared = prepare_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed)
+        rows = [example.input_ids for example in prepared.train[: section.calibration_rows]]
+    packed, report = load_model(source, "qlora", recipe.model, section, detect_device(recipe.model.device))
+    if needs_calibration(section, recipe.lora):
+        calibrate(packed, source, rows, section, recipe.lora, partial(watch.progress, "calibrating"))
+    save_whole(folder, packed, tokenizer)
     file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return {"out": str(folder), "file_bytes": file_bytes, "bits_per_weight": report.bits_per_weight, **asdict(report)}
 

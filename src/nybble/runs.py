@@ -114,6 +114,9 @@ class Observer(Protocol):
     def note(self, text: str) -> None:
         """Something that the user should know."""
 
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Work other than training has got so far."""
+
     def step(self, event: StepEvent) -> None:
         """A step was logged."""
 
@@ -125,6 +128,9 @@ class Silent:
         """Ignore."""
 
     def note(self, text: str) -> None:
+        """Ignore."""
+
+    def progress(self, what: str, done: int, total: int) -> None:
         """Ignore."""
 
     def step(self, event: StepEvent) -> None:
@@ -195,6 +201,11 @@ class RunDirectory:
     @property
     def full_model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def base(self) -> Path:
+        """The 4-bit base, kept where loading the original again would not give the same."""
+        return self.path / "base"
 
     def last_checkpoint(self) -> Path | None:
         """The checkpoint with the highest step."""

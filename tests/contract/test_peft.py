@@ -25,7 +25,7 @@ IDS = torch.arange(4, 36).view(2, 16)
 
 def packed_base(source: Path, dtype: torch.dtype = torch.float32) -> Any:
     register()
-    config = NybbleConfig(bnb_4bit_compute_dtype=dtype)
+    config = NybbleConfig(bnb_4bit_compute_dtype=dtype, encoder="absmax")  # what bitsandbytes would pack
     return AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=dtype)
 
 

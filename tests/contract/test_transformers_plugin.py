@@ -56,7 +56,7 @@ def pair(request: pytest.FixtureRequest, tiny_llama: Factory, tmp_path_factory: 
 
 def pack(source: Path, **changes: Any) -> Any:
     register()
-    config = NybbleConfig(bnb_4bit_compute_dtype="float32", **changes)
+    config = NybbleConfig(**{"bnb_4bit_compute_dtype": "float32", "encoder": "absmax", **changes})
     return AutoModelForCausalLM.from_pretrained(source, quantization_config=config, dtype=torch.float32)
 
 
@@ -79,7 +79,7 @@ def logits(model: Any) -> Tensor:
 
 def load(folder: Path, method: str = "qlora", **changes: Any) -> tuple[Any, LoadReport]:
     section = ModelSection(model_name_or_path=str(folder), device="cpu")
-    quantization = QuantizationSection(**{"bnb_4bit_compute_dtype": "float32", **changes})
+    quantization = QuantizationSection(**{"bnb_4bit_compute_dtype": "float32", "encoder": "absmax", **changes})
     return load_model(find_model(section), method, section, quantization, detect_device("cpu"))
 
 

@@ -308,6 +308,9 @@ def recipes(draw: st.DrawFn) -> Recipe:
         section, _, name = path.rpartition(".")
         if name != "hub_model_id":
             (content.setdefault(section, {}) if section else content)[name] = value
+    if "init_lora_weights" in content.get("lora", {}):  # starts plain LoRA on a 4-bit base
+        content["method"] = "qlora"
+        content["lora"].pop("use_dora", None)
     return Recipe.model_validate(content)
 
 

@@ -35,6 +35,16 @@ class Live:
         """Print a remark."""
         self.console.print(f"  {text}", markup=False, soft_wrap=True)
 
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Move the bar of other work, or print a line now and then."""
+        figures = f"{what} {done}/{total}"
+        if self.console.is_terminal:
+            self._draw(done, total, figures)
+        elif done % max(1, total // 8) == 0 or done == total:
+            self.note(figures)
+        if done == total:
+            self.close()
+
     def step(self, event: StepEvent) -> None:
         """Move the bar, or print a line."""
         if event.eval_loss is not None:
@@ -44,12 +54,15 @@ class Live:
         if not self.console.is_terminal:
             self.note(figures)
             return
+        self._draw(event.step, event.total_steps, figures)
+
+    def _draw(self, done: int, total: int, figures: str) -> None:
         if self._bar is None:
             columns = (BarColumn(bar_width=None), TextColumn("{task.fields[figures]}"), TimeElapsedColumn())
             self._bar = Progress(*columns, console=self.console, expand=True)
             self._bar.start()
-            self._bar.add_task("train", total=event.total_steps, figures=figures)
-        self._bar.update(self._bar.task_ids[0], completed=event.step, figures=figures)
+            self._bar.add_task("", total=total, figures=figures)
+        self._bar.update(self._bar.task_ids[0], completed=done, figures=figures)
 
     def close(self) -> None:
         """Take the bar down."""

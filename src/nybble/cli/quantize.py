@@ -19,9 +19,14 @@ def quantize(
     overrides = read_flags(list(context.args))
     quiet_libraries()
     from nybble import pipeline
+    from nybble.cli.progress import Live
     from nybble.units import format_bytes
 
-    done = pipeline.quantize(model, out, overrides)
+    live = Live()
+    try:
+        done = pipeline.quantize(model, out, overrides, observer=live)
+    finally:
+        live.close()
     if as_json:
         print_json(done)
         return

@@ -10,7 +10,7 @@ from nybble.data import encode_prompt
 from nybble.errors import InputError, ModelError
 from nybble.hardware import Device
 from nybble.models import compute_dtype, find_model, load_adapter, load_model, load_tokenizer
-from nybble.recipe import EvaluationSection, Recipe
+from nybble.recipe import EvaluationSection, ModelSection, Recipe
 from nybble.runs import RunDirectory, Sample
 from nybble.training import generate_answers
 
@@ -23,12 +23,13 @@ def answer(run: RunDirectory, recipe: Recipe, form: str, questions: Sequence[str
         ModelError: its base is gone or does not fit.
     """
     dtype, _notes = compute_dtype(recipe.quantization.bnb_4bit_compute_dtype, device)
-    source = find_model(recipe.model)
+    base_section = _base(run, recipe)
+    source = find_model(base_section)
     tokenizer = _tokenizer(run, source, recipe)
     prompts = [encode_prompt(question, tokenizer, form) for question in questions]
     section: EvaluationSection = recipe.evaluation
-    model, _report = load_model(source, recipe.method, recipe.model, recipe.quantization, device)
-    base = generate_answers(model, tokenizer, prompts, section, dtype)
+    model, _report = load_model(source, recipe.method, base_section, recipe.quantization, device)
+    base = generate_answers(_untrained(model, recipe, device), tokenizer, prompts, section, dtype)
     if recipe.method == "full":
         tuned_source = find_model(recipe.model.model_copy(update={"model_name_or_path": str(run.full_model)}))
         tuned_model, _report = load_model(tuned_source, "lora", recipe.model, recipe.quantization, device)
@@ -36,6 +37,20 @@ def answer(run: RunDirectory, recipe: Recipe, form: str, questions: Sequence[str
         tuned_model = load_adapter(model, run.adapter)
     tuned = generate_answers(tuned_model, tokenizer, prompts, section, dtype)
     return [Sample(q, b, t) for q, b, t in zip(questions, base, tuned, strict=True)]
+
+
+def _base(run: RunDirectory, recipe: Recipe) -> ModelSection:
+    """The base that the adapter was trained on: the run's own where it has one."""
+    if run.base.is_dir():
+        return recipe.model.model_copy(update={"model_name_or_path": str(run.base)})
+    return recipe.model
+
+
+def _untrained(model: Any, recipe: Recipe, device: Device) -> Any:
+    """The model that answers as the base: under pissa the run's own base lacks what the adapter started with."""
+    if recipe.lora.init_lora_weights != "pissa":
+        return model
+    return load_model(find_model(recipe.model), "qlora", recipe.model, recipe.quantization, device)[0]
 
 
 def _tokenizer(run: RunDirectory, source: Any, recipe: Recipe) -> Any:

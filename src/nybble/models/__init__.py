@@ -1,16 +1,20 @@
 """Base models and adapters: find, load (streamed, packed on the way), attach, save."""
 
 from nybble.models.adapters import attach, load_adapter, save_adapter
+from nybble.models.calibrate import Calibration, Starts, calibrate, needs_calibration
 from nybble.models.hub import push_folder
-from nybble.models.load import LoadReport, compute_dtype, count_parameters, load_model, load_tokenizer
+from nybble.models.load import LoadReport, compute_dtype, count_parameters, load_model, load_tokenizer, save_whole
 from nybble.models.plugin import NybbleConfig, register
 from nybble.models.source import ModelSource, find_folder, find_model
 
 __all__ = [
+    "Calibration",
     "LoadReport",
     "ModelSource",
     "NybbleConfig",
+    "Starts",
     "attach",
+    "calibrate",
     "compute_dtype",
     "count_parameters",
     "find_folder",
@@ -18,7 +22,9 @@ __all__ = [
     "load_adapter",
     "load_model",
     "load_tokenizer",
+    "needs_calibration",
     "push_folder",
     "register",
     "save_adapter",
+    "save_whole",
 ]

@@ -6,17 +6,28 @@ the folder that is saved loads in stock PEFT over the same base in 16 or 4 bits.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from nybble.errors import ModelError, RecipeError
+from nybble.nn import Linear4bit
 from nybble.recipe import LoraSection
 
 
-def attach(model: nn.Module, lora: LoraSection, base_name: str) -> Any:
+def attach(
+    model: nn.Module, lora: LoraSection, base_name: str, starts: Mapping[str, tuple[Tensor, Tensor]] | None = None
+) -> Any:
     """`model` with fresh adapters, everything else frozen; adapters are float32.
+
+    Args:
+        model: the base.
+        lora: the adapters' settings.
+        base_name: what the saved adapter names as its base.
+        starts: linear -> A `(r, in)` and B `(out, r)` to start from; others start as PEFT starts them.
 
     Raises:
         RecipeError: a target name matches no linear layer.
@@ -39,7 +50,22 @@ def attach(model: nn.Module, lora: LoraSection, base_name: str) -> Any:
     )
     adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base_name
+    with torch.no_grad():
+        for name, (a, b) in (starts or {}).items():
+            layer = adapted.base_model.model.get_submodule(name)
+            layer.lora_A["default"].weight.copy_(a)
+            layer.lora_B["default"].weight.copy_(b)
     return adapted
+
+
+def targets(model: nn.Module, lora: LoraSection) -> list[str]:
+    """Names of the packed linears that `attach` would give an adapter."""
+    names = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+    wanted = lora.target_modules
+    if wanted == "all-linear":
+        return names
+    endings = [wanted] if isinstance(wanted, str) else list(wanted)
+    return [name for name in names if any(name == end or name.endswith(f".{end}") for end in endings)]
 
 
 def load_adapter(model: nn.Module, folder: Path) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,6 +99,9 @@ def _packing(source: ModelSource, method: str, quantization: QuantizationSection
             dtype,
             quantization.bnb_4bit_blocksize,
             quantization.skip_modules,
+            # What calibration does not reach stays as `search` packs it.
+            "absmax" if quantization.encoder == "absmax" else "search",
+            quantization.signed_scales,
         )
         return {"config": source.config, "quantization_config": config}
     config = copy.deepcopy(source.config)
@@ -166,6 +171,18 @@ def _padding(tokenizer: Any) -> str:
             return str(token)
     # Padded positions are masked in loss and attention, so the identity of the token does not matter.
     return str(tokenizer.convert_ids_to_tokens(0))
+
+
+def save_whole(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Write model and tokenizer to the new `folder`, which appears complete or not at all."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -26,8 +26,9 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nybble.errors import ModelError
+from nybble.kernels import ENCODERS, quantize
 from nybble.nn import Linear4bit
-from nybble.quant import BLOCK_SIZES, QUANT_TYPES, SUFFIXES, encode, from_bnb
+from nybble.quant import BLOCK_SIZES, QUANT_TYPES, SUFFIXES, from_bnb
 
 METHOD = "nybble"
 
@@ -41,6 +42,8 @@ class NybbleConfig(QuantizationConfigMixin):
         bnb_4bit_compute_dtype: type of the products.
         bnb_4bit_blocksize: weights that share a scale.
         skip_modules: linears to leave as they are, besides the output head.
+        encoder: "search" for scales of least error, "absmax" for bitsandbytes' own codes; the same bytes to a reader.
+        signed_scales: whether a searched scale may be negative.
     """
 
     def __init__(
@@ -50,13 +53,19 @@ class NybbleConfig(QuantizationConfigMixin):
         bnb_4bit_compute_dtype: torch.dtype | str = torch.bfloat16,
         bnb_4bit_blocksize: int = 64,
         skip_modules: tuple[str, ...] | list[str] = (),
+        encoder: str = "search",
+        signed_scales: bool = True,
         **_others: Any,  # keys of bitsandbytes' dictionary that say nothing about 4 bits
     ) -> None:
         if bnb_4bit_quant_type not in QUANT_TYPES:
             raise ValueError(f"bnb_4bit_quant_type must be one of {QUANT_TYPES}, got {bnb_4bit_quant_type!r}")
         if bnb_4bit_blocksize not in BLOCK_SIZES:
             raise ValueError(f"bnb_4bit_blocksize must be one of {BLOCK_SIZES}, got {bnb_4bit_blocksize}")
+        if encoder not in ENCODERS:
+            raise ValueError(f"encoder must be one of {ENCODERS}, got {encoder!r}")
         self.quant_method = METHOD
+        self.encoder = encoder
+        self.signed_scales = signed_scales
         self.bnb_4bit_quant_type = bnb_4bit_quant_type
         self.bnb_4bit_use_double_quant = bnb_4bit_use_double_quant
         dtype = bnb_4bit_compute_dtype
@@ -195,7 +204,14 @@ class _Pack(ConversionOps):
         config = self.config
         try:
             layer.set_packed(
-                encode(weight, config.bnb_4bit_quant_type, config.bnb_4bit_blocksize, config.bnb_4bit_use_double_quant)
+                quantize(
+                    weight,
+                    config.bnb_4bit_quant_type,
+                    config.bnb_4bit_blocksize,
+                    config.bnb_4bit_use_double_quant,
+                    config.encoder,
+                    config.signed_scales,
+                )
             )
         except ValueError as error:
             raise _fault(name, error) from error

@@ -3,7 +3,9 @@
 from nybble.quant.blockwise import decode, decode_absmax, encode
 from nybble.quant.bnb_layout import SUFFIXES, from_bnb, to_bnb
 from nybble.quant.codebooks import BLOCK_SIZES, QUANT_TYPES, codebook, dynamic_codebook
+from nybble.quant.feedback import damp, encode_calibrated
 from nybble.quant.packed import NESTED_BLOCK_SIZE, PackedWeight
+from nybble.quant.repair import low_rank
 from nybble.quant.search import Steps, encode_searched
 
 __all__ = [
@@ -14,11 +16,14 @@ __all__ = [
     "PackedWeight",
     "Steps",
     "codebook",
+    "damp",
     "decode",
     "decode_absmax",
     "dynamic_codebook",
     "encode",
+    "encode_calibrated",
     "encode_searched",
     "from_bnb",
+    "low_rank",
     "to_bnb",
 ]

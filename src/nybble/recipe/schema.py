@@ -54,6 +54,15 @@ class QuantizationSection(Section):
     """How the base is stored under `method: qlora`."""
 
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = setting("nf4", "the 16 values", aliases=("quant_type",))
+    encoder: Literal["absmax", "search", "calibrated"] = setting(
+        "search",
+        "how scales and codes are chosen: as bitsandbytes does, by least error, or fitted to the inputs that the rows "
+        "make of each layer; the bytes have one format",
+    )
+    signed_scales: bool = setting(
+        True, "a searched scale may be negative (exact in bitsandbytes); false for readers that expect none"
+    )
+    calibration_rows: int = setting(128, "rows that calibration looks at", unit="rows", ge=1)
     bnb_4bit_use_double_quant: bool = setting(
         True,
         "store the blocks' scales in 8 bits (saves 0.37 bit a weight)",
@@ -92,6 +101,12 @@ class LoraSection(Section):
         "all-linear",
         "names of the linears that get an adapter, or all-linear",
         aliases=("lora_target_modules", "lora_target", "lora_modules"),
+    )
+    init_lora_weights: Literal["default", "loftq", "qera", "pissa"] = setting(
+        "default",
+        "how adapters start: from nothing, from what 4 bits lost (loftq: of the weights, qera: of the outputs), or "
+        "from the weights' principal part (pissa); all but the first tie the adapter to this run's base",
+        aliases=("init",),
     )
     use_rslora: bool = setting(False, "scale by alpha / sqrt(r) instead")
     use_dora: bool = setting(False, "learn magnitudes apart from directions (DoRA)")
@@ -207,4 +222,9 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         if self.training.push_to_hub and not self.training.hub_model_id:
             raise ValueError("push_to_hub needs hub_model_id; name the repository, e.g. --hub_model_id you/adapter")
+        if self.lora.init_lora_weights != "default" and (self.method != "qlora" or self.lora.use_dora):
+            raise ValueError(
+                f"init_lora_weights {self.lora.init_lora_weights!r} starts plain LoRA on a 4-bit base; "
+                "use it with method: qlora and without use_dora, or set it to default"
+            )
         return self

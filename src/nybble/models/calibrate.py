@@ -1,0 +1,276 @@
+"""Calibration: linears packed anew with what their inputs look like, one decoder layer in 16 bits at a time.
+
+The model comes in packed. For each decoder layer in turn its 16-bit weights are read from the checkpoint again, the
+user's rows are sent through it to gather second moments of every linear's inputs, each linear is packed with error
+feedback (and its adapter started from what was lost, if that is asked for), and the rows go on through the layer as it
+will be used. So every layer is fitted to the inputs that the packed layers before it really make. Beside the packed
+model, memory holds one layer in 16 bits, its moments, and the rows' hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nybble.errors import ModelError, RecipeError
+from nybble.kernels import dequantize, path_for, quantize
+from nybble.models.adapters import targets
+from nybble.models.source import ModelSource
+from nybble.nn import Linear4bit
+from nybble.quant import PackedWeight, damp, encode_calibrated, low_rank
+from nybble.recipe import LoraSection, QuantizationSection
+
+Starts = dict[str, tuple[Tensor, Tensor]]  # linear -> LoRA's A (r, in) and B (out, r)
+ALTERNATIONS = 3  # of packing what the adapter does not hold and fitting the adapter to what packing lost
+
+
+@dataclass
+class Calibration:
+    """What calibration did."""
+
+    starts: Starts = field(default_factory=dict)
+    n_rows: int = 0
+    n_tokens: int = 0
+    left: list[str] = field(default_factory=list)  # linears that stand outside the layers or have no 16-bit original
+
+
+def needs_calibration(quantization: QuantizationSection, lora: LoraSection) -> bool:
+    """Whether loading is not the whole of packing."""
+    return quantization.encoder == "calibrated" or lora.init_lora_weights != "default"
+
+
+@torch.no_grad()
+def calibrate(
+    model: Any,
+    source: ModelSource,
+    rows: Sequence[Sequence[int]],
+    quantization: QuantizationSection,
+    lora: LoraSection,
+    progress: Callable[[int, int], None],
+) -> Calibration:
+    """Pack the linears of `model` (which `load_model` has packed) anew, in place.
+
+    Args:
+        model: the packed model, in evaluation mode.
+        source: its 16-bit checkpoint.
+        rows: token ids to calibrate on.
+        quantization: encoder and format.
+        lora: what adapters there will be, and how they start.
+        progress: called with layers done and layers in all.
+
+    Raises:
+        RecipeError: there are no rows to calibrate on, or the checkpoint is in 4 bits itself.
+        ModelError: the model has no list of decoder layers.
+    """
+    if source.is_4bit:
+        raise RecipeError(f"{source.name} is stored in 4 bits: calibration needs the 16-bit weights; give those")
+    layers = _decoder_layers(model)
+    job = _Job(quantization, lora, set(targets(model, lora)) if lora.init_lora_weights != "default" else set())
+    done = Calibration()
+    stream = None
+    if job.needs_moments:
+        if not rows:
+            raise RecipeError("calibration needs rows: set dataset_name, or encoder: search")
+        stream = _Stream(model, layers, rows)
+        done.n_rows, done.n_tokens = len(rows), sum(len(row) for row in rows)
+    originals = _Originals(source.folder)
+    names = {id(module): name for name, module in model.named_modules()}
+    for index, layer in enumerate(layers):
+        progress(index, len(layers))
+        _pack_layer(layer, names[id(layer)], originals, job, stream, done)
+    progress(len(layers), len(layers))
+    inside = tuple(f"{names[id(layer)]}." for layer in layers)
+    done.left += [n for n, m in model.named_modules() if isinstance(m, Linear4bit) and not n.startswith(inside)]
+    return done
+
+
+@dataclass(frozen=True)
+class _Job:
+    quantization: QuantizationSection
+    lora: LoraSection
+    repaired: set[str]  # names of the linears whose adapters are started
+
+    @property
+    def needs_moments(self) -> bool:
+        return self.quantization.encoder == "calibrated" or self.lora.init_lora_weights == "qera"
+
+    @property
+    def scaling(self) -> float:
+        """What PEFT multiplies B A by."""
+        r = self.lora.r
+        return self.lora.lora_alpha / (r**0.5 if self.lora.use_rslora else r)
+
+
+def _pack_layer(
+    layer: nn.Module, prefix: str, originals: _Originals, job: _Job, stream: _Stream | None, done: Calibration
+) -> None:
+    packed = {name: module for name, module in layer.named_modules() if isinstance(module, Linear4bit)}
+    weights: dict[str, Tensor] = {}  # as they are stored
+    plain: dict[str, nn.Linear] = {}
+    for name, module in packed.items():
+        weight = originals.read(f"{prefix}.{name}", (module.out_features, module.in_features))
+        if weight is None:
+            done.left.append(f"{prefix}.{name}")
+            continue
+        weights[name] = weight.to(module.weight.device)
+        plain[name] = _as_linear(module, weights[name])
+        layer.set_submodule(name, plain[name])
+    moments = stream.gather(layer, plain) if stream else {}
+    for name, linear in plain.items():
+        module, full_name = packed[name], f"{prefix}.{name}"
+        made, start = _fit(weights.pop(name).float(), moments.get(name), job, full_name in job.repaired)
+        module.set_packed(replace(made, dtype=module.source_dtype))
+        linear.weight.data = module.dequantize()
+        if start is not None:
+            a, b = start
+            root = job.scaling**0.5
+            done.starts[full_name] = (a / root, b / root)
+            linear.weight.data += (b @ a).to(linear.weight.dtype)
+    if stream:
+        stream.advance(layer)
+    for name, module in packed.items():
+        layer.set_submodule(name, module)
+
+
+def _as_linear(module: Linear4bit, weight: Tensor) -> nn.Linear:
+    """An ordinary linear that computes as `module` would, had it the 16-bit weight."""
+    linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.to(module.compute_dtype), requires_grad=False)
+    linear.bias = module.bias
+    return linear
+
+
+def _decoder_layers(model: Any) -> nn.ModuleList:
+    """The list of the model's decoder layers."""
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise ModelError(f"{type(model).__name__} has no list of {count} decoder layers to calibrate; use encoder: search")
+
+
+def _fit(
+    weight: Tensor, moments: Tensor | None, job: _Job, repair: bool
+) -> tuple[PackedWeight, tuple[Tensor, Tensor] | None]:
+    """The packed weight, and the factors of the adapter that makes up for its loss."""
+    section, init = job.quantization, job.lora.init_lora_weights
+
+    def pack(wanted: Tensor) -> PackedWeight:
+        form = (section.bnb_4bit_quant_type, section.bnb_4bit_blocksize, section.bnb_4bit_use_double_quant)
+        if section.encoder == "calibrated" and moments is not None:
+            return encode_calibrated(wanted, moments, *form, section.signed_scales, path_for(wanted.device))
+        return quantize(wanted, *form, "absmax" if section.encoder == "absmax" else "search", section.signed_scales)
+
+    if not repair:
+        return pack(weight), None
+    if init == "pissa":
+        a, b = low_rank(weight, None, job.lora.r)
+        return pack(weight - b @ a), (a, b)
+    damped = damp(moments) if init == "qera" and moments is not None else None
+    held = torch.zeros_like(weight)
+    for _ in range(ALTERNATIONS):
+        made = pack(weight - held)
+        a, b = low_rank(weight - dequantize(made, torch.float32), damped, job.lora.r)
+        held = b @ a
+    return made, (a, b)
+
+
+class _Stream:
+    """The rows on their way through the decoder layers."""
+
+    def __init__(self, model: Any, layers: nn.ModuleList, rows: Sequence[Sequence[int]]) -> None:
+        self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {id(layer): [] for layer in layers}
+        self._states: list[Tensor] = []
+
+        def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            # What a layer is given besides hidden states hangs on positions alone, so it is good for later passes.
+            if layer is layers[0]:
+                self._states.append(args[0] if args else kwargs["hidden_states"])
+            others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
+            self._calls[id(layer)].append((args[1:], others))
+
+        hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
+        device = next(model.parameters()).device
+        try:
+            for row in rows:
+                model(input_ids=torch.tensor([list(row)], device=device), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def gather(self, layer: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, Tensor]:
+        """Second moments of the inputs of `linears` of the current layer, `(in, in) float32` each."""
+        sums: dict[str, Tensor] = {}
+        shared: dict[int, str] = {}  # q, k and v are given the same tensor: one product serves them
+
+        def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                first = shared.setdefault(id(inputs[0]), name)
+                kept.append(inputs[0])  # an id is good as long as its tensor lives
+                if first != name:
+                    sums[name] = sums[first]
+                    return
+                x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
+                if name not in sums:
+                    sums[name] = x.new_zeros(x.shape[1], x.shape[1])
+                sums[name].addmm_(x.t(), x)
+
+            return add
+
+        kept: list[Tensor] = []
+        hooks = [linear.register_forward_pre_hook(hook_for(name)) for name, linear in linears.items()]
+        tokens = 0
+        for index, state in enumerate(self._states):
+            self._run(layer, index)
+            tokens += state.shape[1]
+            kept.clear()
+            shared.clear()
+        for hook in hooks:
+            hook.remove()
+        for total in {id(total): total for total in sums.values()}.values():
+            total /= tokens
+        return sums
+
+    def advance(self, layer: nn.Module) -> None:
+        """Send every row through the finished layer."""
+        self._states = [self._run(layer, index) for index in range(len(self._states))]
+        self._calls.pop(id(layer))
+
+    def _run(self, layer: nn.Module, index: int) -> Tensor:
+        args, kwargs = self._calls[id(layer)][index]
+        result = layer(self._states[index], *args, **kwargs)
+        state: Tensor = result[0] if isinstance(result, tuple) else result
+        return state
+
+
+class _Originals:
+    """16-bit weights by the name of their module, read one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        from safetensors import safe_open
+
+        self._files: dict[str, Path] = {}
+        for shard in sorted(folder.glob("*.safetensors")):
+            with safe_open(shard, framework="pt") as file:
+                self._files |= dict.fromkeys(file.keys(), shard)
+
+    def read(self, module: str, shape: tuple[int, int]) -> Tensor | None:
+        """The weight as it is stored, or None where the checkpoint has no tensor of that name and shape."""
+        from safetensors import safe_open
+
+        key = self._key(module)
+        if key is None:
+            return None
+        with safe_open(self._files[key], framework="pt") as file:
+            weight: Tensor = file.get_tensor(key)
+        return weight if tuple(weight.shape) == shape else None
+
+    def _key(self, module: str) -> str | None:
+        # Checkpoints of a bare decoder lack the model's own first name.
+        names = (f"{module}.weight", f"{module.partition('.')[2]}.weight")
+        return next((name for name in names if name in self._files), None)

@@ -1,0 +1,102 @@
+"""Encoders and starts of adapters, from the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+Run = Callable[..., Any]
+SHORT = ("--max_steps", "4", "--learning_rate", "1e-2", "--n_samples", "1", "--max_new_tokens", "4")
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("words", [("--encoder", "calibrated"), ("--init", "qera"), ("--init", "pissa")], ids=str)
+def test_a_calibrated_run_keeps_its_base_and_answers_from_it(
+    words: tuple[str, ...], nybble: Run, tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    given = ("--model_name_or_path", tiny_llama(), "--dataset_name", rows_file, "--output_dir", run)
+    done = nybble("train", *given, *SHORT, *words)
+    assert done.code == 0, done.err
+    assert "calibrating 2/2" in done.err
+    record = json.loads((run / "run.json").read_text())
+    assert (record["model"]["calibration"]["tokens"] > 0) == ("pissa" not in words)
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert Path(config["base_model_name_or_path"]) == run / "base"
+    assert record["phases"]["calibrate"]["seconds"] > 0
+    assert nybble("ask", run, "What is one?").code == 0
+
+
+def test_a_resumed_run_goes_on_with_the_base_it_began_with(
+    nybble: Run, tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    given = (
+        "--model_name_or_path",
+        tiny_llama(),
+        "--dataset_name",
+        rows_file,
+        "--encoder",
+        "calibrated",
+        "--init",
+        "qera",
+    )
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    schedule = ("--lr_scheduler_type", "constant", "--save_steps", "2", "--learning_rate", "1e-2", "--n_samples", "0")
+    assert nybble("train", *given, *schedule, "--output_dir", whole, "--max_steps", "4").code == 0
+    assert nybble("train", *given, *schedule, "--output_dir", parted, "--max_steps", "2").code == 0
+    resumed = nybble("train", *given, *schedule, "--output_dir", parted, "--max_steps", "4", "--resume")
+    assert resumed.code == 0, resumed.err
+    assert "calibrating" not in resumed.err
+    a, b = adapter(whole), adapter(parted)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_quantize_calibrates_on_rows(
+    nybble: Run, tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    for encoder in ("absmax", "search", "calibrated"):
+        words = (
+            ("--encoder", encoder, "--dataset_name", rows_file) if encoder == "calibrated" else ("--encoder", encoder)
+        )
+        done = nybble("quantize", tiny_llama(torch.bfloat16), "--out", tmp_path / encoder, "--json", *words)
+        assert done.code == 0, done.err
+    files = [load_file(tmp_path / encoder / "model.safetensors") for encoder in ("absmax", "search", "calibrated")]
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert [f[name].shape for f in files] == [files[0][name].shape] * 3
+    assert not torch.equal(files[0][name], files[1][name])
+    assert not torch.equal(files[1][name], files[2][name])
+    assert torch.equal(files[1][f"{name}.absmax"], files[2][f"{name}.absmax"])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("train", "--encoder", "best"), "encoder"),
+        (("train", "--init", "qera", "--method", "lora"), "use it with method: qlora"),
+        (("train", "--init", "loftq", "--use_dora", "true"), "without use_dora"),
+        (("quantize", "--encoder", "calibrated"), "dataset_name"),
+        (("quantize", "--init", "pissa"), "makes an adapter, quantize makes none"),
+    ],
+)
+def test_wrong_combinations(
+    words: tuple[str, ...], says: str, nybble: Run, tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    verb, *rest = words
+    if verb == "train":
+        given = ("--model_name_or_path", tiny_llama(), "--dataset_name", rows_file, "--output_dir", tmp_path / "run")
+    else:
+        given = (tiny_llama(), "--out", tmp_path / "run")
+    done = nybble(verb, *given, *rest)
+    assert done.code == 2
+    assert says in done.err
+    assert done.err.count("\n") <= 2
+    assert not (tmp_path / "run").exists()
