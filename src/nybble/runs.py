@@ -238,7 +238,7 @@ class RunDirectory:
         for file in sorted(self.path.rglob("*")):
             name = file.relative_to(self.path).as_posix()
             if file.is_file() and name != "manifest.json" and not name.startswith(("checkpoints/", "tensorboard/")):
-                files[name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+                files[name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
         write_text(self.path / "manifest.json", json.dumps(files, indent=1) + "\n")
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
@@ -316,6 +316,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _sha256(file: Path) -> str:
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

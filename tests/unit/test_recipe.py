@@ -147,6 +147,7 @@ def test_override_beats_file_beats_default(tmp_path: Path) -> None:
 
 
 def test_flag_beats_set() -> None:
+    assert read_flags(["--no-cache", "--packing"]) == {"cache": "false", "packing": "true"}
     overrides = read_flags(["--learning-rate", "0.5"], ["learning-rate=0.25", "lora.r=4"])
     recipe = load_recipe(None, overrides)
     assert (recipe.training.learning_rate, recipe.lora.r) == (0.5, 4)

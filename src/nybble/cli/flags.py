@@ -12,7 +12,7 @@ from nybble.errors import RecipeError
 def read_flags(words: list[str], assignments: list[str] | None = None) -> dict[str, str]:
     """`--learning-rate 2e-4`, `--learning_rate=2e-4` and `--set training.learning_rate=2e-4` as name -> text.
 
-    A flag without a value means true.
+    A flag without a value means true, and false where its name begins with `no-`.
 
     Raises:
         RecipeError: a word that is neither a flag nor a value, or a `--set` without `=`.
@@ -34,6 +34,8 @@ def read_flags(words: list[str], assignments: list[str] | None = None) -> dict[s
             has_value = position < len(words) and not words[position].startswith("--")
             value = words[position] if has_value else "true"
             position += has_value
+            if not has_value and name.startswith(("no-", "no_")):
+                name, value = name[3:], "false"
         found[name] = value
     return found
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from nybble.errors import ModelError, RecipeError
 from nybble.hardware import Device
+from nybble.models import cache
 from nybble.models.plugin import NybbleConfig, adopt_bnb, raising_faults, register
 from nybble.models.source import ModelSource, find_folder
 from nybble.nn import Linear4bit
@@ -69,11 +71,17 @@ def load_model(
         raise RecipeError(f"{source.name} is stored in 4 bits, method {method!r} needs 16; use --method qlora")
     if source.is_4bit:
         notes.append("the base is stored in 4 bits: its own format is kept")
-    loaded = _from_pretrained(source, method, model, _packing(source, method, quantization, dtype), device, dtype)
+    kept = _Kept(source, quantization, dtype) if method == "qlora" and not source.is_4bit else None
+    if kept is not None and kept.folder is not None:
+        notes.append("the packed base is taken from the cache")
+    files = source if kept is None or kept.folder is None else _stored(source, kept.folder)
+    loaded = _from_pretrained(files, method, model, _packing(files, method, quantization, dtype), device, dtype)
     packed = [m.packed for m in loaded.modules() if isinstance(m, Linear4bit)]
     if method == "qlora" and not packed:
         raise ModelError(f"{source.name} has no linear layer that can be packed; use --method lora or full")
     loaded.eval()
+    if kept is not None:
+        notes += kept.keep(loaded)
     report = LoadReport(
         n_packed=len(packed),
         packed_elements=sum(weight.n_elements for weight in packed),
@@ -85,6 +93,36 @@ def load_model(
         notes=tuple(notes),
     )
     return loaded, report
+
+
+class _Kept:
+    """The cached form of what packing `source` makes."""
+
+    def __init__(self, source: ModelSource, quantization: QuantizationSection, dtype: torch.dtype) -> None:
+        size = sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
+        self._wanted = quantization.cache and size >= cache.SMALLEST
+        self.folder: Path | None = None
+        if self._wanted:
+            self._cache = cache.PackedCache(int(quantization.cache_limit * 2**30))
+            settings = quantization.model_dump(exclude={"cache", "cache_limit", "calibration_rows"})
+            settings |= {"encoder": "absmax" if quantization.encoder == "absmax" else "search", "dtype": str(dtype)}
+            self._key = self._cache.key(source.folder, settings)
+            self.folder = self._cache.find(self._key)
+
+    def keep(self, model: Any) -> list[str]:
+        """Write the packed model unless it came from here; a note if it could not be written."""
+        if not self._wanted or self.folder is not None:
+            return []
+        tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}.values()
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        why_not = self._cache.store(self._key, size, model.save_pretrained)
+        return [why_not] if why_not else []
+
+
+def _stored(source: ModelSource, folder: Path) -> ModelSource:
+    """The same model under the same name, read from its packed form."""
+    quantization = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    return replace(source, folder=folder, quantization=quantization)
 
 
 def _packing(source: ModelSource, method: str, quantization: QuantizationSection, dtype: torch.dtype) -> dict[str, Any]:

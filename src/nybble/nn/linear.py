@@ -8,6 +8,7 @@ outlive the forward pass (Dettmers et al. 2023, section 3). The weight never get
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -151,7 +152,7 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Linear4bit) -> Tensor:
         ctx.layer = layer
-        return x @ layer.dequantize(x.dtype).t()
+        return x @ _decoded(layer, x.dtype).t()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
@@ -159,4 +160,33 @@ class _FrozenProduct(torch.autograd.Function):
             return None, None
         # A backward called inside autocast would round a float32 product to its type.
         with torch.autocast(grad.device.type, enabled=False):
-            return grad @ ctx.layer.dequantize(grad.dtype), None
+            return grad @ _decoded(ctx.layer, grad.dtype), None
+
+
+class _Buffers(threading.local):
+    """Memory that weights are decoded into, one piece for each device and type, as large as the largest weight.
+
+    A fresh 32 MB buffer for each product costs a CPU ten times the decoding, in page faults.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def take(self, n_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Memory for `n_elements`, good until the next call."""
+        held = self._held.get((device, dtype))
+        if held is None or held.numel() < n_elements:
+            held = self._held[device, dtype] = torch.empty(n_elements, dtype=dtype, device=device)
+        return held[:n_elements]
+
+
+_buffers = _Buffers()
+
+
+def _decoded(layer: Linear4bit, dtype: torch.dtype) -> Tensor:
+    """The weight, good until the next product of this thread; traced runs get memory of their own."""
+    if type(layer.weight) is not nn.Parameter or torch.compiler.is_compiling():
+        return layer.dequantize(dtype)
+    size = layer.in_features * layer.out_features
+    buffer = _buffers.take(size, dtype, layer.weight.device)
+    return dequantize(layer.packed, dtype, buffer.view(layer.out_features, layer.in_features))

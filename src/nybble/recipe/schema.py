@@ -63,6 +63,8 @@ class QuantizationSection(Section):
         True, "a searched scale may be negative (exact in bitsandbytes); false for readers that expect none"
     )
     calibration_rows: int = setting(128, "rows that calibration looks at", unit="rows", ge=1)
+    cache: bool = setting(True, "keep the packed base on disk, so that the next start need not pack again")
+    cache_limit: float = setting(64, "disk that packed bases may take; the least recently used go", unit="GiB", gt=0)
     bnb_4bit_use_double_quant: bool = setting(
         True,
         "store the blocks' scales in 8 bits (saves 0.37 bit a weight)",
