@@ -1,91 +1,144 @@
-"""Peak host memory of packing a sharded checkpoint while it is read.
+"""Packing a sharded checkpoint of Llama-2-7B's shape with `nybble quantize`: peak host memory and seconds.
 
-Writes a Llama of a few 7B-sized layers (random, bfloat16, shards of 0.5 GB) to a temporary folder, loads it with the
-4-bit plug-in in a fresh process, and compares the peak of anonymous memory (pages of the files that the kernel maps are
-not ours) with the packed model. Prints one JSON object last.
+    python bench/loading.py [--layers 32] [--encoder search] [--folder FOLDER]
 
-    python bench/loading.py [--layers 6]
+Writes random bfloat16 weights, a shard a layer, then runs the verb in a process of its own and samples that process's
+anonymous memory (pages of the files that the kernel maps are not its own). Then `nybble.models.load_model` twice, the
+second time from the cache. Prints one JSON object last. FOLDER needs 19 GB for 32 layers; it is removed again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from nybble.hardware import detect_device
+from nybble.training import software_versions
+
+HIDDEN, MLP, VOCABULARY = 4096, 11008, 32000
+LOAD = """
+import sys, time
+started = time.monotonic()
 from nybble.hardware import detect_device
 from nybble.models import find_model, load_model
 from nybble.recipe import load_recipe
-from nybble.training import software_versions
+recipe = load_recipe(None, {"model_name_or_path": sys.argv[1], "encoder": sys.argv[2], "device": "cpu"})
+load_model(find_model(recipe.model), "qlora", recipe.model, recipe.quantization, detect_device("cpu"))
+print(time.monotonic() - started)
+"""
 
 
-def anonymous_bytes() -> int:
-    """Resident memory of this process that no file backs."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
+def write_checkpoint(folder: Path, layers: int) -> int:
+    """Random weights of the shape; bytes written."""
+    folder.mkdir()
+    LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=MLP,
+        num_attention_heads=32,
+        num_hidden_layers=layers,
+        vocab_size=VOCABULARY,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    ).save_pretrained(folder)
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, "<unk>")),
+        unk_token="<unk>",  # noqa: S106
+        bos_token="<s>",  # noqa: S106
+        eos_token="</s>",  # noqa: S106
+    ).save_pretrained(folder)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02)
+
+    places: dict[str, str] = {}
+    for index in range(layers + 1):
+        name = f"model.layers.{index}."
+        tensors = (
+            {
+                **{f"{name}self_attn.{p}_proj.weight": normal(HIDDEN, HIDDEN) for p in "qkvo"},
+                **{f"{name}mlp.{p}_proj.weight": normal(MLP, HIDDEN) for p in ("gate", "up")},
+                f"{name}mlp.down_proj.weight": normal(HIDDEN, MLP),
+                f"{name}input_layernorm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
+                f"{name}post_attention_layernorm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
+            }
+            if index < layers
+            else {
+                "model.embed_tokens.weight": normal(VOCABULARY, HIDDEN),
+                "lm_head.weight": normal(VOCABULARY, HIDDEN),
+                "model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16),
+            }
+        )
+        shard = f"model-{index + 1:05}-of-{layers + 1:05}.safetensors"
+        save_file(tensors, folder / shard, metadata={"format": "pt"})
+        places |= dict.fromkeys(tensors, shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def load(folder: str) -> dict[str, float]:
-    """Load and pack; memory is sampled every 2 ms."""
-    recipe = load_recipe(None, {"model_name_or_path": folder, "device": "cpu"})
-    source, device = find_model(recipe.model), detect_device("cpu")
-    torch.ones(8, 8, dtype=torch.bfloat16) @ torch.ones(8, 8, dtype=torch.bfloat16)
-    bare, peak, done = anonymous_bytes(), [0], threading.Event()
+def run_watched(command: list[str], environment: dict[str, str]) -> tuple[str, float, int]:
+    """Output, seconds and peak anonymous bytes of a process."""
+    started, peak = time.monotonic(), 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        status = Path(f"/proc/{process.pid}/status")
+        while process.poll() is None:
+            lines = status.read_text().splitlines()
+            peak = max([peak, *(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))])
+            time.sleep(0.005)
+        assert process.stdout is not None
+        output = process.stdout.read()
+        assert process.returncode == 0, command
+    return output, time.monotonic() - started, peak
 
-    def watch() -> None:
-        while not done.wait(0.002):
-            peak[0] = max(peak[0], anonymous_bytes())
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    started = time.monotonic()
-    model, report = load_model(source, "qlora", recipe.model, recipe.quantization, device)
-    seconds = time.monotonic() - started
-    done.set()
-    watcher.join()
-    model_bytes = sum(
-        t.numel() * t.element_size() for t in {**dict(model.named_parameters()), **dict(model.named_buffers())}.values()
-    )
-    largest = max(m.in_features * m.out_features for m in model.modules() if isinstance(m, torch.nn.Linear)) * 2
+def measure(folder: Path, layers: int, encoder: str) -> dict[str, Any]:
+    """Write, pack, load twice."""
+    file_bytes = write_checkpoint(folder / "model", layers)
+    environment = {**os.environ, "NYBBLE_CACHE": str(folder / "cache")}
+    words = ["quantize", str(folder / "model"), "--out", str(folder / "packed"), "--encoder", encoder, "--json"]
+    nybble = [sys.executable, "-m", "nybble", *words, "--device", "cpu", "--no-cache"]
+    output, seconds, peak = run_watched(nybble, environment)
+    done = json.loads(output)
+    load = [sys.executable, "-c", LOAD, str(folder / "model"), encoder]
+    starts = [float(run_watched(load, environment)[0]) for _ in range(2)]
     return {
-        "bare_bytes": bare,
-        "peak_bytes": peak[0],
-        "model_bytes": model_bytes,
-        "packed_bytes": report.packed_bytes,
-        "largest_tensor_bytes": largest,
-        "beyond_model_bytes": peak[0] - bare - model_bytes,
-        "seconds": seconds,
+        "layers": layers,
+        "encoder": encoder,
+        "source_bytes": file_bytes,
+        "packed_file_bytes": done["file_bytes"],
+        "packed_linear_bytes": done["packed_bytes"],
+        "peak_bytes": peak,
+        "beyond_packed_bytes": peak - done["file_bytes"],
+        "quantize_seconds": seconds,
+        "load_seconds": starts[0],
+        "load_seconds_from_cache": starts[1],
     }
 
 
 def main() -> None:
-    """Write the checkpoint, measure in a fresh process, print."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--load", help="internal: the folder to load in this process")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--encoder", default="search")
+    parser.add_argument("--folder", help="where to write; default: the system's temporary folder")
     arguments = parser.parse_args()
-    if arguments.load:
-        print(json.dumps(load(arguments.load)))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "vocab_size": 32000}
-        config = LlamaConfig(num_hidden_layers=arguments.layers, **shape)
-        torch.set_default_dtype(torch.bfloat16)
-        LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="500MB")
-        disk = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-        done = subprocess.run([sys.executable, __file__, "--load", folder], capture_output=True, text=True, check=True)
-    result = json.loads(done.stdout.splitlines()[-1]) | {"file_bytes": disk, "layers": arguments.layers}
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+        result = measure(Path(folder), arguments.layers, arguments.encoder)
     result |= {"device": detect_device("cpu").name, "versions": software_versions()}
     for name, value in result.items():
-        print(f"{name:<22} {value}")
+        print(f"{name:<24} {value}")
     print(json.dumps(result))
 
 

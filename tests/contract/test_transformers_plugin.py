@@ -293,3 +293,15 @@ def test_trained_models_load_and_know_their_language(name: str, method: str, sha
     ids = AutoTokenizer.from_pretrained(folder)(story, return_tensors="pt").input_ids
     assert model(ids, labels=ids).loss.item() == pytest.approx(plain(ids, labels=ids).loss.item(), abs=0.25)
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+def test_kinds_that_cannot_be_packed_are_left_and_listed(tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = MixtralConfig(vocab_size=128, num_key_value_heads=2, num_local_experts=2, **sizes)
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    report = load(tmp_path)[1]
+    assert report.n_packed == 4
+    # Experts are one three-dimensional weight, the router is no linear layer.
+    assert {name.rpartition(".")[2] for name in report.left_in_16bit} == {"experts", "gate", "lm_head"}

@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from nybble.models.source import ModelSource, find_folder
 from nybble.nn import Linear4bit
 from nybble.recipe import ModelSection, QuantizationSection
 
+SHARD_SIZE = "1GB"  # writing copies a shard's tensors: small ones bound that memory
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -29,7 +32,7 @@ class LoadReport:
     n_packed: int  # linears in 4 bits
     packed_elements: int  # weights in them
     packed_bytes: int  # their codes and scales
-    left_in_16bit: tuple[str, ...]  # linears that were not packed
+    left_in_16bit: tuple[str, ...]  # modules with matrices that were not packed: the head, skipped ones, other kinds
     compute_dtype: str
     total_parameters: int
     seconds: float
@@ -86,7 +89,7 @@ def load_model(
         n_packed=len(packed),
         packed_elements=sum(weight.n_elements for weight in packed),
         packed_bytes=sum(weight.n_bytes for weight in packed),
-        left_in_16bit=tuple(getattr(loaded.config.quantization_config, "left_alone", ())) if packed else (),
+        left_in_16bit=tuple(_not_packed(loaded)) if packed else (),
         compute_dtype=str(dtype).removeprefix("torch."),
         total_parameters=count_parameters(loaded)[1],
         seconds=time.monotonic() - started,
@@ -115,7 +118,7 @@ class _Kept:
             return []
         tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}.values()
         size = sum(t.numel() * t.element_size() for t in tensors)
-        why_not = self._cache.store(self._key, size, model.save_pretrained)
+        why_not = self._cache.store(self._key, size, partial(model.save_pretrained, max_shard_size=SHARD_SIZE))
         return [why_not] if why_not else []
 
 
@@ -147,6 +150,15 @@ def _packing(source: ModelSource, method: str, quantization: QuantizationSection
         {**source.quantization, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
     )
     return {"config": config}
+
+
+def _not_packed(model: nn.Module) -> list[str]:
+    return [
+        name
+        for name, module in model.named_modules()
+        if not isinstance(module, Linear4bit | nn.Embedding)
+        and any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+    ]
 
 
 def _from_pretrained(
@@ -213,14 +225,14 @@ def _padding(tokenizer: Any) -> str:
 
 def save_whole(folder: Path, model: Any, tokenizer: Any) -> None:
     """Write model and tokenizer to the new `folder`, which appears complete or not at all."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        partial.rename(folder)
+        model.save_pretrained(unfinished, max_shard_size=SHARD_SIZE)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(folder)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
