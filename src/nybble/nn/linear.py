@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nybble.kernels import dequantize
+from nybble.kernels import MAX_ROWS, dequantize, multiply
 from nybble.quant import SUFFIXES, PackedWeight, from_bnb, to_bnb
 
 _SCALES = ("absmax", "nested_absmax", "nested_offset")
@@ -25,7 +25,8 @@ class Linear4bit(nn.Linear):
 
     `weight` holds the packed bytes, `(n / 2, 1) uint8`, and the scales are buffers beside it, all plain tensors: a
     module moves, shards and counts like any other. In a state dict they carry bitsandbytes' keys. Until `set_packed`
-    is called the layer is an empty shell on the meta device.
+    is called the layer is an empty shell on the meta device. A few rows without gradients, as in generation, are
+    multiplied without writing the decoded weight.
     """
 
     absmax: Tensor
@@ -95,7 +96,10 @@ class Linear4bit(nn.Linear):
         x = input.to(self.compute_dtype)
         # Autocast would cast again what is already in the compute type.
         with torch.autocast(x.device.type, enabled=False):
-            y: Tensor = _FrozenProduct.apply(x, self)
+            if not torch.is_grad_enabled() and x.numel() <= MAX_ROWS * self.in_features and x.numel():
+                y = multiply(x.reshape(-1, self.in_features), self.packed).view(*x.shape[:-1], self.out_features)
+            else:
+                y = _FrozenProduct.apply(x, self)
             if self.bias is not None:
                 y = y + self.bias.to(y.dtype)
         return y.to(input.dtype)
