@@ -8,7 +8,8 @@ export HF_HUB_OFFLINE := 1
 install: .venv/.installed
 
 # The constraints pin the tested versions; pyproject's ranges stay wide, so that nobody's torch is ever replaced.
-.venv/.installed: pyproject.toml constraints.txt
+# Installation compiles the loops of the CPU path, if there is a C compiler.
+.venv/.installed: pyproject.toml constraints.txt $(wildcard src/nybble/kernels/native*.[ch])
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
@@ -33,9 +34,12 @@ fix: install
 
 # The measurements on real models need a folder with models/ and rows/: make bench DATA=FOLDER
 bench: install
+	$(BIN)/python bench/engine.py
+	$(BIN)/python bench/kernel_code.py
 	$(BIN)/python bench/seven_b.py
 	$(BIN)/python bench/loading.py
 	$(if $(DATA),$(BIN)/python bench/real_rows.py --data $(DATA))
+	$(if $(DATA),$(BIN)/python bench/encoders.py --data $(DATA) damage)
 
 docs: install
 	$(BIN)/python docs/generate.py

@@ -18,7 +18,7 @@ from nybble import bundled, generation
 from nybble.data import Example, Prepared, prepare_rows
 from nybble.errors import InputError, RecipeError
 from nybble.hardware import Device, detect_device
-from nybble.kernels import path_for
+from nybble.kernels import path_reasons, paths_taken
 from nybble.models import (
     ModelSource,
     Starts,
@@ -124,7 +124,9 @@ def _load(job: _Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
         starts = _calibrate(job, witness, model)
     witness.record.model |= asdict(loaded)
     witness.record.notes += loaded.notes
-    witness.record.paths = {"dequantize_4bit": path_for(model.device).NAME} if loaded.n_packed else {}
+    if loaded.n_packed:
+        witness.record.paths = paths_taken(model.device)
+        witness.record.notes += dict.fromkeys(path_reasons(model.device).values())
     for note in loaded.notes:
         job.watch.note(note)
     if loaded.bits_per_weight is not None:

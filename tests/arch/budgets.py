@@ -25,6 +25,10 @@ SHOWN = 10
 MIRRORED_SIGNATURES = {
     ("src/nybble/kernels/ops.py", "dequantize_4bit"): "torch.library reads the operator's schema off it",
     ("src/nybble/kernels/ops.py", "gemv_4bit"): "torch.library reads the operator's schema off it",
+    **{
+        ("src/nybble/kernels/gpu_kernels.py", kernel): "a Triton kernel takes its pointers and sizes one by one"
+        for kernel in ("dequantize", "search_scales", "nested_codes", "nearest_codes", "gemv")
+    },
     ("src/nybble/kernels/ops.py", "_"): "the fake of dequantize_4bit, whose signature must be the operator's",
 }
 VERBS = Path("src/nybble/cli")  # typer reads the command line's options off a verb's arguments

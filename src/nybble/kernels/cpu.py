@@ -1,0 +1,275 @@
+"""The path in native code: the loops of `native.c`, single-threaded over a range of blocks, split over threads here.
+
+Results have the bits of the reference whatever the instruction set and the number of threads; only the sums of
+`multiply` may differ in their last places. The library is compiled when the package is installed and loaded on first
+use; without it (no C compiler then) `unavailable` says so and the plain path runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nybble.kernels import plain
+from nybble.quant import PackedWeight, codebook, dynamic_codebook
+from nybble.quant.search import FACTORS, NEIGHBOURS
+
+__all__ = ["NAME", "dequantize", "multiply", "nearest_codes", "nested_codes", "search_scales", "unavailable"]
+
+NAME = "native"
+INSTRUCTION_SETS = ("plain C", "AVX2", "AVX-512")  # by their number in the library
+MAX_ROWS = 8  # of `multiply`
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_MOVED = 1 << 22  # weights a thread should have to decode or multiply (0.3 ms): fewer are not worth waking it
+_TRIED = 1 << 16  # the same for the encoder's loops
+_Pointer = ctypes.c_void_p
+_Size = ctypes.c_int64
+
+
+class _Tables(ctypes.Structure):
+    _fields_ = (
+        ("lut", ctypes.c_float * 16),
+        ("ascending", ctypes.c_float * 16),
+        ("tree", ctypes.c_float * 16),
+        ("midpoints", ctypes.c_float * 16),
+        ("order", ctypes.c_int32 * 16),
+    )
+
+
+class _Source(ctypes.Structure):
+    _fields_ = (("data", _Pointer), ("n", _Size), ("block", _Size), ("dtype", _Size), ("tables", _Pointer))
+
+
+class _Packed(ctypes.Structure):
+    _fields_ = (
+        ("codes", _Pointer),
+        ("absmax", _Pointer),
+        ("absmax8", _Pointer),
+        ("nested", _Pointer),
+        ("table8", _Pointer),
+        ("offset", ctypes.c_float),
+        ("n", _Size),
+        ("block", _Size),
+        ("tables", _Pointer),
+    )
+
+
+class _Nested(ctypes.Structure):
+    _fields_ = (
+        ("wanted", _Pointer),
+        ("nested", _Pointer),
+        ("table8", _Pointer),
+        ("midpoints", _Pointer),
+        ("offset", ctypes.c_float),
+        ("neighbours", _Size),
+    )
+
+
+class _Product(ctypes.Structure):
+    _fields_ = (
+        ("x", _Pointer),
+        ("out", _Pointer),
+        ("rows", _Size),
+        ("in_features", _Size),
+        ("out_features", _Size),
+    )
+
+
+def dequantize(weight: PackedWeight, out: Tensor) -> None:
+    """Decode `weight` into `out`, contiguous, of its shape; types other than the three take the plain path."""
+    if out.dtype not in _DTYPES:
+        plain.dequantize(weight, out)
+        return
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, got strides {out.stride()}")
+    packed, kept = _packed(weight)
+    library, number, address = _library(), _DTYPES[out.dtype], out.data_ptr()
+
+    def run(first: int, last: int) -> None:
+        library.nybble_decode(ctypes.byref(packed), number, address, first, last)
+
+    _split(run, weight.n_blocks, weight.n_elements // _MOVED)
+    del kept
+
+
+def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
+    """x W^T, `(rows, out_features)` in the type of x; W is decoded a few KiB at a time and never written out."""
+    if x.dtype not in _DTYPES or not 1 <= x.shape[0] <= MAX_ROWS:
+        return plain.multiply(x, weight)
+    wide = x.float().contiguous()
+    out = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.float32)
+    packed, kept = _packed(weight)
+    product = _Product(wide.data_ptr(), out.data_ptr(), *wide.shape, weight.shape[0])
+    library = _library()
+
+    def run(first: int, last: int) -> None:
+        library.nybble_gemv(ctypes.byref(packed), ctypes.byref(product), first, last)
+
+    _split(run, weight.shape[0], weight.n_elements // _MOVED)
+    del kept
+    return out.to(x.dtype)
+
+
+def search_scales(flat: Tensor, quant_type: str, block_size: int, signed: bool) -> Tensor:
+    """`nybble.quant.search.search_scales`."""
+    source, kept = _source(flat, quant_type, block_size)
+    scales = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32)
+    factors = torch.tensor([sign * factor for sign in ((1.0, -1.0) if signed else (1.0,)) for factor in FACTORS])
+    library, wanted, address = _library(), factors.data_ptr(), scales.data_ptr()
+
+    def run(first: int, last: int) -> None:
+        library.nybble_search(ctypes.byref(source), wanted, factors.numel(), address, first, last)
+
+    _split(run, scales.numel(), flat.numel() // _TRIED)
+    del kept
+    return scales
+
+
+def nested_codes(
+    flat: Tensor, quant_type: str, block_size: int, scales: Tensor, nested_absmax: Tensor, nested_offset: Tensor
+) -> Tensor:
+    """`nybble.quant.search.nested_codes`."""
+    source, kept = _source(flat, quant_type, block_size)
+    scales, nested_absmax = scales.contiguous(), nested_absmax.contiguous()
+    codes = torch.empty(scales.numel(), dtype=torch.uint8)
+    table, midpoints = _table8()
+    pointers = (scales.data_ptr(), nested_absmax.data_ptr(), table.data_ptr(), midpoints.data_ptr())
+    nested = _Nested(*pointers, nested_offset.item(), NEIGHBOURS)
+    library, address = _library(), codes.data_ptr()
+
+    def run(first: int, last: int) -> None:
+        library.nybble_nested(ctypes.byref(source), ctypes.byref(nested), address, first, last)
+
+    _split(run, codes.numel(), flat.numel() // _TRIED)
+    del kept
+    return codes
+
+
+def nearest_codes(flat: Tensor, quant_type: str, block_size: int, scales: Tensor) -> Tensor:
+    """`nybble.quant.search.nearest_codes`."""
+    source, kept = _source(flat, quant_type, block_size)
+    scales = scales.contiguous()
+    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8)
+    library, given, address = _library(), scales.data_ptr(), packed.data_ptr()
+
+    def run(first: int, last: int) -> None:
+        library.nybble_nearest(ctypes.byref(source), given, address, first, last)
+
+    _split(run, scales.numel(), flat.numel() // _TRIED)
+    del kept
+    return packed
+
+
+@cache
+def unavailable() -> str | None:
+    """Why this path cannot be taken, in words; None if it can. Loads the library once."""
+    try:
+        _library()
+    except OSError as error:
+        return f"the native library could not be loaded: {error}"
+    return None
+
+
+def set_instruction_set(number: int) -> None:
+    """Use one of `INSTRUCTION_SETS` from now on, -1 for the best; for tests and measurements.
+
+    Raises:
+        ValueError: this machine cannot run it.
+    """
+    library = _library()
+    if library.nybble_set_isa(library.nybble_best_isa() if number < 0 else number) < 0:
+        raise ValueError(f"this machine cannot run instruction set {number}")
+
+
+def instruction_set() -> str:
+    """The best of `INSTRUCTION_SETS` that this machine can run."""
+    return INSTRUCTION_SETS[_library().nybble_best_isa()]
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    """The library beside this file, its best instruction set chosen.
+
+    Raises:
+        OSError: it is not there or cannot be loaded.
+    """
+    here = Path(__file__).parent
+    built = [here / f"_native{suffix}" for suffix in EXTENSION_SUFFIXES]
+    found = next((file for file in built if file.is_file()), None)
+    if found is None:
+        raise FileNotFoundError("it was not built; install the package where a C compiler is")
+    library = ctypes.CDLL(str(found))
+    pointer, size = _Pointer, _Size
+    library.nybble_decode.argtypes = (pointer, size, pointer, size, size)
+    library.nybble_gemv.argtypes = (pointer, pointer, size, size)
+    library.nybble_search.argtypes = (pointer, pointer, size, pointer, size, size)
+    library.nybble_nested.argtypes = (pointer, pointer, pointer, size, size)
+    library.nybble_nearest.argtypes = (pointer, pointer, pointer, size, size)
+    for name in ("nybble_decode", "nybble_gemv", "nybble_search", "nybble_nested", "nybble_nearest"):
+        getattr(library, name).restype = None
+    library.nybble_set_isa(library.nybble_best_isa())
+    return library
+
+
+def _source(flat: Tensor, quant_type: str, block_size: int) -> tuple[_Source, Tensor]:
+    """The library's view of weights to encode, and what must live as long as it is used."""
+    flat = flat.contiguous()
+    tables = ctypes.addressof(_tables(quant_type))
+    return _Source(flat.data_ptr(), flat.numel(), block_size, _DTYPES[flat.dtype], tables), flat
+
+
+def _packed(weight: PackedWeight) -> tuple[_Packed, tuple[Tensor, ...]]:
+    """The library's view of a packed weight, and what must live as long as it is used."""
+    codes, absmax = weight.packed.contiguous(), weight.absmax.contiguous()
+    tables = ctypes.addressof(_tables(weight.quant_type))
+    sizes = (weight.n_elements, weight.block_size, tables)
+    if weight.nested_absmax is None or weight.nested_offset is None:
+        return _Packed(codes.data_ptr(), absmax.data_ptr(), None, None, None, 0.0, *sizes), (codes, absmax)
+    nested, table = weight.nested_absmax.contiguous(), _table8()[0]
+    pointers = (codes.data_ptr(), None, absmax.data_ptr(), nested.data_ptr(), table.data_ptr())
+    return _Packed(*pointers, weight.nested_offset.item(), *sizes), (codes, absmax, nested)
+
+
+@cache
+def _tables(quant_type: str) -> _Tables:
+    values = codebook(quant_type)
+    order = torch.argsort(values, stable=True)
+    ascending = values[order]
+    midpoints = ((ascending[:-1] + ascending[1:]) / 2).tolist()
+    # Level by level: node k of the tree halves what node k // 2 left of the ranks.
+    tree = [0.0] + [midpoints[(2 * i + 1) * (8 >> level) - 1] for level in range(4) for i in range(1 << level)]
+    rows = (values.tolist(), ascending.tolist(), tree, [*midpoints, 0.0])
+    return _Tables(*((ctypes.c_float * 16)(*row) for row in rows), (ctypes.c_int32 * 16)(*order.tolist()))
+
+
+@cache
+def _table8() -> tuple[Tensor, Tensor]:
+    table = dynamic_codebook().contiguous()
+    return table, (table[:-1] + table[1:]) / 2
+
+
+def _split(run: Callable[[int, int], None], n: int, worth: int) -> None:
+    """`run(first, last)` over all of range(n), on as many threads as the work is worth, this one among them."""
+    parts = max(1, min(torch.get_num_threads(), worth, n))
+    edges = [n * i // parts for i in range(parts + 1)]
+    if parts == 1:
+        run(0, n)
+        return
+    others = [_workers(os.getpid(), torch.get_num_threads()).submit(run, *edges[i : i + 2]) for i in range(1, parts)]
+    run(*edges[:2])
+    for other in others:
+        other.result()
+
+
+@cache
+def _workers(process: int, threads: int) -> ThreadPoolExecutor:
+    """Threads of this process: a forked child has none of its parent's."""
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix="nybble")

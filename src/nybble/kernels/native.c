@@ -1,0 +1,246 @@
+/* The loops of the 4-bit format for one core: decode, x W^T for a few rows, and the three steps of the encoder.
+
+Every float32 operation and its order are those of `nybble.quant` (decode, search), so that all bits are the same; only
+the sums of `nybble_gemv` are free. Nothing here may be contracted into fused multiply-adds: -ffp-contract=off.
+
+Decoding is table look-up: a block has 16 different values, so these are multiplied and rounded once per block and then
+moved by code. Encoding finds the nearest value by a search tree over the 15 midpoints, node k's children 2k and 2k + 1:
+four steps lead from node 1 to node 16 + rank.
+
+Three sets of inner loops, chosen at run time: AVX-512 and AVX2 (native_x86.h), and plain C (native_plain.h). The
+functions here walk over blocks [first, last) and call the chosen set. Loaded with ctypes: no Python header is needed,
+and there is no PyInit. */
+
+#include "native_plain.h"
+#include "native_x86.h"
+
+#define EXPORT __attribute__((visibility("default")))
+
+/* ---- which set runs ---- */
+
+enum { ISA_PLAIN, ISA_AVX2, ISA_AVX512 };
+
+static const Kernels *active = &PLAIN;
+
+/* The best set that this machine can run. */
+EXPORT int nybble_best_isa(void)
+{
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
+        return ISA_PLAIN;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
+        return ISA_AVX512;
+    return ISA_AVX2; /* every processor with AVX2 has F16C */
+#else
+    return ISA_PLAIN;
+#endif
+}
+
+/* Choose a set; returns it, or -1 where this machine cannot run it. Not while loops are running. */
+EXPORT int nybble_set_isa(int isa)
+{
+    if (isa < ISA_PLAIN || isa > nybble_best_isa())
+        return -1;
+#if defined(__x86_64__)
+    active = isa == ISA_AVX512 ? &WITH_AVX512 : isa == ISA_AVX2 ? &WITH_AVX2 : &PLAIN;
+#endif
+    return isa;
+}
+
+/* ---- decoding ---- */
+
+static inline float scale_of(const Packed *p, int64_t block)
+{
+    if (p->absmax)
+        return p->absmax[block];
+    float product = p->table8[p->absmax8[block]] * p->nested[block / 256];
+    return product + p->offset;
+}
+
+/* `count` blocks from `first` on; the last block of the weight may be short: out never gets more than it has. */
+static void decode_run(const Packed *p, int64_t first, int64_t count, int64_t dtype, void *out)
+{
+    enum { RUN = 256 };
+    int64_t width = dtype == FLOAT32 ? 4 : 2, last = first + count, full = p->n / p->block;
+    char *to = out;
+    for (int64_t b = first; b < last; b += RUN) {
+        float scales[RUN];
+        int64_t n = last - b < RUN ? last - b : RUN, whole = full - b < n ? full - b : n;
+        const uint8_t *codes = p->codes + b * p->block / 2;
+        for (int64_t i = 0; i < n; i++)
+            scales[i] = scale_of(p, b + i);
+        active->decode(codes, scales, whole, p->block, p->tables->lut, dtype, to);
+        to += n * p->block * width;
+        if (whole < n) {
+            uint8_t padded[MAX_BLOCK / 2] = {0};
+            float values[MAX_BLOCK];
+            int64_t rest = p->n - full * p->block;
+            memcpy(padded, p->codes + full * p->block / 2, (size_t)(rest + 1) / 2);
+            active->decode(padded, scales + whole, 1, p->block, p->tables->lut, dtype, values);
+            memcpy(to - p->block * width, values, (size_t)(rest * width));
+        }
+    }
+}
+
+/* Blocks [first, last) into out, the result's start. */
+EXPORT void nybble_decode(const Packed *p, int64_t dtype, void *out, int64_t first, int64_t last)
+{
+    decode_run(p, first, last - first, dtype, (char *)out + first * p->block * (dtype == FLOAT32 ? 4 : 2));
+}
+
+typedef struct {
+    const float *x; /* (rows, in_features) */
+    float *out;     /* (rows, out_features) */
+    int64_t rows;
+    int64_t in_features;
+    int64_t out_features;
+} Product;
+
+/* Columns of x side by side. Rows of a power of two would all fall on the same lines of the cache: PAD apart. */
+enum { PAD = 16 };
+typedef struct {
+    float values[MAX_ROWS * (MAX_BLOCK + PAD)];
+    int64_t rows;
+    int64_t stride;
+} Columns;
+
+/* out += W x over the part [from, to) of W, within one row of it; x: at the same columns. */
+static void add_part(const Packed *p, int64_t from, int64_t to, const Columns *columns, const float *x, float *sums)
+{
+    float values[MAX_BLOCK], scales[MAX_BLOCK / 32], parts[MAX_ROWS];
+    int64_t first = from / p->block, blocks = (to - 1) / p->block + 1 - first;
+    if (active->multiply && from % p->block == 0 && to % p->block == 0) {
+        Piece piece = {p->codes + from / 2, scales, blocks, p->block, p->tables->lut};
+        for (int64_t i = 0; i < blocks; i++)
+            scales[i] = scale_of(p, first + i);
+        active->multiply(&piece, x, columns->stride, columns->rows, parts);
+    } else {
+        decode_run(p, first, blocks, FLOAT32, values);
+        for (int64_t row = 0; row < columns->rows; row++)
+            parts[row] = active->dot(values + from - first * p->block, x + row * columns->stride, to - from);
+    }
+    for (int64_t row = 0; row < columns->rows; row++)
+        sums[row] += parts[row];
+}
+
+/* Output features [first, last); `out` starts as zeros. Columns are taken in pieces whose part of x (128 KiB) stays
+in the second-level cache while all features pass; narrower pieces of W come slower from memory than x from there. */
+EXPORT void nybble_gemv(const Packed *p, const Product *product, int64_t first, int64_t last)
+{
+    Columns columns;
+    int64_t k = product->in_features, fit = 32768 / product->rows, width = fit < MAX_BLOCK ? fit : MAX_BLOCK;
+    width = width < p->block ? p->block : width / p->block * p->block;
+    columns.rows = product->rows;
+    columns.stride = width + PAD;
+    for (int64_t column = 0; column < k; column += width) {
+        int64_t n = k - column < width ? k - column : width;
+        for (int64_t row = 0; row < columns.rows; row++)
+            memcpy(columns.values + row * columns.stride, product->x + row * k + column, (size_t)n * 4);
+        for (int64_t feature = first; feature < last; feature++) {
+            float sums[MAX_ROWS] = {0};
+            int64_t from = feature * k + column, end = from + n, to;
+            for (const float *x = columns.values; from < end; x += to - from, from = to) {
+                to = (from / p->block + width / p->block) * p->block; /* whole blocks that `values` can hold */
+                to = to < end ? to : end;
+                add_part(p, from, to, &columns, x, sums);
+            }
+            for (int64_t row = 0; row < columns.rows; row++)
+                product->out[row * product->out_features + feature] += sums[row];
+        }
+    }
+}
+
+/* ---- encoding ---- */
+
+/* A block in float32, filled up with zeros. */
+static void read_block(const Source *s, int64_t b, float *w)
+{
+    int64_t first = b * s->block, n = s->n - first < s->block ? s->n - first : s->block;
+    active->widen((const char *)s->data + first * (s->dtype == FLOAT32 ? 4 : 2), s->dtype, n, w);
+    memset(w + n, 0, (size_t)(s->block - n) * 4);
+}
+
+static float largest_magnitude(const float *w, int64_t n)
+{
+    int32_t largest = 0; /* bits of magnitudes order as the magnitudes do */
+    for (int64_t i = 0; i < n; i++) {
+        int32_t bits = (int32_t)(bits_of(w[i]) & 0x7FFFFFFFu);
+        largest = bits > largest ? bits : largest;
+    }
+    return float_of((uint32_t)largest);
+}
+
+/* Which of the candidates has the least error; `otherwise` if none has one that is a number. Without branches: which
+is best cannot be predicted. */
+static int64_t best_of(const float *errors, int64_t count, int64_t otherwise)
+{
+    float least = __builtin_inff();
+    int64_t best = otherwise;
+    for (int64_t c = 0; c < count; c++) {
+        int64_t better = -(int64_t)(errors[c] < least);
+        least = errors[c] < least ? errors[c] : least;
+        best = (c & better) | (best & ~better);
+    }
+    return best;
+}
+
+/* The best scale of blocks [first, last): absmax times one of `count` factors. */
+EXPORT void nybble_search(const Source *s, const float *factors, int64_t count, float *scales, int64_t first,
+                          int64_t last)
+{
+    float w[MAX_BLOCK], candidates[MAX_CANDIDATES + 1], errors[MAX_CANDIDATES];
+    for (int64_t b = first; b < last; b++) {
+        read_block(s, b, w);
+        candidates[count] = largest_magnitude(w, s->block); /* kept where no error is a number */
+        for (int64_t c = 0; c < count; c++)
+            candidates[c] = candidates[count] * factors[c];
+        active->errors(w, s->block / LANES, candidates, count, s->tables, errors);
+        scales[b] = candidates[best_of(errors, count, count)];
+    }
+}
+
+/* Place of the nearest of the 256 values: how many midpoints are below. */
+static int64_t place8(float wanted, const float *midpoints)
+{
+    int64_t place = 0;
+    for (int64_t step = 128; step; step /= 2)
+        place += step & -(int64_t)(midpoints[place + step - 1] < wanted);
+    return place;
+}
+
+/* The 8-bit code of the scale of blocks [first, last), near the wanted one. */
+EXPORT void nybble_nested(const Source *s, const Nested *nested, uint8_t *codes, int64_t first, int64_t last)
+{
+    float w[MAX_BLOCK], candidates[MAX_CANDIDATES], errors[MAX_CANDIDATES];
+    int64_t tried = 2 * nested->neighbours + 1;
+    for (int64_t b = first; b < last; b++) {
+        float step = nested->nested[b / 256], shifted = nested->wanted[b] - nested->offset;
+        int64_t places[MAX_CANDIDATES + 1];
+        int64_t nearest = place8(shifted * (1.0f / (step < TINY ? TINY : step)), nested->midpoints);
+        read_block(s, b, w);
+        for (int64_t c = 0; c < tried; c++) {
+            int64_t place = nearest + c - nested->neighbours;
+            places[c] = place < 0 ? 0 : place > 255 ? 255 : place;
+            float product = nested->table8[places[c]] * step;
+            candidates[c] = product + nested->offset;
+        }
+        active->errors(w, s->block / LANES, candidates, tried, s->tables, errors);
+        places[tried] = nearest;
+        codes[b] = (uint8_t)places[best_of(errors, tried, tried)];
+    }
+}
+
+/* The nearest codes under given scales of blocks [first, last), two to a byte; out is the result's start. */
+EXPORT void nybble_nearest(const Source *s, const float *scales, uint8_t *out, int64_t first, int64_t last)
+{
+    float w[MAX_BLOCK];
+    uint8_t codes[MAX_BLOCK];
+    for (int64_t b = first; b < last; b++) {
+        int64_t start = b * s->block, n = s->n - start < s->block ? s->n - start : s->block;
+        read_block(s, b, w);
+        active->nearest(w, s->block / LANES, inverse_of(scales[b]), s->tables, codes);
+        for (int64_t i = 0; i < (n + 1) / 2; i++)
+            out[start / 2 + i] = (uint8_t)(codes[2 * i] << 4 | codes[2 * i + 1]);
+    }
+}

@@ -1,0 +1,294 @@
+/* The sets of inner loops for x86-64 with AVX2 and with AVX-512; chosen at run time, so the file needs no -m flag. */
+
+#pragma once
+
+#if defined(__x86_64__)
+
+#include "native_plain.h"
+
+/* ---- AVX2 ---- */
+
+#define AVX2 __attribute__((target("avx2,fma,f16c")))
+
+AVX2 static void widen_avx2(const void *source, int64_t dtype, int64_t n, float *out)
+{
+    const char *from = source;
+    int64_t i = 0;
+    if (dtype != FLOAT32)
+        for (; i + 8 <= n; i += 8) {
+            __m128i bits = _mm_loadu_si128((const __m128i *)(from + 2 * i));
+            __m256 wide = dtype == FLOAT16 ? _mm256_cvtph_ps(bits)
+                                           : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+            _mm256_storeu_ps(out + i, wide);
+        }
+    widen_plain(from + (dtype == FLOAT32 ? 4 : 2) * i, dtype, n - i, out + i);
+}
+
+/* 2 * node + (scaled > midpoint of node); a permutation reads the low three bits of a node. */
+AVX2 static inline __m256i child_avx2(__m256i node, __m256 scaled, __m256 midpoints)
+{
+    __m256 passed = _mm256_cmp_ps(scaled, _mm256_permutevar8x32_ps(midpoints, node), _CMP_GT_OQ);
+    return _mm256_sub_epi32(_mm256_slli_epi32(node, 1), _mm256_castps_si256(passed));
+}
+
+AVX2 static inline __m256i place_avx2(__m256 scaled, __m256 upper_nodes, __m256 leaf_nodes)
+{
+    __m256i node = child_avx2(_mm256_set1_epi32(1), scaled, upper_nodes);
+    node = child_avx2(child_avx2(node, scaled, upper_nodes), scaled, upper_nodes);
+    return child_avx2(node, scaled, leaf_nodes); /* low four bits: the rank */
+}
+
+/* Entry (low four bits of index) of a table of 16. */
+AVX2 static inline __m256 look_up_avx2(__m256i index, __m256 low, __m256 high)
+{
+    __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), is_high);
+}
+
+AVX2 static inline float halve_sum_avx2(__m256 lanes)
+{
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+AVX2 static void errors_avx2(const float *w, int64_t groups, const float *scales, int64_t count, const Tables *t,
+                             float *errors)
+{
+    __m256 upper = _mm256_loadu_ps(t->tree), leaves = _mm256_loadu_ps(t->tree + 8);
+    __m256 low = _mm256_loadu_ps(t->ascending), high = _mm256_loadu_ps(t->ascending + 8);
+    for (int64_t c = 0; c < count; c++) {
+        __m256 scale = _mm256_set1_ps(scales[c]), inverse = _mm256_set1_ps(inverse_of(scales[c]));
+        __m256 sums[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+        for (int64_t g = 0; g < groups; g++)
+            for (int half = 0; half < 2; half++) {
+                __m256 x = _mm256_loadu_ps(w + 16 * g + 8 * half);
+                __m256i rank = place_avx2(_mm256_mul_ps(x, inverse), upper, leaves);
+                __m256 value = _mm256_mul_ps(look_up_avx2(rank, low, high), scale);
+                __m256 difference = _mm256_sub_ps(x, value);
+                sums[half] = _mm256_add_ps(sums[half], _mm256_mul_ps(difference, difference));
+            }
+        errors[c] = halve_sum_avx2(_mm256_add_ps(sums[0], sums[1]));
+    }
+}
+
+AVX2 static void nearest_avx2(const float *w, int64_t groups, float inverse, const Tables *t, uint8_t *codes)
+{
+    __m256 upper = _mm256_loadu_ps(t->tree), leaves = _mm256_loadu_ps(t->tree + 8);
+    for (int64_t i = 0; i < 16 * groups; i += 8) {
+        int32_t node[8];
+        __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(w + i), _mm256_set1_ps(inverse));
+        _mm256_storeu_si256((__m256i *)node, place_avx2(scaled, upper, leaves));
+        for (int lane = 0; lane < 8; lane++)
+            codes[i + lane] = (uint8_t)t->order[node[lane] & 15];
+    }
+}
+
+/* Eight products rounded to 16 bits, in the low halves. */
+AVX2 static inline __m256i rounded_avx2(__m256 products, int64_t dtype)
+{
+    if (dtype == FLOAT16)
+        return _mm256_cvtepu16_epi32(_mm256_cvtps_ph(products, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    __m256i bits = _mm256_castps_si256(products);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+    __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(products, products, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), _mm256_set1_epi32(0x7FC0), is_nan);
+}
+
+/* 16-bit results of one block: low and high bytes are moved apart, 32 codes at a time. */
+AVX2 static inline void move16_avx2(const uint8_t *codes, int64_t block, __m256i low8, __m256i high8, char *out)
+{
+    __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(low8, high8), 0xD8);
+    __m256i masked = _mm256_and_si256(words, _mm256_set1_epi16(0xFF)), upper = _mm256_srli_epi16(words, 8);
+    __m256i planes = _mm256_permute4x64_epi64(_mm256_packus_epi16(masked, upper), 0xD8);
+    __m256i low_bytes = _mm256_permute2x128_si256(planes, planes, 0x00);
+    __m256i high_bytes = _mm256_permute2x128_si256(planes, planes, 0x11);
+    for (int64_t i = 0; i < block; i += 32) {
+        __m128i both = _mm_loadu_si128((const __m128i *)(codes + i / 2)), mask = _mm_set1_epi8(15);
+        __m128i first = _mm_and_si128(_mm_srli_epi16(both, 4), mask), second = _mm_and_si128(both, mask);
+        __m256i nibbles = _mm256_set_m128i(_mm_unpackhi_epi8(first, second), _mm_unpacklo_epi8(first, second));
+        __m256i low = _mm256_shuffle_epi8(low_bytes, nibbles), high = _mm256_shuffle_epi8(high_bytes, nibbles);
+        __m256i even = _mm256_unpacklo_epi8(low, high), odd = _mm256_unpackhi_epi8(low, high);
+        _mm256_storeu_si256((__m256i *)(out + 2 * i), _mm256_permute2x128_si256(even, odd, 0x20));
+        _mm256_storeu_si256((__m256i *)(out + 2 * i + 32), _mm256_permute2x128_si256(even, odd, 0x31));
+    }
+}
+
+AVX2 static void decode_avx2(const uint8_t *codes, const float *scales, int64_t blocks, int64_t block,
+                             const float *lut, int64_t dtype, void *out)
+{
+    char *to = out;
+    for (int64_t b = 0; b < blocks; b++, codes += block / 2, to += block * (dtype == FLOAT32 ? 4 : 2)) {
+        __m256 scale = _mm256_set1_ps(scales[b]);
+        __m256 low = _mm256_mul_ps(_mm256_loadu_ps(lut), scale), high = _mm256_mul_ps(_mm256_loadu_ps(lut + 8), scale);
+        if (dtype != FLOAT32) {
+            move16_avx2(codes, block, rounded_avx2(low, dtype), rounded_avx2(high, dtype), to);
+            continue;
+        }
+        for (int64_t i = 0; i < block; i += 8) {
+            int32_t four;
+            memcpy(&four, codes + i / 2, 4);
+            __m256i bytes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+            __m256i index = _mm256_or_si256(_mm256_srli_epi64(bytes, 4), _mm256_slli_epi64(bytes, 32));
+            _mm256_storeu_ps((float *)(void *)to + i, look_up_avx2(index, low, high));
+        }
+    }
+}
+
+AVX2 static float dot_avx2(const float *a, const float *b, int64_t n)
+{
+    __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32)
+        for (int k = 0; k < 4; k++)
+            sums[k] = _mm256_fmadd_ps(_mm256_loadu_ps(a + i + 8 * k), _mm256_loadu_ps(b + i + 8 * k), sums[k]);
+    __m256 sum = _mm256_add_ps(_mm256_add_ps(sums[0], sums[1]), _mm256_add_ps(sums[2], sums[3]));
+    return halve_sum_avx2(sum) + dot_plain(a + i, b + i, n - i);
+}
+
+static const Kernels WITH_AVX2 = {widen_avx2, errors_avx2, nearest_avx2, decode_avx2, dot_avx2, 0};
+
+/* ---- AVX-512 ---- */
+
+#define AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl")))
+
+/* A permutation reads the low four bits of a node, so that nodes 16 to 31 are ranks as they stand. */
+AVX512 static inline __m512i place_avx512(__m512 scaled, __m512 tree, __m512 root)
+{
+    __m512i one = _mm512_set1_epi32(1);
+    __mmask16 passed = _mm512_cmp_ps_mask(scaled, root, _CMP_GT_OQ);
+    __m512i node = _mm512_mask_blend_epi32(passed, _mm512_set1_epi32(2), _mm512_set1_epi32(3));
+    for (int step = 0; step < 3; step++) {
+        passed = _mm512_cmp_ps_mask(scaled, _mm512_permutexvar_ps(node, tree), _CMP_GT_OQ);
+        node = _mm512_add_epi32(node, node);
+        node = _mm512_mask_add_epi32(node, passed, node, one);
+    }
+    return node;
+}
+
+AVX512 static void errors_avx512(const float *w, int64_t groups, const float *scales, int64_t count, const Tables *t,
+                                 float *errors)
+{
+    __m512 tree = _mm512_loadu_ps(t->tree), root = _mm512_set1_ps(t->tree[1]), values = _mm512_loadu_ps(t->ascending);
+    for (int64_t c = 0; c < count; c++) {
+        __m512 scale = _mm512_set1_ps(scales[c]), inverse = _mm512_set1_ps(inverse_of(scales[c]));
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t g = 0; g < groups; g++) {
+            __m512 x = _mm512_loadu_ps(w + 16 * g);
+            __m512i rank = place_avx512(_mm512_mul_ps(x, inverse), tree, root);
+            __m512 difference = _mm512_sub_ps(x, _mm512_mul_ps(_mm512_permutexvar_ps(rank, values), scale));
+            sum = _mm512_add_ps(sum, _mm512_mul_ps(difference, difference));
+        }
+        __m256 upper = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(sum), 1));
+        errors[c] = halve_sum_avx2(_mm256_add_ps(_mm512_castps512_ps256(sum), upper));
+    }
+}
+
+AVX512 static void nearest_avx512(const float *w, int64_t groups, float inverse, const Tables *t, uint8_t *codes)
+{
+    __m512 tree = _mm512_loadu_ps(t->tree), root = _mm512_set1_ps(t->tree[1]);
+    __m512i order = _mm512_loadu_si512(t->order);
+    for (int64_t g = 0; g < groups; g++) {
+        __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(w + 16 * g), _mm512_set1_ps(inverse));
+        __m512i chosen = _mm512_permutexvar_epi32(place_avx512(scaled, tree, root), order);
+        _mm_storeu_si128((__m128i *)(codes + 16 * g), _mm512_cvtepi32_epi8(chosen));
+    }
+}
+
+/* The 16 products of a block in 16 bits, twice: a permutation of 32 words takes five bits of its index. Rounded with
+integers: vcvtneps2bf16 takes subnormal numbers for zeros. */
+AVX512 static inline __m512i rounded_avx512(__m512 products, int64_t dtype)
+{
+    if (dtype == FLOAT16)
+        return _mm512_broadcast_i64x4(_mm512_cvtps_ph(products, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    __m512i bits = _mm512_castps_si512(products);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i up = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
+    __mmask16 is_nan = _mm512_cmp_ps_mask(products, products, _CMP_UNORD_Q);
+    up = _mm512_mask_mov_epi32(up, is_nan, _mm512_set1_epi32(0x7FC0));
+    return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(up));
+}
+
+AVX512 static void decode_avx512(const uint8_t *codes, const float *scales, int64_t blocks, int64_t block,
+                                 const float *lut, int64_t dtype, void *out)
+{
+    __m512 values = _mm512_loadu_ps(lut);
+    char *to = out;
+    for (int64_t b = 0; b < blocks; b++, codes += block / 2) {
+        __m512 products = _mm512_mul_ps(values, _mm512_set1_ps(scales[b]));
+        if (dtype == FLOAT32) {
+            for (int64_t i = 0; i < block; i += 16, to += 64) {
+                __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(codes + i / 2)));
+                __m512i index = _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
+                _mm512_storeu_ps(to, _mm512_permutexvar_ps(index, products));
+            }
+            continue;
+        }
+        __m512i rounded = rounded_avx512(products, dtype);
+        for (int64_t i = 0; i < block; i += 32, to += 64) {
+            __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(codes + i / 2)));
+            __m512i index = _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
+            _mm512_storeu_si512(to, _mm512_permutexvar_epi16(index, rounded));
+        }
+    }
+}
+
+AVX512 static float dot_avx512(const float *a, const float *b, int64_t n)
+{
+    __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64)
+        for (int k = 0; k < 4; k++)
+            sums[k] = _mm512_fmadd_ps(_mm512_loadu_ps(a + i + 16 * k), _mm512_loadu_ps(b + i + 16 * k), sums[k]);
+    __m512 sum = _mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3]));
+    return _mm512_reduce_add_ps(sum) + dot_plain(a + i, b + i, n - i);
+}
+
+/* A value is looked up once for all rows of x; the scale multiplies a block's sums. */
+AVX512 static inline __attribute__((always_inline)) void rows_avx512(const Piece *piece, const float *x,
+                                                                     int64_t stride, int rows, float *sums)
+{
+    __m512 lut = _mm512_loadu_ps(piece->lut), totals[8];
+    const uint8_t *codes = piece->codes;
+    for (int row = 0; row < rows; row++)
+        totals[row] = _mm512_setzero_ps();
+    for (int64_t b = 0; b < piece->blocks; b++, codes += piece->block / 2, x += piece->block) {
+        __m512 scale = _mm512_set1_ps(piece->scales[b]), lanes[8];
+        for (int row = 0; row < rows; row++)
+            lanes[row] = _mm512_setzero_ps();
+        for (int64_t i = 0; i < piece->block; i += 16) {
+            __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(codes + i / 2)));
+            __m512i index = _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
+            __m512 values = _mm512_permutexvar_ps(index, lut);
+            for (int row = 0; row < rows; row++)
+                lanes[row] = _mm512_fmadd_ps(values, _mm512_loadu_ps(x + row * stride + i), lanes[row]);
+        }
+        for (int row = 0; row < rows; row++)
+            totals[row] = _mm512_fmadd_ps(lanes[row], scale, totals[row]);
+    }
+    for (int row = 0; row < rows; row++)
+        sums[row] = _mm512_reduce_add_ps(totals[row]);
+}
+
+/* The number of rows is a constant in each copy, so that sums stay in registers. */
+AVX512 static void multiply_avx512(const Piece *piece, const float *x, int64_t stride, int64_t rows, float *sums)
+{
+    for (; rows >= 8; rows -= 8, x += 8 * stride, sums += 8)
+        rows_avx512(piece, x, stride, 8, sums);
+    switch (rows) {
+    case 7: rows_avx512(piece, x, stride, 7, sums); break;
+    case 6: rows_avx512(piece, x, stride, 6, sums); break;
+    case 5: rows_avx512(piece, x, stride, 5, sums); break;
+    case 4: rows_avx512(piece, x, stride, 4, sums); break;
+    case 3: rows_avx512(piece, x, stride, 3, sums); break;
+    case 2: rows_avx512(piece, x, stride, 2, sums); break;
+    case 1: rows_avx512(piece, x, stride, 1, sums); break;
+    default: break;
+    }
+}
+
+static const Kernels WITH_AVX512 = {widen_avx2, errors_avx512, nearest_avx512, decode_avx512, dot_avx512,
+                                    multiply_avx512};
+
+#endif

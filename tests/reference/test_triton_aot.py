@@ -1,0 +1,166 @@
+"""Every Triton kernel compiles for every target with no GPU, and the code is what its design asks for.
+
+What is compiled, and how the code is read, is `bench/kernel_code.py`; the figures it prints are these.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from nybble.quant import encode, search
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "kernel_code.py"
+TARGETS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1151", "gfx1201", "sm_80", "sm_90")
+DECODERS = tuple(f"dequantize {what}" for what in ("float16", "float32", "plain scales", "odd size", "large"))
+ENCODERS = ("search_scales", "nested_codes", "nearest_codes")
+GEMVS = tuple(f"gemv {what}" for what in ("1 row", "8 rows", "1 row any width", "8 rows any width"))
+LDS_BYTES = 64 * 1024
+THREADS = 1024
+VECTOR_OPERATIONS = 16  # for a decoded weight on gfx90a, where more than this binds; choosing by comparisons takes 34
+SELECTS = 20  # of a decoder, for its masks; choosing among 16 values would take 15 for each of a thread's 32
+Examine = Callable[[str, str], Any]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("nybble_kernel_code", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def examine(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Examine]:
+    """The code of a variant on a target, compiled once."""
+    variants = {variant.name: variant for variant in script.VARIANTS}
+    knobs = script.triton.knobs
+    before, knobs.cache.dir = knobs.cache.dir, str(tmp_path_factory.mktemp("triton"))
+    yield cache(lambda name, target: script.examine(variants[name], target))
+    knobs.cache.dir = before
+
+
+def test_every_kernel_and_target_is_looked_at(script: ModuleType) -> None:
+    assert script.TARGETS == TARGETS
+    assert {variant.name for variant in script.VARIANTS} == {*DECODERS, *ENCODERS, *GEMVS, "dequantize bfloat16"}
+    assert {variant.kernel for variant in script.VARIANTS} == {"dequantize", *ENCODERS, "gemv"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["dequantize bfloat16", *DECODERS, *ENCODERS, *GEMVS])
+def test_code_spills_nothing_and_fits(examine: Examine, name: str, target: str) -> None:
+    code = examine(name, target)
+    assert (code.spills, code.scratch_bytes) == (0, 0)
+    assert code.lds_bytes <= LDS_BYTES
+    assert code.threads <= THREADS
+    assert code.vector_registers <= 255
+    if not name.startswith("gemv"):  # gemv is held to a tolerance
+        assert code.fused == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["dequantize bfloat16", *DECODERS])
+def test_decoders_move_16_bytes_at_a_time(examine: Examine, name: str, target: str) -> None:
+    code = examine(name, target)
+    assert code.loads_16_bytes == 1  # 32 codes, all that a thread decodes
+    assert code.stores_16_bytes == (8 if name.endswith("float32") else 4)
+    assert code.stores - code.stores_16_bytes == 1  # of the last n % 32 weights
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["dequantize bfloat16", *DECODERS])
+def test_decoders_look_values_up(examine: Examine, name: str, target: str) -> None:
+    code = examine(name, target)
+    assert code.selects <= SELECTS
+    assert code.per_element <= VECTOR_OPERATIONS
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders_divide_as_ieee_does(examine: Examine, name: str, target: str) -> None:
+    assert examine(name, target).divisions > 0
+
+
+class Driver:
+    """Stands where Triton asks for the device at hand; kernels are kept by the device's number."""
+
+    def __init__(self, target: Any, device: int) -> None:
+        self.target, self.device = target, device
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return device
+
+
+@pytest.fixture
+def launches(
+    examine: Examine, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], dict[str, list[Any]]]:
+    """Sets a target; launches then end with the compiled kernel, noted under its name."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from nybble.kernels import gpu
+
+    made: dict[str, list[Any]] = {}
+    run = JITFunction.run
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        code = run(self, *arguments, grid=grid, warmup=True, **options)
+        made.setdefault(self.fn.__name__, []).append(code)
+
+    def aim(target: str) -> dict[str, list[Any]]:
+        monkeypatch.setattr(gpu, "_wave", lambda _: script.wave(target))
+        monkeypatch.setattr(driver, "_active", Driver(script.gpu_target(target), 100 + TARGETS.index(target)))
+        return made
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    return aim
+
+
+@pytest.mark.parametrize("target", ["gfx90a", "gfx1100", "sm_90"])
+def test_launches_compile_as_they_are_made(
+    launches: Callable[[str], dict[str, list[Any]]], script: ModuleType, target: str
+) -> None:
+    """Types, alignments and constants come from real arguments here; numbers that are 1 become constants."""
+    from nybble.kernels import gpu
+
+    made = launches(target)
+    for shape in ((1, 1), (64, 128)):
+        flat = torch.randn(shape, dtype=torch.bfloat16).view(-1)
+        weight = encode(flat.view(shape))
+        gpu.dequantize(weight, torch.empty(shape, dtype=torch.bfloat16))
+        gpu.multiply(flat.view(shape)[:8].contiguous(), weight)
+        scales = torch.ones(-(-flat.numel() // 64))
+        gpu.search_scales(flat, "nf4", 64, True)
+        gpu.nested_codes(flat, "nf4", 64, scales, *search.nest_scales(scales))
+        gpu.nearest_codes(flat, "nf4", 64, scales)
+    assert {name: len(codes) for name, codes in made.items()} == dict.fromkeys(
+        ("dequantize", "gemv", "search_scales", "nested_codes", "nearest_codes"), 2
+    )
+    for code in (code for codes in made.values() for code in codes):
+        assert code.metadata.enable_fp_fusion is False
+        assert code.metadata.num_warps * script.wave(target) == 256
+    wide = {"g": "buffer_store_(dwordx4|b128)", "s": r"st\.global\.v4\.b32"}[target[0]]
+    usual = made["dequantize"][1].asm
+    assert len(re.findall(wide, usual.get("amdgcn") or usual["ptx"])) == 4
