@@ -24,6 +24,7 @@ class Piece:
 
     text: str
     answer_start: int
+    is_literal: bool = False  # what looks like a control token is text
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Turn:
     content: str
 
 
-Form = list[Piece] | list[Turn]
+Form = Sequence[Piece | Turn]
 
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -124,7 +125,7 @@ def _alpaca(row: Row, where: str, has_template: bool) -> Form:
     if has_template:
         return [Turn("user", f"{instruction}\n\n{extra}" if extra else instruction), Turn("assistant", output)]
     prompt = alpaca_prompt(instruction, extra)
-    return [Piece(prompt + output, len(prompt))]
+    return [Piece(prompt + output, len(prompt), is_literal=True)]
 
 
 def alpaca_prompt(instruction: str, extra: str = "") -> str:
@@ -140,6 +141,26 @@ def prompt_form(shape: str, forms: Sequence[Form], has_template: bool) -> str:
     if shape == "prompt_completion" and not any(isinstance(part, Turn) for form in forms for part in form):
         return "plain"
     return "alpaca" if shape == "alpaca" and not has_template else "template"
+
+
+def answers_of(form: Form) -> list[str]:
+    """The answers' texts, in order."""
+    turns = [part.content for part in form if isinstance(part, Turn) and part.role == "assistant"]
+    return turns + [part.text[part.answer_start :] for part in form if isinstance(part, Piece)]
+
+
+def exchanges(form: Form) -> tuple[Form, list[Form]]:
+    """The system text, and the questions with their answers: what a row can be parted into."""
+    head = [part for part in form[:1] if isinstance(part, Turn) and part.role == "system"]
+    units: list[list[Piece | Turn]] = []
+    former = ""
+    for part in form[len(head) :]:
+        role = part.role if isinstance(part, Turn) else ""
+        if not units or isinstance(part, Piece) or (role == "user" and former == "assistant"):
+            units.append([])
+        units[-1].append(part)
+        former = role
+    return head, list(units)
 
 
 def _turns(messages: list[Any], role_key: str, content_key: str, where: str) -> list[Turn]:
