@@ -8,6 +8,8 @@ token is learned too. Padding is never a label.
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from array import array
 from dataclasses import dataclass, replace
 from typing import Any
@@ -143,6 +145,7 @@ def _encode_pieces(pieces: list[Piece], tokenizer: Any) -> _Spans:
 
 
 def _encode_turns(turns: list[Turn], tokenizer: Any, loss_on: str, where: str) -> _Spans:
+    turns = _spoken(turns, tokenizer, where)
     contents, sign = mark([turn.content for turn in turns], tokenizer)
     turns = [replace(turn, content=content) for turn, content in zip(turns, contents, strict=True)]
     marked = _render(turns, tokenizer, where)
@@ -188,7 +191,7 @@ def _answer_border(turns: list[Turn], k: int, text: str, tokenizer: Any, where: 
     """Characters of `text` that are turn `k`, or None where the template does not keep earlier turns as they were."""
     whole = _render(turns[: k + 1], tokenizer, where)
     if k == 0:  # no template renders nothing: the header ends where two different contents begin to differ
-        a, b = (_render([Turn(turns[0].role, content)], tokenizer, where) for content in ("a", "b"))
+        a, b = (_render([Turn("assistant", content)], tokenizer, where) for content in ("a", "b"))
         differs = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
         return (next(differs, 0), len(whole)) if text.startswith(whole) else None
     for generation_prompt in (True, False):
@@ -201,12 +204,41 @@ def _answer_border(turns: list[Turn], k: int, text: str, tokenizer: Any, where: 
 def _render(turns: list[Turn], tokenizer: Any, where: str, add_generation_prompt: bool = False) -> str:
     from jinja2 import TemplateError
 
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    tools = json.loads(turns[0].content) if turns and turns[0].role == "tools" else None
+    messages: list[dict[str, Any]] = [
+        {"role": turn.role, "content": turn.content} | ({"tool_calls": json.loads(turn.calls)} if turn.calls else {})
+        for turn in turns
+        if turn.role != "tools"
+    ]
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
     # A template is a program of somebody else's; these are the ways in which one fails.
     except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise RowsError(f"{where}: the chat template refuses it: {error}") from error
+
+
+def _spoken(turns: list[Turn], tokenizer: Any, where: str) -> list[Turn]:
+    """The turns in words that this tokenizer's template knows: what it does not know it would leave out unsaid.
+
+    Tools then stand in the system text, and what a tool returned is the user's turn.
+    """
+    template = str(tokenizer.chat_template)
+    if any(turn.calls for turn in turns) and "tool_calls" not in template:
+        raise RowsError(
+            f"{where}: the chat template knows no tool_calls; write the calls into the content, or set --chat_template"
+        )
+    if not re.search(r"""['"](tool|ipython)['"]""", template):
+        turns = [replace(turn, role="user") if turn.role == "tool" else turn for turn in turns]
+    if turns[0].role == "tools" and not re.search(r"\btools\b", template):
+        system = f"These functions may be called, as a JSON object with name and arguments:\n{turns[0].content}"
+        is_told = turns[1].role == "system"
+        rest = turns[2:] if is_told else turns[1:]
+        return [Turn("system", f"{turns[1].content}\n\n{system}" if is_told else system), *rest]
+    return turns
 
 
 def encode_prompt(question: str, tokenizer: Any, form: str) -> list[int]:

@@ -8,6 +8,7 @@ Shapes are told apart by their columns; the first row decides, and a row that di
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,8 +32,9 @@ class Piece:
 class Turn:
     """One message."""
 
-    role: str
+    role: str  # "system", "user", "assistant", "tool", or "tools": what may be called, as a JSON list
     content: str
+    calls: str = ""  # the tools that an assistant calls, as a JSON list
 
 
 Form = Sequence[Piece | Turn]
@@ -44,11 +46,19 @@ _SHAREGPT_ROLES = {
     "assistant": "assistant",
     "model": "assistant",
     "function_call": "assistant",
-    "observation": "user",
-    "tool": "user",
+    "observation": "tool",
+    "tool": "tool",
     "system": "system",
 }
 _MESSAGE_ROLES = ("system", "user", "assistant", "tool")
+# Whom a turn may follow; "" is the beginning.
+_BEFORE = {
+    "system": ("",),
+    "user": ("", "system", "assistant"),
+    "assistant": ("", "system", "user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+_MOST_CHARACTERS = 2_000_000  # more than any context holds; beyond it, tokenizing takes gigabytes and minutes
 _COLUMNS = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -96,8 +106,8 @@ def to_form(row: Row, shape: str, data: DataSection, where: str, has_template: b
     if shape == "alpaca":
         return _alpaca(row, where, has_template)
     if shape == "sharegpt":
-        return _turns(_list(row, "conversations", where), "from", "value", where)
-    return _turns(_list(row, "messages", where), "role", "content", where)
+        return [*_tools(row, where), *_turns(_list(row, "conversations", where), "from", "value", where)]
+    return [*_tools(row, where), *_turns(_list(row, "messages", where), "role", "content", where)]
 
 
 def _split_text(text: str) -> list[Piece]:
@@ -150,8 +160,8 @@ def answers_of(form: Form) -> list[str]:
 
 
 def exchanges(form: Form) -> tuple[Form, list[Form]]:
-    """The system text, and the questions with their answers: what a row can be parted into."""
-    head = [part for part in form[:1] if isinstance(part, Turn) and part.role == "system"]
+    """Tools and system text, and the questions with their answers: what a row can be parted into."""
+    head = [part for part in form[:2] if isinstance(part, Turn) and part.role in ("tools", "system")]
     units: list[list[Piece | Turn]] = []
     former = ""
     for part in form[len(head) :]:
@@ -163,23 +173,58 @@ def exchanges(form: Form) -> tuple[Form, list[Form]]:
     return head, list(units)
 
 
+def _tools(row: Row, where: str) -> list[Turn]:
+    """What the row says may be called, as a turn of its own; a JSON text or a list."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise RowsError(f"{where}: column 'tools' is no JSON ({error})") from error
+    if not tools:
+        return []
+    if not isinstance(tools, list):
+        raise RowsError(f"{where}: column 'tools' holds a {type(tools).__name__}; it is a list of functions")
+    return [Turn("tools", json.dumps(tools, ensure_ascii=False))]
+
+
 def _turns(messages: list[Any], role_key: str, content_key: str, where: str) -> list[Turn]:
-    turns = []
+    turns: list[Turn] = []
     for number, message in enumerate(messages, start=1):
-        if not isinstance(message, Mapping) or role_key not in message or content_key not in message:
-            raise RowsError(f"{where} turn {number}: needs {role_key!r} and {content_key!r}, got {message!r:.80}")
-        role, content = message[role_key], message[content_key]
-        if role_key == "from" and isinstance(role, str):
-            role = _SHAREGPT_ROLES.get(role, role)
-        if role not in _MESSAGE_ROLES:
-            raise RowsError(f"{where} turn {number}: unknown role {role!r}; allowed: {', '.join(_MESSAGE_ROLES)}")
-        if not isinstance(content, str):
-            raise RowsError(f"{where} turn {number}: {content_key} is a {type(content).__name__}, not text")
-        check_text(content, f"{where} turn {number}")
-        turns.append(Turn(role, content))
+        turn = _turn(message, role_key, content_key, f"{where} turn {number}")
+        former = turns[-1].role if turns else ""
+        if former not in _BEFORE[turn.role]:
+            after = f"follows {former!r}" if former else "comes first"
+            allowed = ", ".join(name or "the beginning" for name in _BEFORE[turn.role])
+            raise RowsError(f"{where} turn {number}: {turn.role!r} {after}; it may follow: {allowed}; repair the row")
+        turns.append(turn)
     if not any(turn.role == "assistant" for turn in turns):
         raise RowsError(f"{where}: no assistant turn, so nothing to learn; allowed roles: {', '.join(_MESSAGE_ROLES)}")
     return turns
+
+
+def _turn(message: Any, role_key: str, content_key: str, where: str) -> Turn:
+    if not isinstance(message, Mapping) or role_key not in message or not {content_key, "tool_calls"} & message.keys():
+        raise RowsError(f"{where}: needs {role_key!r} and {content_key!r}, got {message!r:.80}")
+    role, content, calls = message[role_key], message.get(content_key), message.get("tool_calls")
+    if role_key == "from" and isinstance(role, str):
+        role = _SHAREGPT_ROLES.get(role, role)
+    if role not in _MESSAGE_ROLES:
+        raise RowsError(f"{where}: unknown role {role!r}; allowed: {', '.join(_MESSAGE_ROLES)}")
+    if calls and content is None:
+        content = ""
+    if not isinstance(content, str):
+        raise RowsError(f"{where}: {content_key} is a {type(content).__name__}, not text")
+    _check_size(content, where)
+    check_text(content, where)
+    return Turn(role, content, json.dumps(calls, ensure_ascii=False) if calls else "")
+
+
+def _check_size(text: str, where: str) -> None:
+    if len(text) > _MOST_CHARACTERS:
+        raise RowsError(
+            f"{where}: a text of {len(text):,} characters; allowed are {_MOST_CHARACTERS:,}; part it into several rows"
+        )
 
 
 def _text(row: Row, column: str, where: str) -> str:
@@ -187,6 +232,7 @@ def _text(row: Row, column: str, where: str) -> str:
         raise RowsError(f"{where}: column {column!r} is missing; this row has {', '.join(map(str, row)) or 'none'}")
     if not isinstance(row[column], str):
         raise RowsError(f"{where}: column {column!r} holds a {type(row[column]).__name__}, not text")
+    _check_size(row[column], where)
     return str(row[column])
 
 
