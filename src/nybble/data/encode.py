@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nybble.data.shapes import Form, Piece, Turn, alpaca_prompt, answers_of, exchanges
-from nybble.data.tokens import adds_bos, mark, spelled, stop_ids, tokenize, unmark
+from nybble.data.tokens import MARKS, adds_bos, mark, spelled, stop_ids, tokenize, unmark
 from nybble.errors import RowsError
 
 IGNORED = -100  # the label that torch's cross-entropy skips
@@ -176,7 +176,10 @@ def _answer_borders(turns: list[Turn], text: str, tokenizer: Any, loss_on: str, 
     answers = [k for k, turn in enumerate(turns) if turn.role == "assistant"]
     if loss_on == "last_answer":
         answers = answers[-1:]
-    borders = [_answer_border(turns, k, text, tokenizer, where) for k in answers]
+    borders = [
+        _answer_border(turns, k, text, tokenizer, where) or _find_border(turns, k, text, tokenizer, where)
+        for k in answers
+    ]
     if None not in borders:
         return [border for border in borders if border is not None]
     if loss_on == "all":
@@ -190,7 +193,9 @@ def _answer_borders(turns: list[Turn], text: str, tokenizer: Any, loss_on: str, 
 def _answer_border(turns: list[Turn], k: int, text: str, tokenizer: Any, where: str) -> tuple[int, int] | None:
     """Characters of `text` that are turn `k`, or None where the template does not keep earlier turns as they were."""
     whole = _render(turns[: k + 1], tokenizer, where)
-    if k == 0:  # no template renders nothing: the header ends where two different contents begin to differ
+    if all(
+        turn.role == "tools" for turn in turns[:k]
+    ):  # no template renders nothing: the header ends where two different contents begin to differ
         a, b = (_render([Turn("assistant", content)], tokenizer, where) for content in ("a", "b"))
         differs = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
         return (next(differs, 0), len(whole)) if text.startswith(whole) else None
@@ -199,6 +204,30 @@ def _answer_border(turns: list[Turn], k: int, text: str, tokenizer: Any, where: 
         if whole.startswith(before) and text.startswith(whole):
             return len(before), len(whole)
     return None
+
+
+def _find_border(turns: list[Turn], k: int, text: str, tokenizer: Any, where: str) -> tuple[int, int] | None:
+    """Characters of `text` that are turn `k`, found by a mark at its end; for templates that rewrite earlier turns.
+
+    The turn begins behind the header that asks for an answer, as in generation, and ends as it does when it is last.
+    """
+    sign = next(chr(code) for code in MARKS if chr(code) not in text)
+
+    def with_mark(upto: int) -> str:
+        content = turns[k].content.rstrip()  # the mark goes before white space, which a template may take away
+        ended = replace(turns[k], content=content + sign + turns[k].content[len(content) :])
+        return _render([*turns[:k], ended, *turns[k + 1 : upto]], tokenizer, where)
+
+    alone, whole = with_mark(k + 1), with_mark(len(turns))
+    asked, before = (_render(turns[:k], tokenizer, where, asks) for asks in (True, False))
+    header, tail = asked[len(before) :], alone.partition(sign)[2]
+    end = whole.find(sign)
+    if end < 0 or whole.replace(sign, "") != text or not asked.startswith(before) or not header.strip():
+        return None
+    start = text.rfind(header, 0, end)
+    while start > 0 and ord(text[start - 1]) in MARKS:  # the same words, spelled in a content
+        start = text.rfind(header, 0, start)
+    return (start + len(header), end + len(tail)) if start >= 0 and text.startswith(tail, end) else None
 
 
 def _render(turns: list[Turn], tokenizer: Any, where: str, add_generation_prompt: bool = False) -> str:

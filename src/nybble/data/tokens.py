@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-_MARKS = range(0xF0000, 0xFFFFE)  # private use: templates pass them through, and nobody trims them
+MARKS = range(0xF0000, 0xFFFFE)  # private use: templates pass them through, and nobody trims them
 
 
 def control_ids(tokenizer: Any) -> set[int]:
@@ -41,7 +41,7 @@ def mark(contents: Sequence[str], tokenizer: Any) -> tuple[list[str], str]:
     if not any(found):
         return list(contents), ""
     whole = "".join(contents)
-    sign = next(chr(code) for code in _MARKS if chr(code) not in whole)
+    sign = next(chr(code) for code in MARKS if chr(code) not in whole)
     marked = []
     for content, places in zip(contents, found, strict=True):
         borders = [0, *places, len(content)]
