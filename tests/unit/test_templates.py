@@ -229,6 +229,49 @@ def test_alpacas_plain_form_keeps_spelled_tokens_as_text(prepare: Call, tok: Any
     assert (example.input_ids.count(tok.bos_token_id), example.input_ids.count(tok.eos_token_id)) == (1, 1)
 
 
+RENDERED = {"llama-3": "llama3", "qwen-3": "chatml", "gemma-3": "gemma", "phi-3": "phi3"}
+PAIRS = [[("Q", "A")], [("é 汉", "a\r\nb 👩‍👩‍👧"), ("R", "")], [("a", "b"), ("c", "d"), ("שלום", "مرحبا")]]
+
+
+@pytest.mark.parametrize("name", RENDERED)
+@pytest.mark.parametrize("pairs", PAIRS, ids=len)
+@pytest.mark.parametrize("begin", ["", "<s>"])
+def test_text_that_is_rendered_already_is_learned_alike(
+    learns: Call, speak: Callable[[str], Any], name: str, pairs: list[tuple[str, str]], begin: str
+) -> None:
+    tokenizer, family = speak(name)
+    segments = [part.replace("<think>\n\n</think>\n\n", "") for part in expected(family, pairs)[: 2 * len(pairs)]]
+    text = begin + "".join(segments).removeprefix("<s>") + family.behind
+    done = learns({"text": text}, *segments, tokenizer=tokenizer)
+    assert done.ledger.prompt_form == RENDERED[name]
+    assert done.ledger.stop_tokens_trained == done.ledger.turns == len(pairs)
+    assert done.ledger.answers_empty == sum(not answer for _, answer in pairs)
+    asked = tokenizer.decode(encode_prompt(pairs[0][0], tokenizer, RENDERED[name]))
+    assert asked == segments[0]
+
+
+def test_a_rendered_answer_without_its_mark_gets_an_end_token(learns: Call, speak: Callable[[str], Any]) -> None:
+    tokenizer, _ = speak("qwen-3")
+    prompt = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    learns({"text": prompt + "A"}, f"<s>{prompt}", "A</s>", tokenizer=tokenizer)
+
+
+def test_begin_and_end_that_a_row_spells_are_not_doubled(learns: Call) -> None:
+    learns({"prompt": "<s>Q:\n", "completion": "A</s>"}, "<s>Q:\n", "A</s>")
+
+
+def test_marks_that_are_no_tokens_here_are_learned_with_an_end_token(learns: Call) -> None:
+    prompt = "<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"
+    learns({"text": prompt + "A<|im_end|>"}, f"<s>{prompt}", "A<|im_end|></s>")
+
+
+@pytest.mark.parametrize(("begin", "end"), [("", ""), ("<s>", "</s>")])
+def test_alpaca_text_learns_its_response(learns: Call, begin: str, end: str) -> None:
+    prompt = "Below is a task.\n\n### Instruction:\nI\n\n### Response:\n"
+    done = learns({"text": f"{begin}{prompt}O{end}"}, f"<s>{prompt}", "O</s>")
+    assert done.ledger.prompt_form == "alpaca"
+
+
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "adds", "parameters": {}}}]
 TOOL_TURNS = [

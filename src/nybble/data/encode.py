@@ -14,6 +14,7 @@ from array import array
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nybble.data.rendered import FAMILIES
 from nybble.data.shapes import Form, Piece, Turn, alpaca_prompt, answers_of, exchanges
 from nybble.data.tokens import MARKS, adds_bos, mark, spelled, stop_ids, tokenize, unmark
 from nybble.errors import RowsError
@@ -132,14 +133,19 @@ def _split(form: Form, tokenizer: Any, max_length: int) -> list[Form]:
 
 def _encode_pieces(pieces: list[Piece], tokenizer: Any) -> _Spans:
     spans = _Spans([], [])
+    begin = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    stopping = stop_ids(tokenizer)
     for piece in pieces:
-        if tokenizer.bos_token_id is not None and adds_bos(tokenizer):
-            spans.ids.append(tokenizer.bos_token_id)
         ids, ends = tokenize(piece.text, tokenizer, spelled(piece.text, tokenizer) if piece.is_literal else ())
+        is_rendered = piece.family in FAMILIES
+        # Rendered text has a begin token once, [INST] text one for each question.
+        if not (is_rendered and spans.ids) and ids[:1] != begin:
+            spans.ids += begin
         offset = len(spans.ids)
         # A token that begins in the prompt and ends in the answer belongs to the answer: generation has to produce it.
         first = offset + next((i for i, end in enumerate(ends) if end > piece.answer_start), len(ids))
-        spans.ids += [*ids, tokenizer.eos_token_id]
+        has_stop = ids[-1:] == [tokenizer.eos_token_id] or (is_rendered and ids[-1] in stopping)
+        spans.ids += ids if has_stop else [*ids, tokenizer.eos_token_id]
         spans.answers.append((first, len(spans.ids), True))
     return spans
 
@@ -277,7 +283,9 @@ def encode_prompt(question: str, tokenizer: Any, form: str) -> list[int]:
     if form == "template":
         text = _render([Turn("user", asked)], tokenizer, "prompt", add_generation_prompt=True)
     else:
-        text = {"inst": f"[INST] {asked} [/INST]", "alpaca": alpaca_prompt(asked)}.get(form, asked)
+        forms = {name: family.question.format(asked) for name, family in FAMILIES.items()}
+        forms |= {"inst": f"[INST] {asked} [/INST]", "alpaca": alpaca_prompt(asked)}
+        text = forms.get(form, asked)
     text, as_text = unmark(text, sign)
     ids, _ends = tokenize(text, tokenizer, as_text)
     if adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:

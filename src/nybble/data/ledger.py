@@ -14,7 +14,7 @@ class Ledger:
     """Counts of rows, answers and tokens. Those of answers and tokens are of the rows trained on, as they are cut."""
 
     shape: str
-    prompt_form: str  # how prompts are put: "template", "inst", "alpaca" or "plain"
+    prompt_form: str  # how prompts are put: "template", "plain", "inst", "alpaca", or one of `rendered.FAMILIES`
     rows_read: int
     rows_used: int
     rows_dropped: int  # nothing to learn in them, too long under `overlong: drop`, or the same row is held out

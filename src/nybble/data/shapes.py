@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nybble.data.rendered import find_answers, without_stop
 from nybble.data.rows import Row, Rows, check_text
 from nybble.errors import RowsError
 from nybble.recipe import DataSection
@@ -26,6 +27,7 @@ class Piece:
     text: str
     answer_start: int
     is_literal: bool = False  # what looks like a control token is text
+    family: str = ""  # how its prompt is put: "" for plainly, "inst", "alpaca", or one of `rendered.FAMILIES`
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,9 @@ _COLUMNS = {
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
 }
-_ALPACA = "### Instruction:\n{instruction}\n\n### Response:\n"
-_ALPACA_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+_RESPONSE = "### Response:\n"
+_ALPACA = f"### Instruction:\n{{instruction}}\n\n{_RESPONSE}"
+_ALPACA_WITH_INPUT = f"### Instruction:\n{{instruction}}\n\n### Input:\n{{input}}\n\n{_RESPONSE}"
 
 
 def detect_shape(rows: Rows, data: DataSection) -> str:
@@ -111,10 +114,21 @@ def to_form(row: Row, shape: str, data: DataSection, where: str, has_template: b
 
 
 def _split_text(text: str) -> list[Piece]:
-    """Pieces of `<s>[INST] .. [/INST] .. </s>` text, or the whole text, all of it learned, where there are no marks.
+    """Pieces of text with a known family's marks, or the whole text, all of it learned, where there are none.
 
     The literal `<s>` and `</s>` stand for the tokenizer's own begin and end tokens, whatever those are called.
     """
+    family, answers = find_answers(text)
+    if answers:
+        begins = [0, *(end for _start, end in answers)]
+        return [
+            Piece(text[begin:end], start - begin, family=family)
+            for begin, (start, end) in zip(begins, answers, strict=False)
+        ]
+    prompt, header, answer = text.partition(_RESPONSE)
+    if header and _RESPONSE not in answer:
+        prompt = prompt.removeprefix("<s>") + header
+        return [Piece(prompt + answer.removesuffix("</s>"), len(prompt), family="alpaca")]
     pieces = []
     for part in re.split(r"</s>", text.strip()):
         content = part.strip().removeprefix("<s>").lstrip() if "[INST]" in part else part.removeprefix("<s>")
@@ -125,7 +139,8 @@ def _split_text(text: str) -> list[Piece]:
         prompt, mark, _answer = content.rpartition("[/INST]")
         # What stood before the end token stays as written, its space included: that is what a chat template makes.
         tail = part[len(part.rstrip()) :] if mark else ""
-        pieces.append(Piece(content.rstrip() + tail, len(prompt) + len(mark) if mark else 0))
+        start, family = (len(prompt) + len(mark), "inst") if mark else (0, "")
+        pieces.append(Piece(content.rstrip() + tail, start, family=family))
     return pieces
 
 
@@ -144,10 +159,10 @@ def alpaca_prompt(instruction: str, extra: str = "") -> str:
 
 
 def prompt_form(shape: str, forms: Sequence[Form], has_template: bool) -> str:
-    """How a prompt was put to the model: "template", "inst", "alpaca" or "plain". `ask` must put questions alike."""
+    """How a prompt was put to the model: "template", "plain" or a piece's family. `ask` must put questions alike."""
     if shape == "text":
-        marked = any(isinstance(part, Piece) and part.answer_start for form in forms for part in form)
-        return "inst" if marked else "plain"
+        families = (part.family for form in forms for part in form if isinstance(part, Piece) and part.family)
+        return next(families, "plain")
     if shape == "prompt_completion" and not any(isinstance(part, Turn) for form in forms for part in form):
         return "plain"
     return "alpaca" if shape == "alpaca" and not has_template else "template"
@@ -156,7 +171,8 @@ def prompt_form(shape: str, forms: Sequence[Form], has_template: bool) -> str:
 def answers_of(form: Form) -> list[str]:
     """The answers' texts, in order."""
     turns = [part.content for part in form if isinstance(part, Turn) and part.role == "assistant"]
-    return turns + [part.text[part.answer_start :] for part in form if isinstance(part, Piece)]
+    pieces = [part for part in form if isinstance(part, Piece)]
+    return turns + [without_stop(piece.text[piece.answer_start :], piece.family) for piece in pieces]
 
 
 def exchanges(form: Form) -> tuple[Form, list[Form]]:
