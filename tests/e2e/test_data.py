@@ -52,6 +52,20 @@ def test_the_terminal_shows_ledger_and_rows(nybble: Callable[..., Any], words: t
     assert re.search(r"\nrow 3.*: \d+ of \d+ tokens learned, 1 end token\n", done.out)
 
 
+def test_a_terminal_gets_colours_and_no_steering(
+    nybble: Callable[..., Any], words: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    (tmp_path / "steer.jsonl").write_text(json.dumps({"prompt": "a\x1b[2J[red]", "completion": "b\u202ec"}) + "\n")
+    done = nybble(*words[:3], "--dataset_name", tmp_path / "steer.jsonl")
+    assert done.code == 0, done.err
+    assert "\x1b[2J" not in done.out
+    assert "[red]" in done.out
+    assert "\u202e" not in done.out
+    assert re.search(r"\x1b\[[0-9;]*32m", done.out)  # learned: green
+    assert re.search(r"\x1b\[[0-9;]*2m", done.out)  # masked: dim
+
+
 def test_a_recipe_file_is_taken(nybble: Callable[..., Any], words: tuple[object, ...], tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(f"model: {words[2]}\ndataset: {words[4]}\n")
     assert nybble("data", tmp_path / "recipe.yaml", "--json", "--show", 0).json["rows"] == []

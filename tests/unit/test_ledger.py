@@ -148,6 +148,11 @@ def test_json_in_any_layout_is_read(tmp_path: Path, indent: int | None, content:
     assert read_rows(str(tmp_path / "r.json")).rows == (content if isinstance(content, list) else [content])
 
 
+def test_a_row_whose_first_line_ends_with_a_colon_is_one_row(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text('{"text":\n"a"}\n')
+    assert read_rows(str(tmp_path / "r.json")).rows == [{"text": "a"}]
+
+
 def test_broken_json_of_many_lines_is_named_by_line(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text('{\n "text": "a",\n "more" 3\n}\n')
     with pytest.raises(RowsError, match=r"r\.json line 3: not JSON"):

@@ -127,7 +127,7 @@ def _read_json(path: Path) -> Iterator[Row]:
 def _is_one_row(text: str) -> bool:
     """Whether the first line opens an object that a later one closes: it holds no more than its beginning."""
     first = text.lstrip().partition("\n")[0].strip()
-    return first == "{" or (first.startswith("{") and first.endswith((",", "[", "{")))
+    return first == "{" or (first.startswith("{") and first.endswith((",", "[", "{", ":")))
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
