@@ -146,3 +146,18 @@ def test_the_library_gives_the_same(words: tuple[object, ...]) -> None:
     assert found.fault is None
     assert found.ledger.rows_read == 40
     assert "".join(part.text for part in found.rows[0].parts).replace(" ", "").endswith("Itistwo.</s>")
+
+
+def test_train_says_what_became_of_long_rows(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    exchange = "<s>[INST] What is two plus two? [/INST] Two plus two is four. </s>"
+    (tmp_path / "long.jsonl").write_text((json.dumps({"text": exchange * 3}) + "\n") * 4)
+    words = ("--model_name_or_path", tiny_llama(), "--dataset_name", tmp_path / "long.jsonl", "--eval_fraction", 0)
+    more = ("--max_length", 64, "--overlong", "split", "--max_steps", 1, "--output_dir", tmp_path / "run")
+    done = nybble("train", *words, *more)
+    assert done.code == 0, done.err
+    assert "4 rows are longer than max_length, 4 were split" in done.err
+    ledger = json.loads((tmp_path / "run" / "run.json").read_text())["rows"]["ledger"]
+    assert (ledger["rows_split"], ledger["turns"], ledger["stop_tokens_cut"]) == (4, 12, 0)
+    assert "| rows split | 4 |" in (tmp_path / "run" / "report.md").read_text()
