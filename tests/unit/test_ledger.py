@@ -139,6 +139,16 @@ def test_a_row_of_50_megabytes_is_refused_at_once(tmp_path: Path, tok: Any, name
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.parametrize(
+    ("n_turns", "size", "said"),
+    [(50, 50_000, "a text of 2,500,000 characters"), (2_002, 1, "2,002 turns; allowed are")],
+)
+def test_a_conversation_beyond_bounds_is_refused(prepare: Call, n_turns: int, size: int, said: str) -> None:
+    turns = [{"role": ("user", "assistant")[n % 2], "content": "a" * size} for n in range(n_turns)]
+    with pytest.raises(RowsError, match=f"row 1: {said}"):
+        prepare([{"messages": turns}], chat_template="inst")
+
+
 @pytest.mark.parametrize("indent", [1, 4, None])
 @pytest.mark.parametrize("content", [{"text": "a", "more": [1]}, [{"text": "a"}, {"text": "b"}]], ids=["one", "list"])
 def test_json_in_any_layout_is_read(tmp_path: Path, indent: int | None, content: Any) -> None:

@@ -61,6 +61,7 @@ _BEFORE = {
     "tool": ("assistant", "tool"),
 }
 _MOST_CHARACTERS = 2_000_000  # more than any context holds; beyond it, tokenizing takes gigabytes and minutes
+_MOST_TURNS = 2_000  # each answer is found by rendering all before it
 _COLUMNS = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -205,6 +206,8 @@ def _tools(row: Row, where: str) -> list[Turn]:
 
 
 def _turns(messages: list[Any], role_key: str, content_key: str, where: str) -> list[Turn]:
+    if len(messages) > _MOST_TURNS:
+        raise RowsError(f"{where}: {len(messages):,} turns; allowed are {_MOST_TURNS:,}; part it into several rows")
     turns: list[Turn] = []
     for number, message in enumerate(messages, start=1):
         turn = _turn(message, role_key, content_key, f"{where} turn {number}")
@@ -216,6 +219,7 @@ def _turns(messages: list[Any], role_key: str, content_key: str, where: str) -> 
         turns.append(turn)
     if not any(turn.role == "assistant" for turn in turns):
         raise RowsError(f"{where}: no assistant turn, so nothing to learn; allowed roles: {', '.join(_MESSAGE_ROLES)}")
+    _check_size(sum(len(turn.content) for turn in turns), where)
     return turns
 
 
@@ -231,15 +235,14 @@ def _turn(message: Any, role_key: str, content_key: str, where: str) -> Turn:
         content = ""
     if not isinstance(content, str):
         raise RowsError(f"{where}: {content_key} is a {type(content).__name__}, not text")
-    _check_size(content, where)
     check_text(content, where)
     return Turn(role, content, json.dumps(calls, ensure_ascii=False) if calls else "")
 
 
-def _check_size(text: str, where: str) -> None:
-    if len(text) > _MOST_CHARACTERS:
+def _check_size(n_characters: int, where: str) -> None:
+    if n_characters > _MOST_CHARACTERS:
         raise RowsError(
-            f"{where}: a text of {len(text):,} characters; allowed are {_MOST_CHARACTERS:,}; part it into several rows"
+            f"{where}: a text of {n_characters:,} characters; allowed are {_MOST_CHARACTERS:,}; part it into rows"
         )
 
 
@@ -248,7 +251,7 @@ def _text(row: Row, column: str, where: str) -> str:
         raise RowsError(f"{where}: column {column!r} is missing; this row has {', '.join(map(str, row)) or 'none'}")
     if not isinstance(row[column], str):
         raise RowsError(f"{where}: column {column!r} holds a {type(row[column]).__name__}, not text")
-    _check_size(row[column], where)
+    _check_size(len(row[column]), where)
     return str(row[column])
 
 
