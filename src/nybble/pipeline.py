@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nybble import bundled, generation
-from nybble.data import Example, Prepared, prepare_rows
+from nybble.data import Example, Ledger, Prepared, ShownRow, examine_rows, prepare_rows, show_rows
 from nybble.errors import InputError, RecipeError
 from nybble.hardware import Device, detect_device
 from nybble.kernels import path_reasons, paths_taken
@@ -26,6 +26,7 @@ from nybble.models import (
     calibrate,
     count_parameters,
     find_model,
+    find_tokenizer,
     load_model,
     load_tokenizer,
     needs_calibration,
@@ -105,7 +106,7 @@ def _prepare(recipe: Recipe, overwrite: bool, resume: bool, watch: Observer) -> 
     watch.stage("rows")
     source = find_model(recipe.model)
     tokenizer = load_tokenizer(source, recipe.model)
-    recipe = _within_context(recipe, source.config, watch)
+    recipe = _within_context(recipe, getattr(source.config, "max_position_embeddings", None), watch)
     prepared = prepare_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed)
     _tell_ledger(prepared, watch)
     plan = make_plan(recipe.training, len(prepared.train))
@@ -226,6 +227,39 @@ def _save(job: _Job, witness: Witness, model: Any) -> None:
         write_text(folder / "README.md", model_card(witness.record.to_json()))  # PEFT's own is a form to fill in
 
 
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect_rows` found."""
+
+    source: str
+    ledger: Ledger
+    rows: list[ShownRow]
+    fault: str | None  # why `train` would refuse the rows
+
+
+def inspect_rows(
+    recipe: Recipe | Path | str | None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    show: int = 5,
+    find: str = "",
+    observer: Observer | None = None,
+) -> Inspection:
+    """The ledger of a recipe's rows, and `show` of them (that contain `find`) with what is learned in them.
+
+    Nothing is trained and no weights are read: a folder that holds only a tokenizer will do.
+
+    Raises:
+        InputError: tokenizer or rows cannot be used.
+    """
+    resolved, watch = _as_recipe(recipe, overrides), observer or Silent()
+    tokenizer, context = find_tokenizer(resolved.model)
+    resolved = _within_context(resolved, context, watch)
+    prepared = examine_rows(resolved.data, resolved.evaluation, tokenizer, resolved.training.seed)
+    shown = show_rows(prepared, tokenizer, show, find)
+    return Inspection(resolved.data.dataset_name, prepared.ledger, shown, prepared.fault)
+
+
 def ask(run_dir: Path | str, questions: Sequence[str], device: str | None = None) -> list[Sample]:
     """What base and tuned model of a run answer to `questions`, greedily."""
     record = read_record(run_dir)
@@ -291,7 +325,7 @@ def report(run_dir: Path | str) -> Path:
     return write_report(Path(run_dir))
 
 
-def _as_recipe(recipe: Recipe | Path | str, overrides: Mapping[str, Any] | None) -> Recipe:
+def _as_recipe(recipe: Recipe | Path | str | None, overrides: Mapping[str, Any] | None) -> Recipe:
     if not isinstance(recipe, Recipe):
         return load_recipe(recipe, overrides)
     if overrides:
@@ -299,9 +333,8 @@ def _as_recipe(recipe: Recipe | Path | str, overrides: Mapping[str, Any] | None)
     return recipe
 
 
-def _within_context(recipe: Recipe, config: Any, watch: Observer) -> Recipe:
+def _within_context(recipe: Recipe, limit: int | None, watch: Observer) -> Recipe:
     """Rows cannot be longer than the positions that the model knows."""
-    limit = getattr(config, "max_position_embeddings", None)
     if limit is None or recipe.data.max_length <= limit:
         return recipe
     watch.note(f"max_length {recipe.data.max_length} is above the model's context: {limit} is used")
@@ -318,3 +351,10 @@ def _tell_ledger(prepared: Prepared, watch: Observer) -> None:
         f"{ledger.tokens_trained:,} of {ledger.tokens_total:,} tokens are learned; "
         f"{100 * ledger.stop_token_trained_fraction:.1f} % of the answers keep their end token"
     )
+    if ledger.rows_over_max_length:
+        watch.note(
+            f"{ledger.rows_over_max_length:,} rows are longer than max_length, {ledger.rows_split:,} were split; "
+            f"{ledger.stop_tokens_cut:,} end tokens are lost; max_length {ledger.length_p99:,} keeps 99 % whole"
+        )
+    if ledger.stop_tokens_trained == 0:
+        watch.note("no end token is learned, as allow_no_stop permits: the model will not learn to stop")

@@ -199,7 +199,8 @@ def test_a_cut_row_loses_its_end_token_and_is_counted(prepare: Call, tok: Any) -
     assert learned_text(whole, tok) == " A </s>"
     assert learned_text(cut, tok) == tok.decode(cut.input_ids)[len("<s>[INST] Q [/INST]") :]
     ledger = done.ledger
-    assert (ledger.rows_truncated, ledger.stop_token_trained_fraction, ledger.length_max) == (1, 0.5, 30)
+    assert (ledger.rows_truncated, ledger.stop_token_trained_fraction, ledger.stop_tokens_cut) == (1, 0.5, 1)
+    assert (ledger.rows_over_max_length, ledger.length_p50, ledger.length_max) == (1, len(whole.input_ids), 99)
     assert ledger.tokens_total == len(whole.input_ids) + 30
 
 

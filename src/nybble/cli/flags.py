@@ -40,6 +40,11 @@ def read_flags(words: list[str], assignments: list[str] | None = None) -> dict[s
     return found
 
 
+def split_recipe(recipe: str | None, words: list[str]) -> tuple[str | None, list[str]]:
+    """The recipe and the flags behind it: where there is no recipe, typer takes the first flag for it."""
+    return (None, [recipe, *words]) if recipe is not None and recipe.startswith("--") else (recipe, list(words))
+
+
 def print_json(content: Mapping[str, Any]) -> None:
     """One JSON object on stdout, and nothing else."""
     print(json.dumps(content, ensure_ascii=False))

@@ -17,13 +17,9 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="print run.json on stdout")] = False,
 ) -> None:
     """Fine-tune a model. Every setting (see nybble settings) is a flag: --learning_rate 2e-4."""
-    from nybble.cli.flags import print_json, quiet_libraries, read_flags
+    from nybble.cli.flags import print_json, quiet_libraries, read_flags, split_recipe
 
-    words = list(context.args)
-    # The first word may be a flag that typer took for the recipe.
-    if recipe is not None and recipe.startswith("--"):
-        words.insert(0, recipe)
-        recipe = None
+    recipe, words = split_recipe(recipe, context.args)
     overrides = read_flags(words, assignments)
     quiet_libraries()
     from nybble import pipeline

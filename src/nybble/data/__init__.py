@@ -2,8 +2,10 @@
 
 from nybble.data.batches import PadBatch, as_features
 from nybble.data.encode import IGNORED, Example, encode_prompt
-from nybble.data.prepare import Ledger, Prepared, prepare_rows
+from nybble.data.ledger import Ledger
+from nybble.data.prepare import Prepared, examine_rows, prepare_rows
 from nybble.data.rows import Rows, read_rows
+from nybble.data.show import ShownRow, Stretch, show_rows
 
 __all__ = [
     "IGNORED",
@@ -12,8 +14,12 @@ __all__ = [
     "PadBatch",
     "Prepared",
     "Rows",
+    "ShownRow",
+    "Stretch",
     "as_features",
     "encode_prompt",
+    "examine_rows",
     "prepare_rows",
     "read_rows",
+    "show_rows",
 ]

@@ -7,10 +7,16 @@ token is learned too. Padding is never a label.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+import re
+from array import array
+from dataclasses import dataclass, replace
 from typing import Any
 
-from nybble.data.shapes import Form, Piece, Turn, alpaca_prompt
+from nybble.data.rendered import FAMILIES
+from nybble.data.shapes import Form, Piece, Turn, alpaca_prompt, answers_of, exchanges
+from nybble.data.tokens import MARKS, adds_bos, mark, spelled, stop_ids, tokenize, unmark
 from nybble.errors import RowsError
 
 IGNORED = -100  # the label that torch's cross-entropy skips
@@ -18,14 +24,17 @@ IGNORED = -100  # the label that torch's cross-entropy skips
 
 @dataclass(frozen=True)
 class Example:
-    """One row in tokens."""
+    """What training takes at a time: a row in tokens, or a part of one."""
 
     input_ids: list[int]
     labels: list[int]  # token id where learned, else -100; not shifted
-    n_answers: int  # stretches of learned tokens
+    n_answers: int  # answers to be learned, those behind the cut included
     n_stops: int  # of those, how many end with a learned end-of-turn token
+    n_cut_stops: int  # of those, how many lost it to max_length
+    n_empty: int  # answers without a word
     last_answer_start: int  # index of the last answer's first token
     is_truncated: bool
+    row: int = 0  # its number in the rows, from 1
     answer: str | None = None  # what the row says is right, where it says so
 
     @property
@@ -39,6 +48,16 @@ class Example:
         return self.input_ids[: self.last_answer_start]
 
 
+@dataclass(frozen=True)
+class EncodedRow:
+    """A row, and what it became."""
+
+    examples: list[Example]  # several where it was split, none where it is too long and `overlong` says drop
+    length: int  # tokens before cutting
+    n_turns: int  # answers in it, learned or not
+    key: bytes  # equal for rows of equal tokens
+
+
 @dataclass
 class _Spans:
     """Tokens under construction, and the spans `(first, end, has_stop)` that are answers."""
@@ -47,64 +66,107 @@ class _Spans:
     answers: list[tuple[int, int, bool]]
 
 
-def encode_row(form: Form, tokenizer: Any, max_length: int, loss_on: str, where: str) -> Example:
-    """Token ids and labels of one row, cut to `max_length`.
+def encode_row(
+    form: Form, tokenizer: Any, max_length: int, loss_on: str = "answers", overlong: str = "truncate", where: str = ""
+) -> EncodedRow:
+    """Token ids and labels of one row, no example longer than `max_length` tokens.
 
     Raises:
         RowsError: the chat template cannot render the row, or cannot be split into turns.
     """
+    whole = _encode(form, tokenizer, loss_on, where)
+    parts = [(form, whole)]
+    if len(whole.ids) > max_length and overlong == "drop":
+        parts = []
+    elif len(whole.ids) > max_length and overlong == "split":
+        parts = [(part, _encode(part, tokenizer, loss_on, where)) for part in _split(form, tokenizer, max_length)]
+    examples = [_cut(spans, _n_empty(part, loss_on), max_length, loss_on) for part, spans in parts]
+    if len(examples) > 1:
+        examples = [example for example in examples if example.n_trained] or examples[:1]
+    key = hashlib.sha256(array("q", whole.ids).tobytes()).digest()
+    return EncodedRow(examples, len(whole.ids), len(answers_of(form)), key)
+
+
+def _encode(form: Form, tokenizer: Any, loss_on: str, where: str) -> _Spans:
     if form and isinstance(form[0], Turn):
-        spans = _encode_turns([t for t in form if isinstance(t, Turn)], tokenizer, loss_on, where)
-    else:
-        spans = _encode_pieces([p for p in form if isinstance(p, Piece)], tokenizer)
+        return _encode_turns([t for t in form if isinstance(t, Turn)], tokenizer, loss_on, where)
+    return _encode_pieces([p for p in form if isinstance(p, Piece)], tokenizer)
+
+
+def _cut(spans: _Spans, n_empty: int, max_length: int, loss_on: str) -> Example:
     ids = spans.ids[:max_length]
-    learned = [(first, min(end, max_length), stop and end <= max_length) for first, end, stop in spans.answers]
+    asked = spans.answers[-1:] if loss_on == "last_answer" else spans.answers
+    learned = [(first, min(end, max_length), stop and end <= max_length) for first, end, stop in asked]
     learned = [span for span in learned if span[0] < span[1]]
     labels = [IGNORED] * len(ids)
-    for first, end, _stop in learned if loss_on == "answers" else [(0, len(ids), True)]:
+    for first, end, _stop in [(0, len(ids), True)] if loss_on == "all" else learned:
         labels[first:end] = ids[first:end]
     return Example(
         input_ids=ids,
         labels=labels,
-        n_answers=len(spans.answers),
+        n_answers=len(asked),
         n_stops=sum(stop for _first, _end, stop in learned),
+        n_cut_stops=sum(stop and end > max_length for _first, end, stop in asked),
+        n_empty=n_empty,
         last_answer_start=learned[-1][0] if learned else len(ids),
         is_truncated=len(spans.ids) > max_length,
     )
 
 
+def _n_empty(form: Form, loss_on: str) -> int:
+    blank = [not text.strip() for text in answers_of(form)]
+    return sum(blank[-1:] if loss_on == "last_answer" else blank)
+
+
+def _split(form: Form, tokenizer: Any, max_length: int) -> list[Form]:
+    """Parts of a row that fit where they can, parted at turn borders; each begins with the row's system text."""
+    head, units = exchanges(form)
+    parts: list[Form] = []
+    part = [*head, *units[0]]
+    for unit in units[1:]:
+        if len(_encode([*part, *unit], tokenizer, "all", "").ids) > max_length:
+            parts.append(part)
+            part = [*head]
+        part += unit
+    return [*parts, part]
+
+
 def _encode_pieces(pieces: list[Piece], tokenizer: Any) -> _Spans:
     spans = _Spans([], [])
+    begin = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    stopping = stop_ids(tokenizer)
     for piece in pieces:
-        if tokenizer.bos_token_id is not None and _adds_bos(tokenizer):
-            spans.ids.append(tokenizer.bos_token_id)
-        ids, ends = _tokenize(piece.text, tokenizer)
+        ids, ends = tokenize(piece.text, tokenizer, spelled(piece.text, tokenizer) if piece.is_literal else ())
+        is_rendered = piece.family in FAMILIES
+        # Rendered text has a begin token once, [INST] text one for each question.
+        if not (is_rendered and spans.ids) and ids[:1] != begin:
+            spans.ids += begin
         offset = len(spans.ids)
+        # A token that begins in the prompt and ends in the answer belongs to the answer: generation has to produce it.
         first = offset + next((i for i, end in enumerate(ends) if end > piece.answer_start), len(ids))
-        spans.ids += [*ids, tokenizer.eos_token_id]
+        has_stop = ids[-1:] == [tokenizer.eos_token_id] or (is_rendered and ids[-1] in stopping)
+        spans.ids += ids if has_stop else [*ids, tokenizer.eos_token_id]
         spans.answers.append((first, len(spans.ids), True))
     return spans
 
 
 def _encode_turns(turns: list[Turn], tokenizer: Any, loss_on: str, where: str) -> _Spans:
-    text = _render(turns, tokenizer, where)
-    borders = [_answer_border(turns, k, text, tokenizer, where) for k, t in enumerate(turns) if t.role == "assistant"]
-    if any(border is None for border in borders) and loss_on == "answers":
-        raise RowsError(
-            f"{where}: the chat template renders earlier turns differently once later ones follow, so answers cannot "
-            "be found; set --chat_template to another one, or --loss_on all"
-        )
-    ids, ends = _tokenize(text, tokenizer)
-    if _adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
+    turns = _spoken(turns, tokenizer, where)
+    contents, sign = mark([turn.content for turn in turns], tokenizer)
+    turns = [replace(turn, content=content) for turn, content in zip(turns, contents, strict=True)]
+    marked = _render(turns, tokenizer, where)
+    text, as_text = unmark(marked, sign)
+    borders = _answer_borders(turns, marked, tokenizer, loss_on, where)
+    if sign:
+        borders = [(a - marked.count(sign, 0, a), b - marked.count(sign, 0, b)) for a, b in borders]
+    ids, ends = tokenize(text, tokenizer, as_text)
+    if adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
         ids, ends = [tokenizer.bos_token_id, *ids], [0, *ends]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
-    special -= {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
+    stopping = stop_ids(tokenizer)
     spans = _Spans(ids, [])
-    # Where answers cannot be told apart, all is one of them.
-    known = [border for border in borders if border is not None] if None not in borders else [(-1, len(text))]
-    for border in known:
+    for border in borders:
         inside = [i for i, end in enumerate(ends) if border[0] < end <= border[1]]
-        stops = [i for i in inside if ids[i] in special]
+        stops = [i for i in inside if ids[i] in stopping]
         # The turn ends with its last special token; line breaks that a template puts behind it are not learned.
         if inside:
             spans.answers.append((inside[0], (stops[-1] if stops else inside[-1]) + 1, bool(stops)))
@@ -115,11 +177,31 @@ def _encode_turns(turns: list[Turn], tokenizer: Any, loss_on: str, where: str) -
     return spans
 
 
+def _answer_borders(turns: list[Turn], text: str, tokenizer: Any, loss_on: str, where: str) -> list[tuple[int, int]]:
+    """Characters of `text` that are answers; where they cannot be told apart and need not be, all is one of them."""
+    answers = [k for k, turn in enumerate(turns) if turn.role == "assistant"]
+    if loss_on == "last_answer":
+        answers = answers[-1:]
+    borders = [
+        _answer_border(turns, k, text, tokenizer, where) or _find_border(turns, k, text, tokenizer, where)
+        for k in answers
+    ]
+    if None not in borders:
+        return [border for border in borders if border is not None]
+    if loss_on == "all":
+        return [(-1, len(text))]
+    raise RowsError(
+        f"{where}: the chat template renders earlier turns differently once later ones follow, so answers cannot "
+        "be found; set --chat_template to another one, or --loss_on last_answer or all"
+    )
+
+
 def _answer_border(turns: list[Turn], k: int, text: str, tokenizer: Any, where: str) -> tuple[int, int] | None:
     """Characters of `text` that are turn `k`, or None where the template does not keep earlier turns as they were."""
     whole = _render(turns[: k + 1], tokenizer, where)
-    if k == 0:  # no template renders nothing: the header ends where two different contents begin to differ
-        a, b = (_render([Turn(turns[0].role, content)], tokenizer, where) for content in ("a", "b"))
+    # No template renders nothing: the header of a first turn ends where two different contents begin to differ.
+    if all(turn.role == "tools" for turn in turns[:k]):
+        a, b = (_render([Turn("assistant", content)], tokenizer, where) for content in ("a", "b"))
         differs = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
         return (next(differs, 0), len(whole)) if text.startswith(whole) else None
     for generation_prompt in (True, False):
@@ -129,38 +211,82 @@ def _answer_border(turns: list[Turn], k: int, text: str, tokenizer: Any, where: 
     return None
 
 
+def _find_border(turns: list[Turn], k: int, text: str, tokenizer: Any, where: str) -> tuple[int, int] | None:
+    """Characters of `text` that are turn `k`, found by a mark at its end; for templates that rewrite earlier turns.
+
+    The turn begins behind the header that asks for an answer, as in generation, and ends as it does when it is last.
+    """
+    sign = next(chr(code) for code in MARKS if chr(code) not in text)
+
+    def with_mark(upto: int) -> str:
+        content = turns[k].content.rstrip()  # the mark goes before white space, which a template may take away
+        ended = replace(turns[k], content=content + sign + turns[k].content[len(content) :])
+        return _render([*turns[:k], ended, *turns[k + 1 : upto]], tokenizer, where)
+
+    alone, whole = with_mark(k + 1), with_mark(len(turns))
+    asked, before = (_render(turns[:k], tokenizer, where, asks) for asks in (True, False))
+    header, tail = asked[len(before) :], alone.partition(sign)[2]
+    end = whole.find(sign)
+    if end < 0 or whole.replace(sign, "") != text or not asked.startswith(before) or not header.strip():
+        return None
+    start = text.rfind(header, 0, end)
+    while start > 0 and ord(text[start - 1]) in MARKS:  # the same words, spelled in a content
+        start = text.rfind(header, 0, start)
+    return (start + len(header), end + len(tail)) if start >= 0 and text.startswith(tail, end) else None
+
+
 def _render(turns: list[Turn], tokenizer: Any, where: str, add_generation_prompt: bool = False) -> str:
     from jinja2 import TemplateError
 
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    tools = json.loads(turns[0].content) if turns and turns[0].role == "tools" else None
+    messages: list[dict[str, Any]] = [
+        {"role": turn.role, "content": turn.content} | ({"tool_calls": json.loads(turn.calls)} if turn.calls else {})
+        for turn in turns
+        if turn.role != "tools"
+    ]
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        )
     # A template is a program of somebody else's; these are the ways in which one fails.
     except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise RowsError(f"{where}: the chat template refuses it: {error}") from error
 
 
+def _spoken(turns: list[Turn], tokenizer: Any, where: str) -> list[Turn]:
+    """The turns in words that this tokenizer's template knows: what it does not know it would leave out unsaid.
+
+    Tools then stand in the system text, and what a tool returned is the user's turn.
+    """
+    template = str(tokenizer.chat_template)
+    if any(turn.calls for turn in turns) and "tool_calls" not in template:
+        raise RowsError(
+            f"{where}: the chat template knows no tool_calls; write the calls into the content, or set --chat_template"
+        )
+    if not re.search(r"""['"](tool|ipython)['"]""", template):
+        turns = [replace(turn, role="user") if turn.role == "tool" else turn for turn in turns]
+    if turns[0].role == "tools" and not re.search(r"\btools\b", template):
+        system = f"These functions may be called, as a JSON object with name and arguments:\n{turns[0].content}"
+        is_told = turns[1].role == "system"
+        rest = turns[2:] if is_told else turns[1:]
+        return [Turn("system", f"{turns[1].content}\n\n{system}" if is_told else system), *rest]
+    return turns
+
+
 def encode_prompt(question: str, tokenizer: Any, form: str) -> list[int]:
     """Token ids of a user's question, ready for the answer, put as the training rows were (`shapes.prompt_form`)."""
+    # A plain prompt is the whole text, put by whoever knows the form: its control tokens are meant.
+    (asked,), sign = mark([question], tokenizer) if form != "plain" else ([question], "")
     if form == "template":
-        text = _render([Turn("user", question)], tokenizer, "prompt", add_generation_prompt=True)
+        text = _render([Turn("user", asked)], tokenizer, "prompt", add_generation_prompt=True)
     else:
-        text = {"inst": f"[INST] {question} [/INST]", "alpaca": alpaca_prompt(question)}.get(form, question)
-    ids, _ends = _tokenize(text, tokenizer)
-    if _adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
+        forms = {name: family.question.format(asked) for name, family in FAMILIES.items()}
+        forms |= {"inst": f"[INST] {asked} [/INST]", "alpaca": alpaca_prompt(asked)}
+        text = forms.get(form, asked)
+    text, as_text = unmark(text, sign)
+    ids, _ends = tokenize(text, tokenizer, as_text)
+    if adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
         ids = [tokenizer.bos_token_id, *ids]
     return ids
-
-
-def _tokenize(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Ids, and for each token the character behind its last.
-
-    A token that begins in the prompt and ends in the answer belongs to the answer: generation has to produce it.
-    """
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return list(encoded["input_ids"]), [end for _start, end in encoded["offset_mapping"]]
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    """Whether this tokenizer puts its begin token first when asked for nothing special."""
-    return bool(tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] and tokenizer.bos_token_id is not None)

@@ -110,16 +110,24 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
 
 def _read_json(path: Path) -> Iterator[Row]:
+    """A list of rows, one row, or a row a line."""
     text = _text_of(path)
-    if not text.lstrip().startswith("["):
+    if not text.lstrip().startswith("[") and not _is_one_row(text):
         yield from _json_lines(path, text)
         return
     try:
-        yield from json.loads(text)
+        content = json.loads(text)
     except json.JSONDecodeError as error:
         raise RowsError(f"{path} line {error.lineno}: not JSON ({error.msg})") from error
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
         raise RowsError(f"{path}: JSON that cannot be read ({error})") from error
+    yield from content if isinstance(content, list) else [content]
+
+
+def _is_one_row(text: str) -> bool:
+    """Whether the first line opens an object that a later one closes: it holds no more than its beginning."""
+    first = text.lstrip().partition("\n")[0].strip()
+    return first == "{" or (first.startswith("{") and first.endswith((",", "[", "{", ":")))
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:

@@ -8,11 +8,13 @@ Shapes are told apart by their columns; the first row decides, and a row that di
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nybble.data.rendered import find_answers, without_stop
 from nybble.data.rows import Row, Rows, check_text
 from nybble.errors import RowsError
 from nybble.recipe import DataSection
@@ -24,17 +26,20 @@ class Piece:
 
     text: str
     answer_start: int
+    is_literal: bool = False  # what looks like a control token is text
+    family: str = ""  # how its prompt is put: "" for plainly, "inst", "alpaca", or one of `rendered.FAMILIES`
 
 
 @dataclass(frozen=True)
 class Turn:
     """One message."""
 
-    role: str
+    role: str  # "system", "user", "assistant", "tool", or "tools": what may be called, as a JSON list
     content: str
+    calls: str = ""  # the tools that an assistant calls, as a JSON list
 
 
-Form = list[Piece] | list[Turn]
+Form = Sequence[Piece | Turn]
 
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -43,19 +48,29 @@ _SHAREGPT_ROLES = {
     "assistant": "assistant",
     "model": "assistant",
     "function_call": "assistant",
-    "observation": "user",
-    "tool": "user",
+    "observation": "tool",
+    "tool": "tool",
     "system": "system",
 }
 _MESSAGE_ROLES = ("system", "user", "assistant", "tool")
+# Whom a turn may follow; "" is the beginning.
+_BEFORE = {
+    "system": ("",),
+    "user": ("", "system", "assistant"),
+    "assistant": ("", "system", "user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+_MOST_CHARACTERS = 2_000_000  # more than any context holds; beyond it, tokenizing takes gigabytes and minutes
+_MOST_TURNS = 2_000  # each answer is found by rendering all before it
 _COLUMNS = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
 }
-_ALPACA = "### Instruction:\n{instruction}\n\n### Response:\n"
-_ALPACA_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+_RESPONSE = "### Response:\n"
+_ALPACA = f"### Instruction:\n{{instruction}}\n\n{_RESPONSE}"
+_ALPACA_WITH_INPUT = f"### Instruction:\n{{instruction}}\n\n### Input:\n{{input}}\n\n{_RESPONSE}"
 
 
 def detect_shape(rows: Rows, data: DataSection) -> str:
@@ -95,15 +110,26 @@ def to_form(row: Row, shape: str, data: DataSection, where: str, has_template: b
     if shape == "alpaca":
         return _alpaca(row, where, has_template)
     if shape == "sharegpt":
-        return _turns(_list(row, "conversations", where), "from", "value", where)
-    return _turns(_list(row, "messages", where), "role", "content", where)
+        return [*_tools(row, where), *_turns(_list(row, "conversations", where), "from", "value", where)]
+    return [*_tools(row, where), *_turns(_list(row, "messages", where), "role", "content", where)]
 
 
 def _split_text(text: str) -> list[Piece]:
-    """Pieces of `<s>[INST] .. [/INST] .. </s>` text, or the whole text, all of it learned, where there are no marks.
+    """Pieces of text with a known family's marks, or the whole text, all of it learned, where there are none.
 
     The literal `<s>` and `</s>` stand for the tokenizer's own begin and end tokens, whatever those are called.
     """
+    family, answers = find_answers(text)
+    if answers:
+        begins = [0, *(end for _start, end in answers)]
+        return [
+            Piece(text[begin:end], start - begin, family=family)
+            for begin, (start, end) in zip(begins, answers, strict=False)
+        ]
+    prompt, header, answer = text.partition(_RESPONSE)
+    if header and _RESPONSE not in answer:
+        prompt = prompt.removeprefix("<s>") + header
+        return [Piece(prompt + answer.removesuffix("</s>"), len(prompt), family="alpaca")]
     pieces = []
     for part in re.split(r"</s>", text.strip()):
         content = part.strip().removeprefix("<s>").lstrip() if "[INST]" in part else part.removeprefix("<s>")
@@ -114,7 +140,8 @@ def _split_text(text: str) -> list[Piece]:
         prompt, mark, _answer = content.rpartition("[/INST]")
         # What stood before the end token stays as written, its space included: that is what a chat template makes.
         tail = part[len(part.rstrip()) :] if mark else ""
-        pieces.append(Piece(content.rstrip() + tail, len(prompt) + len(mark) if mark else 0))
+        start, family = (len(prompt) + len(mark), "inst") if mark else (0, "")
+        pieces.append(Piece(content.rstrip() + tail, start, family=family))
     return pieces
 
 
@@ -124,7 +151,7 @@ def _alpaca(row: Row, where: str, has_template: bool) -> Form:
     if has_template:
         return [Turn("user", f"{instruction}\n\n{extra}" if extra else instruction), Turn("assistant", output)]
     prompt = alpaca_prompt(instruction, extra)
-    return [Piece(prompt + output, len(prompt))]
+    return [Piece(prompt + output, len(prompt), is_literal=True)]
 
 
 def alpaca_prompt(instruction: str, extra: str = "") -> str:
@@ -133,32 +160,90 @@ def alpaca_prompt(instruction: str, extra: str = "") -> str:
 
 
 def prompt_form(shape: str, forms: Sequence[Form], has_template: bool) -> str:
-    """How a prompt was put to the model: "template", "inst", "alpaca" or "plain". `ask` must put questions alike."""
+    """How a prompt was put to the model: "template", "plain" or a piece's family. `ask` must put questions alike."""
     if shape == "text":
-        marked = any(isinstance(part, Piece) and part.answer_start for form in forms for part in form)
-        return "inst" if marked else "plain"
+        families = (part.family for form in forms for part in form if isinstance(part, Piece) and part.family)
+        return next(families, "plain")
     if shape == "prompt_completion" and not any(isinstance(part, Turn) for form in forms for part in form):
         return "plain"
     return "alpaca" if shape == "alpaca" and not has_template else "template"
 
 
+def answers_of(form: Form) -> list[str]:
+    """The answers' texts, in order."""
+    turns = [part.content for part in form if isinstance(part, Turn) and part.role == "assistant"]
+    pieces = [part for part in form if isinstance(part, Piece)]
+    return turns + [without_stop(piece.text[piece.answer_start :], piece.family) for piece in pieces]
+
+
+def exchanges(form: Form) -> tuple[Form, list[Form]]:
+    """Tools and system text, and the questions with their answers: what a row can be parted into."""
+    head = [part for part in form[:2] if isinstance(part, Turn) and part.role in ("tools", "system")]
+    units: list[list[Piece | Turn]] = []
+    former = ""
+    for part in form[len(head) :]:
+        role = part.role if isinstance(part, Turn) else ""
+        if not units or isinstance(part, Piece) or (role == "user" and former == "assistant"):
+            units.append([])
+        units[-1].append(part)
+        former = role
+    return head, list(units)
+
+
+def _tools(row: Row, where: str) -> list[Turn]:
+    """What the row says may be called, as a turn of its own; a JSON text or a list."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise RowsError(f"{where}: column 'tools' is no JSON ({error})") from error
+    if not tools:
+        return []
+    if not isinstance(tools, list):
+        raise RowsError(f"{where}: column 'tools' holds a {type(tools).__name__}; it is a list of functions")
+    return [Turn("tools", json.dumps(tools, ensure_ascii=False))]
+
+
 def _turns(messages: list[Any], role_key: str, content_key: str, where: str) -> list[Turn]:
-    turns = []
+    if len(messages) > _MOST_TURNS:
+        raise RowsError(f"{where}: {len(messages):,} turns; allowed are {_MOST_TURNS:,}; part it into several rows")
+    turns: list[Turn] = []
     for number, message in enumerate(messages, start=1):
-        if not isinstance(message, Mapping) or role_key not in message or content_key not in message:
-            raise RowsError(f"{where} turn {number}: needs {role_key!r} and {content_key!r}, got {message!r:.80}")
-        role, content = message[role_key], message[content_key]
-        if role_key == "from" and isinstance(role, str):
-            role = _SHAREGPT_ROLES.get(role, role)
-        if role not in _MESSAGE_ROLES:
-            raise RowsError(f"{where} turn {number}: unknown role {role!r}; allowed: {', '.join(_MESSAGE_ROLES)}")
-        if not isinstance(content, str):
-            raise RowsError(f"{where} turn {number}: {content_key} is a {type(content).__name__}, not text")
-        check_text(content, f"{where} turn {number}")
-        turns.append(Turn(role, content))
+        turn = _turn(message, role_key, content_key, f"{where} turn {number}")
+        former = turns[-1].role if turns else ""
+        if former not in _BEFORE[turn.role]:
+            after = f"follows {former!r}" if former else "comes first"
+            allowed = ", ".join(name or "the beginning" for name in _BEFORE[turn.role])
+            raise RowsError(f"{where} turn {number}: {turn.role!r} {after}; it may follow: {allowed}; repair the row")
+        turns.append(turn)
     if not any(turn.role == "assistant" for turn in turns):
         raise RowsError(f"{where}: no assistant turn, so nothing to learn; allowed roles: {', '.join(_MESSAGE_ROLES)}")
+    _check_size(sum(len(turn.content) for turn in turns), where)
     return turns
+
+
+def _turn(message: Any, role_key: str, content_key: str, where: str) -> Turn:
+    if not isinstance(message, Mapping) or role_key not in message or not {content_key, "tool_calls"} & message.keys():
+        raise RowsError(f"{where}: needs {role_key!r} and {content_key!r}, got {message!r:.80}")
+    role, content, calls = message[role_key], message.get(content_key), message.get("tool_calls")
+    if role_key == "from" and isinstance(role, str):
+        role = _SHAREGPT_ROLES.get(role, role)
+    if role not in _MESSAGE_ROLES:
+        raise RowsError(f"{where}: unknown role {role!r}; allowed: {', '.join(_MESSAGE_ROLES)}")
+    if calls and content is None:
+        content = ""
+    if not isinstance(content, str):
+        raise RowsError(f"{where}: {content_key} is a {type(content).__name__}, not text")
+    check_text(content, where)
+    return Turn(role, content, json.dumps(calls, ensure_ascii=False) if calls else "")
+
+
+def _check_size(n_characters: int, where: str) -> None:
+    if n_characters > _MOST_CHARACTERS:
+        raise RowsError(
+            f"{where}: a text of {n_characters:,} characters; allowed are {_MOST_CHARACTERS:,}; part it into rows"
+        )
 
 
 def _text(row: Row, column: str, where: str) -> str:
@@ -166,6 +251,7 @@ def _text(row: Row, column: str, where: str) -> str:
         raise RowsError(f"{where}: column {column!r} is missing; this row has {', '.join(map(str, row)) or 'none'}")
     if not isinstance(row[column], str):
         raise RowsError(f"{where}: column {column!r} holds a {type(row[column]).__name__}, not text")
+    _check_size(len(row[column]), where)
     return str(row[column])
 
 

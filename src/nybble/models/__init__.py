@@ -3,9 +3,10 @@
 from nybble.models.adapters import attach, load_adapter, save_adapter
 from nybble.models.calibrate import Calibration, Starts, calibrate, needs_calibration
 from nybble.models.hub import push_folder
-from nybble.models.load import LoadReport, compute_dtype, count_parameters, load_model, load_tokenizer, save_whole
+from nybble.models.load import LoadReport, compute_dtype, count_parameters, load_model, save_whole
 from nybble.models.plugin import NybbleConfig, register
 from nybble.models.source import ModelSource, find_folder, find_model
+from nybble.models.tokenizer import find_tokenizer, load_tokenizer
 
 __all__ = [
     "Calibration",
@@ -19,6 +20,7 @@ __all__ = [
     "count_parameters",
     "find_folder",
     "find_model",
+    "find_tokenizer",
     "load_adapter",
     "load_model",
     "load_tokenizer",

@@ -18,7 +18,7 @@ from nybble.errors import ModelError, RecipeError
 from nybble.hardware import Device
 from nybble.models import cache
 from nybble.models.plugin import NybbleConfig, adopt_bnb, raising_faults, register
-from nybble.models.source import ModelSource, find_folder
+from nybble.models.source import ModelSource
 from nybble.nn import Linear4bit
 from nybble.recipe import ModelSection, QuantizationSection
 
@@ -183,44 +183,6 @@ def _from_pretrained(
         missing = sorted(info["missing_keys"])
         raise ModelError(f"{source.name}: {len(missing)} tensors are missing from its files, e.g. {missing[0]}")
     return loaded
-
-
-def load_tokenizer(source: ModelSource, model: ModelSection) -> Any:
-    """The tokenizer, with a pad token that is not its end token.
-
-    Padding with the end token hides every real end token from the loss: the model never learns to stop. Where the
-    tokenizer has no pad token of its own, the unknown token pads, or the first unused special token.
-
-    Raises:
-        ModelError: there is none, or it has no end token.
-    """
-    from transformers import AutoTokenizer
-
-    folder = find_folder(model.tokenizer_name_or_path) if model.tokenizer_name_or_path else source.folder
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        raise ModelError(f"{folder}: no usable tokenizer ({' '.join(str(error).split())[:200]})") from error
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"{folder}: the tokenizer has no end token (eos_token); a model could never learn to stop")
-    if len(tokenizer) > source.config.vocab_size:
-        raise ModelError(
-            f"{folder}: {len(tokenizer)} tokens, the model has embeddings for {source.config.vocab_size}; "
-            "give the tokenizer that belongs to the model"
-        )
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.pad_token = _padding(tokenizer)
-    tokenizer.padding_side = "right"
-    return tokenizer
-
-
-def _padding(tokenizer: Any) -> str:
-    taken = {tokenizer.eos_token, tokenizer.bos_token}
-    for token in (tokenizer.unk_token, *tokenizer.all_special_tokens):
-        if token is not None and token not in taken:
-            return str(token)
-    # Padded positions are masked in loss and attention, so the identity of the token does not matter.
-    return str(tokenizer.convert_ids_to_tokens(0))
 
 
 def save_whole(folder: Path, model: Any, tokenizer: Any) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 from nybble.errors import CannotRunError, ModelError
 from nybble.recipe import ModelSection
 
-_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md")
+_WEIGHTS = "*.safetensors"
+_FILES = ("*.json", _WEIGHTS, "*.jinja", "*.model", "*.txt", "README.md")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -56,8 +57,8 @@ def find_model(section: ModelSection) -> ModelSource:
     return ModelSource(str(folder.resolve()) if Path(name).is_dir() else name, folder, config, quantization)
 
 
-def find_folder(name: str, revision: str | None = None) -> Path:
-    """The local folder for a path or a hub id.
+def find_folder(name: str, revision: str | None = None, with_weights: bool = True) -> Path:
+    """The local folder for a path or a hub id; of a hub id, the weights are fetched only where they are wanted.
 
     Raises:
         ModelError: a path that does not exist, or a hub id that does not.
@@ -70,15 +71,15 @@ def find_folder(name: str, revision: str | None = None) -> Path:
         raise ModelError(f"{name} is a file; give the folder that holds config.json")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(f"model folder {name!r} does not exist")
-    return _download(name, revision)
+    return _download(name, revision, [file for file in _FILES if with_weights or file != _WEIGHTS])
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_FILES)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except HFValidationError as error:
         raise ModelError(f"{name!r} is neither a folder here nor a hub id") from error
     except RepositoryNotFoundError as error:

@@ -139,10 +139,20 @@ class DataSection(Section):
         "template for rows with turns: inst, chatml or a .jinja file; default: the tokenizer's own",
         aliases=("template",),
     )
-    loss_on: Literal["answers", "all"] = setting("answers", "tokens that are learned")
+    loss_on: Literal["answers", "last_answer", "all"] = setting(
+        "answers", "tokens that are learned: of every answer, of each row's last answer, or all; with the end tokens"
+    )
+    allow_no_stop: bool = setting(
+        False, "train although no answer keeps its end token, so that the model will not learn to stop"
+    )
+    overlong: Literal["truncate", "drop", "split"] = setting(
+        "truncate",
+        "what becomes of rows above max_length: cut, left out, or parted between a turn and the next question into "
+        "rows of their own; counted aloud",
+    )
     max_length: int = setting(
         1024,
-        "longer rows are cut, and counted aloud",
+        "length of a row; what becomes of longer ones says overlong",
         unit="tokens",
         aliases=("max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"),
         ge=8,

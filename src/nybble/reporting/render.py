@@ -8,8 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-
+from nybble.reporting.ledger import ledger_lines
+from nybble.reporting.pages import fill
 from nybble.reporting.plots import BLUE, GREY, ORANGE, Line, draw
 from nybble.runs import read_lines, read_record, write_text
 from nybble.units import format_bytes, format_count, format_number, format_seconds, format_share
@@ -31,23 +31,15 @@ def write_report(run_dir: Path) -> Path:
         "record": record,
         "comparison": _comparison(record),
         "facts": _facts(record),
-        "ledger": _ledger(record),
+        "ledger": ledger_lines(record["rows"]["ledger"]),
         "phases": _phases(record),
         "samples": samples,
         "plots": _plots(record, events),
         "recipe": _recipe_lines(record["recipe"]),
         "versions": record.get("versions", {}),
     }
-    environment = Environment(
-        loader=PackageLoader("nybble.reporting"),
-        # Answers and prompts are anybody's text: in the page they are never markup.
-        autoescape=select_autoescape(("html", "html.jinja"), default=False),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     for name in ("report.html", "report.md"):
-        write_text(run_dir / name, environment.get_template(f"{name}.jinja").render(content))
+        write_text(run_dir / name, fill(name, content))
     summary = {"record": record, "events": events, "samples": samples}
     write_text(run_dir / "report.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     return run_dir / "report.html"
@@ -89,23 +81,6 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         packed = f"{format_bytes(model['packed_bytes'])}, {bits:.3f} bits a weight"
         facts.insert(3, ("4-bit weights", packed))
     return facts
-
-
-def _ledger(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    ledger = record["rows"]["ledger"]
-    return [
-        ("shape of the rows", ledger["shape"]),
-        ("prompts are put as", ledger["prompt_form"]),
-        ("rows read", format_count(ledger["rows_read"])),
-        ("rows trained on", format_count(ledger["rows_used"])),
-        ("rows held out", format_count(ledger["rows_held_out"])),
-        ("rows dropped", format_count(ledger["rows_dropped"])),
-        ("rows cut at max_length", format_count(ledger["rows_truncated"])),
-        ("tokens", format_count(ledger["tokens_total"])),
-        ("tokens learned", format_count(ledger["tokens_trained"])),
-        ("answers whose end token is learned", format_share(ledger["stop_token_trained_fraction"])),
-        ("longest row", f"{format_count(ledger['length_max'])} tokens"),
-    ]
 
 
 def _phases(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -1,0 +1,79 @@
+"""`nybble data`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from nybble.data import ShownRow
+
+
+def data(
+    context: typer.Context,
+    recipe: Annotated[str | None, typer.Argument(help="a YAML recipe; flags alone will do")] = None,
+    assignments: Annotated[list[str] | None, typer.Option("--set", help="name=value, may be repeated")] = None,
+    show: Annotated[int, typer.Option("--show", min=0, help="so many rows are shown")] = 5,
+    find: Annotated[str, typer.Option("--find", help="show rows that contain this text")] = "",
+    html: Annotated[Path | None, typer.Option("--html", help="write ledger and rows to this page")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print ledger and rows' counts on stdout as JSON")] = False,
+) -> None:
+    """Count the rows and show which tokens are learned. Nothing is trained; a tokenizer is enough."""
+    from dataclasses import asdict
+
+    from nybble.cli.flags import print_json, quiet_libraries, read_flags, split_recipe
+
+    recipe, words = split_recipe(recipe, context.args)
+    overrides = read_flags(words, assignments)
+    quiet_libraries()
+    from nybble import pipeline
+    from nybble.cli.progress import Live
+    from nybble.errors import InputError, RowsError
+    from nybble.reporting import ledger_lines, rows_page
+    from nybble.runs import write_text
+
+    if html is not None and not html.parent.is_dir():
+        raise InputError(f"--html {html}: the folder {html.parent} does not exist; make it, or name another file")
+    found = pipeline.inspect_rows(Path(recipe) if recipe else None, overrides, show=show, find=find, observer=Live())
+    ledger = asdict(found.ledger)
+    if html is not None:
+        write_text(html, rows_page(found.source, ledger, found.rows))
+    if as_json:
+        names = ("row", "use", "tokens", "trained", "stops", "truncated")
+        print_json({"ledger": ledger, "rows": [{name: getattr(row, name) for name in names} for row in found.rows]})
+    else:
+        _print(ledger_lines(ledger), found.rows, html)
+    if found.fault:
+        raise RowsError(found.fault)
+
+
+def _print(lines: Sequence[tuple[str, str]], rows: Sequence[ShownRow], html: Path | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for what, value in lines:
+        table.add_row(what, value)
+    console.print(table)
+    for row in rows:
+        console.print(Text(f"\n{row.title}", style="bold"))
+        text = Text()
+        for part in row.parts:
+            style = "green" if part.is_learned else "dim"
+            text.append(_visible(part.text), style=f"{style} reverse" if part.is_control else style)
+        console.print(text, soft_wrap=True)
+    if html is not None:
+        console.print(f"\npage: {html}", markup=False, soft_wrap=True)
+
+
+def _visible(text: str) -> str:
+    """Without the characters that steer a terminal or turn its writing direction."""
+    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: ascii(found[0])[1:-1], text)

@@ -1,0 +1,45 @@
+"""Text that a chat template rendered already: its family is known by its marks, and they say where answers are."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """Marks around an answer, and how a question is put so that one follows."""
+
+    header: str
+    stop: str
+    question: str
+
+
+FAMILIES = {
+    "chatml": Family(
+        "<|im_start|>assistant\n", "<|im_end|>", "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    ),
+    "llama3": Family(
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "gemma": Family(
+        "<start_of_turn>model\n", "<end_of_turn>", "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"
+    ),
+    "phi3": Family("<|assistant|>\n", "<|end|>", "<|user|>\n{}<|end|>\n<|assistant|>\n"),
+}
+
+
+def find_answers(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """The family whose marks the text has, "" for none, and the characters of each answer, its stop mark included."""
+    for name, family in FAMILIES.items():
+        if family.header in text:
+            pattern = f"{re.escape(family.header)}(.*?(?:{re.escape(family.stop)}|\\Z))"
+            return name, [match.span(1) for match in re.finditer(pattern, text, re.DOTALL)]
+    return "", []
+
+
+def without_stop(answer: str, family: str) -> str:
+    """The answer alone."""
+    return answer.removesuffix(FAMILIES[family].stop) if family in FAMILIES else answer

@@ -1,0 +1,92 @@
+"""A row as people look at it: its tokens as text, in stretches that are learned or masked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from nybble.data.encode import IGNORED, Example
+from nybble.data.prepare import Prepared
+from nybble.data.tokens import control_ids
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Tokens side by side that are treated alike."""
+
+    text: str
+    is_learned: bool
+    is_control: bool
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """One example, counted and written out."""
+
+    row: int  # number in the rows, from 1; the parts of a split row have the same
+    use: str  # "train", "held_out" or "dropped"
+    tokens: int
+    trained: int
+    stops: int  # end-of-turn tokens learned
+    truncated: bool
+    parts: list[Stretch]
+
+    @property
+    def title(self) -> str:
+        """The row's figures in a line."""
+        use = {"held_out": ", held out", "dropped": ", dropped"}.get(self.use, "")
+        ends = "1 end token" if self.stops == 1 else f"{self.stops} end tokens"
+        cut = ", cut at max_length" if self.truncated else ""
+        return f"row {self.row}{use}: {self.trained:,} of {self.tokens:,} tokens learned, {ends}{cut}"
+
+
+def show_rows(prepared: Prepared, tokenizer: Any, n_rows: int, find: str = "") -> list[ShownRow]:
+    """The first `n_rows` examples whose text, as it is trained on, contains `find`, in the order of the rows."""
+    uses = (("train", prepared.train), ("dropped", prepared.dropped), ("held_out", prepared.held_out))
+    # Rows of a file of their own come behind those of the training file.
+    is_apart = "+" in prepared.fingerprint
+    every = [(use == "held_out" and is_apart, e.row, use, e) for use, examples in uses for e in examples]
+    found: list[ShownRow] = []
+    control = control_ids(tokenizer)
+    for _apart, _row, use, example in sorted(every, key=lambda entry: entry[:2]):
+        if len(found) >= n_rows:
+            break
+        if not find or find in _decode(example.input_ids, tokenizer):
+            found.append(_shown(use, example, tokenizer, control))
+    return found
+
+
+def _shown(use: str, example: Example, tokenizer: Any, control: set[int]) -> ShownRow:
+    return ShownRow(
+        row=example.row,
+        use=use,
+        tokens=len(example.input_ids),
+        trained=example.n_trained,
+        stops=example.n_stops,
+        truncated=example.is_truncated,
+        parts=list(_stretches(example, tokenizer, control)),
+    )
+
+
+def _stretches(example: Example, tokenizer: Any, control: set[int]) -> Iterator[Stretch]:
+    marked = [
+        # A control token is a stretch of its own.
+        (label != IGNORED, place if token in control else -1, token)
+        for place, (token, label) in enumerate(zip(example.input_ids, example.labels, strict=True))
+    ]
+    ids: list[int] = []
+    before = ""
+    for (is_learned, place), group in groupby(marked, key=lambda entry: entry[:2]):
+        own = [token for *_, token in group]
+        ids += own
+        # A decoder may drop the space of a text's beginning, so a stretch is what it adds to those before it.
+        whole = _decode(ids, tokenizer)
+        text = whole[len(before) :] if whole.startswith(before) else _decode(own, tokenizer)
+        yield Stretch(text, is_learned, place >= 0)
+        before = whole
+
+
+def _decode(ids: list[int], tokenizer: Any) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

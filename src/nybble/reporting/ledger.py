@@ -1,0 +1,49 @@
+"""The ledger of the rows as lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nybble.units import format_count, format_share
+
+_LINES: tuple[tuple[str, str], ...] = (
+    ("shape of the rows", "shape"),
+    ("prompts are put as", "prompt_form"),
+    ("rows read", "rows_read"),
+    ("rows trained on", "rows_used"),
+    ("rows held out", "rows_held_out"),
+    ("rows dropped", "rows_dropped"),
+    ("rows over max_length", "rows_over_max_length"),
+    ("rows cut at max_length", "rows_truncated"),
+    ("rows split", "rows_split"),
+    ("examples they became", "examples"),
+    ("rows that repeat an earlier one", "rows_duplicate"),
+    ("rows of several turns", "rows_multi_turn"),
+    ("answers to learn", "turns"),
+    ("end tokens learned", "stop_tokens_trained"),
+    ("end tokens lost to max_length", "stop_tokens_cut"),
+    ("answers whose end token is learned", "stop_token_trained_fraction"),
+    ("empty answers", "answers_empty"),
+    ("tokens", "tokens_total"),
+    ("tokens learned", "tokens_trained"),
+    ("tokens masked", "tokens_masked"),
+    ("mean length before cutting", "length_mean"),
+    ("half of the rows within", "length_p50"),
+    ("95 % of the rows within", "length_p95"),
+    ("99 % of the rows within", "length_p99"),
+    ("longest row", "length_max"),
+)
+
+
+def ledger_lines(ledger: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What each figure is, and the figure; figures that an older record lacks are left out."""
+    return [(label, _show(name, ledger[name])) for label, name in _LINES if name in ledger]
+
+
+def _show(name: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if name.endswith("_fraction"):
+        return format_share(value)
+    return f"{format_count(value)} tokens" if name.startswith("length_") else format_count(value)

@@ -1,0 +1,163 @@
+"""`nybble data`: the ledger and the mask, without a model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nybble as library
+
+
+@pytest.fixture
+def tokenizer_only(tiny_llama: Callable[..., Path], tmp_path: Path) -> Path:
+    """A folder with a tokenizer and nothing else."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    for file in tiny_llama().glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.fixture
+def words(tokenizer_only: Path, rows_file: Path) -> tuple[object, ...]:
+    return ("data", "--model_name_or_path", tokenizer_only, "--dataset_name", rows_file)
+
+
+def test_json_is_one_object_and_nothing_else(nybble: Callable[..., Any], words: tuple[object, ...]) -> None:
+    done = nybble(*words, "--show", 3, "--json", "--eval_fraction", "0")
+    assert done.code == 0, done.err
+    assert list(done.json) == ["ledger", "rows"]
+    assert [row["row"] for row in done.json["rows"]] == [1, 2, 3]
+    ledger = done.json["ledger"]
+    assert (ledger["rows_read"], ledger["rows_used"], ledger["rows_duplicate"]) == (40, 40, 32)
+    assert (ledger["turns"], ledger["stop_tokens_trained"], ledger["stop_token_trained_fraction"]) == (40, 40, 1.0)
+    assert ledger["tokens_masked"] == ledger["tokens_total"] - ledger["tokens_trained"]
+    row = done.json["rows"][0]
+    assert {"row", "tokens", "trained", "stops", "truncated"} <= row.keys()
+    assert (row["stops"], row["truncated"]) == (1, False)
+    assert 0 < row["trained"] < row["tokens"]
+
+
+def test_the_terminal_shows_ledger_and_rows(nybble: Callable[..., Any], words: tuple[object, ...]) -> None:
+    done = nybble(*words, "--show", "2", "--find", "three?")
+    assert done.code == 0, done.err
+    assert re.search(r"rows read +40\n", done.out)
+    assert done.out.count("[INST] What is three? [/INST] It is four. </s>") == 2
+    assert re.search(r"\nrow 3.*: \d+ of \d+ tokens learned, 1 end token\n", done.out)
+
+
+def test_a_terminal_gets_colours_and_no_steering(
+    nybble: Callable[..., Any], words: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    (tmp_path / "steer.jsonl").write_text(json.dumps({"prompt": "a\x1b[2J[red]", "completion": "b\u202ec"}) + "\n")
+    done = nybble(*words[:3], "--dataset_name", tmp_path / "steer.jsonl")
+    assert done.code == 0, done.err
+    assert "\x1b[2J" not in done.out
+    assert "[red]" in done.out
+    assert "\u202e" not in done.out
+    assert re.search(r"\x1b\[[0-9;]*32m", done.out)  # learned: green
+    assert re.search(r"\x1b\[[0-9;]*2m", done.out)  # masked: dim
+
+
+def test_a_recipe_file_is_taken(nybble: Callable[..., Any], words: tuple[object, ...], tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"model: {words[2]}\ndataset: {words[4]}\n")
+    assert nybble("data", tmp_path / "recipe.yaml", "--json", "--show", 0).json["rows"] == []
+
+
+class Shown(HTMLParser):
+    """The text of spans by their class, and every tag and attribute that could load or run something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kind = ""
+        self.text: dict[str, str] = {}
+        self.loads: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.kind = (dict(attributes).get("class") or "masked").strip() if tag == "span" else ""
+        self.loads += [tag] if tag in ("script", "link", "img", "iframe") else []
+        self.loads += [name for name, _ in attributes if name in ("src", "href") or name.startswith("on")]
+
+    def handle_endtag(self, tag: str) -> None:
+        self.kind = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.kind:
+            self.text[self.kind] = self.text.get(self.kind, "") + data
+
+
+def test_the_page_escapes_what_rows_say(nybble: Callable[..., Any], tokenizer_only: Path, tmp_path: Path) -> None:
+    hostile = "<script>alert(1)</script><img src=http://a.example/x>"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": hostile, "completion": "a<b>"}) + "\n")
+    page = tmp_path / "page.html"
+    done = nybble("data", "--model", tokenizer_only, "--dataset_name", rows, "--html", page, "--json")
+    assert done.code == 0, done.err
+    shown = Shown()
+    shown.feed(page.read_text(encoding="utf-8"))
+    assert shown.loads == []
+    assert hostile in shown.text["masked"].replace(" ", "").replace("imgsrc", "img src")
+    assert shown.text["learned"].endswith("a<b>")
+    assert "</s>" in shown.text["learned control"]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--max_length", "8"), "raise --max_length"),
+        (("--html", "/no/such/folder/page.html"), "does not exist"),
+        (("--show", "many"), "--show"),
+        (("--overlong", "cut"), "'truncate', 'drop' or 'split'"),
+        (("--dataset_name", "/no/rows.jsonl"), "does not exist"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    nybble: Callable[..., Any], words: tuple[object, ...], more: tuple[str, ...], says: str
+) -> None:
+    done = nybble(*words, *more)
+    assert done.code == 2
+    assert says in done.err
+    assert len(done.err.strip().splitlines()) == 1
+
+
+def test_rows_that_train_would_refuse_are_shown_first(nybble: Callable[..., Any], words: tuple[object, ...]) -> None:
+    done = nybble(*words, "--max_length", "8", "--json", "--show", "1")
+    assert done.code == 2
+    assert done.json["ledger"]["tokens_trained"] == 0
+    assert done.json["rows"][0]["use"] == "dropped"
+
+
+def test_without_a_tokenizer_it_says_what_to_set(nybble: Callable[..., Any], rows_file: Path) -> None:
+    done = nybble("data", "--dataset_name", rows_file)
+    assert done.code == 2
+    assert "no tokenizer given" in done.err
+
+
+def test_the_library_gives_the_same(words: tuple[object, ...]) -> None:
+    settings = {"model_name_or_path": str(words[2]), "dataset_name": str(words[4])}
+    found = library.inspect_rows(None, settings, show=1)
+    assert found.fault is None
+    assert found.ledger.rows_read == 40
+    assert "".join(part.text for part in found.rows[0].parts).replace(" ", "").endswith("Itistwo.</s>")
+
+
+def test_train_says_what_became_of_long_rows(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    exchange = "<s>[INST] What is two plus two? [/INST] Two plus two is four. </s>"
+    (tmp_path / "long.jsonl").write_text((json.dumps({"text": exchange * 3}) + "\n") * 4)
+    words = ("--model_name_or_path", tiny_llama(), "--dataset_name", tmp_path / "long.jsonl", "--eval_fraction", 0)
+    more = ("--max_length", 64, "--overlong", "split", "--max_steps", 1, "--output_dir", tmp_path / "run")
+    done = nybble("train", *words, *more)
+    assert done.code == 0, done.err
+    assert "4 rows are longer than max_length, 4 were split" in done.err
+    ledger = json.loads((tmp_path / "run" / "run.json").read_text())["rows"]["ledger"]
+    assert (ledger["rows_split"], ledger["turns"], ledger["stop_tokens_cut"]) == (4, 12, 0)
+    assert "| rows split | 4 |" in (tmp_path / "run" / "report.md").read_text()

@@ -1,0 +1,181 @@
+"""What the ledger counts, and what becomes of rows that are too long."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from nybble.data import IGNORED, Prepared, prepare_rows, read_rows
+from nybble.errors import RowsError
+from nybble.recipe import DataSection, EvaluationSection
+
+Call = Callable[..., Prepared]
+SHORT = {"text": "<s>[INST] Q [/INST] A </s>"}
+LONG = {"text": "<s>[INST] Q [/INST] " + "A " * 40 + "</s>"}
+EXCHANGE = "<s>[INST] {0} [/INST] {0} </s>"
+TURNS = [
+    {"role": "system", "content": "Be brief."},
+    *({"role": role, "content": f"{role} {n}"} for n in range(4) for role in ("user", "assistant")),
+]
+
+
+def learned(prepared: Prepared, tokenizer: Any) -> list[str]:
+    return [tokenizer.decode([i for i in e.labels if i != IGNORED]) for e in prepared.train]
+
+
+def test_every_line_of_a_small_ledger(prepare: Call) -> None:
+    many = {"text": EXCHANGE.format("a") + EXCHANGE.format("b")}
+    ledger = prepare([SHORT, SHORT, many, LONG, {"text": "<s>[INST] Q [/INST] </s>"}], max_length=60).ledger
+    assert (ledger.rows_read, ledger.rows_used, ledger.rows_dropped, ledger.rows_held_out) == (5, 5, 0, 0)
+    assert (ledger.rows_over_max_length, ledger.rows_truncated, ledger.rows_split, ledger.examples) == (1, 1, 0, 5)
+    assert (ledger.rows_duplicate, ledger.rows_multi_turn, ledger.answers_empty) == (1, 1, 1)
+    assert (ledger.turns, ledger.stop_tokens_trained, ledger.stop_tokens_cut) == (6, 5, 1)
+    assert ledger.stop_token_trained_fraction == pytest.approx(5 / 6)
+    assert ledger.tokens_total == ledger.tokens_trained + ledger.tokens_masked
+    assert ledger.length_p50 <= ledger.length_p95 <= ledger.length_p99 == ledger.length_max > 60
+
+
+def test_the_99th_percentile_is_the_length_that_keeps_99_percent(prepare: Call) -> None:
+    rows = [{"text": "a" * (n + 1)} for n in range(200)]
+    ledger = prepare(rows, max_length=8).ledger
+    kept = prepare(rows, max_length=ledger.length_p99).ledger
+    assert kept.rows_over_max_length == 2
+    assert prepare(rows, max_length=ledger.length_p99 - 1).ledger.rows_over_max_length > 2
+
+
+def test_long_rows_are_dropped_when_asked(prepare: Call, tok: Any) -> None:
+    done = prepare([SHORT, LONG], max_length=30, overlong="drop")
+    assert learned(done, tok) == [" A </s>"]
+    ledger = done.ledger
+    assert (ledger.rows_dropped, ledger.rows_over_max_length, ledger.rows_truncated) == (1, 1, 0)
+    assert ledger.stop_token_trained_fraction == 1.0
+
+
+def test_long_text_is_split_between_its_exchanges(prepare: Call, tok: Any) -> None:
+    row = {"text": "".join(EXCHANGE.format(letter) for letter in "abcde")}
+    one = len(prepare([{"text": EXCHANGE.format("a")}]).train[0].input_ids)
+    done = prepare([row, SHORT], max_length=2 * one + 1, overlong="split")
+    assert learned(done, tok) == [" a </s> b </s>", " c </s> d </s>", " e </s>", " A </s>"]
+    assert [e.row for e in done.train] == [1, 1, 1, 2]
+    ledger = done.ledger
+    assert (ledger.rows_used, ledger.rows_split, ledger.examples, ledger.rows_truncated) == (2, 1, 4, 0)
+    assert (ledger.rows_read, ledger.turns, ledger.stop_tokens_trained) == (2, 6, 6)
+
+
+@pytest.mark.parametrize("template", ["inst", "chatml"])
+def test_long_conversations_are_split_and_keep_their_system_text(prepare: Call, tok: Any, template: str) -> None:
+    whole = prepare([{"messages": TURNS}], chat_template=template)
+    done = prepare(
+        [{"messages": TURNS}], chat_template=template, max_length=len(whole.train[0].input_ids) - 1, overlong="split"
+    )
+    assert len(done.train) == 2
+    assert "".join(learned(done, tok)) == "".join(learned(whole, tok))
+    for example in done.train:
+        assert "Be brief." in tok.decode(example.input_ids)
+        assert example.input_ids.count(tok.bos_token_id) == tok.decode(example.input_ids).count("<s>")
+    assert done.ledger.stop_tokens_trained == 4
+
+
+def test_an_exchange_that_is_too_long_by_itself_is_cut_and_counted(prepare: Call) -> None:
+    ledger = prepare([{"text": SHORT["text"] + LONG["text"]}], max_length=30, overlong="split").ledger
+    assert (ledger.rows_split, ledger.rows_truncated, ledger.stop_tokens_cut, ledger.turns) == (1, 1, 1, 2)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_parts_of_a_row_are_held_out_together(prepare: Call, seed: int) -> None:
+    rows = [{"text": "".join(EXCHANGE.format(f"{n}{letter}") for letter in "abc")} for n in range(10, 30)]
+    done = prepare(rows, max_length=40, overlong="split", eval_fraction=0.2, seed=seed)
+    held = {example.row for example in done.held_out}
+    assert len(held) == done.ledger.rows_held_out == 4
+    assert not held & {example.row for example in done.train}
+
+
+def test_last_answer_of_text(learns: Call) -> None:
+    row = {"text": EXCHANGE.format("a") + EXCHANGE.format("b")}
+    prompt = "<s>[INST] a [/INST] a </s><s>[INST] b [/INST]"
+    done = learns(row, prompt, " b </s>", loss_on="last_answer")
+    assert (done.ledger.turns, done.ledger.rows_multi_turn) == (1, 1)
+
+
+def test_a_run_without_end_tokens_is_allowed_by_name(prepare: Call) -> None:
+    with pytest.raises(RowsError, match="set --allow_no_stop"):
+        prepare([LONG], max_length=30)
+    ledger = prepare([LONG], max_length=30, allow_no_stop=True).ledger
+    assert (ledger.stop_tokens_trained, ledger.tokens_trained > 0) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("roles", "said"),
+    [
+        (["user", "user", "assistant"], "turn 2: 'user' follows 'user'; it may follow: the beginning, system"),
+        (["user", "assistant", "assistant"], "turn 3: 'assistant' follows 'assistant'"),
+        (["user", "system", "assistant"], "turn 2: 'system' follows 'user'; it may follow: the beginning"),
+        (["tool", "assistant"], "turn 1: 'tool' comes first"),
+    ],
+)
+def test_roles_out_of_order_are_named(prepare: Call, roles: list[str], said: str) -> None:
+    turns = [{"role": role, "content": "x"} for role in roles]
+    with pytest.raises(RowsError, match=f"rows.jsonl row 1 {said}"):
+        prepare([{"messages": turns}], chat_template="inst")
+
+
+@pytest.mark.parametrize("tools", ["{", '{"name": "f"}', "3"])
+def test_tools_that_are_no_list_are_refused(prepare: Call, tools: str) -> None:
+    with pytest.raises(RowsError, match="row 1: column 'tools'"):
+        prepare([{"messages": TURNS, "tools": tools}], chat_template="inst")
+
+
+@pytest.mark.parametrize("name", ["r.jsonl", "r.json"])
+def test_a_row_of_50_megabytes_is_refused_at_once(tmp_path: Path, tok: Any, name: str) -> None:
+    (tmp_path / name).write_text('{"text": "' + "a" * 50_000_000 + '"}\n')
+    began = time.monotonic()
+    with pytest.raises(RowsError, match="row 1: a text of 50,000,000 characters; allowed are 2,000,000"):
+        prepare_rows(DataSection(dataset_name=str(tmp_path / name)), EvaluationSection(), tok, 0)
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize(
+    ("n_turns", "size", "said"),
+    [(50, 50_000, "a text of 2,500,000 characters"), (2_002, 1, "2,002 turns; allowed are")],
+)
+def test_a_conversation_beyond_bounds_is_refused(prepare: Call, n_turns: int, size: int, said: str) -> None:
+    turns = [{"role": ("user", "assistant")[n % 2], "content": "a" * size} for n in range(n_turns)]
+    with pytest.raises(RowsError, match=f"row 1: {said}"):
+        prepare([{"messages": turns}], chat_template="inst")
+
+
+@pytest.mark.parametrize("indent", [1, 4, None])
+@pytest.mark.parametrize("content", [{"text": "a", "more": [1]}, [{"text": "a"}, {"text": "b"}]], ids=["one", "list"])
+def test_json_in_any_layout_is_read(tmp_path: Path, indent: int | None, content: Any) -> None:
+    import json
+
+    (tmp_path / "r.json").write_text(json.dumps(content, indent=indent))
+    assert read_rows(str(tmp_path / "r.json")).rows == (content if isinstance(content, list) else [content])
+
+
+def test_a_row_whose_first_line_ends_with_a_colon_is_one_row(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text('{"text":\n"a"}\n')
+    assert read_rows(str(tmp_path / "r.json")).rows == [{"text": "a"}]
+
+
+def test_broken_json_of_many_lines_is_named_by_line(tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text('{\n "text": "a",\n "more" 3\n}\n')
+    with pytest.raises(RowsError, match=r"r\.json line 3: not JSON"):
+        read_rows(str(tmp_path / "r.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "read", "turns", "multi"),
+    [("glaive_toolcall_en_demo.json", 300, 957, 261), ("alpaca_style_1100.json", 1100, 1100, 0)],
+)
+def test_real_rows_need_no_configuration(shared_data: Path, name: str, read: int, turns: int, multi: int) -> None:
+    llama2 = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "llama2")
+    data = DataSection(dataset_name=str(shared_data / "rows" / name), max_length=100_000, eval_fraction=0)
+    ledger = prepare_rows(data, EvaluationSection(), llama2, 0).ledger
+    assert (ledger.rows_read, ledger.turns, ledger.rows_multi_turn) == (read, turns, multi)
+    assert ledger.stop_token_trained_fraction == 1.0
