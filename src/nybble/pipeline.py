@@ -38,7 +38,7 @@ from nybble.planning import make_plan
 from nybble.recipe import Plan, Recipe, load_recipe, save_recipe
 from nybble.reporting import model_card, write_report
 from nybble.runs import Observer, RunDirectory, RunRecord, Sample, Silent, read_record, write_text
-from nybble.training import Setup, Witness, check_training, evaluate, generate_answers, train_model
+from nybble.training import Setup, Witness, check_training, evaluate, generate_answers, stop_at, train_model
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ def _load(job: _Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
     source = find_model(section) if kept else job.source
     with witness.phase("load"):
         model, loaded = load_model(source, recipe.method, section, recipe.quantization, job.device)
+    stop_at(model, job.prepared.ledger.stop_tokens)
     starts: Starts = {}
     if recipe.method == "qlora" and needs_calibration(recipe.quantization, recipe.lora) and not kept:
         starts = _calibrate(job, witness, model)
@@ -266,9 +267,9 @@ def ask(run_dir: Path | str, questions: Sequence[str], device: str | None = None
     recipe = Recipe.model_validate(record["recipe"])
     if not questions:
         raise InputError('no question given; e.g. nybble ask RUN "What makes a good chatbot?"')
-    form = record["rows"]["ledger"]["prompt_form"]
-    run = RunDirectory(Path(run_dir))
-    return generation.answer(run, recipe, form, questions, detect_device(device or recipe.model.device))
+    ledger, run = record["rows"]["ledger"], RunDirectory(Path(run_dir))
+    asked = generation.Asked(questions, ledger["prompt_form"], ledger.get("stop_tokens", ()))
+    return generation.answer(run, recipe, asked, detect_device(device or recipe.model.device))
 
 
 def quantize(

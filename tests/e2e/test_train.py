@@ -129,3 +129,24 @@ def test_a_signal_saves_and_resume_goes_on(tiny_llama: Callable[..., Path], rows
     assert "--resume" in err.splitlines()[-1]
     assert json.loads((out / "run.json").read_text())["status"] == "stopped"
     assert list((out / "checkpoints").glob("checkpoint-*/optimizer.pt"))
+
+
+def test_generation_stops_where_the_rows_end_a_turn(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A template may end turns with another token than the model's own end token."""
+    turns = [{"role": "user", "content": "What is one?"}, {"role": "assistant", "content": "It is two."}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"messages": turns, "n": i}) + "\n" for i in range(8)))
+    template = tmp_path / "ends.jinja"
+    header = "{% if add_generation_prompt %}assistant: {% endif %}"
+    template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}<s>{% endfor %}" + header)
+    out, words = (
+        tmp_path / "run",
+        ("--chat_template", template, "--eval_fraction", "0", "--method", "full", "--max_steps", "40"),
+    )
+    done = nybble(*train_words(tiny_llama(), tmp_path / "rows.jsonl", out, *words, "--max_new_tokens", "40", "--json"))
+    assert done.code == 0, done.err
+    assert done.json["rows"]["ledger"]["stop_tokens"] == [1]
+    assert json.loads((out / "model" / "generation_config.json").read_text())["eos_token_id"] == [1, 2]
+    answer = nybble("ask", out, "What is one?", "--json").json["answers"][0]
+    assert answer["tuned"] == "It is two."

@@ -31,6 +31,7 @@ class Example:
     n_answers: int  # answers to be learned, those behind the cut included
     n_stops: int  # of those, how many end with a learned end-of-turn token
     n_cut_stops: int  # of those, how many lost it to max_length
+    stop_tokens: tuple[int, ...]  # ids that end its learned answers, each once
     n_empty: int  # answers without a word
     last_answer_start: int  # index of the last answer's first token
     is_truncated: bool
@@ -107,6 +108,7 @@ def _cut(spans: _Spans, n_empty: int, max_length: int, loss_on: str) -> Example:
         n_answers=len(asked),
         n_stops=sum(stop for _first, _end, stop in learned),
         n_cut_stops=sum(stop and end > max_length for _first, end, stop in asked),
+        stop_tokens=tuple(sorted({ids[end - 1] for _first, end, stop in learned if stop})),
         n_empty=n_empty,
         last_answer_start=learned[-1][0] if learned else len(ids),
         is_truncated=len(spans.ids) > max_length,

@@ -27,6 +27,7 @@ class Ledger:
     examples: int  # what the rows used became: one each, more where split
     turns: int  # answers that are to be learned
     stop_tokens_trained: int  # end-of-turn tokens in the loss, at most one an answer
+    stop_tokens: tuple[int, ...]  # their ids; generation stops at them
     stop_tokens_cut: int  # end-of-turn tokens that max_length cut away
     stop_token_trained_fraction: float  # stop_tokens_trained / turns
     answers_empty: int
@@ -63,6 +64,7 @@ def count_rows(
         examples=len(examples),
         turns=turns,
         stop_tokens_trained=stops,
+        stop_tokens=tuple(sorted({token for e in examples for token in e.stop_tokens})),
         stop_tokens_cut=sum(e.n_cut_stops for e in examples),
         stop_token_trained_fraction=stops / turns if turns else 0.0,
         answers_empty=sum(e.n_empty for e in examples),

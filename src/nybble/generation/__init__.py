@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,20 @@ from nybble.hardware import Device
 from nybble.models import compute_dtype, find_model, load_adapter, load_model, load_tokenizer
 from nybble.recipe import EvaluationSection, ModelSection, Recipe
 from nybble.runs import RunDirectory, Sample
-from nybble.training import generate_answers
+from nybble.training import generate_answers, stop_at
 
 
-def answer(run: RunDirectory, recipe: Recipe, form: str, questions: Sequence[str], device: Device) -> list[Sample]:
-    """What the base and the tuned model of a finished run answer, greedily, to questions put in `form`.
+@dataclass(frozen=True)
+class Asked:
+    """Questions, put and ended as the training rows were."""
+
+    questions: Sequence[str]
+    form: str  # see `nybble.data.prompt_form`
+    stop_tokens: Sequence[int]
+
+
+def answer(run: RunDirectory, recipe: Recipe, asked: Asked, device: Device) -> list[Sample]:
+    """What the base and the tuned model of a finished run answer, greedily.
 
     Raises:
         InputError: the run has produced no adapter or model yet.
@@ -26,17 +36,20 @@ def answer(run: RunDirectory, recipe: Recipe, form: str, questions: Sequence[str
     base_section = _base(run, recipe)
     source = find_model(base_section)
     tokenizer = _tokenizer(run, source, recipe)
-    prompts = [encode_prompt(question, tokenizer, form) for question in questions]
+    prompts = [encode_prompt(question, tokenizer, asked.form) for question in asked.questions]
     section: EvaluationSection = recipe.evaluation
     model, _report = load_model(source, recipe.method, base_section, recipe.quantization, device)
-    base = generate_answers(_untrained(model, recipe, device), tokenizer, prompts, section, dtype)
+    untrained = _untrained(model, recipe, device)
+    stop_at(untrained, asked.stop_tokens)
+    base = generate_answers(untrained, tokenizer, prompts, section, dtype)
     if recipe.method == "full":
         tuned_source = find_model(recipe.model.model_copy(update={"model_name_or_path": str(run.full_model)}))
         tuned_model, _report = load_model(tuned_source, "lora", recipe.model, recipe.quantization, device)
     else:
         tuned_model = load_adapter(model, run.adapter)
+    stop_at(tuned_model, asked.stop_tokens)
     tuned = generate_answers(tuned_model, tokenizer, prompts, section, dtype)
-    return [Sample(q, b, t) for q, b, t in zip(questions, base, tuned, strict=True)]
+    return [Sample(q, b, t) for q, b, t in zip(asked.questions, base, tuned, strict=True)]
 
 
 def _base(run: RunDirectory, recipe: Recipe) -> ModelSection:

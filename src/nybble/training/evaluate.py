@@ -62,6 +62,16 @@ def generate_answers(
         return _generate(model, tokenizer, prompts, section)
 
 
+def stop_at(model: Any, tokens: Sequence[int]) -> None:
+    """Let generation stop at `tokens` too: what ends a turn in the rows need not be the model's own end token.
+
+    It is part of the model's generation config, so a model that is saved whole stops there as well.
+    """
+    config = model.generation_config
+    own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    config.eos_token_id = sorted({*tokens, *own} - {None})
+
+
 def _summed_loss(model: Any, examples: Sequence[Example], batch_size: int, pad_token_id: int) -> tuple[float, int]:
     device = next(model.parameters()).device
     collate = PadBatch(pad_token_id)
@@ -82,9 +92,8 @@ def _generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], section:
     device = next(model.parameters()).device
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
-    stops = {tokenizer.eos_token_id}
     configured = model.generation_config.eos_token_id
-    stops |= set(configured) if isinstance(configured, list) else {configured} - {None}
+    stops = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
     for first in range(0, len(order), section.per_device_eval_batch_size):
         chosen = order[first : first + section.per_device_eval_batch_size]
         longest = max(len(prompts[i]) for i in chosen)
