@@ -251,3 +251,26 @@ def test_description_names_the_format() -> None:
     assert f"in_features={N_IN}, out_features={N_OUT}" in described
     assert "nf4" in described
     assert "64" in described
+
+
+def test_layers_share_memory_for_decoding_and_still_differentiate_rightly() -> None:
+    torch.manual_seed(0)
+    first, second = (Linear4bit(64, 64, bias=False, compute_dtype=torch.float32) for _ in range(2))
+    for layer in (first, second):
+        layer.set_packed(encode(torch.randn(64, 64)))
+    x = torch.randn(9, 64, requires_grad=True)
+    second(first(x).tanh()).sum().backward()
+    y = x.detach().clone().requires_grad_()
+    ((y @ first.dequantize().t()).tanh() @ second.dequantize().t()).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 64), (2, 2, 64), (0, 64)], ids=str)
+def test_a_few_rows_without_gradients_give_the_same_product(shape: tuple[int, ...], bias: bool) -> None:
+    layer = Linear4bit(64, 48, bias=bias, compute_dtype=torch.float32)
+    layer.set_packed(encode(torch.randn(48, 64)))
+    x = torch.randn(shape)
+    with torch.no_grad():
+        few = layer(x)
+    torch.testing.assert_close(few, layer(x.requires_grad_()).detach(), rtol=1e-4, atol=1e-4)

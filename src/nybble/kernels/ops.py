@@ -22,7 +22,6 @@ from nybble.kernels.paths import path_for
 from nybble.quant import PackedWeight, encode, encode_searched
 
 ENCODERS = ("absmax", "search")
-MAX_ROWS = 8  # of x in `multiply`
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
