@@ -141,7 +141,7 @@ def _load(job: _Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
 def _calibrate(job: _Job, witness: Witness, model: Any) -> Starts:
     """Pack anew, fitted to the rows; the base is kept in the run, since loading would not give it again."""
     recipe, section = job.recipe, job.recipe.quantization
-    rows = [example.input_ids for example in job.prepared.train[: section.calibration_rows]]
+    rows = _calibration_rows(job.prepared, section.calibration_rows)
     with witness.phase("calibrate"):
         done = calibrate(model, job.source, rows, section, recipe.lora, partial(job.watch.progress, "calibrating"))
         save_whole(job.run.base, model, job.tokenizer)
@@ -149,6 +149,12 @@ def _calibrate(job: _Job, witness: Witness, model: Any) -> Starts:
     on = f"calibrated on {done.n_rows:,} rows ({done.n_tokens:,} tokens)" if done.n_rows else "adapters started"
     job.watch.note(f"{on}; the base is kept in {job.run.base}")
     return done.starts
+
+
+def _calibration_rows(prepared: Prepared, most: int) -> list[list[int]]:
+    """Token ids of at most so many rows, evenly spaced: files are often sorted by kind."""
+    step = max(1, len(prepared.train) // most)
+    return [example.input_ids for example in prepared.train[::step][:most]]
 
 
 def _evaluate_base(job: _Job, witness: Witness, model: Any, dtype: torch.dtype) -> list[str]:
@@ -289,11 +295,12 @@ def quantize(
         raise RecipeError(f"{model} is stored in 4 bits already; give the 16-bit model")
     if recipe.lora.init_lora_weights != "default":
         raise RecipeError("init_lora_weights makes an adapter, quantize makes none; leave it away, or use nybble train")
-    tokenizer, rows = load_tokenizer(source, recipe.model), []
-    section = recipe.quantization
+    tokenizer, section = load_tokenizer(source, recipe.model), recipe.quantization
+    rows: list[list[int]] = []
     if section.encoder == "calibrated":
+        recipe = _within_context(recipe, getattr(source.config, "max_position_embeddings", None), watch)
         prepared = prepare_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed)
-        rows = [example.input_ids for example in prepared.train[: section.calibration_rows]]
+        rows = _calibration_rows(prepared, section.calibration_rows)
     packed, report = load_model(source, "qlora", recipe.model, section, detect_device(recipe.model.device))
     if needs_calibration(section, recipe.lora):
         calibrate(packed, source, rows, section, recipe.lora, partial(watch.progress, "calibrating"))

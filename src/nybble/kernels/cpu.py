@@ -105,7 +105,7 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
     if x.dtype not in _DTYPES or not 1 <= x.shape[0] <= MAX_ROWS:
         return plain.multiply(x, weight)
     wide = x.float().contiguous()
-    out = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.float32)
+    out = x.new_zeros(x.shape[0], weight.shape[0], dtype=torch.float32)
     packed, kept = _packed(weight)
     product = _Product(wide.data_ptr(), out.data_ptr(), *wide.shape, weight.shape[0])
     library = _library()
@@ -121,8 +121,10 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
 def search_scales(flat: Tensor, quant_type: str, block_size: int, signed: bool) -> Tensor:
     """`nybble.quant.search.search_scales`."""
     source, kept = _source(flat, quant_type, block_size)
-    scales = torch.empty(-(-flat.numel() // block_size), dtype=torch.float32)
-    factors = torch.tensor([sign * factor for sign in ((1.0, -1.0) if signed else (1.0,)) for factor in FACTORS])
+    scales = flat.new_empty(-(-flat.numel() // block_size), dtype=torch.float32)
+    signs = (1.0, -1.0) if signed else (1.0,)
+    tried = [sign * factor for sign in signs for factor in FACTORS]
+    factors = torch.tensor(tried, dtype=torch.float32, device="cpu")
     library, wanted, address = _library(), factors.data_ptr(), scales.data_ptr()
 
     def run(first: int, last: int) -> None:
@@ -139,7 +141,7 @@ def nested_codes(
     """`nybble.quant.search.nested_codes`."""
     source, kept = _source(flat, quant_type, block_size)
     scales, nested_absmax = scales.contiguous(), nested_absmax.contiguous()
-    codes = torch.empty(scales.numel(), dtype=torch.uint8)
+    codes = flat.new_empty(scales.numel(), dtype=torch.uint8)
     table, midpoints = _table8()
     pointers = (scales.data_ptr(), nested_absmax.data_ptr(), table.data_ptr(), midpoints.data_ptr())
     nested = _Nested(*pointers, nested_offset.item(), NEIGHBOURS)
@@ -157,7 +159,7 @@ def nearest_codes(flat: Tensor, quant_type: str, block_size: int, scales: Tensor
     """`nybble.quant.search.nearest_codes`."""
     source, kept = _source(flat, quant_type, block_size)
     scales = scales.contiguous()
-    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8)
+    packed = flat.new_empty((flat.numel() + 1) // 2, dtype=torch.uint8)
     library, given, address = _library(), scales.data_ptr(), packed.data_ptr()
 
     def run(first: int, last: int) -> None:

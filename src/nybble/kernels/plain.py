@@ -52,5 +52,5 @@ def _pairs(table: Tensor, codes: Tensor) -> Tensor:
 def _pair_table(quant_type: str) -> Tensor:
     """The two values of each byte, their 8 bytes seen as one float64 so that a look-up moves both: `(256,)`."""
     values = codebook(quant_type)
-    byte = torch.arange(256)
+    byte = torch.arange(256, device="cpu")
     return torch.stack([values[byte >> 4], values[byte & 0xF]], dim=1).contiguous().view(torch.float64).view(-1)

@@ -78,7 +78,8 @@ class PackedCache:
             files = sorted(file for file in partial.iterdir() if file.is_file())
             manifest = {file.name: [file.stat().st_size, sha256_of(file)] for file in files}
             write_text(partial / "manifest.json", json.dumps(manifest))
-            partial.rename(entries / key)
+            if not (entries / key).exists():  # another process may have been faster
+                partial.rename(entries / key)
         except OSError as error:
             return f"the packed base is not kept: {entries}: {error.strerror or error}"
         finally:

@@ -30,9 +30,9 @@ _FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
 def codebook(quant_type: str) -> Tensor:
     """Values of the 16 codes, `(16,) float32` on the CPU; do not write to it."""
     if quant_type == "nf4":
-        return torch.tensor(_NF4, dtype=torch.float32)
+        return torch.tensor(_NF4, dtype=torch.float32, device="cpu")
     if quant_type == "fp4":
-        positive = torch.tensor(_FP4_TWELFTHS, dtype=torch.float32) / 12.0
+        positive = torch.tensor(_FP4_TWELFTHS, dtype=torch.float32, device="cpu") / 12.0
         return torch.cat([positive, 0.0 - positive])  # code 8 is +0.0, as in bitsandbytes' table
     raise ValueError(f"quant_type must be one of {QUANT_TYPES}, got {quant_type!r}")
 
@@ -46,9 +46,9 @@ def dynamic_codebook() -> Tensor:
     """
     values = [0.0, 1.0]
     for exponent in range(7):
-        steps = torch.linspace(0.1, 1.0, 2**exponent + 1, dtype=torch.float32)
+        steps = torch.linspace(0.1, 1.0, 2**exponent + 1, dtype=torch.float32, device="cpu")
         fractions = (steps[:-1] + steps[1:]) / 2.0
         scale = 10 ** (exponent - 6)
         values += (scale * fractions).tolist()
         values += (-scale * fractions).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
