@@ -295,7 +295,8 @@ def quantize(
         raise RecipeError(f"{model} is stored in 4 bits already; give the 16-bit model")
     if recipe.lora.init_lora_weights != "default":
         raise RecipeError("init_lora_weights makes an adapter, quantize makes none; leave it away, or use nybble train")
-    tokenizer, section = load_tokenizer(source, recipe.model), recipe.quantization
+    tokenizer = load_tokenizer(source, recipe.model)
+    section = recipe.quantization
     rows: list[list[int]] = []
     if section.encoder == "calibrated":
         recipe = _within_context(recipe, getattr(source.config, "max_position_embeddings", None), watch)

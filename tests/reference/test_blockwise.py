@@ -214,3 +214,9 @@ def test_round_trip_error_is_at_most_half_the_widest_gap_of_the_block(
     half_gap = max(high - low for low, high in pairwise(values)) / 2
     for block, errors in zip(weight.split(block_size), error.split(block_size), strict=True):
         assert errors.max() <= block.abs().max() * half_gap * (1 + 1e-6)
+
+
+def test_tables_are_on_the_cpu_whatever_the_default_device_is() -> None:
+    with torch.device("meta"):  # they are made once and kept
+        tables = [codebook.__wrapped__("nf4"), codebook.__wrapped__("fp4"), dynamic_codebook.__wrapped__()]
+    assert {table.device.type for table in tables} == {"cpu"}

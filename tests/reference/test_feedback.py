@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nybble.quant import decode, decode_absmax, encode_calibrated, encode_searched, low_rank
+from nybble.quant import decode, decode_absmax, encode_calibrated, encode_searched, feedback, low_rank
 from nybble.quant.feedback import damp
 
 
@@ -37,6 +37,17 @@ def test_outputs_are_closer_row_by_row(shape: tuple[int, int], block_size: int, 
     assert damped is not None
     rows = [((weight - w) @ damped * (weight - w)).sum(dim=1) for w in (fitted, nearest)]
     assert (rows[0] <= rows[1] * (1 + 1e-4)).all()
+
+
+@pytest.mark.parametrize("sweeps", [0, 1])
+def test_feedback_helps_by_itself_and_sweeps_help_further(sweeps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = torch.randn(96, 128), inputs(2000, 128)
+    errors = []
+    for n in (sweeps, sweeps + 1):
+        monkeypatch.setattr(feedback, "SWEEPS", n)
+        errors.append(output_errors(x, weight, decode(encode_calibrated(weight, moments_of(x)))).sum())
+    assert errors[0] < 0.5 * output_errors(x, weight, decode(encode_searched(weight))).sum()
+    assert errors[1] < errors[0]
 
 
 def test_scales_are_those_of_the_search() -> None:
