@@ -1,0 +1,103 @@
+"""Operators between the products of a training step: norms, gates, dropout, rotary positions, the loss of a row.
+
+Schema, fake, and the path that each device takes; `nybble.kernels.plain_rows` says what each result must be.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nybble.kernels import plain_rows
+
+
+def _rows_path(device: torch.device) -> object:
+    return plain_rows
+
+
+@torch.library.custom_op("nybble::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor, eps: float, one_plus: bool) -> tuple[Tensor, Tensor]:
+    """The normalised rows, and 1 / rms `(n,) float32`."""
+    return plain_rows.rms_norm(x, weight, eps, one_plus)
+
+
+@torch.library.custom_op("nybble::rms_norm_backward", mutates_args=())
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, one_plus: bool) -> Tensor:
+    """dL/dx of `rms_norm`."""
+    return plain_rows.rms_norm_backward(grad, x, weight, rstd, one_plus)
+
+
+@torch.library.custom_op("nybble::gated", mutates_args=())
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up."""
+    return plain_rows.gated(gate, up, activation)
+
+
+@torch.library.custom_op("nybble::gated_backward_", mutates_args=("grad", "gate", "up"))
+def gated_backward_(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
+    """In place: grad becomes `gated(gate, up)`, gate and up become their gradients."""
+    plain_rows.gated_backward_(grad, gate, up, activation)
+
+
+@torch.library.custom_op("nybble::dropout", mutates_args=("out",))
+def dropout(x: Tensor, p: float, seed: int, out: Tensor) -> None:
+    """Dropout by hash of `seed` and place into `out`, which is of the shape and type of x."""
+    out.copy_(plain_rows.dropout(x, p, seed))
+
+
+@torch.library.custom_op("nybble::dropout_add_", mutates_args=("total",))
+def dropout_add_(total: Tensor, x: Tensor, p: float, seed: int) -> None:
+    """total += dropout(x)."""
+    plain_rows.dropout_add_(total, x, p, seed)
+
+
+@torch.library.custom_op("nybble::cross_entropy_", mutates_args=("logits",))
+def cross_entropy_(logits: Tensor, labels: Tensor, softcap: float) -> Tensor:
+    """Loss of each row `(n,) float32`; logits become their gradients."""
+    return plain_rows.cross_entropy_(logits, labels, softcap)
+
+
+@torch.library.custom_op("nybble::rope", mutates_args=())
+def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    """x `(n, heads, width)` turned to its positions, or back."""
+    return plain_rows.rope(x, cos, sin, inverse)
+
+
+@rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float, one_plus: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@rms_norm_backward.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, one_plus: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+@gated.register_fake
+def _(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    return torch.empty_like(gate)
+
+
+@gated_backward_.register_fake
+def _(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
+    return None
+
+
+@dropout.register_fake
+def _(x: Tensor, p: float, seed: int, out: Tensor) -> None:
+    return None
+
+
+@dropout_add_.register_fake
+def _(total: Tensor, x: Tensor, p: float, seed: int) -> None:
+    return None
+
+
+@cross_entropy_.register_fake
+def _(logits: Tensor, labels: Tensor, softcap: float) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.float32)
+
+
+@rope.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    return torch.empty_like(x)
