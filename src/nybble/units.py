@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def format_bytes(n_bytes: float | None) -> str:
     """`3_342_000_000 -> "3.34 GB"`; decimal units, as disks and model sizes are given."""
@@ -11,6 +13,22 @@ def format_bytes(n_bytes: float | None) -> str:
         if abs(n_bytes) >= size:
             return f"{n_bytes / size:.2f} {unit}" if unit != "kB" else f"{n_bytes / size:.0f} {unit}"
     return f"{n_bytes:.0f} B"
+
+
+_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_bytes(text: str) -> int:
+    """`"8GiB" -> 8_589_934_592`, `"7.5 GB"`, `"900M"`; a bare number is bytes.
+
+    Raises:
+        ValueError: anything else, or nothing above 0.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kmgt]i?)?b?", text.strip().lower())
+    size = int(float(match[1]) * _BYTES[match[2] or ""]) if match else 0
+    if size <= 0:
+        raise ValueError(f"{text!r} is no amount of memory; write e.g. 8GiB, 7.5GB or a number of bytes")
+    return size
 
 
 def format_seconds(seconds: float | None) -> str:

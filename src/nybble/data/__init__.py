@@ -1,6 +1,6 @@
 """Rows: read, recognise their shape, mark what is learned, count it, batch it."""
 
-from nybble.data.batches import PadBatch, as_features
+from nybble.data.batches import FlatBatch, PadBatch, as_features
 from nybble.data.encode import IGNORED, Example, encode_prompt
 from nybble.data.ledger import Ledger
 from nybble.data.prepare import Prepared, examine_rows, prepare_rows
@@ -10,6 +10,7 @@ from nybble.data.show import ShownRow, Stretch, show_rows
 __all__ = [
     "IGNORED",
     "Example",
+    "FlatBatch",
     "Ledger",
     "PadBatch",
     "Prepared",

@@ -2,6 +2,7 @@
 
 from nybble.models.adapters import attach, load_adapter, save_adapter
 from nybble.models.calibrate import Calibration, Starts, calibrate, needs_calibration
+from nybble.models.families import SwapReport, blocks_of, swap_blocks
 from nybble.models.hub import push_folder
 from nybble.models.load import LoadReport, compute_dtype, count_parameters, load_model, save_whole
 from nybble.models.plugin import NybbleConfig, register
@@ -14,7 +15,9 @@ __all__ = [
     "ModelSource",
     "NybbleConfig",
     "Starts",
+    "SwapReport",
     "attach",
+    "blocks_of",
     "calibrate",
     "compute_dtype",
     "count_parameters",
@@ -29,4 +32,5 @@ __all__ = [
     "register",
     "save_adapter",
     "save_whole",
+    "swap_blocks",
 ]

@@ -34,6 +34,8 @@ def attach(
     """
     from peft import LoraConfig, get_peft_model
 
+    from nybble.models.lora import use_our_layer
+
     targets: str | list[str] = lora.target_modules if isinstance(lora.target_modules, str) else [*lora.target_modules]
     if targets != "all-linear":
         targets = [targets] if isinstance(targets, str) else targets
@@ -48,6 +50,7 @@ def attach(
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
     )
+    use_our_layer(config)
     adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base_name
     with torch.no_grad():

@@ -17,6 +17,7 @@ from torch import nn
 from nybble.errors import ModelError, RecipeError
 from nybble.hardware import Device
 from nybble.models import cache
+from nybble.models.families import swap_blocks
 from nybble.models.plugin import NybbleConfig, adopt_bnb, raising_faults, register
 from nybble.models.source import ModelSource
 from nybble.nn import Linear4bit
@@ -83,6 +84,8 @@ def load_model(
     if method == "qlora" and not packed:
         raise ModelError(f"{source.name} has no linear layer that can be packed; use --method lora or full")
     loaded.eval()
+    blocks = swap_blocks(loaded)
+    notes += [blocks.reason] if blocks.reason else []
     if kept is not None:
         notes += kept.keep(loaded)
     report = LoadReport(

@@ -1,4 +1,4 @@
-"""Layers: the 4-bit linear."""
+"""Layers and blocks: the 4-bit linear, products with adapters, the gated MLP, norms, attention, the loss."""
 
 from nybble.nn.linear import Linear4bit
 

@@ -8,13 +8,14 @@ outlive the forward pass (Dettmers et al. 2023, section 3). The weight never get
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nybble.kernels import dequantize, multiply
+from nybble.nn.projection import Projection, project
+from nybble.nn.scratch import scratch
 from nybble.quant import SUFFIXES, PackedWeight, from_bnb, to_bnb
 
 _FEW_ROWS = 4  # from about 5 on, decoding and a 16-bit product are faster on a CPU (8 rows: 3.8 against 5.1 ms)
@@ -92,18 +93,24 @@ class Linear4bit(nn.Linear):
         """The weight as numbers, `(out_features, in_features)` in `dtype` (default: the compute type)."""
         return dequantize(self.packed, dtype or self.compute_dtype)
 
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        """The weight in `dtype`, in memory that is used again: good until the next product of this thread."""
+        if torch.compiler.is_compiling():  # traced code gets memory of its own
+            return self.dequantize(dtype)
+        out = scratch.take((self.out_features, self.in_features), self.weight, dtype)
+        return dequantize(self.packed, dtype, out)
+
+    def few_rows(self, x: Tensor) -> Tensor | None:
+        """x W^T for a few rows `(n, in_features)`, where that is faster than decoding; the weight is never written."""
+        return multiply(x, self.packed) if 0 < len(x) <= _FEW_ROWS else None
+
+    def projection(self) -> Projection:
+        """What this layer computes, for blocks that do their own products."""
+        return Projection(self, self.compute_dtype)
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
         """`(..., in_features)` -> `(..., out_features)` in the type of `input`, computed in the compute type."""
-        x = input.to(self.compute_dtype)
-        # Autocast would cast again what is already in the compute type.
-        with torch.autocast(x.device.type, enabled=False):
-            if not torch.is_grad_enabled() and 0 < x.numel() <= _FEW_ROWS * self.in_features:
-                y = multiply(x.reshape(-1, self.in_features), self.packed).view(*x.shape[:-1], self.out_features)
-            else:
-                y = _FrozenProduct.apply(x, self)
-            if self.bias is not None:
-                y = y + self.bias.to(y.dtype)
-        return y.to(input.dtype)
+        return project(input, (self.projection(),))[0]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear4bit:
         """`.to()` and its kin move the scales and never round them: other scales would be other weights."""
@@ -149,49 +156,3 @@ class Linear4bit(nn.Linear):
         # The scales travel under bitsandbytes' keys, not as buffers.
         own = {f"{prefix}{name}" for name in _SCALES}
         missing_keys[:] = [key for key in missing_keys if key not in own]
-
-
-class _FrozenProduct(torch.autograd.Function):
-    """x W^T with W decoded in each direction; saves no activation."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Linear4bit) -> Tensor:
-        ctx.layer = layer
-        return x @ _decoded(layer, x.dtype).t()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
-        if not ctx.needs_input_grad[0]:
-            return None, None
-        # A backward called inside autocast would round a float32 product to its type.
-        with torch.autocast(grad.device.type, enabled=False):
-            return grad @ _decoded(ctx.layer, grad.dtype), None
-
-
-class _Buffers(threading.local):
-    """Memory that weights are decoded into, one piece for each device and type, as large as the largest weight.
-
-    A fresh 32 MB buffer for each product costs a CPU ten times the decoding, in page faults.
-    """
-
-    def __init__(self) -> None:
-        self._held: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    def take(self, n_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for `n_elements`, good until the next call."""
-        held = self._held.get((device, dtype))
-        if held is None or held.numel() < n_elements:
-            held = self._held[device, dtype] = torch.empty(n_elements, dtype=dtype, device=device)
-        return held[:n_elements]
-
-
-_buffers = _Buffers()
-
-
-def _decoded(layer: Linear4bit, dtype: torch.dtype) -> Tensor:
-    """The weight, good until the next product of this thread; traced runs get memory of their own."""
-    if type(layer.weight) is not nn.Parameter or torch.compiler.is_compiling():
-        return layer.dequantize(dtype)
-    size = layer.in_features * layer.out_features
-    buffer = _buffers.take(size, dtype, layer.weight.device)
-    return dequantize(layer.packed, dtype, buffer.view(layer.out_features, layer.in_features))

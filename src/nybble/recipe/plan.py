@@ -12,6 +12,6 @@ class Plan:
     rows: int
     rows_per_step: int
     optimizer_steps: int
-    gradient_checkpointing: bool
+    gradient_checkpointing: str  # auto, never or always
     # Measured phases are written beside these in run.json; a phase without a prediction holds None.
     predicted_bytes: dict[str, int | None]

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
+from nybble.units import parse_bytes
+
 
 def setting(default: Any, meaning: str, *, unit: str = "", aliases: tuple[str, ...] = (), **limits: Any) -> Any:
     """One setting: `meaning` and `unit` go to help and docs, `aliases` are other names, `limits` are pydantic's."""
@@ -186,7 +188,12 @@ class TrainingSection(Section):
     adam_beta2: float = setting(0.999, "decay of Adam's second moment", ge=0, lt=1)
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0: never", aliases=("grad_clip",), ge=0)
     optim: str = setting("adamw_torch_fused", "optimizer, by its transformers name", aliases=("optimizer",))
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
+    gradient_checkpointing: Literal["auto", "never", "always"] = setting(
+        "auto", "recompute layers in the backward pass: as many as memory forces, none, or all; true means always"
+    )
+    memory_budget: str | None = setting(
+        None, "memory that training may take, e.g. 8GiB; default: what the device has free"
+    )
     logging_steps: int = setting(10, "a line in events.jsonl every so many steps", unit="steps", ge=1)
     save_steps: int = setting(500, "a checkpoint every so many steps", unit="steps", ge=1)
     save_total_limit: int = setting(2, "checkpoints kept", ge=1)
@@ -197,6 +204,23 @@ class TrainingSection(Section):
     run_name: str | None = setting(None, "name for trackers")
     push_to_hub: bool = setting(False, "upload the adapter to the hub at the end")
     hub_model_id: str | None = setting(None, "repository for push_to_hub")
+
+    @field_validator("gradient_checkpointing", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        return {"true": "always", "false": "never"}.get(str(value).lower(), value)
+
+    @field_validator("memory_budget")
+    @classmethod
+    def _readable(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_bytes(value)
+        return value
+
+    @property
+    def memory_budget_bytes(self) -> int | None:
+        """`memory_budget` as a number."""
+        return parse_bytes(self.memory_budget) if self.memory_budget is not None else None
 
     @field_validator("report_to", mode="before")
     @classmethod

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import TrainerCallback
 
-from nybble.data import PadBatch
+from nybble.data import FlatBatch, PadBatch
 from nybble.hardware import PeakMemory
 from nybble.runs import Observer, RunDirectory, StepEvent
 
@@ -23,11 +23,11 @@ class CountingBatch:
     Batches are made ahead of their use; counts wait in order until their step ends.
     """
 
-    def __init__(self, collate: PadBatch) -> None:
+    def __init__(self, collate: FlatBatch | PadBatch) -> None:
         self._collate = collate
         self._waiting: deque[int] = deque()
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A batch, its tokens noted."""
         self._waiting.append(sum(len(example["input_ids"]) for example in examples))
         return self._collate(examples)

@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from nybble.data import IGNORED, Example, PadBatch, as_features
+from nybble.data import IGNORED, Example, FlatBatch, PadBatch, as_features
+from nybble.models import blocks_of
 from nybble.recipe import EvaluationSection
 from nybble.runs import Evaluation
 
@@ -38,8 +40,9 @@ def evaluate(
     if not examples:
         return None
     started = time.monotonic()
+    collate = batches_for(model, tokenizer)
     with evaluation_mode(model, compute_dtype):
-        total, n_tokens = _summed_loss(model, examples, section.per_device_eval_batch_size, tokenizer.pad_token_id)
+        total, n_tokens = _summed_loss(model, examples, section.per_device_eval_batch_size, collate)
         checkable = [example for example in examples if example.answer is not None and example.prompt_ids]
         answers = _generate(model, tokenizer, [e.prompt_ids for e in checkable], section) if checkable else []
     right = [a == (e.answer or "").strip() for a, e in zip(answers, checkable, strict=True)]
@@ -72,9 +75,15 @@ def stop_at(model: Any, tokens: Sequence[int]) -> None:
     config.eos_token_id = sorted({*tokens, *own} - {None})
 
 
-def _summed_loss(model: Any, examples: Sequence[Example], batch_size: int, pad_token_id: int) -> tuple[float, int]:
+def batches_for(model: Any, tokenizer: Any) -> FlatBatch | PadBatch:
+    """How rows become a batch of `model`."""
+    return FlatBatch() if blocks_of(model).flattened else PadBatch(tokenizer.pad_token_id)
+
+
+def _summed_loss(
+    model: Any, examples: Sequence[Example], batch_size: int, collate: FlatBatch | PadBatch
+) -> tuple[float, int]:
     device = next(model.parameters()).device
-    collate = PadBatch(pad_token_id)
     # Rows of like length share a batch: the sum does not depend on it, the padding does.
     ordered = sorted(examples, key=lambda example: len(example.input_ids))
     total, n_tokens = 0.0, 0
@@ -82,7 +91,8 @@ def _summed_loss(model: Any, examples: Sequence[Example], batch_size: int, pad_t
         batch = collate(as_features(ordered[first : first + batch_size]))
         n = int((batch["labels"][:, 1:] != IGNORED).sum())
         if n:
-            loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+            moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            loss = model(**moved).loss
             total += float(loss) * n
             n_tokens += n
     return total, n_tokens

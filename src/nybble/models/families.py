@@ -1,0 +1,182 @@
+"""Our blocks in transformers' models: attention over flattened rows, the gated MLP, norms, the loss without logits.
+
+Modules keep their place, names and weights; only the `forward` of the instances of this one model is another, and each
+falls back to its class's own where ours does not apply (generation with a cache, trained weights, several adapters).
+Families are listed that the tests hold against PEFT on plain torch; any other model trains as transformers wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from nybble.nn.attention import Span, attend_rows
+from nybble.nn.loss import Head, next_token_loss
+from nybble.nn.mlp import GatedMlp
+from nybble.nn.norm import rms_norm
+from nybble.nn.projection import project, projection_of
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets a family's blocks apart from Llama's."""
+
+    one_plus: bool = False  # norms multiply by 1 + weight, in float32
+    norm_behind_mlp: bool = False
+    window_of_config: bool = False  # every layer has the config's window; else each layer knows its own
+
+
+FAMILIES = {
+    "llama": Family(),
+    "mistral": Family(window_of_config=True),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "gemma2": Family(one_plus=True, norm_behind_mlp=True),
+    "gemma3_text": Family(one_plus=True, norm_behind_mlp=True),
+    "phi3": Family(window_of_config=True),
+}
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What of a model runs through our blocks."""
+
+    flattened: bool  # rows may lie behind each other in one sequence; else they are padded
+    blocks: dict[str, int] = field(default_factory=dict)  # kind -> how many
+    reason: str | None = None  # why not all of it, in words
+
+
+def swap_blocks(model: Any) -> SwapReport:
+    """Put our blocks into a causal language model as transformers builds it; `blocks_of` tells it again later."""
+    model.nybble_blocks = _swap(model)
+    return blocks_of(model)
+
+
+def blocks_of(model: Any) -> SwapReport:
+    """What of `model`, bare or with adapters, runs through our blocks."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(base, "nybble_blocks", SwapReport(False))
+
+
+def _swap(model: Any) -> SwapReport:
+    config = model.config
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        known = ", ".join(FAMILIES)
+        return SwapReport(False, reason=f"{config.model_type} trains on transformers' own path (ours: {known})")
+    if config._attn_implementation != "sdpa":
+        return SwapReport(False, reason=f"attn_implementation {config._attn_implementation}: rows are padded")
+    if getattr(config, "attention_dropout", 0.0) or getattr(config, "use_bidirectional_attention", False):
+        return SwapReport(False, reason="attention with dropout or in both directions: rows are padded")
+    counts = {"attention": 0, "mlp": 0, "norm": 0, "loss": 1}
+    activation = _ACTIVATIONS.get(getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", ""))
+    for layer in model.model.layers:
+        _set(layer.self_attn, partial(_attention, family))
+        counts["attention"] += 1
+        if activation:
+            _set(layer.mlp, partial(_mlp, family, activation))
+            counts["mlp"] += 1
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            _set(module, partial(_norm, family))
+            counts["norm"] += 1
+    _set(model, _next_token)
+    reason = None if activation else f"activation {config.hidden_act}: the MLP runs on transformers' own path"
+    return SwapReport(True, counts, reason)
+
+
+def _set(module: nn.Module, forward: Callable[..., Any]) -> None:
+    module.forward = MethodType(forward, module)
+
+
+def _attention(
+    family: Family,
+    module: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    *others: Any,
+    **settings: Any,
+) -> tuple[Tensor, Tensor | None]:
+    lengths = settings.pop("lengths", None)
+    if lengths is None:
+        return type(module).forward(module, hidden_states, position_embeddings, *others, **settings)  # type: ignore[no-any-return]
+    heads, kv_heads = module.config.num_attention_heads, module.config.num_key_value_heads
+    q, k, v = _queries_keys_values(module, hidden_states[0], heads, kv_heads)
+    if hasattr(module, "q_norm"):
+        q, k = module.q_norm(q), module.k_norm(k)
+    holder = module.config if family.window_of_config else module
+    span = Span(
+        module.scaling,
+        getattr(holder, "sliding_window", None),
+        getattr(module, "attn_logit_softcapping", None) or 0.0,
+    )
+    cos, sin = (part[0] for part in position_embeddings)
+    out = attend_rows(q, k, v, (cos, sin), lengths, span)
+    return module.o_proj(out)[None], None
+
+
+def _queries_keys_values(module: Any, x: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`(T, heads, width)` each; one pass over x where all three are plain."""
+    width = module.head_dim
+    if hasattr(module, "qkv_proj"):
+        parts = module.qkv_proj(x).split([heads * width, kv_heads * width, kv_heads * width], dim=-1)
+        q, k, v = (part.contiguous() for part in parts)
+    else:
+        layers = (module.q_proj, module.k_proj, module.v_proj)
+        projections = [projection_of(layer) for layer in layers]
+        plain = [p for p in projections if p is not None]
+        if len(plain) == 3 and len({p.dtype for p in plain}) == 1:
+            q, k, v = project(x, plain)
+        else:
+            q, k, v = (layer(x) for layer in layers)
+    return q.view(-1, heads, width), k.view(-1, kv_heads, width), v.view(-1, kv_heads, width)
+
+
+def _mlp(family: Family, activation: str, module: Any, x: Tensor) -> Tensor:
+    inputs = (module.gate_up_proj,) if hasattr(module, "gate_up_proj") else (module.gate_proj, module.up_proj)
+    projections = [projection_of(layer) for layer in (*inputs, module.down_proj)]
+    plain = [p for p in projections if p is not None and not p.has_trained_bias]
+    if len(plain) < len(projections) or len({p.dtype for p in plain}) != 1:
+        return type(module).forward(module, x)  # type: ignore[no-any-return]
+    return GatedMlp(tuple(plain[:-1]), plain[-1], activation, family.norm_behind_mlp)(x)
+
+
+def _norm(family: Family, module: Any, x: Tensor) -> Tensor:
+    if module.weight.requires_grad:
+        return type(module).forward(module, x)  # type: ignore[no-any-return]
+    eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
+    return rms_norm(x, module.weight, eps, family.one_plus)
+
+
+def _next_token(
+    model: Any,
+    input_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+    lengths: tuple[int, ...] | None = None,
+    learned: Tensor | None = None,
+    targets: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    **settings: Any,
+) -> Any:
+    """The model's forward; for a flattened batch (`nybble.data.FlatBatch`) the loss without logits."""
+    if lengths is None or input_ids is None or learned is None or targets is None:
+        known = {"num_items_in_batch": num_items_in_batch} if num_items_in_batch is not None else {}
+        return type(model).forward(model, input_ids=input_ids, labels=labels, **known, **settings)
+    given = {name: value for name, value in settings.items() if value is not None}
+    # A mask of four dimensions counts as made: none of T x T is built, and our attention knows the rows by `lengths`.
+    mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=input_ids.device)
+    inner = {**given, "attention_mask": mask, "use_cache": False, "lengths": lengths}
+    hidden = model.model(input_ids=input_ids, **inner).last_hidden_state[0]
+    weights = model.lm_head
+    softcap = getattr(model.config, "final_logit_softcapping", None) or 0.0
+    n_items = num_items_in_batch if num_items_in_batch is not None else max(1, len(targets))
+    head = Head(weights.weight, weights.bias, softcap)
+    return CausalLMOutputWithPast(loss=next_token_loss(hidden[learned], targets, head, n_items))  # type: ignore[arg-type]

@@ -1,0 +1,68 @@
+"""PEFT's LoRA layer with our arithmetic.
+
+PEFT offers a place for a layer class of one's own (`LoraConfig._register_custom_module`, which it calls experimental);
+this file is all that touches it. The class is PEFT's own with another forward: one plain adapter, as in training, goes
+through `nybble.nn.projection`; several adapters, DoRA and its kin, merged weights take PEFT's way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from nybble.nn import Linear4bit
+from nybble.nn.projection import Adapter, Projection, project, projection_of
+from nybble.nn.seeds import Seeds
+
+
+class LoraLinear(lora.Linear):
+    """A frozen linear, in 4 or 16 bits, with LoRA."""
+
+    seeds: Seeds
+    place: int
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.seeds, self.place = Seeds(), 0
+
+    def projection(self) -> Projection | None:
+        """What this layer computes now, or None where only PEFT's own path does it."""
+        base = projection_of(self.base_layer)
+        if base is None or self.merged:
+            return None
+        if self.disable_adapters:
+            return base
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        if len(names) != 1 or names[0] in self.lora_variant or self.lora_B[names[0]].bias is not None:
+            return None if names else base
+        dropout = self.lora_dropout[names[0]]
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        adapter = Adapter(
+            a=self.lora_A[names[0]].weight,
+            b=self.lora_B[names[0]].weight,
+            scaling=self.scaling[names[0]],
+            dropout=p,
+            seed=self.seeds.of(self.place) if p else 0,
+        )
+        return Projection(base.layer, base.dtype, adapter)
+
+    def forward(self, x: Tensor, *arguments: Any, **settings: Any) -> Tensor:
+        """As PEFT's layer: base output plus the adapter's."""
+        projection = None if arguments or any(value is not None for value in settings.values()) else self.projection()
+        if projection is None:
+            return super().forward(x, *arguments, **settings)  # type: ignore[no-any-return]
+        return project(x, (projection,))[0]
+
+
+def use_our_layer(config: LoraConfig) -> None:
+    """Let PEFT build `LoraLinear` where `config` puts an adapter on a linear."""
+    config._register_custom_module({Linear4bit: LoraLinear, nn.Linear: LoraLinear})
+
+
+def share_seeds(model: nn.Module, seeds: Seeds) -> None:
+    """Let every adapter's dropout in `model` follow `seeds`."""
+    for place, layer in enumerate(m for m in model.modules() if isinstance(m, LoraLinear)):
+        layer.seeds, layer.place = seeds, place

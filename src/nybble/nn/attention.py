@@ -1,0 +1,48 @@
+"""Attention over rows that lie behind each other in one sequence, each blind to the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble.kernels import rows
+from nybble.kernels.attention import attend
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a token may look at, and how scores are made."""
+
+    scale: float
+    window: int | None = None  # tokens, itself counted; None: all before it
+    softcap: float = 0.0  # 0: none
+
+
+def attend_rows(
+    q: Tensor,  # (T, heads, width), before rotary positions
+    k: Tensor,  # (T, kv_heads, width)
+    v: Tensor,
+    position: tuple[Tensor, Tensor],  # cos, sin: (T, rotated)
+    lengths: Sequence[int],  # tokens of each row, summing to T
+    span: Span,
+) -> Tensor:
+    """`(T, heads * width)`."""
+    cos, sin = position
+    q, k = _Rope.apply(q, cos, sin), _Rope.apply(k, cos, sin)
+    return attend(q, k, v, lengths, span.scale, span.window, span.softcap).reshape(len(q), -1)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return rows.rope(x, cos, sin, False)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        cos, sin = ctx.saved_tensors
+        return rows.rope(grad.contiguous(), cos, sin, True), None, None

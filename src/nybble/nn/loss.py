@@ -1,0 +1,76 @@
+"""The loss of the next token without the logits of a batch.
+
+Only rows whose next token is learned go through the output head, some at a time; their logits lie in reused memory and
+turn into their own gradient there, of which the gradient of the hidden states is made at once. So the head costs two
+products for a learned row and none for the others, and no logits outlive their piece. Sums are float32 and stay on the
+device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble.kernels import rows
+from nybble.nn.scratch import scratch
+
+_PIECE_BYTES = 1 << 27  # of logits at a time; a product with at least 1,024 rows is as fast as a larger one
+_LEAST_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output head; a trained one (tied or not) gets its gradient, a frozen one costs nothing."""
+
+    weight: Tensor  # (vocabulary, hidden)
+    bias: Tensor | None  # (vocabulary,), frozen
+    softcap: float  # logits become c tanh(logits / c); 0: none
+
+
+def next_token_loss(
+    hidden: Tensor,  # (n, hidden): the states of the learned rows
+    targets: Tensor,  # (n,) int64: their next tokens
+    head: Head,
+    n_items: Tensor | int,  # what the sum is divided by: learned tokens of the whole step
+) -> Tensor:
+    """-sum log p(target) / n_items, a float32 scalar on the device."""
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    with torch.autocast(hidden.device.type, enabled=False):
+        total = _SummedLoss.apply(hidden.to(dtype), head.weight, targets, head)
+    return total / n_items  # type: ignore[no-any-return]
+
+
+class _SummedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: Head) -> Tensor:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        low = weight.detach().to(hidden.dtype)
+        vocabulary, n = len(low), len(hidden)
+        step = max(_LEAST_ROWS, _PIECE_BYTES // (vocabulary * hidden.element_size()))
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if wants_hidden else None
+        d_weight = torch.zeros_like(weight) if wants_weight else None
+        for first in range(0, n, step):
+            piece = hidden[first : first + step]
+            logits = scratch.take((len(piece), vocabulary), hidden, hidden.dtype)
+            torch.mm(piece, low.t(), out=logits)
+            if head.bias is not None:
+                logits += head.bias.to(logits.dtype)
+            total += rows.cross_entropy_(logits, targets[first : first + step], head.softcap).sum()
+            if d_hidden is not None:
+                torch.mm(logits, low, out=d_hidden[first : first + step])
+            if d_weight is not None:
+                d_weight += logits.t() @ piece
+        ctx.save_for_backward(*(t for t in (d_hidden, d_weight) if t is not None))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        saved = iter(ctx.saved_tensors)
+        made = [next(saved) if wanted else None for wanted in ctx.needs_input_grad[:2]]
+        return (*(None if d is None else d.mul_(grad.to(d.dtype)) for d in made), None, None)

@@ -1,0 +1,181 @@
+"""Products with frozen weights and their adapters, with a backward of our own.
+
+    y  = x W^T + bias + s drop(x) A^T B^T
+    dx = dy W + drop'(s dy B A)        dA = (s dy B)^T drop(x)        dB = dy^T (s drop(x) A^T)
+
+(LoRA: Hu et al. 2021; on a 4-bit base: Dettmers et al. 2023.) W is decoded into reused memory for each product, the
+adapter is added to the product's own output, and of the activations only x is kept, once for all products that share
+it, and only where an adapter needs it. Dropout is a hash of a seed and the place, computed again in the backward
+pass, so no mask is stored. Adapters' gradients have the type of their masters; sums over tokens are float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from nybble.kernels import rows
+from nybble.nn.scratch import scratch
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA adapter, as it is applied now."""
+
+    a: Tensor  # (r, in_features), the master
+    b: Tensor  # (out_features, r)
+    scaling: float
+    dropout: float  # probability; 0 outside training
+    seed: int  # of this dropout
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear layer with frozen weights, and the adapter on it."""
+
+    layer: nn.Linear
+    dtype: torch.dtype  # of the products
+    adapter: Adapter | None = None
+
+    @property
+    def has_trained_bias(self) -> bool:
+        """Whether the bias gets a gradient; `project` then adds it, `product` does not."""
+        return self.layer.bias is not None and self.layer.bias.requires_grad
+
+    def weight(self) -> Tensor:
+        """W `(out_features, in_features)`; of a packed layer, good until the next product of this thread."""
+        decoded = getattr(self.layer, "decoded", None)
+        return cast(Tensor, decoded(self.dtype)) if decoded else self.layer.weight.detach()
+
+
+def projection_of(module: nn.Module) -> Projection | None:
+    """What `module` computes, if it is a frozen linear with at most one plain LoRA adapter; else None.
+
+    A layer of ours says so itself, in a method `projection`. A layer with hooks must be called, not read.
+    """
+    if module._forward_hooks or module._forward_pre_hooks:
+        return None
+    own = getattr(module, "projection", None)
+    if own is not None:
+        return cast("Projection | None", own())
+    if type(module) is nn.Linear and not module.weight.requires_grad:
+        return Projection(module, module.weight.dtype)
+    return None
+
+
+def project(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
+    """`(..., in_features)` through each of `projections`, which share x and a compute type; results in the type of x."""
+    dtype = projections[0].dtype
+    flat = x.reshape(-1, x.shape[-1]).to(dtype)
+    # Autocast would cast again what is already in the compute type.
+    with torch.autocast(x.device.type, enabled=False):
+        if torch.is_grad_enabled():
+            adapters = [p.adapter for p in projections if p.adapter is not None]
+            masters = [tensor for adapter in adapters for tensor in (adapter.a, adapter.b)]
+            results = [
+                y + p.layer.bias.to(y.dtype) if p.has_trained_bias else y
+                for p, y in zip(projections, _Project.apply(flat, tuple(projections), *masters), strict=True)
+            ]
+        else:
+            results = [product(flat, p, generating=True)[0] for p in projections]
+    return [y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype) for y in results]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the backward of an adapter needs besides x."""
+
+    a: Tensor  # in the compute type
+    b: Tensor
+    xa: Tensor  # drop(x) A^T, (n, r)
+
+
+def product(x: Tensor, p: Projection, generating: bool = False) -> tuple[Tensor, Kept | None]:
+    """y of x `(n, in_features)`, and what its backward needs; `generating`: a few rows may take the way for them."""
+    layer, adapter = p.layer, p.adapter
+    few_rows = getattr(layer, "few_rows", None) if generating else None
+    y: Tensor | None = few_rows(x) if few_rows else None
+    if y is None:
+        y = x @ p.weight().t()
+    if layer.bias is not None and not p.has_trained_bias:
+        y += layer.bias.to(y.dtype)
+    if adapter is None:
+        return y, None
+    a, b = adapter.a.to(x.dtype), adapter.b.to(x.dtype)
+    xa = dropped(x, adapter) @ a.t()
+    y.addmm_(xa, b.t(), alpha=adapter.scaling)
+    return y, Kept(a, b, xa)
+
+
+def input_gradient(grad: Tensor, p: Projection, into: Tensor | None) -> Tensor:
+    """dy W, added to `into` where that is given; the base's part of dx."""
+    weight = p.weight()
+    return grad @ weight if into is None else into.addmm_(grad, weight)
+
+
+def adapter_gradients(
+    grad: Tensor, x: Tensor, adapter: Adapter, kept: Kept, dx: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dA and dB in the masters' type; the adapter's part is added to `dx` where that is given."""
+    dxa = (grad @ kept.b).mul_(adapter.scaling)
+    db = _wide_product(grad.t(), kept.xa, adapter.b.dtype).mul_(adapter.scaling)
+    da = _wide_product(dxa.t(), dropped(x, adapter), adapter.a.dtype)
+    if dx is not None and adapter.dropout:
+        spread = scratch.take(tuple(dx.shape), dx, dx.dtype)
+        rows.dropout_add_(dx, torch.mm(dxa, kept.a, out=spread), adapter.dropout, adapter.seed)
+    elif dx is not None:
+        dx.addmm_(dxa, kept.a)
+    return da, db
+
+
+class _Project(torch.autograd.Function):
+    """Several products that share their input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, projections: tuple[Projection, ...], *masters: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.projections = projections
+        made = [product(x, p) for p in projections]
+        kept = [k for _, k in made if k is not None]
+        ctx.save_for_backward(*([x] if kept else []), *(t for k in kept for t in (k.a, k.b, k.xa)))
+        return tuple(y for y, _ in made)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        saved = iter(ctx.saved_tensors)
+        x = next(saved, None)
+        dx: Tensor | None = None
+        found: list[Tensor | None] = []
+        with torch.autocast(_device_of(grads), enabled=False):
+            for p, grad in zip(ctx.projections, grads, strict=True):
+                kept = Kept(next(saved), next(saved), next(saved)) if p.adapter else None
+                if grad is not None and ctx.needs_input_grad[0]:
+                    dx = input_gradient(grad, p, dx)
+                if p.adapter and kept and x is not None:
+                    both = adapter_gradients(grad, x, p.adapter, kept, dx) if grad is not None else (None, None)
+                    found += both
+        return (dx, None, *found)
+
+
+def _device_of(grads: Sequence[Tensor | None]) -> str:
+    return next((grad.device.type for grad in grads if grad is not None), "cpu")
+
+
+def dropped(x: Tensor, adapter: Adapter) -> Tensor:
+    """drop(x), in reused memory."""
+    if not adapter.dropout:
+        return x
+    out = scratch.take(tuple(x.shape), x, x.dtype)
+    rows.dropout(x, adapter.dropout, adapter.seed, out)
+    return out
+
+
+def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in `dtype`, without a rounding in between where the device's library can."""
+    if a.is_cuda and a.dtype != dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)

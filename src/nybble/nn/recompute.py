@@ -1,0 +1,40 @@
+"""Recomputation of decoder layers: torch's own checkpointing, told that what nobody keeps need not be computed again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+from torch.utils.checkpoint import checkpoint
+
+
+class _State(threading.local):
+    active = False
+
+
+_state = _State()
+
+
+def recomputing() -> bool:
+    """Whether this thread is computing a layer's activations for the second time, in the backward pass."""
+    return _state.active
+
+
+def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`, of which only the arguments are kept; the rest is computed again when it is needed."""
+    return checkpoint(function, *arguments, use_reentrant=False, context_fn=_contexts)
+
+
+def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    return nullcontext(), _second_time()
+
+
+@contextmanager
+def _second_time() -> Iterator[None]:
+    _state.active = True
+    try:
+        yield
+    finally:
+        _state.active = False
