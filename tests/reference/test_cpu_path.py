@@ -172,7 +172,7 @@ def test_the_operators_take_this_path_and_say_so() -> None:
 def test_without_the_library_the_plain_path_runs_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "EXTENSION_SUFFIXES", [".absent"])
     with pytest.raises(OSError, match="was not built"):
-        cpu._library.__wrapped__()
+        cpu.load_library.__wrapped__()
     monkeypatch.setattr(cpu, "unavailable", lambda: "no compiler")
     path, reason = paths._path_of_kind.__wrapped__("cpu")
     assert (path.NAME, reason) == ("torch", "no compiler")

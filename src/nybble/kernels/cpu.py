@@ -27,7 +27,7 @@ __all__ = ["NAME", "dequantize", "multiply", "nearest_codes", "nested_codes", "s
 NAME = "native"
 INSTRUCTION_SETS = ("plain C", "AVX2", "AVX-512")  # by their number in the library
 MAX_ROWS = 8  # of `multiply`
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _MOVED = 1 << 22  # weights a thread should have to decode or multiply (0.3 ms): fewer are not worth waking it
 _TRIED = 1 << 16  # the same for the encoder's loops
 _Pointer = ctypes.c_void_p
@@ -85,35 +85,35 @@ class _Product(ctypes.Structure):
 
 def dequantize(weight: PackedWeight, out: Tensor) -> None:
     """Decode `weight` into `out`, contiguous, of its shape; types other than the three take the plain path."""
-    if out.dtype not in _DTYPES:
+    if out.dtype not in DTYPES:
         plain.dequantize(weight, out)
         return
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()}")
     packed, kept = _packed(weight)
-    library, number, address = _library(), _DTYPES[out.dtype], out.data_ptr()
+    library, number, address = load_library(), DTYPES[out.dtype], out.data_ptr()
 
     def run(first: int, last: int) -> None:
         library.nybble_decode(ctypes.byref(packed), number, address, first, last)
 
-    _split(run, weight.n_blocks, weight.n_elements // _MOVED)
+    split(run, weight.n_blocks, weight.n_elements // _MOVED)
     del kept
 
 
 def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
     """x W^T, `(rows, out_features)` in the type of x; W is decoded a few KiB at a time and never written out."""
-    if x.dtype not in _DTYPES or not 1 <= x.shape[0] <= MAX_ROWS:
+    if x.dtype not in DTYPES or not 1 <= x.shape[0] <= MAX_ROWS:
         return plain.multiply(x, weight)
     wide = x.float().contiguous()
     out = x.new_zeros(x.shape[0], weight.shape[0], dtype=torch.float32)
     packed, kept = _packed(weight)
     product = _Product(wide.data_ptr(), out.data_ptr(), *wide.shape, weight.shape[0])
-    library = _library()
+    library = load_library()
 
     def run(first: int, last: int) -> None:
         library.nybble_gemv(ctypes.byref(packed), ctypes.byref(product), first, last)
 
-    _split(run, weight.shape[0], weight.n_elements // _MOVED)
+    split(run, weight.shape[0], weight.n_elements // _MOVED)
     del kept
     return out.to(x.dtype)
 
@@ -125,12 +125,12 @@ def search_scales(flat: Tensor, quant_type: str, block_size: int, signed: bool) 
     signs = (1.0, -1.0) if signed else (1.0,)
     tried = [sign * factor for sign in signs for factor in FACTORS]
     factors = torch.tensor(tried, dtype=torch.float32, device="cpu")
-    library, wanted, address = _library(), factors.data_ptr(), scales.data_ptr()
+    library, wanted, address = load_library(), factors.data_ptr(), scales.data_ptr()
 
     def run(first: int, last: int) -> None:
         library.nybble_search(ctypes.byref(source), wanted, factors.numel(), address, first, last)
 
-    _split(run, scales.numel(), flat.numel() // _TRIED)
+    split(run, scales.numel(), flat.numel() // _TRIED)
     del kept
     return scales
 
@@ -145,12 +145,12 @@ def nested_codes(
     table, midpoints = _table8()
     pointers = (scales.data_ptr(), nested_absmax.data_ptr(), table.data_ptr(), midpoints.data_ptr())
     nested = _Nested(*pointers, nested_offset.item(), NEIGHBOURS)
-    library, address = _library(), codes.data_ptr()
+    library, address = load_library(), codes.data_ptr()
 
     def run(first: int, last: int) -> None:
         library.nybble_nested(ctypes.byref(source), ctypes.byref(nested), address, first, last)
 
-    _split(run, codes.numel(), flat.numel() // _TRIED)
+    split(run, codes.numel(), flat.numel() // _TRIED)
     del kept
     return codes
 
@@ -160,12 +160,12 @@ def nearest_codes(flat: Tensor, quant_type: str, block_size: int, scales: Tensor
     source, kept = _source(flat, quant_type, block_size)
     scales = scales.contiguous()
     packed = flat.new_empty((flat.numel() + 1) // 2, dtype=torch.uint8)
-    library, given, address = _library(), scales.data_ptr(), packed.data_ptr()
+    library, given, address = load_library(), scales.data_ptr(), packed.data_ptr()
 
     def run(first: int, last: int) -> None:
         library.nybble_nearest(ctypes.byref(source), given, address, first, last)
 
-    _split(run, scales.numel(), flat.numel() // _TRIED)
+    split(run, scales.numel(), flat.numel() // _TRIED)
     del kept
     return packed
 
@@ -174,7 +174,7 @@ def nearest_codes(flat: Tensor, quant_type: str, block_size: int, scales: Tensor
 def unavailable() -> str | None:
     """Why this path cannot be taken, in words; None if it can. Loads the library once."""
     try:
-        _library()
+        load_library()
     except OSError as error:
         return f"the native library could not be loaded: {error}"
     return None
@@ -186,18 +186,18 @@ def set_instruction_set(number: int) -> None:
     Raises:
         ValueError: this machine cannot run it.
     """
-    library = _library()
+    library = load_library()
     if library.nybble_set_isa(library.nybble_best_isa() if number < 0 else number) < 0:
         raise ValueError(f"this machine cannot run instruction set {number}")
 
 
 def instruction_set() -> str:
     """The best of `INSTRUCTION_SETS` that this machine can run."""
-    return INSTRUCTION_SETS[_library().nybble_best_isa()]
+    return INSTRUCTION_SETS[load_library().nybble_best_isa()]
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def load_library() -> ctypes.CDLL:
     """The library beside this file, its best instruction set chosen.
 
     Raises:
@@ -225,7 +225,7 @@ def _source(flat: Tensor, quant_type: str, block_size: int) -> tuple[_Source, Te
     """The library's view of weights to encode, and what must live as long as it is used."""
     flat = flat.contiguous()
     tables = ctypes.addressof(_tables(quant_type))
-    return _Source(flat.data_ptr(), flat.numel(), block_size, _DTYPES[flat.dtype], tables), flat
+    return _Source(flat.data_ptr(), flat.numel(), block_size, DTYPES[flat.dtype], tables), flat
 
 
 def _packed(weight: PackedWeight) -> tuple[_Packed, tuple[Tensor, ...]]:
@@ -258,7 +258,7 @@ def _table8() -> tuple[Tensor, Tensor]:
     return table, (table[:-1] + table[1:]) / 2
 
 
-def _split(run: Callable[[int, int], None], n: int, worth: int) -> None:
+def split(run: Callable[[int, int], None], n: int, worth: int) -> None:
     """`run(first, last)` over all of range(n), on as many threads as the work is worth, this one among them."""
     parts = max(1, min(torch.get_num_threads(), worth, n))
     edges = [n * i // parts for i in range(parts + 1)]

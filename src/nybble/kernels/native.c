@@ -13,6 +13,7 @@ and there is no PyInit. */
 
 #include "native_plain.h"
 #include "native_x86.h"
+#include "native_rows.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -21,6 +22,7 @@ and there is no PyInit. */
 enum { ISA_PLAIN, ISA_AVX2, ISA_AVX512 };
 
 static const Kernels *active = &PLAIN;
+static const RowKernels *active_rows = &set_plain_rows;
 
 /* The best set that this machine can run. */
 EXPORT int nybble_best_isa(void)
@@ -44,6 +46,7 @@ EXPORT int nybble_set_isa(int isa)
         return -1;
 #if defined(__x86_64__)
     active = isa == ISA_AVX512 ? &WITH_AVX512 : isa == ISA_AVX2 ? &WITH_AVX2 : &PLAIN;
+    active_rows = isa == ISA_AVX512 ? &set_avx512_rows : isa == ISA_AVX2 ? &set_avx2_rows : &set_plain_rows;
 #endif
     return isa;
 }
@@ -244,3 +247,19 @@ EXPORT void nybble_nearest(const Source *s, const float *scales, uint8_t *out, i
             out[start / 2 + i] = (uint8_t)(codes[2 * i] << 4 | codes[2 * i + 1]);
     }
 }
+
+/* ---- between the products of a training step ---- */
+
+#define EXPORT_ROWS(name, Arguments)                                                   \
+    EXPORT void nybble_##name(const Arguments *arguments, int64_t first, int64_t last) \
+    {                                                                                  \
+        active_rows->name(arguments, first, last);                                     \
+    }
+
+EXPORT_ROWS(rms_norm, Norm)
+EXPORT_ROWS(rms_norm_backward, Norm)
+EXPORT_ROWS(gated, Gate)
+EXPORT_ROWS(gated_backward, Gate)
+EXPORT_ROWS(dropout, Dropout)
+EXPORT_ROWS(cross_entropy, Loss)
+EXPORT_ROWS(rope, Rotation)

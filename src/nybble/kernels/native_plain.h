@@ -195,7 +195,8 @@ static void move16_plain(const uint8_t *codes, int64_t block, const uint16_t *pr
         for (int half = 0; half < 2; half++) {
             uint8x16_t low = vqtbl1q_u8(planes.val[0], nibbles.val[half]);
             uint8x16_t high = vqtbl1q_u8(planes.val[1], nibbles.val[half]);
-            vst2q_u8((uint8_t *)out + 2 * i + 32 * half, (uint8x16x2_t){{low, high}});
+            uint8x16x2_t bytes = {{low, high}};
+            vst2q_u8((uint8_t *)out + 2 * i + 32 * half, bytes);
         }
     }
 #else

@@ -196,18 +196,23 @@ AVX512 static void nearest_avx512(const float *w, int64_t groups, float inverse,
     }
 }
 
-/* The 16 products of a block in 16 bits, twice: a permutation of 32 words takes five bits of its index. Rounded with
-integers: vcvtneps2bf16 takes subnormal numbers for zeros. */
+/* Sixteen numbers as bfloat16, in the low halves. Rounded with integers: vcvtneps2bf16 takes subnormal numbers for
+zeros. */
+AVX512 static inline __m512i bfloats_avx512(__m512 wide)
+{
+    __m512i bits = _mm512_castps_si512(wide);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i up = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
+    __mmask16 is_nan = _mm512_cmp_ps_mask(wide, wide, _CMP_UNORD_Q);
+    return _mm512_mask_mov_epi32(up, is_nan, _mm512_set1_epi32(0x7FC0));
+}
+
+/* The 16 products of a block in 16 bits, twice: a permutation of 32 words takes five bits of its index. */
 AVX512 static inline __m512i rounded_avx512(__m512 products, int64_t dtype)
 {
     if (dtype == FLOAT16)
         return _mm512_broadcast_i64x4(_mm512_cvtps_ph(products, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    __m512i bits = _mm512_castps_si512(products);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i up = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
-    __mmask16 is_nan = _mm512_cmp_ps_mask(products, products, _CMP_UNORD_Q);
-    up = _mm512_mask_mov_epi32(up, is_nan, _mm512_set1_epi32(0x7FC0));
-    return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(up));
+    return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(bfloats_avx512(products)));
 }
 
 AVX512 static void decode_avx512(const uint8_t *codes, const float *scales, int64_t blocks, int64_t block,

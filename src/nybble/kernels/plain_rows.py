@@ -67,9 +67,9 @@ def gated_backward_(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> 
         t = torch.tanh(_TANH_SCALE * (g + _TANH_CUBE * g**3))
         active = 0.5 * g * (1 + t)
         slope = 0.5 * (1 + t) + 0.5 * g * (1 - t * t) * _TANH_SCALE * (1 + 3 * _TANH_CUBE * g * g)
-    grad.copy_(active * u)
-    gate.copy_(d * u * slope)
-    up.copy_(d * active)
+    results = active * u, d * u * slope, d * active  # in float32 g, u and d are what is written to
+    for target, result in zip((grad, gate, up), results, strict=True):
+        target.copy_(result)
 
 
 def kept(n: int, p: float, seed: int, device: torch.device) -> Tensor:
@@ -90,10 +90,10 @@ def threshold(p: float) -> int:
     return min(round(p * 2**32), 2**32 - 1)
 
 
-def dropout(x: Tensor, p: float, seed: int) -> Tensor:
-    """x with elements zeroed and the others divided by 1 - p; see `kept`."""
+def dropout(x: Tensor, p: float, seed: int, out: Tensor) -> None:
+    """Into out: x with elements zeroed and the others times 1 / (1 - p); see `kept`."""
     mask = kept(x.numel(), p, seed, x.device).view(x.shape)
-    return torch.where(mask, x.float() * (1 / (1 - p)), 0.0).to(x.dtype)
+    out.copy_(torch.where(mask, x.float() * (1 / (1 - p)), 0.0))
 
 
 def dropout_add_(total: Tensor, x: Tensor, p: float, seed: int) -> None:
@@ -108,12 +108,14 @@ def cross_entropy_(logits: Tensor, labels: Tensor, softcap: float) -> Tensor:
     With `softcap` c > 0 the logits are c tanh(logits / c) first, and the gradient is of what came in.
     """
     wide = logits.float()
-    capped = softcap * torch.tanh(wide / softcap) if softcap else wide
-    picked = capped.gather(1, labels[:, None])
-    total = torch.logsumexp(capped, dim=1, keepdim=True)
-    slope = torch.exp(capped - total)
+    share = torch.tanh(wide / softcap) if softcap else wide
+    capped = softcap * share if softcap else wide
+    below = capped - capped.amax(dim=1, keepdim=True)
+    picked = below.gather(1, labels[:, None])
+    total = below.exp().sum(dim=1, keepdim=True).log()
+    slope = torch.exp(below - total)
     slope.scatter_add_(1, labels[:, None], torch.full_like(picked, -1.0))
-    logits.copy_(slope * (1 - (capped / softcap).square()) if softcap else slope)
+    logits.copy_(slope * (1 - share.square()) if softcap else slope)
     return (total - picked).squeeze(1)
 
 

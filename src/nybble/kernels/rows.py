@@ -1,66 +1,77 @@
 """Operators between the products of a training step: norms, gates, dropout, rotary positions, the loss of a row.
 
-Schema, fake, and the path that each device takes; `nybble.kernels.plain_rows` says what each result must be.
+Schema, fake, and the path that each device takes (`row_paths`); `plain_rows` says what each result must be. What fast
+paths do not take goes the plain way: types other than float32, float16 and bfloat16, mixed types, memory with gaps.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from nybble.kernels import plain_rows
+from nybble.kernels.row_paths import TOLERANCES, RowPath, path_for
+
+_PLAIN = cast(RowPath, plain_rows)
 
 
-def _rows_path(device: torch.device) -> object:
-    return plain_rows
+def _path(first: Tensor, *others: Tensor) -> RowPath:
+    """The path for these activations."""
+    kind = (first.dtype, first.shape)
+    alike = all((other.dtype, other.shape) == kind and other.is_contiguous() for other in others)
+    fits = alike and first.dtype in TOLERANCES and first.is_contiguous() and first.numel() > 0
+    return path_for(first.device) if fits else _PLAIN
 
 
 @torch.library.custom_op("nybble::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, eps: float, one_plus: bool) -> tuple[Tensor, Tensor]:
     """The normalised rows, and 1 / rms `(n,) float32`."""
-    return plain_rows.rms_norm(x, weight, eps, one_plus)
+    return _path(x).rms_norm(x, weight, eps, one_plus)
 
 
 @torch.library.custom_op("nybble::rms_norm_backward", mutates_args=())
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, one_plus: bool) -> Tensor:
     """dL/dx of `rms_norm`."""
-    return plain_rows.rms_norm_backward(grad, x, weight, rstd, one_plus)
+    return _path(grad, x).rms_norm_backward(grad, x, weight, rstd, one_plus)
 
 
 @torch.library.custom_op("nybble::gated", mutates_args=())
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up."""
-    return plain_rows.gated(gate, up, activation)
+    return _path(gate, up).gated(gate, up, activation)
 
 
 @torch.library.custom_op("nybble::gated_backward_", mutates_args=("grad", "gate", "up"))
 def gated_backward_(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
     """In place: grad becomes `gated(gate, up)`, gate and up become their gradients."""
-    plain_rows.gated_backward_(grad, gate, up, activation)
+    _path(grad, gate, up).gated_backward_(grad, gate, up, activation)
 
 
 @torch.library.custom_op("nybble::dropout", mutates_args=("out",))
 def dropout(x: Tensor, p: float, seed: int, out: Tensor) -> None:
     """Dropout by hash of `seed` and place into `out`, which is of the shape and type of x."""
-    out.copy_(plain_rows.dropout(x, p, seed))
+    _path(x, out).dropout(x, p, seed, out)
 
 
 @torch.library.custom_op("nybble::dropout_add_", mutates_args=("total",))
 def dropout_add_(total: Tensor, x: Tensor, p: float, seed: int) -> None:
     """total += dropout(x)."""
-    plain_rows.dropout_add_(total, x, p, seed)
+    _path(total, x).dropout_add_(total, x, p, seed)
 
 
 @torch.library.custom_op("nybble::cross_entropy_", mutates_args=("logits",))
 def cross_entropy_(logits: Tensor, labels: Tensor, softcap: float) -> Tensor:
     """Loss of each row `(n,) float32`; logits become their gradients."""
-    return plain_rows.cross_entropy_(logits, labels, softcap)
+    return _path(logits).cross_entropy_(logits, labels, softcap)
 
 
 @torch.library.custom_op("nybble::rope", mutates_args=())
 def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """x `(n, heads, width)` turned to its positions, or back."""
-    return plain_rows.rope(x, cos, sin, inverse)
+    each_row = cos.shape == sin.shape == (x.shape[0], cos.shape[-1])
+    return (_path(x[:1, :1]) if each_row else _PLAIN).rope(x, cos, sin, inverse)  # heads and rows may lie apart
 
 
 @rms_norm.register_fake
@@ -100,4 +111,4 @@ def _(logits: Tensor, labels: Tensor, softcap: float) -> Tensor:
 
 @rope.register_fake
 def _(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)

@@ -1,0 +1,199 @@
+"""The row operators in native code: the loops of `native_rows_loops.h`, split over threads here.
+
+Arithmetic is float32 with one rounding at the end, as in `plain_rows`; sums and functions may differ from it in their
+last places, dropout has its bits. Results depend neither on the number of threads nor, but for those last places, on
+the instruction set. Every function here takes what `rows` hands on: float32, float16 or bfloat16, one type, contiguous.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from nybble.kernels.cpu import DTYPES, NAME, load_library, split
+from nybble.kernels.plain_rows import threshold
+
+__all__ = [
+    "NAME",
+    "cross_entropy_",
+    "dropout",
+    "dropout_add_",
+    "gated",
+    "gated_backward_",
+    "rms_norm",
+    "rms_norm_backward",
+    "rope",
+]
+
+_MOVED = 1 << 17  # elements a thread should have: fewer (about 20 us of them) are not worth waking it
+_Pointer = ctypes.c_void_p
+_Size = ctypes.c_int64
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (
+        ("x", _Pointer),
+        ("weight", _Pointer),
+        ("grad", _Pointer),
+        ("out", _Pointer),
+        ("rstd", _Pointer),
+        ("dtype", _Size),
+        ("weight_dtype", _Size),
+        ("width", _Size),
+        ("one_plus", _Size),
+        ("eps", ctypes.c_float),
+    )
+
+
+class _Gate(ctypes.Structure):
+    _fields_ = (
+        ("gate", _Pointer),
+        ("up", _Pointer),
+        ("grad", _Pointer),
+        ("out", _Pointer),
+        ("dtype", _Size),
+        ("is_gelu", _Size),
+    )
+
+
+class _Dropout(ctypes.Structure):
+    _fields_ = (
+        ("x", _Pointer),
+        ("out", _Pointer),
+        ("dtype", _Size),
+        ("adds", _Size),
+        ("seed", ctypes.c_uint32),
+        ("threshold", ctypes.c_uint32),
+        ("scale", ctypes.c_float),
+    )
+
+
+class _Loss(ctypes.Structure):
+    _fields_ = (
+        ("logits", _Pointer),
+        ("labels", _Pointer),
+        ("below", _Pointer),
+        ("total", _Pointer),
+        ("dtype", _Size),
+        ("width", _Size),
+        ("softcap", ctypes.c_float),
+    )
+
+
+class _Rotation(ctypes.Structure):
+    _fields_ = (
+        ("x", _Pointer),
+        ("cos", _Pointer),
+        ("sin", _Pointer),
+        ("out", _Pointer),
+        ("dtype", _Size),
+        ("table_dtype", _Size),
+        ("heads", _Size),
+        ("width", _Size),
+        ("rotated", _Size),
+        ("row_stride", _Size),
+        ("head_stride", _Size),
+        ("sign", ctypes.c_float),
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, one_plus: bool) -> tuple[Tensor, Tensor]:
+    """`plain_rows.rms_norm`."""
+    out, rstd, weight = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32), _readable(weight)
+    types = (DTYPES[x.dtype], DTYPES[weight.dtype], x.shape[1])
+    pointers = (x.data_ptr(), weight.data_ptr(), None, out.data_ptr(), rstd.data_ptr())
+    _run("rms_norm", _Norm(*pointers, *types, one_plus, eps), x.shape[0], x.numel())
+    return out, rstd
+
+
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, one_plus: bool) -> Tensor:
+    """`plain_rows.rms_norm_backward`."""
+    out, weight, rstd = torch.empty_like(x), _readable(weight), rstd.contiguous()
+    types = (DTYPES[x.dtype], DTYPES[weight.dtype], x.shape[1])
+    pointers = (x.data_ptr(), weight.data_ptr(), grad.data_ptr(), out.data_ptr(), rstd.data_ptr())
+    _run("rms_norm_backward", _Norm(*pointers, *types, one_plus, 0.0), x.shape[0], x.numel())
+    return out
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """`plain_rows.gated`."""
+    out = torch.empty_like(gate)
+    pointers = (gate.data_ptr(), up.data_ptr(), None, out.data_ptr())
+    _run("gated", _Gate(*pointers, DTYPES[gate.dtype], activation != "silu"), gate.numel(), gate.numel())
+    return out
+
+
+def gated_backward_(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
+    """`plain_rows.gated_backward_`."""
+    pointers = (gate.data_ptr(), up.data_ptr(), grad.data_ptr(), None)
+    _run("gated_backward", _Gate(*pointers, DTYPES[gate.dtype], activation != "silu"), gate.numel(), gate.numel())
+
+
+def dropout(x: Tensor, p: float, seed: int, out: Tensor) -> None:
+    """`plain_rows.dropout`."""
+    _drop(x, p, seed, out, adds=False)
+
+
+def dropout_add_(total: Tensor, x: Tensor, p: float, seed: int) -> None:
+    """`plain_rows.dropout_add_`."""
+    _drop(x, p, seed, total, adds=True)
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor, softcap: float) -> Tensor:
+    """`plain_rows.cross_entropy_`.
+
+    Raises:
+        IndexError: a label is not the place of a logit.
+    """
+    n, width = logits.shape
+    labels = labels.contiguous()
+    if n and not 0 <= int(labels.min()) <= int(labels.max()) < width:
+        raise IndexError(f"labels must be in [0, {width}), got {int(labels.min())} to {int(labels.max())}")
+    below, total = (logits.new_empty(n, dtype=torch.float32) for _ in range(2))
+    pointers = (logits.data_ptr(), labels.data_ptr(), below.data_ptr(), total.data_ptr())
+    _run("cross_entropy", _Loss(*pointers, DTYPES[logits.dtype], width, softcap), n, logits.numel())
+    return total.log_().add_(below)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    """`plain_rows.rope`; x may lie in strides."""
+    out, cos, sin = x.new_empty(x.shape), _readable(cos), _readable(sin.to(cos.dtype))
+    pointers = (x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr())
+    shape = (x.shape[1], x.shape[2], cos.shape[-1], x.stride(0), x.stride(1))
+    rotation = _Rotation(*pointers, DTYPES[x.dtype], DTYPES[cos.dtype], *shape, -1.0 if inverse else 1.0)
+    _run("rope", rotation, x.shape[0], x.numel())
+    return out
+
+
+def _drop(x: Tensor, p: float, seed: int, out: Tensor, adds: bool) -> None:
+    numbers = (seed & 0xFFFFFFFF, threshold(p), 1 / (1 - p))
+    arguments = _Dropout(x.data_ptr(), out.data_ptr(), DTYPES[x.dtype], adds, *numbers)
+    _run("dropout", arguments, x.numel(), x.numel())
+
+
+def _readable(table: Tensor) -> Tensor:
+    """A weight or table as the loops read it."""
+    return (table if table.dtype in DTYPES else table.float()).contiguous()
+
+
+def _run(name: str, arguments: ctypes.Structure, n: int, elements: int) -> None:
+    """The loop of this name over all of range(n); the tensors it was given are alive in the caller."""
+    loop, address = getattr(_loops(), f"nybble_{name}"), ctypes.byref(arguments)
+
+    def run(first: int, last: int) -> None:
+        loop(address, first, last)
+
+    split(run, n, elements // _MOVED)
+
+
+@cache
+def _loops() -> ctypes.CDLL:
+    """The library, its row loops declared."""
+    library = load_library()
+    for name in ("rms_norm", "rms_norm_backward", "gated", "gated_backward", "dropout", "cross_entropy", "rope"):
+        loop = getattr(library, f"nybble_{name}")
+        loop.argtypes, loop.restype = (_Pointer, _Size, _Size), None
+    return library
