@@ -1,0 +1,117 @@
+"""Attention over documents that lie one after another in a flattened batch; never a mask of T x T.
+
+`attend` takes the first path of the device that passed its self-test and takes these arguments; `paths_taken` and
+`path_reasons` say which. The operators `nybble::attend` and `nybble::attend_backward` are the paths whose backward is
+written here: native code on CPUs with AVX512-BF16, plain torch everywhere. Their fakes let the same call run on tensors
+without data, whatever the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from nybble.kernels import plain_attention
+from nybble.kernels.attention_paths import ladder
+from nybble.kernels.plain_attention import Settings
+
+__all__ = ["attend"]
+
+
+def attend(
+    q: Tensor,  # (T, heads, width)
+    k: Tensor,  # (T, kv_heads, width), heads a multiple of kv_heads
+    v: Tensor,  # (T, kv_heads, width)
+    lengths: Sequence[int],
+    scale: float,
+    window: int | None = None,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Causal attention within each document, `(T, heads, width)` contiguous; can be differentiated once.
+
+    Args:
+        q, k, v: of one type and device; any strides, the last of which is 1 for the fast paths.
+        lengths: tokens of each document, in order.
+        scale: of the scores.
+        window: how many tokens a token sees, itself among them; all before it by default.
+        softcap: c > 0 makes each score c tanh(score / c), as in Gemma 2.
+
+    Raises:
+        ValueError: shapes or lengths that do not fit each other.
+    """
+    _check(q, k, v, lengths, window)
+    lengths = [length for length in lengths if length]
+    if window is not None and window >= max(lengths, default=0):
+        window = None
+    settings = Settings(lengths, scale, window, softcap)
+    if not isinstance(q, FakeTensor) and q.numel():
+        for path in ladder(q.device.type):
+            if path.takes(q, k, settings):
+                return path.attend(q, k, v, settings)
+    out: Tensor = torch.ops.nybble.attend(q, k, v, *settings)[0]
+    return out
+
+
+@torch.library.custom_op("nybble::attend", mutates_args=())
+def attend_op(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float, window: int | None, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """The result, and the logarithm of each softmax's sum `(heads, T)`."""
+    return plain_attention.forward(q, k, v, Settings(lengths, scale, window, softcap))
+
+
+@torch.library.custom_op("nybble::attend_backward", mutates_args=())
+def attend_backward(
+    grad: Tensor,
+    saved: Sequence[Tensor],  # q, k, v, and both results of `nybble::attend`
+    lengths: Sequence[int],
+    scale: float,
+    window: int | None,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, contiguous."""
+    settings = Settings(lengths, scale, window, softcap)
+    q, k, v, out, lse = saved
+    return plain_attention.backward(grad, (q, k, v, out, lse), settings)
+
+
+@attend_op.register_fake
+def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    sums = q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), sums
+
+
+@attend_backward.register_fake
+def _(grad: Tensor, saved: Sequence[Tensor], *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = saved[:3]
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], *output)
+    ctx.settings = inputs[3:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
+    grads = torch.ops.nybble.attend_backward(grad, list(ctx.saved_tensors), *ctx.settings)
+    return (*grads, None, None, None, None)
+
+
+attend_op.register_autograd(_backward, setup_context=_save)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> None:
+    if q.dim() != 3 or k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[1] % k.shape[1]:
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise ValueError(f"q must be (T, heads, width), k and v (T, a divisor of heads, width), got {shapes}")
+    if sum(lengths) != q.shape[0] or min(lengths, default=0) < 0:
+        raise ValueError(f"lengths must sum to the {q.shape[0]} tokens, got {sum(lengths)} in {len(lengths)} documents")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
