@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from nybble.kernels import plain_attention
-from nybble.kernels.attention_paths import ladder
+from nybble.kernels.attention_paths import implementation, ladder
 from nybble.kernels.plain_attention import Settings
 
 __all__ = ["attend"]
@@ -61,7 +60,9 @@ def attend_op(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float, window: int | None, softcap: float
 ) -> tuple[Tensor, Tensor]:
     """The result, and the logarithm of each softmax's sum `(heads, T)`."""
-    return plain_attention.forward(q, k, v, Settings(lengths, scale, window, softcap))
+    settings = Settings(lengths, scale, window, softcap)
+    result: tuple[Tensor, Tensor] = implementation(q, settings).forward(q, k, v, settings)
+    return result
 
 
 @torch.library.custom_op("nybble::attend_backward", mutates_args=())
@@ -75,8 +76,8 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous."""
     settings = Settings(lengths, scale, window, softcap)
-    q, k, v, out, lse = saved
-    return plain_attention.backward(grad, (q, k, v, out, lse), settings)
+    result: tuple[Tensor, Tensor, Tensor] = implementation(grad, settings).backward(grad, tuple(saved), settings)
+    return result
 
 
 @attend_op.register_fake
