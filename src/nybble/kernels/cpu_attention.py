@@ -107,12 +107,12 @@ def _run(name: str, tensors: dict[str, Tensor], settings: Settings, heads: int) 
     def run(thread: int, _: int) -> None:
         function(ctypes.byref(call), first + thread * size)
 
-    cpu._split(run, threads, threads)
+    cpu.split(run, threads, threads)
 
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = cpu._library()
+    library = cpu.load_library()
     for name in ("nybble_attend", "nybble_attend_backward"):
         getattr(library, name).argtypes = (ctypes.POINTER(_Attention), ctypes.c_void_p)
         getattr(library, name).restype = None
