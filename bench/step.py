@@ -3,7 +3,7 @@
     python bench/step.py --data ../shared/data [--repeats 3] [--steps 5] [--arms nybble,hand,...] [--suite main]
 
 A Llama of 168M random weights (hidden 1024, 8 layers, vocabulary 32,000), batches of 4 rows of guanaco-llama2-1k with
-the Llama-2 tokenizer, r=8 on q and v, alpha 8, dropout 0.1, max_length 1024; every token is learned, as the peers do it.
+the Llama-2 tokenizer, r=8 on q and v, alpha 8, dropout 0.1, max_length 1024; every token is learned, as peers do.
 Each arm runs in a process of its own, the arms take turns, and ratios are of medians. Tokens are counted without
 padding; time is from the end of the first step to the end of the last; memory is the highest resident memory above that
 of a process that has imported torch and transformers. `--suite` grid varies lengths, ranks, targets and method; growth
@@ -274,7 +274,7 @@ def measure(cases: list[Case], data: Path, repeats: int, folder: Path) -> dict[s
                 rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen["text"]))
             rates.append(gemm_rate())
             words = [__file__, "--child", json.dumps(asdict(case)), str(base), str(rows), str(folder)]
-            done = subprocess.run(  # noqa: S603
+            done = subprocess.run(
                 [sys.executable, *words], capture_output=True, text=True, check=False, env={**os.environ}
             )
             if done.returncode:

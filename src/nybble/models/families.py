@@ -77,7 +77,7 @@ def _swap(model: Any) -> SwapReport:
     if getattr(config, "attention_dropout", 0.0) or getattr(config, "use_bidirectional_attention", False):
         return SwapReport(False, reason="attention with dropout or in both directions: rows are padded")
     counts = {"attention": 0, "mlp": 0, "norm": 0, "loss": 1}
-    activation = _ACTIVATIONS.get(getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", ""))
+    activation = _ACTIVATIONS.get(str(getattr(config, "hidden_activation", None) or config.hidden_act))
     for layer in model.model.layers:
         _set(layer.self_attn, partial(_attention, family))
         counts["attention"] += 1
@@ -179,4 +179,4 @@ def _next_token(
     softcap = getattr(model.config, "final_logit_softcapping", None) or 0.0
     n_items = num_items_in_batch if num_items_in_batch is not None else max(1, len(targets))
     head = Head(weights.weight, weights.bias, softcap)
-    return CausalLMOutputWithPast(loss=next_token_loss(hidden[learned], targets, head, n_items))  # type: ignore[arg-type]
+    return CausalLMOutputWithPast(loss=next_token_loss(hidden[learned], targets, head, n_items))

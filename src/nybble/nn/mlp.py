@@ -2,15 +2,15 @@
 
     h = act(x Wg^T) * (x Wu^T)        y = h Wd^T
 
-Kept for the backward pass: gate, up and, where an adapter needs it, x. h is computed again; the gradients of gate and up
-take the place of gate and up, and h that of its own gradient, so that the backward pass needs one array more than what
+Kept for the backward pass: gate, up and, where an adapter needs it, x. h is computed again; the gradients of gate and
+up take the place of gate and up, and h that of its own gradient, so that the backward pass needs one array more than what
 was kept. While a layer is recomputed, y is not: nothing keeps it (Chen et al. 2016 recompute it, 22 % of a layer).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class GatedMlp:
             else:
                 gate, up, _ = _gate_and_up(flat, self.inputs, generating=True)
                 y = product(rows.gated(gate, up, self.activation), self.down, generating=True)[0]
-        return y.view(x.shape).to(x.dtype)
+        return cast(Tensor, y.view(x.shape).to(x.dtype))
 
 
 def _gate_and_up(

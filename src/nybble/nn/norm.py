@@ -11,7 +11,7 @@ from nybble.kernels import rows
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, one_plus: bool) -> Tensor:
-    """`(..., width)` normalised, in the type of x; see `nybble.kernels.plain_rows.rms_norm`. No gradient for `weight`."""
+    """`(..., width)` normalised, in the type of x, as `nybble.kernels.plain_rows` says; none for the weight."""
     flat = x.reshape(-1, x.shape[-1])
     return _RmsNorm.apply(flat, weight, eps, one_plus).view(x.shape)  # type: ignore[no-any-return]
 

@@ -68,7 +68,7 @@ def projection_of(module: nn.Module) -> Projection | None:
 
 
 def project(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
-    """`(..., in_features)` through each of `projections`, which share x and a compute type; results in the type of x."""
+    """`(..., in_features)` through each of `projections`, which share x and a compute type; in the type of x."""
     dtype = projections[0].dtype
     flat = x.reshape(-1, x.shape[-1]).to(dtype)
     # Autocast would cast again what is already in the compute type.

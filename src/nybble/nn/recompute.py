@@ -1,4 +1,4 @@
-"""Recomputation of decoder layers: torch's own checkpointing, told that what nobody keeps need not be computed again."""
+"""Recomputation of decoder layers: torch's own checkpointing, told what nobody keeps."""
 
 from __future__ import annotations
 

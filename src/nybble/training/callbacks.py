@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch import Tensor
 from transformers import TrainerCallback
 
 from nybble.data import FlatBatch, PadBatch

@@ -11,12 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nybble.data import FlatBatch, PadBatch
+from nybble.hardware import Device
+from nybble.models import blocks_of
 from nybble.nn.recompute import recomputed
+from nybble.recipe import TrainingSection
 
 _SAMPLE = (32, 64)  # tokens of the two passes that activations are counted in
 
@@ -67,6 +72,35 @@ class Recomputation:
             layer.gradient_checkpointing = number < depth  # type: ignore[assignment]
         self.deepest = max(self.deepest, depth)
         return depth
+
+
+def recomputation_for(
+    model: Any, section: TrainingSection, device: Device, compute_dtype: torch.dtype
+) -> Recomputation | None:
+    """What decides how many layers of `model` are recomputed; None where none ever is."""
+    if section.gradient_checkpointing == "never" or not decoder_layers(model):
+        return None
+    if section.gradient_checkpointing == "always":
+        return Recomputation(model, lambda: 0.0, None)
+    collate = FlatBatch() if blocks_of(model).flattened else PadBatch(0)
+
+    def sample(n_tokens: int) -> dict[str, Any]:
+        batch = collate([{"input_ids": [0] * n_tokens, "labels": [0] * n_tokens}])
+        return {k: v.to(device.torch_device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
+        activations = count_activations(model, sample)
+    return Recomputation(model, partial(_activation_budget, model, section.memory_budget_bytes, device), activations)
+
+
+def _activation_budget(model: nn.Module, budget_bytes: int | None, device: Device) -> float:
+    """Bytes that activations may take now: of the budget what weights, gradients and optimizer leave."""
+    free = free_bytes(device.torch_device)
+    if budget_bytes is not None:
+        free = min(free, budget_bytes - used_bytes(device.torch_device))
+    # Gradient and two moments in float32, which the first step makes.
+    to_come = sum(12 * p.numel() for p in model.parameters() if p.requires_grad and p.grad is None)
+    return 0.95 * (free - to_come)
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -156,4 +190,3 @@ def used_bytes(device: torch.device) -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
-

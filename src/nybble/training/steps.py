@@ -13,7 +13,7 @@ from nybble.training.depth import Recomputation
 _MICRO_STEPS = 1 << 20  # of one optimizer step, at most
 
 
-class StepTrainer(Trainer):  # type: ignore[misc]
+class StepTrainer(Trainer):
     """Before each micro-step: the seed of its dropout, and how many layers it recomputes."""
 
     def __init__(self, seeds: Seeds, recomputation: Recomputation | None, **settings: Any) -> None:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from nybble.data import Example, FlatBatch, PadBatch, as_features
+from nybble.data import Example, as_features
 from nybble.errors import CannotRunError, InputError, StoppedError
 from nybble.hardware import Device, PeakMemory
-from nybble.models import blocks_of
 from nybble.nn.seeds import Seeds
 from nybble.recipe import TrainingSection
 from nybble.runs import Observer, RunDirectory
 from nybble.training.arguments import trackers, training_arguments
 from nybble.training.callbacks import Checks, CountingBatch, Logbook, StopOnSignal
-from nybble.training.depth import Recomputation, count_activations, decoder_layers, free_bytes, used_bytes
+from nybble.training.depth import recomputation_for
 from nybble.training.evaluate import batches_for
 
 
@@ -78,7 +75,7 @@ def train_model(
     share_seeds(model, seeds)
     trainer = StepTrainer(
         seeds,
-        _recomputation(model, section, setup),
+        recomputation_for(model, section, setup.device, setup.compute_dtype),
         model=model,
         args=training_arguments(section, run.checkpoints, setup.device, setup.compute_dtype, setup.max_steps),
         train_dataset=as_features(examples),
@@ -99,6 +96,21 @@ def train_model(
             f"out of memory on {setup.device.name}; use --memory_budget, a smaller "
             "--per_device_train_batch_size (with more --gradient_accumulation_steps), or a shorter --max_length"
         ) from error
+    _check_ending(trainer, logbook, stop, run, section)
+    return TrainResult(
+        train_loss=float(outcome.training_loss),
+        steps=trainer.state.global_step,
+        tokens=logbook.tokens,
+        seconds=logbook.seconds,
+        seconds_to_first_step=logbook.seconds_to_first_step,
+        peak_bytes=logbook.peak_bytes,
+    )
+
+
+def _check_ending(
+    trainer: Any, logbook: Logbook, stop: StopOnSignal, run: RunDirectory, section: TrainingSection
+) -> None:
+    """Raise what made training end early."""
     if logbook.diverged_at is not None:
         last = run.last_checkpoint()
         raise InputError(
@@ -110,41 +122,6 @@ def train_model(
             f"{stop.received.name} at step {trainer.state.global_step} of {trainer.state.max_steps}: saved; "
             "go on with --resume"
         )
-    return TrainResult(
-        train_loss=float(outcome.training_loss),
-        steps=trainer.state.global_step,
-        tokens=logbook.tokens,
-        seconds=logbook.seconds,
-        seconds_to_first_step=logbook.seconds_to_first_step,
-        peak_bytes=logbook.peak_bytes,
-    )
-
-
-def _recomputation(model: Any, section: TrainingSection, setup: Setup) -> Recomputation | None:
-    """What decides how many layers are recomputed; None where none ever is."""
-    if section.gradient_checkpointing == "never" or not decoder_layers(model):
-        return None
-    if section.gradient_checkpointing == "always":
-        return Recomputation(model, lambda: 0.0, None)
-    collate = FlatBatch() if blocks_of(model).flattened else PadBatch(0)
-
-    def sample(n_tokens: int) -> dict[str, Any]:
-        batch = collate([{"input_ids": [0] * n_tokens, "labels": [0] * n_tokens}])
-        return {k: v.to(setup.device.torch_device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-    with torch.autocast(setup.device.type, setup.compute_dtype, enabled=setup.compute_dtype != torch.float32):
-        activations = count_activations(model, sample)
-    return Recomputation(model, partial(_activation_budget, model, section, setup.device), activations)
-
-
-def _activation_budget(model: Any, section: TrainingSection, device: Device) -> float:
-    """Bytes that activations may take now: of the budget what weights, gradients and optimizer leave."""
-    free = free_bytes(device.torch_device)
-    if section.memory_budget is not None:
-        free = min(free, section.memory_budget_bytes - used_bytes(device.torch_device))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    to_come = sum(p.numel() * 4 * ((p.grad is None) * 3) for p in trained)  # gradient and two moments, before step 1
-    return 0.95 * (free - to_come)
 
 
 def _tensorboard(section: TrainingSection, run: RunDirectory) -> list[Any]:
