@@ -29,37 +29,42 @@ _TANH_SCALE = math.sqrt(2 / math.pi)  # of GELU's tanh form (Hendrycks and Gimpe
 _TANH_CUBE = 0.044715
 
 
+def _wide(x: Tensor) -> Tensor:
+    """float32, or float64 as it is, so that gradients can be held against finite differences."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, one_plus: bool) -> tuple[Tensor, Tensor]:
     """x / rms(x) times weight, and 1 / rms(x) `(n,) float32` (Zhang and Sennrich 2019).
 
     With `one_plus` the weight is 1 + weight and nothing is rounded before the end (Gemma); without, the normalised row
     is rounded to the type of x first (Llama).
     """
-    wide = x.float()
+    wide = _wide(x)
     rstd = torch.rsqrt(wide.square().mean(-1) + eps)
     normed = wide * rstd[:, None]
     if one_plus:
-        return (normed * (1 + weight.float())).to(x.dtype), rstd
+        return (normed * (1 + _wide(weight))).to(x.dtype), rstd
     return (normed.to(x.dtype) * weight).to(x.dtype), rstd
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, one_plus: bool) -> Tensor:
     """dL/dx; the weight is frozen. With n = x rstd and g = dL/dy w: rstd (g - n mean(g n))."""
-    scaled = grad.float() * (1 + weight.float() if one_plus else weight.float())
-    normed = x.float() * rstd[:, None]
+    scaled = _wide(grad) * (1 + _wide(weight) if one_plus else _wide(weight))
+    normed = _wide(x) * rstd[:, None]
     return ((scaled - normed * (scaled * normed).mean(-1, keepdim=True)) * rstd[:, None]).to(x.dtype)
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up; `silu` or `gelu_tanh`."""
-    wide = gate.float()
+    wide = _wide(gate)
     active = functional.silu(wide) if activation == "silu" else functional.gelu(wide, approximate="tanh")
-    return (active * up.float()).to(gate.dtype)
+    return (active * _wide(up)).to(gate.dtype)
 
 
 def gated_backward_(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> None:
     """In place: grad (of the product) becomes the product, gate and up become their gradients."""
-    g, u, d = gate.float(), up.float(), grad.float()
+    g, u, d = _wide(gate), _wide(up), _wide(grad)
     if activation == "silu":
         s = torch.sigmoid(g)
         active, slope = g * s, s * (1 + g * (1 - s))
@@ -93,13 +98,13 @@ def threshold(p: float) -> int:
 def dropout(x: Tensor, p: float, seed: int, out: Tensor) -> None:
     """Into out: x with elements zeroed and the others times 1 / (1 - p); see `kept`."""
     mask = kept(x.numel(), p, seed, x.device).view(x.shape)
-    out.copy_(torch.where(mask, x.float() * (1 / (1 - p)), 0.0))
+    out.copy_(torch.where(mask, _wide(x) * (1 / (1 - p)), 0.0))
 
 
 def dropout_add_(total: Tensor, x: Tensor, p: float, seed: int) -> None:
     """total += dropout(x), one rounding."""
     mask = kept(x.numel(), p, seed, x.device).view(x.shape)
-    total.copy_(total.float() + torch.where(mask, x.float() * (1 / (1 - p)), 0.0))
+    total.copy_(_wide(total) + torch.where(mask, _wide(x) * (1 / (1 - p)), 0.0))
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, softcap: float) -> Tensor:
@@ -107,7 +112,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor, softcap: float) -> Tensor:
 
     With `softcap` c > 0 the logits are c tanh(logits / c) first, and the gradient is of what came in.
     """
-    wide = logits.float()
+    wide = _wide(logits)
     share = torch.tanh(wide / softcap) if softcap else wide
     capped = softcap * share if softcap else wide
     below = capped - capped.amax(dim=1, keepdim=True)
@@ -125,9 +130,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     Only the first `rotated` channels turn; `inverse` turns them back, which is also the gradient.
     """
     rotated = cos.shape[-1]
-    turned, rest = x[..., :rotated].float(), x[..., rotated:]
+    turned, rest = _wide(x[..., :rotated]), x[..., rotated:]
     first, second = turned.chunk(2, dim=-1)
-    c, s = cos.float()[:, None], sin.float()[:, None]
+    c, s = _wide(cos)[:, None], _wide(sin)[:, None]
     paired = torch.cat([-second, first], dim=-1)
     turned = turned * c - paired * s if inverse else turned * c + paired * s
     return torch.cat([turned.to(x.dtype), rest], dim=-1)

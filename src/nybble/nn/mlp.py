@@ -3,7 +3,7 @@
     h = act(x Wg^T) * (x Wu^T)        y = h Wd^T
 
 Kept for the backward pass: gate, up and, where an adapter needs it, x. h is computed again; the gradients of gate and
-up take the place of gate and up, and h that of its own gradient, so that the backward pass needs one array more than what
+up take the place of gate and up, and h that of its own gradient, so that the backward pass needs one array more than
 was kept. While a layer is recomputed, y is not: nothing keeps it (Chen et al. 2016 recompute it, 22 % of a layer).
 """
 

@@ -1,0 +1,251 @@
+"""Our blocks against transformers and PEFT as they are: the same loss and gradients on padded rows, family by family."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from nybble.data import FlatBatch, PadBatch
+from nybble.models import attach, blocks_of, swap_blocks
+from nybble.models.families import FAMILIES
+from nybble.nn import Linear4bit
+from nybble.nn.recompute import recomputed
+from nybble.quant import decode, encode
+from nybble.recipe import LoraSection
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "attention_dropout": 0.0,
+}
+# Windows are shorter than the longest row, so that a wrong one shows.
+EXTRAS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 9},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "qwen3": {"tie_word_embeddings": True},
+    "gemma2": {"sliding_window": 8, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 16},
+    "phi3": {"partial_rotary_factor": 0.5},
+}
+LENGTHS = (5, 17, 1, 30)
+
+
+def build(family: str, **changes: Any) -> Any:
+    """A random model in float32, norms and biases moved away from where they start."""
+    # Scores with a soft cap are transformers' eager path alone.
+    attention = "eager" if family == "gemma2" else "sdpa"
+    config = AutoConfig.for_model(family, **SIZES, **EXTRAS[family], **changes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def ours_of(model: Any) -> Any:
+    twin = copy.deepcopy(model)
+    twin.config._attn_implementation = "sdpa"
+    assert swap_blocks(twin).flattened
+    return twin
+
+
+def pack(model: Any) -> None:
+    """Linears to 4 bits, as loading does."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name != "lm_head":
+            layer = Linear4bit(module.in_features, module.out_features, module.bias is not None)
+            layer.compute_dtype = torch.float32
+            layer.set_packed(encode(module.weight.detach()))
+            layer.bias = module.bias if module.bias is None else nn.Parameter(module.bias.detach(), False)
+            model.set_submodule(name, layer)
+
+
+def adapt(model: Any, **lora: Any) -> Any:
+    """With adapters that do something, and dropout as asked."""
+    from peft import LoraConfig, get_peft_model
+
+    wanted = lora.get("target_modules", "all-linear")
+    wanted = wanted if wanted == "all-linear" else wanted.split(",")
+    section = LoraSection(r=4, lora_alpha=8, **lora)
+    if blocks_of(model).flattened:
+        adapted = attach(model, section, "a/base")
+    else:
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=wanted)
+        adapted = get_peft_model(model, config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return adapted.train()
+
+
+def rows(lengths: tuple[int, ...] = LENGTHS) -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for length in lengths:
+        ids = torch.randint(1, 300, (length,), generator=generator).tolist()
+        made.append({"input_ids": ids, "labels": [i if n % 3 else -100 for n, i in enumerate(ids)]})
+    return made
+
+
+def gradients(model: Any, batch: dict[str, Any]) -> tuple[float, dict[str, torch.Tensor]]:
+    # n learned tokens on both sides: the padded loss counts them itself, the flat one is told.
+    n = int((batch["labels"][:, 1:] != -100).sum())
+    loss = model(**batch, num_items_in_batch=n).loss
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss.item(), found
+
+
+def largest_relative(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    assert a
+    return max(float((a[name] - b[name]).norm() / a[name].norm()) for name in a)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj,v_proj"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.filterwarnings("ignore:It is strongly recommended to train Gemma:UserWarning")
+def test_loss_and_gradients_are_those_of_peft_on_padded_rows(family: str, targets: str) -> None:
+    if family == "phi3" and targets != "all-linear":
+        targets = "qkv_proj,gate_up_proj"
+    model = build(family)
+    pack(twin := copy.deepcopy(model))
+    with torch.no_grad():  # the stock model computes with what 4 bits hold
+        for name, module in twin.named_modules():
+            if isinstance(module, Linear4bit):
+                model.get_submodule(name).weight.copy_(decode(module.packed, torch.float32))
+    ours = ours_of(twin)
+    stock, mine = adapt(model, target_modules=targets), adapt(ours, target_modules=targets)
+    loss, expected = gradients(stock, PadBatch(0)(rows()))
+    got, found = gradients(mine, FlatBatch()(rows()))
+    assert got == pytest.approx(loss, rel=1e-6)
+    assert largest_relative(expected, found) < 1e-5  # measured 1e-6 to 4e-6
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_full_training_has_the_gradients_of_transformers(family: str) -> None:
+    model = build(family).train()
+    ours = ours_of(model).train()
+    loss, expected = gradients(model, PadBatch(0)(rows()))
+    got, found = gradients(ours, FlatBatch()(rows()))
+    assert got == pytest.approx(loss, rel=1e-6)
+    # A padding token's embedding and what only the first token sees get nothing on one side and zeros on the other.
+    shared = {name: grad for name, grad in expected.items() if float(grad.norm()) > 0}
+    assert largest_relative(shared, {name: found[name] for name in shared}) < 1e-5
+
+
+def test_no_row_sees_another() -> None:
+    ours = adapt(ours_of(build("llama")))
+    one, two = rows((9, 12)), rows((9, 12))
+    two[0]["input_ids"] = [7] * 9
+    hidden = []
+    for batch in (FlatBatch()(one), FlatBatch()(two)):
+        inner = {k: batch[k] for k in ("input_ids", "position_ids", "lengths")}
+        mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+        hidden.append(ours.get_base_model().model(**inner, attention_mask=mask, use_cache=False).last_hidden_state)
+    assert torch.equal(hidden[0][:, 9:], hidden[1][:, 9:])
+    assert not torch.equal(hidden[0][:, :9], hidden[1][:, :9])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.filterwarnings("ignore:It is strongly recommended to train Gemma:UserWarning")
+def test_recomputed_layers_give_the_same_bits(family: str, depth: int) -> None:
+    ours = adapt(ours_of(build(family)), lora_dropout=0.1)
+    layers = ours.get_base_model().model.layers
+    share(ours)
+    batch = FlatBatch()(rows())
+    _, plain = gradients(ours, batch)
+    for layer in layers[:depth]:
+        layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, recomputed
+    _, again = gradients(ours, batch)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+def share(model: Any) -> None:
+    from nybble.models.lora import share_seeds
+    from nybble.nn.seeds import Seeds
+
+    share_seeds(model, Seeds(seed=1, micro_step=4))
+
+
+def test_what_nothing_keeps_is_not_recomputed() -> None:
+    """Of a recomputed layer's seven products the last, down, is left out: 6 more, not 7."""
+    ours = adapt(ours_of(build("llama")), target_modules="q_proj")
+    counts = []
+    for depth in (0, 3):
+        for layer in ours.get_base_model().model.layers[:depth]:
+            layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, recomputed
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as seen:
+            gradients(ours, FlatBatch()(rows()))
+        counts.append(sum(e.count for e in seen.key_averages() if e.key == "aten::mm"))
+    lora_again = 1  # x A^T of q
+    assert counts[1] - counts[0] == 3 * (6 + lora_again)
+
+
+def test_an_unknown_family_says_so_and_pads() -> None:
+    config = AutoConfig.for_model("gpt_neox", vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    report = swap_blocks(AutoModelForCausalLM.from_config(config))
+    assert not report.flattened
+    assert "gpt_neox" in str(report.reason)
+
+
+def test_two_adapters_and_dora_take_peft_s_own_path() -> None:
+    stock = build("llama")
+    ours = ours_of(stock)
+    both = []
+    for model in (stock, ours):
+        torch.manual_seed(1)
+        from peft import LoraConfig, get_peft_model
+
+        from nybble.models.lora import use_our_layer
+
+        config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"], use_dora=True)
+        if model is ours:
+            use_our_layer(config)
+        both.append(get_peft_model(model, config).train())
+    loss, expected = gradients(both[0], PadBatch(0)(rows()))
+    got, found = gradients(both[1], FlatBatch()(rows()))
+    assert got == pytest.approx(loss, rel=1e-6)
+    shared = {name: grad for name, grad in expected.items() if float(grad.norm()) > 0}
+    assert largest_relative(shared, {name: found[name] for name in shared}) < 1e-5
+
+
+def test_dropout_changes_with_the_micro_step_and_not_with_evaluation() -> None:
+    from nybble.models.lora import share_seeds
+    from nybble.nn.seeds import Seeds
+
+    ours = adapt(ours_of(build("llama")), lora_dropout=0.5)
+    seeds = Seeds(seed=1, micro_step=0)
+    share_seeds(ours, seeds)
+    batch = FlatBatch()(rows())
+
+    def loss() -> float:
+        return ours(**batch).loss.item()
+
+    first, again = loss(), loss()
+    seeds.micro_step = 1
+    assert first == again != loss()
+    ours.eval()
+    quiet = loss()
+    seeds.micro_step = 2
+    assert quiet == loss()
