@@ -1,6 +1,6 @@
 """The training step against the stacks people use: tokens a second and peak memory, the same rows, settings and weights.
 
-    python bench/step.py --data ../shared/data [--repeats 3] [--steps 5] [--arms nybble,hand,...] [--suite main]
+    python bench/step.py --data ../shared/data [--repeats 3] [--steps 5] [--arms nybble,hand] [--suite main]
 
 A Llama of 168M random weights (hidden 1024, 8 layers, vocabulary 32,000), batches of 4 rows of guanaco-llama2-1k with
 the Llama-2 tokenizer, r=8 on q and v, alpha 8, dropout 0.1, max_length 1024; every token is learned, as peers do.

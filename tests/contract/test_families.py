@@ -1,4 +1,4 @@
-"""Our blocks against transformers and PEFT as they are: the same loss and gradients on padded rows, family by family."""
+"""Our blocks against transformers and PEFT as they are: loss and gradients on padded rows, family by family."""
 
 from __future__ import annotations
 

@@ -11,8 +11,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from nybble.units import parse_bytes
-
 
 def setting(default: Any, meaning: str, *, unit: str = "", aliases: tuple[str, ...] = (), **limits: Any) -> Any:
     """One setting: `meaning` and `unit` go to help and docs, `aliases` are other names, `limits` are pydantic's."""
@@ -209,18 +207,6 @@ class TrainingSection(Section):
     @classmethod
     def _words(cls, value: Any) -> Any:
         return {"true": "always", "false": "never"}.get(str(value).lower(), value)
-
-    @field_validator("memory_budget")
-    @classmethod
-    def _readable(cls, value: str | None) -> str | None:
-        if value is not None:
-            parse_bytes(value)
-        return value
-
-    @property
-    def memory_budget_bytes(self) -> int | None:
-        """`memory_budget` as a number."""
-        return parse_bytes(self.memory_budget) if self.memory_budget is not None else None
 
     @field_validator("report_to", mode="before")
     @classmethod

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from nybble.data import FlatBatch, PadBatch
+from nybble.errors import RecipeError
 from nybble.hardware import Device
 from nybble.models import blocks_of
 from nybble.nn.recompute import recomputed
 from nybble.recipe import TrainingSection
+from nybble.units import parse_bytes
 
 _SAMPLE = (32, 64)  # tokens of the two passes that activations are counted in
 
@@ -90,7 +92,21 @@ def recomputation_for(
 
     with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
         activations = count_activations(model, sample)
-    return Recomputation(model, partial(_activation_budget, model, section.memory_budget_bytes, device), activations)
+    return Recomputation(model, partial(_activation_budget, model, memory_budget(section), device), activations)
+
+
+def memory_budget(section: TrainingSection) -> int | None:
+    """Bytes that the recipe lets training take, if it says so.
+
+    Raises:
+        RecipeError: not an amount of memory.
+    """
+    if section.memory_budget is None:
+        return None
+    try:
+        return parse_bytes(section.memory_budget)
+    except ValueError as error:
+        raise RecipeError(f"training.memory_budget: {error}") from error
 
 
 def _activation_budget(model: nn.Module, budget_bytes: int | None, device: Device) -> float:
