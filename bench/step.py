@@ -1,4 +1,4 @@
-"""The training step against the stacks people use: tokens a second and peak memory, the same rows, settings and weights.
+"""The training step against the stacks people use: tokens a second and peak memory, same rows, settings and weights.
 
     python bench/step.py --data ../shared/data [--repeats 3] [--steps 5] [--arms nybble,hand] [--suite main]
 
@@ -81,15 +81,13 @@ def nybble_arm(case: Case, base: Path, rows: Path, folder: Path) -> Iterator[tup
     """Our own trainer, as `nybble train` runs it."""
     from transformers import TrainerCallback
 
-    from nybble.cli.main import own_the_process
-    from nybble.data import prepare_rows
+    from nybble.data import Groups, prepare_rows
     from nybble.hardware import detect_device
     from nybble.models import attach, find_model, load_model, load_tokenizer
     from nybble.recipe import load_recipe
     from nybble.runs import RunDirectory, Silent
     from nybble.training import Setup, train_model, trainer
 
-    own_the_process()
     recipe = load_recipe(
         None,
         {
@@ -120,7 +118,7 @@ def nybble_arm(case: Case, base: Path, rows: Path, folder: Path) -> Iterator[tup
 
     dtype = getattr(torch, loaded.compute_dtype)
     setup = Setup(run, device, dtype, Silent(), lambda _: 0.0, 0, case.steps, False)
-    result = train_model(model, tokenizer, prepared.train, recipe.training, setup)
+    result = train_model(model, tokenizer, Groups(prepared.train), recipe.training, setup)
     yield "tokens", sum(len(example.input_ids) for example in prepared.train)
     yield "loss", result.train_loss
     yield "ends", clock.ends

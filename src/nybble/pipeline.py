@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nybble import bundled, generation
-from nybble.data import Example, Ledger, Prepared, ShownRow, examine_rows, prepare_rows, show_rows
+from nybble.data import Example, Groups, Ledger, Prepared, ShownRow, examine_rows, pack_rows, prepare_rows, show_rows
 from nybble.errors import InputError, RecipeError
 from nybble.hardware import Device, detect_device
 from nybble.kernels import path_reasons, paths_taken
@@ -51,6 +51,7 @@ class _Job:
     source: ModelSource
     tokenizer: Any
     prepared: Prepared
+    groups: Groups
     plan: Plan
     watch: Observer
 
@@ -109,8 +110,10 @@ def _prepare(recipe: Recipe, overwrite: bool, resume: bool, watch: Observer) -> 
     recipe = _within_context(recipe, getattr(source.config, "max_position_embeddings", None), watch)
     prepared = prepare_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed)
     _tell_ledger(prepared, watch)
-    plan = make_plan(recipe.training, len(prepared.train))
-    return _Job(recipe, run, device, source, tokenizer, prepared, plan, watch)
+    lengths = [len(example.input_ids) for example in prepared.train] if recipe.data.packing else []
+    groups = Groups(prepared.train, pack_rows(lengths, recipe.data.max_length) if recipe.data.packing else None)
+    plan = make_plan(recipe.training, len(groups))
+    return _Job(recipe, run, device, source, tokenizer, prepared, groups, plan, watch)
 
 
 def _load(job: _Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
@@ -194,7 +197,7 @@ def _train(
     setup = Setup(job.run, job.device, dtype, job.watch, check, every, job.plan.optimizer_steps, resume)
     before = sum(phase.seconds for phase in witness.record.phases.values())
     with witness.phase("train"):
-        result = train_model(model, job.tokenizer, job.prepared.train, job.recipe.training, setup)
+        result = train_model(model, job.tokenizer, job.groups, job.recipe.training, setup)
     witness.phase_peak("train", result.peak_bytes)
     witness.record.train_loss = result.train_loss
     witness.record.tokens_per_second = result.tokens_per_second

@@ -135,8 +135,8 @@ def test_loss_and_gradients_are_those_of_peft_on_padded_rows(family: str, target
                 model.get_submodule(name).weight.copy_(decode(module.packed, torch.float32))
     ours = ours_of(twin)
     stock, mine = adapt(model, target_modules=targets), adapt(ours, target_modules=targets)
-    loss, expected = gradients(stock, PadBatch(0)(rows()))
-    got, found = gradients(mine, FlatBatch()(rows()))
+    loss, expected = gradients(stock, PadBatch(0)([rows()]))
+    got, found = gradients(mine, FlatBatch()([rows()]))
     assert got == pytest.approx(loss, rel=1e-6)
     assert largest_relative(expected, found) < 1e-5  # measured 1e-6 to 4e-6
 
@@ -145,8 +145,8 @@ def test_loss_and_gradients_are_those_of_peft_on_padded_rows(family: str, target
 def test_full_training_has_the_gradients_of_transformers(family: str) -> None:
     model = build(family).train()
     ours = ours_of(model).train()
-    loss, expected = gradients(model, PadBatch(0)(rows()))
-    got, found = gradients(ours, FlatBatch()(rows()))
+    loss, expected = gradients(model, PadBatch(0)([rows()]))
+    got, found = gradients(ours, FlatBatch()([rows()]))
     assert got == pytest.approx(loss, rel=1e-6)
     # A padding token's embedding and what only the first token sees get nothing on one side and zeros on the other.
     shared = {name: grad for name, grad in expected.items() if float(grad.norm()) > 0}
@@ -158,7 +158,7 @@ def test_no_row_sees_another() -> None:
     one, two = rows((9, 12)), rows((9, 12))
     two[0]["input_ids"] = [7] * 9
     hidden = []
-    for batch in (FlatBatch()(one), FlatBatch()(two)):
+    for batch in (FlatBatch()([one]), FlatBatch()([two])):
         inner = {k: batch[k] for k in ("input_ids", "position_ids", "lengths")}
         mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool)
         hidden.append(ours.get_base_model().model(**inner, attention_mask=mask, use_cache=False).last_hidden_state)
@@ -173,7 +173,7 @@ def test_recomputed_layers_give_the_same_bits(family: str, depth: int) -> None:
     ours = adapt(ours_of(build(family)), lora_dropout=0.1)
     layers = ours.get_base_model().model.layers
     share(ours)
-    batch = FlatBatch()(rows())
+    batch = FlatBatch()([rows()])
     _, plain = gradients(ours, batch)
     for layer in layers[:depth]:
         layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, recomputed
@@ -196,7 +196,7 @@ def test_what_nothing_keeps_is_not_recomputed() -> None:
         for layer in ours.get_base_model().model.layers[:depth]:
             layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, recomputed
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as seen:
-            gradients(ours, FlatBatch()(rows()))
+            gradients(ours, FlatBatch()([rows()]))
         counts.append(sum(e.count for e in seen.key_averages() if e.key == "aten::mm"))
     lora_again = 1  # x A^T of q
     assert counts[1] - counts[0] == 3 * (6 + lora_again)
@@ -223,8 +223,8 @@ def test_two_adapters_and_dora_take_peft_s_own_path() -> None:
         if model is ours:
             use_our_layer(config)
         both.append(get_peft_model(model, config).train())
-    loss, expected = gradients(both[0], PadBatch(0)(rows()))
-    got, found = gradients(both[1], FlatBatch()(rows()))
+    loss, expected = gradients(both[0], PadBatch(0)([rows()]))
+    got, found = gradients(both[1], FlatBatch()([rows()]))
     assert got == pytest.approx(loss, rel=1e-6)
     shared = {name: grad for name, grad in expected.items() if float(grad.norm()) > 0}
     assert largest_relative(shared, {name: found[name] for name in shared}) < 1e-5
@@ -237,7 +237,7 @@ def test_dropout_changes_with_the_micro_step_and_not_with_evaluation() -> None:
     ours = adapt(ours_of(build("llama")), lora_dropout=0.5)
     seeds = Seeds(seed=1, micro_step=0)
     share_seeds(ours, seeds)
-    batch = FlatBatch()(rows())
+    batch = FlatBatch()([rows()])
 
     def loss() -> float:
         return ours(**batch).loss.item()

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from nybble.data import IGNORED, Example, PadBatch, Prepared, as_features, encode_prompt, prepare_rows, read_rows
+from nybble.data import IGNORED, Example, Groups, PadBatch, Prepared, encode_prompt, prepare_rows, read_rows
 from nybble.errors import InputError, RowsError
 from nybble.recipe import DataSection, EvaluationSection
 
@@ -179,7 +179,7 @@ def test_without_a_begin_token_none_is_added(learns: Call, tok: Any) -> None:
 
 def test_padding_is_never_a_label_though_it_is_the_end_token(prepare: Call, tok: Any) -> None:
     done = prepare([{"text": "<s>[INST] Q [/INST] A </s>"}, {"text": "<s>[INST] Q [/INST] " + "A " * 9 + "</s>"}])
-    batch = PadBatch(tok.eos_token_id)(as_features(done.train))
+    batch = PadBatch(tok.eos_token_id)(Groups(done.train))
     width = max(len(e.input_ids) for e in done.train)
     assert sorted(batch) == ["attention_mask", "input_ids", "labels"]
     assert all(tensor.shape == (2, width) and tensor.dtype == torch.int64 for tensor in batch.values())

@@ -1,6 +1,6 @@
 """Rows: read, recognise their shape, mark what is learned, count it, batch it."""
 
-from nybble.data.batches import FlatBatch, PadBatch, as_features
+from nybble.data.batches import FlatBatch, Groups, PadBatch, pack_rows
 from nybble.data.encode import IGNORED, Example, encode_prompt
 from nybble.data.ledger import Ledger
 from nybble.data.prepare import Prepared, examine_rows, prepare_rows
@@ -11,15 +11,16 @@ __all__ = [
     "IGNORED",
     "Example",
     "FlatBatch",
+    "Groups",
     "Ledger",
     "PadBatch",
     "Prepared",
     "Rows",
     "ShownRow",
     "Stretch",
-    "as_features",
     "encode_prompt",
     "examine_rows",
+    "pack_rows",
     "prepare_rows",
     "read_rows",
     "show_rows",

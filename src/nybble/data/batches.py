@@ -1,7 +1,11 @@
-"""Examples to tensors: rows behind each other in one sequence, or padded side by side where a model needs that."""
+"""Examples to tensors: rows behind each other in one sequence, or padded side by side where a model needs that.
+
+What is drawn for a batch is a group of rows: one row, or as many as fill a length (`pack_rows`).
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,18 +15,21 @@ from torch import Tensor
 
 from nybble.data.encode import IGNORED, Example
 
+Group = Sequence[dict[str, list[int]]]  # rows that are drawn together
+
 
 @dataclass(frozen=True)
 class FlatBatch:
     """Lays rows behind each other, without padding. Called by torch's DataLoader."""
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, groups: Sequence[Group]) -> dict[str, Any]:
         """What a model with our blocks takes; T is the number of tokens, n that of learned ones.
 
         `input_ids`, `position_ids` (from 0 in each row) and `labels` `(1, T) int64`; `lengths`, the tokens of each row;
         `learned` `(n,) int64`, the places whose next token is learned, and `targets` `(n,) int64`, those tokens. All of
         it is made here, on the host, so that the step need not ask the device.
         """
+        examples = [example for group in groups for example in group]
         ids = [torch.tensor(example["input_ids"]) for example in examples]
         labels = [torch.tensor(example["labels"]) for example in examples]
         for row in labels:
@@ -45,8 +52,9 @@ class PadBatch:
 
     pad_token_id: int
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         """`input_ids`, `labels`, `attention_mask`, each `(rows, longest) int64`."""
+        examples = [example for group in groups for example in group]
         longest = max(len(example["input_ids"]) for example in examples)
         shape = (len(examples), longest)
         input_ids = torch.full(shape, self.pad_token_id)
@@ -60,6 +68,38 @@ class PadBatch:
         return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
 
 
-def as_features(examples: Sequence[Example]) -> list[dict[str, list[int]]]:
-    """What a DataLoader over examples yields one of."""
-    return [{"input_ids": example.input_ids, "labels": example.labels} for example in examples]
+class Groups(Sequence[Group]):
+    """What a DataLoader draws from: each row by itself, or rows in the groups of `packs`; made when asked for."""
+
+    def __init__(self, examples: Sequence[Example], packs: Sequence[Sequence[int]] | None = None) -> None:
+        self._examples = examples
+        self._packs = packs
+
+    def __len__(self) -> int:
+        return len(self._examples if self._packs is None else self._packs)
+
+    def __getitem__(self, index: Any) -> Any:
+        places = (index,) if self._packs is None else self._packs[index]
+        chosen = (self._examples[place] for place in places)
+        return [{"input_ids": example.input_ids, "labels": example.labels} for example in chosen]
+
+
+def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows, by number, in groups of at most `capacity` tokens: best-fit decreasing, so groups are nearly full.
+
+    The longest row goes first, each into the group with the least room that still takes it (Johnson 1973: at most
+    11/9 of the fewest groups). A row longer than the capacity stands alone.
+    """
+    packs: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # of the open groups, ascending: tokens that still fit, group
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        at = bisect_left(room, (lengths[row], -1))
+        if at < len(room):
+            left, pack = room.pop(at)
+        else:
+            left, pack = capacity, len(packs)
+            packs.append([])
+        packs[pack].append(row)
+        if left > lengths[row]:
+            insort(room, (left - lengths[row], pack))
+    return packs

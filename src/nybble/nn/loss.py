@@ -17,7 +17,7 @@ from torch import Tensor
 from nybble.kernels import rows
 from nybble.nn.scratch import scratch
 
-_PIECE_BYTES = 1 << 27  # of logits at a time; a product with at least 1,024 rows is as fast as a larger one
+_PIECE_BYTES = 1 << 26  # of logits at a time; a product with at least 1,024 rows is as fast as a larger one
 _LEAST_ROWS = 256
 
 

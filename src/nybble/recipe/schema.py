@@ -157,6 +157,11 @@ class DataSection(Section):
         aliases=("max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"),
         ge=8,
     )
+    packing: bool = setting(
+        False,
+        "fill each row's place with as many rows as max_length takes; none sees another",
+        aliases=("sample_packing",),
+    )
     eval_dataset_name: str | None = setting(None, "held-out rows of their own", aliases=("eval_dataset", "eval_file"))
     eval_fraction: float = setting(
         0.05,

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from nybble.data import FlatBatch, PadBatch
+from nybble.data.batches import Group
 from nybble.hardware import PeakMemory
 from nybble.runs import Observer, RunDirectory, StepEvent
 
@@ -26,10 +27,10 @@ class CountingBatch:
         self._collate = collate
         self._waiting: deque[int] = deque()
 
-    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, groups: Sequence[Group]) -> dict[str, Any]:
         """A batch, its tokens noted."""
-        self._waiting.append(sum(len(example["input_ids"]) for example in examples))
-        return self._collate(examples)
+        self._waiting.append(sum(len(example["input_ids"]) for group in groups for example in group))
+        return self._collate(groups)
 
     def take(self, n_batches: int) -> int:
         """Tokens of the next `n_batches` batches."""

@@ -87,7 +87,7 @@ def recomputation_for(
     collate = FlatBatch() if blocks_of(model).flattened else PadBatch(0)
 
     def sample(n_tokens: int) -> dict[str, Any]:
-        batch = collate([{"input_ids": [0] * n_tokens, "labels": [0] * n_tokens}])
+        batch = collate([[{"input_ids": [0] * n_tokens, "labels": [0] * n_tokens}]])
         return {k: v.to(device.torch_device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
     with torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nybble.data import IGNORED, Example, FlatBatch, PadBatch, as_features
+from nybble.data import IGNORED, Example, FlatBatch, Groups, PadBatch
 from nybble.models import blocks_of
 from nybble.recipe import EvaluationSection
 from nybble.runs import Evaluation
@@ -88,7 +88,7 @@ def _summed_loss(
     ordered = sorted(examples, key=lambda example: len(example.input_ids))
     total, n_tokens = 0.0, 0
     for first in range(0, len(ordered), batch_size):
-        batch = collate(as_features(ordered[first : first + batch_size]))
+        batch = collate(Groups(ordered[first : first + batch_size]))
         n = int((batch["labels"][:, 1:] != IGNORED).sum())
         if n:
             moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from nybble.data import Example, as_features
+from nybble.data import Groups
 from nybble.errors import CannotRunError, InputError, StoppedError
 from nybble.hardware import Device, PeakMemory
 from nybble.nn.seeds import Seeds
@@ -51,10 +51,8 @@ class Setup:
     resume: bool
 
 
-def train_model(
-    model: Any, tokenizer: Any, examples: Sequence[Example], section: TrainingSection, setup: Setup
-) -> TrainResult:
-    """Train `model` in place on `examples`.
+def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSection, setup: Setup) -> TrainResult:
+    """Train `model` in place on rows, which are drawn group by group.
 
     Raises:
         InputError: the loss is no longer a number.
@@ -78,7 +76,7 @@ def train_model(
         recomputation_for(model, section, setup.device, setup.compute_dtype),
         model=model,
         args=training_arguments(section, run.checkpoints, setup.device, setup.compute_dtype, setup.max_steps),
-        train_dataset=as_features(examples),
+        train_dataset=groups,
         data_collator=batches,
         callbacks=[logbook, checks, stop, *_tensorboard(section, run)],
     )
