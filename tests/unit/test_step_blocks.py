@@ -96,6 +96,27 @@ def test_gated_mlp_gradients(activation: str, adapted: tuple[str, ...], merged: 
     check(run, [rand(ROWS, IN, grad=True), *masters])
 
 
+@pytest.mark.parametrize("adapted", [(), (0,), (0, 1, 2)])
+@pytest.mark.parametrize("tile", [1, 2, 3])
+def test_a_tiled_mlp_is_the_whole_one(adapted: tuple[int, ...], tile: int) -> None:
+    """Dropout too: a tile's mask is its part of the whole's."""
+    sizes = ((IN, 5), (IN, 5), (5, IN))
+    layers = [frozen(*size) for size in sizes]
+    masters = [(rand(R, n_in, grad=True), rand(n_out, R, grad=True)) for n_in, n_out in sizes]
+    x, cotangent = rand(ROWS, IN, grad=True), rand(ROWS, IN)
+    results = []
+    for rows in (0, tile):
+        made = [
+            with_adapter(layer, *masters[n], 0.4, seed=11 + n) if n in adapted else Projection(layer, torch.float64)
+            for n, layer in enumerate(layers)
+        ]
+        y = GatedMlp((made[0], made[1]), made[2], "silu", True, rows)(x)
+        wanted = [x, *(t for n in adapted for t in masters[n])]
+        results.append([y, *torch.autograd.grad(y, wanted, cotangent)])
+    for whole, tiled in zip(*results, strict=True):
+        torch.testing.assert_close(tiled, whole, rtol=1e-6, atol=1e-7)  # the fast paths round to float32
+
+
 @pytest.mark.parametrize("one_plus", [False, True])
 def test_norm_gradient(one_plus: bool) -> None:
     weight = rand(IN)

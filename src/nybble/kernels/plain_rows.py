@@ -27,6 +27,7 @@ __all__ = [
 NAME = "torch"
 _TANH_SCALE = math.sqrt(2 / math.pi)  # of GELU's tanh form (Hendrycks and Gimpel 2016)
 _TANH_CUBE = 0.044715
+_STRIDE = 0x9E3779B1  # 2^32 over the golden ratio: neighbouring places lie far apart
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -80,14 +81,19 @@ def gated_backward_(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> 
 def kept(n: int, p: float, seed: int, device: torch.device) -> Tensor:
     """Which of n elements a dropout of probability p keeps, `(n,) bool`: a hash of seed and place, nothing stored.
 
-    The hash is MurmurHash3's 32-bit finalizer over `place * 0x9E3779B1 + seed`, whose result is kept where it is at
+    The hash is MurmurHash3's 32-bit finalizer over `place * _STRIDE + seed`, whose result is kept where it is at
     least p 2^32; all arithmetic modulo 2^32.
     """
     mask = 0xFFFFFFFF
-    h = (torch.arange(n, dtype=torch.int64, device=device) * 0x9E3779B1 + (seed & mask)) & mask
+    h = (torch.arange(n, dtype=torch.int64, device=device) * _STRIDE + (seed & mask)) & mask
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & mask
     h = ((h ^ (h >> 13)) * 0xC2B2AE35) & mask
     return (h ^ (h >> 16)) >= threshold(p)
+
+
+def seed_from(seed: int, place: int) -> int:
+    """The seed with which a piece that begins at `place` of a whole is dropped as it is within the whole."""
+    return (seed + place * _STRIDE) & 0xFFFFFFFF
 
 
 def threshold(p: float) -> int:

@@ -2,7 +2,7 @@
 
 from nybble.models.adapters import attach, load_adapter, save_adapter
 from nybble.models.calibrate import Calibration, Starts, calibrate, needs_calibration
-from nybble.models.families import SwapReport, blocks_of, swap_blocks
+from nybble.models.families import SwapReport, blocks_of, go_lean, swap_blocks
 from nybble.models.hub import push_folder
 from nybble.models.load import LoadReport, compute_dtype, count_parameters, load_model, save_whole
 from nybble.models.plugin import NybbleConfig, register
@@ -24,6 +24,7 @@ __all__ = [
     "find_folder",
     "find_model",
     "find_tokenizer",
+    "go_lean",
     "load_adapter",
     "load_model",
     "load_tokenizer",

@@ -9,14 +9,15 @@ was kept. While a layer is recomputed, y is not: nothing keeps it (Chen et al. 2
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from nybble.kernels import rows
-from nybble.nn.projection import Kept, Projection, adapter_gradients, input_gradient, product
+from nybble.nn.projection import Kept, Projection, adapter_gradients, input_gradient, kept_of, product
 from nybble.nn.recompute import recomputing
 
 
@@ -28,6 +29,7 @@ class GatedMlp:
     down: Projection
     activation: str  # of `nybble.kernels.plain_rows.gated`
     output_is_kept: bool  # whether what follows keeps y (a norm behind the block)
+    tile_rows: int = 0  # above 0: so many rows at a time, of which nothing but x is kept
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -40,7 +42,8 @@ class GatedMlp:
         adapters = [p.adapter for p in self.projections if p.adapter is not None]
         with torch.autocast(x.device.type, enabled=False):
             if torch.is_grad_enabled():
-                y = _GatedMlp.apply(flat, self, *(master for a in adapters for master in (a.a, a.b)))
+                whole = _TiledMlp if 0 < self.tile_rows < len(flat) else _GatedMlp
+                y = whole.apply(flat, self, *(master for a in adapters for master in (a.a, a.b)))
             else:
                 gate, up, _ = _gate_and_up(flat, self.inputs, generating=True)
                 y = product(rows.gated(gate, up, self.activation), self.down, generating=True)[0]
@@ -61,18 +64,11 @@ def _gate_and_up(
 class _GatedMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: GatedMlp, *masters: Tensor) -> Tensor:
-        gate, up, kept = _gate_and_up(x, block.inputs)
-        needs_y = block.output_is_kept or not recomputing()
-        h = rows.gated(gate, up, block.activation) if needs_y or block.down.adapter else gate
-        if needs_y:
-            y, kept_down = product(h, block.down)
-        else:
-            y, kept_down = x.new_zeros(()).expand(len(x), block.down.layer.out_features), _kept_alone(h, block.down)
+        y, gate, up, kept = _forward(x, block, block.output_is_kept or not recomputing())
         ctx.block = block
-        needs_x = any(kept)
-        tensors = (t for k in (*kept, kept_down) if k is not None for t in (k.a, k.b, k.xa))
-        ctx.save_for_backward(gate, up, *([x] if needs_x else []), *tensors)
-        ctx.needs_x = needs_x
+        ctx.needs_x = any(kept[:-1])
+        tensors = (t for k in kept if k is not None for t in (k.a, k.b, k.xa))
+        ctx.save_for_backward(gate, up, *([x] if ctx.needs_x else []), *tensors)
         return y
 
     @staticmethod
@@ -83,38 +79,83 @@ class _GatedMlp(torch.autograd.Function):
         saved = iter(rest)
         kept = [Kept(next(saved), next(saved), next(saved)) if p.adapter else None for p in block.projections]
         with torch.autocast(grad.device.type, enabled=False):
-            found = _down_backward(grad, block, kept[-1], gate, up)
-            slopes = (torch.cat([gate, up], dim=-1),) if len(block.inputs) == 1 else (gate, up)
-            dx: Tensor | None = None
-            before: list[Tensor | None] = []
-            for p, slope, k in zip(block.inputs, slopes, kept, strict=False):
-                if ctx.needs_input_grad[0]:
-                    dx = input_gradient(slope, p, dx)
-                if p.adapter and k and x is not None:
-                    before += adapter_gradients(slope, x, p.adapter, k, dx)
-        return (dx, None, *before, *found)
+            dx, found = _backward(grad, x, block, gate, up, kept, ctx.needs_input_grad[0])
+        return (dx, None, *found)
 
 
-def _down_backward(grad: Tensor, block: GatedMlp, kept: Kept | None, gate: Tensor, up: Tensor) -> tuple[Tensor, ...]:
-    """Turns gate and up into their gradients, in place; returns those of the down projection's adapter."""
+class _TiledMlp(torch.autograd.Function):
+    """The block some rows at a time: keeps x alone, and computes gate and up again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: GatedMlp, *masters: Tensor) -> Tensor:
+        ctx.block = block
+        ctx.save_for_backward(x)
+        if recomputing() and not block.output_is_kept:
+            return x.new_zeros(()).expand(len(x), block.down.layer.out_features)
+        y = x.new_empty(len(x), block.down.layer.out_features)
+        for part, tile in _tiles(x, block):
+            y[part] = _forward(x[part], tile, True)[0]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (x,) = ctx.saved_tensors
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        sums: list[Tensor] = []
+        with torch.autocast(grad.device.type, enabled=False):
+            for part, tile in _tiles(x, ctx.block):
+                _, gate, up, kept = _forward(x[part], tile, False)
+                d_tile, found = _backward(grad[part], x[part], tile, gate, up, kept, dx is not None)
+                if dx is not None and d_tile is not None:
+                    dx[part] = d_tile
+                sums = [a.add_(b) for a, b in zip(sums, found, strict=True)] if sums else found
+        return (dx, None, *sums)
+
+
+def _tiles(x: Tensor, block: GatedMlp) -> Iterator[tuple[slice, GatedMlp]]:
+    """Rows of x, and the block with its dropout moved on to them: the masks are those of the whole."""
+    for first in range(0, len(x), block.tile_rows):
+        inputs = tuple(p.from_row(first) for p in block.inputs)
+        yield slice(first, first + block.tile_rows), replace(block, inputs=inputs, down=block.down.from_row(first))
+
+
+def _forward(x: Tensor, block: GatedMlp, needs_y: bool) -> tuple[Tensor, Tensor, Tensor, list[Kept | None]]:
+    """y (or what stands for it where nobody needs it), gate, up, and what each adapter's backward needs."""
+    gate, up, kept = _gate_and_up(x, block.inputs)
+    if needs_y:
+        y, kept_down = product(rows.gated(gate, up, block.activation), block.down)
+    else:
+        y = x.new_zeros(()).expand(len(x), block.down.layer.out_features)
+        adapter = block.down.adapter
+        kept_down = kept_of(rows.gated(gate, up, block.activation), adapter) if adapter else None
+    return y, gate, up, [*kept, kept_down]
+
+
+def _backward(
+    grad: Tensor,
+    x: Tensor | None,
+    block: GatedMlp,
+    gate: Tensor,  # turns into its gradient
+    up: Tensor,  # turns into its gradient
+    kept: Sequence[Kept | None],
+    needs_dx: bool,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """dx, and the adapters' gradients in the order of the projections."""
     h = input_gradient(grad, block.down, None)
-    adapter = block.down.adapter
-    if adapter is None or kept is None:
-        rows.gated_backward_(h, gate, up, block.activation)
-        return ()
-    # The adapter's part of dh must be there before dh turns into h, and dA needs that h.
-    product_of = rows.gated(gate, up, block.activation)
-    found = adapter_gradients(grad, product_of, adapter, kept, h)
-    del product_of
+    behind: list[Tensor] = []
+    if block.down.adapter and kept[-1]:
+        # The adapter's part of dh must be there before dh turns into h, and dA needs that h.
+        product_of = rows.gated(gate, up, block.activation)
+        behind += adapter_gradients(grad, product_of, block.down.adapter, kept[-1], h)
+        del product_of
     rows.gated_backward_(h, gate, up, block.activation)
-    return found
-
-
-def _kept_alone(h: Tensor, p: Projection) -> Kept | None:
-    """What `product` would keep, without the product."""
-    if p.adapter is None:
-        return None
-    from nybble.nn.projection import dropped
-
-    a, b = p.adapter.a.to(h.dtype), p.adapter.b.to(h.dtype)
-    return Kept(a, b, dropped(h, p.adapter) @ a.t())
+    del h
+    slopes = (torch.cat([gate, up], dim=-1),) if len(block.inputs) == 1 else (gate, up)
+    dx: Tensor | None = None
+    before: list[Tensor] = []
+    for p, slope, k in zip(block.inputs, slopes, kept, strict=False):
+        if needs_dx:
+            dx = input_gradient(slope, p, dx)
+        if p.adapter and k and x is not None:
+            before += adapter_gradients(slope, x, p.adapter, k, dx)
+    return dx, [*before, *behind]

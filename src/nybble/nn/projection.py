@@ -12,13 +12,14 @@ pass, so no mask is stored. Adapters' gradients have the type of their masters; 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from nybble.kernels import rows
+from nybble.kernels.plain_rows import seed_from
 from nybble.nn.scratch import scratch
 
 
@@ -45,6 +46,13 @@ class Projection:
     def has_trained_bias(self) -> bool:
         """Whether the bias gets a gradient; `project` then adds it, `product` does not."""
         return self.layer.bias is not None and self.layer.bias.requires_grad
+
+    def from_row(self, first: int) -> Projection:
+        """The same for a piece of x that begins at row `first`: the dropout is that of the whole."""
+        if self.adapter is None or not self.adapter.dropout:
+            return self
+        seed = seed_from(self.adapter.seed, first * self.layer.in_features)
+        return replace(self, adapter=replace(self.adapter, seed=seed))
 
     def weight(self) -> Tensor:
         """W `(out_features, in_features)`; of a packed layer, good until the next product of this thread."""
@@ -105,10 +113,15 @@ def product(x: Tensor, p: Projection, generating: bool = False) -> tuple[Tensor,
         y += layer.bias.to(y.dtype)
     if adapter is None:
         return y, None
+    kept = kept_of(x, adapter)
+    y.addmm_(kept.xa, kept.b.t(), alpha=adapter.scaling)
+    return y, kept
+
+
+def kept_of(x: Tensor, adapter: Adapter) -> Kept:
+    """What the backward of `adapter` needs, made of its input."""
     a, b = adapter.a.to(x.dtype), adapter.b.to(x.dtype)
-    xa = dropped(x, adapter) @ a.t()
-    y.addmm_(xa, b.t(), alpha=adapter.scaling)
-    return y, Kept(a, b, xa)
+    return Kept(a, b, _dropped(x, adapter) @ a.t())
 
 
 def input_gradient(grad: Tensor, p: Projection, into: Tensor | None) -> Tensor:
@@ -123,7 +136,7 @@ def adapter_gradients(
     """dA and dB in the masters' type; the adapter's part is added to `dx` where that is given."""
     dxa = (grad @ kept.b).mul_(adapter.scaling)
     db = _wide_product(grad.t(), kept.xa, adapter.b.dtype).mul_(adapter.scaling)
-    da = _wide_product(dxa.t(), dropped(x, adapter), adapter.a.dtype)
+    da = _wide_product(dxa.t(), _dropped(x, adapter), adapter.a.dtype)
     if dx is not None and adapter.dropout:
         spread = scratch.take(tuple(dx.shape), dx, dx.dtype)
         rows.dropout_add_(dx, torch.mm(dxa, kept.a, out=spread), adapter.dropout, adapter.seed)
@@ -165,7 +178,7 @@ def _device_of(grads: Sequence[Tensor | None]) -> str:
     return next((grad.device.type for grad in grads if grad is not None), "cpu")
 
 
-def dropped(x: Tensor, adapter: Adapter) -> Tensor:
+def _dropped(x: Tensor, adapter: Adapter) -> Tensor:
     """drop(x), in reused memory."""
     if not adapter.dropout:
         return x

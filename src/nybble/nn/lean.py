@@ -1,0 +1,92 @@
+"""For cards on which even full recomputation does not fit: what can wait lies on the host.
+
+    layer inputs        copied to pinned host memory while the next layer computes, fetched one layer ahead of the
+                        backward pass (two lie on the device at a time)
+    embedding table     on the host; only the rows of a batch go to the device (exact)
+
+Nothing that is learned changes. On devices that share their memory with the host there is nothing to gain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from nybble.nn.recompute import recomputed
+
+
+class HostStore:
+    """Layer inputs of one micro-step, in the order of the forward pass; the backward pass takes them from the end."""
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []  # on the host
+        self._coming: dict[
+            int, tuple[Tensor, Any]
+        ] = {}  # place -> on its way, and what marks its arrival
+        self._stream: Any = None  # of the copies; None on a CPU
+
+    def recomputed(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """As `nybble.nn.recompute.recomputed`, its arguments kept on the host."""
+        with saved_tensors_hooks(self._put, self._get):
+            return recomputed(function, *arguments)
+
+    def _put(self, tensor: Tensor) -> Any:
+        if not tensor.is_floating_point() or tensor.ndim < 2:
+            return tensor
+        if tensor.is_cuda and self._stream is None:
+            self._stream = torch.cuda.Stream(tensor.device)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+        if self._stream is None:
+            host.copy_(tensor)
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
+            with torch.cuda.stream(self._stream):
+                host.copy_(tensor, non_blocking=True)
+            tensor.record_stream(self._stream)
+        self._kept.append(host)
+        return len(self._kept) - 1, tensor.device
+
+    def _get(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        place, device = packed
+        self._fetch(place, device)
+        arrived, mark = self._coming.pop(place)
+        if mark is not None:
+            torch.cuda.current_stream(device).wait_event(mark)
+            arrived.record_stream(torch.cuda.current_stream(device))
+        if place:
+            self._fetch(place - 1, device)
+        del self._kept[place:]
+        return arrived
+
+    def _fetch(self, place: int, device: torch.device) -> None:
+        if place in self._coming:
+            return
+        host = self._kept[place]
+        if self._stream is None:
+            self._coming[place] = host.to(device), None
+            return
+        with torch.cuda.stream(self._stream):
+            moved = host.to(device, non_blocking=True)
+            mark = torch.cuda.Event()
+            mark.record(self._stream)
+        self._coming[place] = moved, mark
+
+
+class HostEmbedding:
+    """The forward of an embedding whose table stays on the host."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        """Moves the table to the host, pinned where there is a GPU."""
+        table = embedding.weight.data.to("cpu")
+        self._device = embedding.weight.device
+        embedding.weight.data = table.pin_memory() if self._device.type == "cuda" else table
+
+    def __call__(self, embedding: nn.Embedding, ids: Tensor) -> Tensor:
+        """The rows of `ids`, on the device of `ids`; asks the device for the ids, the one wait of a micro-step."""
+        return nn.functional.embedding(ids.to("cpu"), embedding.weight).to(ids.device, non_blocking=True)
