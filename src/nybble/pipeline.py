@@ -199,6 +199,7 @@ def _train(
     with witness.phase("train"):
         result = train_model(model, job.tokenizer, job.groups, job.recipe.training, setup)
     witness.phase_peak("train", result.peak_bytes)
+    witness.record.notes += result.notes
     witness.record.train_loss = result.train_loss
     witness.record.tokens_per_second = result.tokens_per_second
     witness.record.seconds_to_first_step = before + (result.seconds_to_first_step or 0.0)

@@ -49,7 +49,7 @@ def build(family: str, **changes: Any) -> Any:
     """A random model in float32, norms and biases moved away from where they start."""
     # Scores with a soft cap are transformers' eager path alone.
     attention = "eager" if family == "gemma2" else "sdpa"
-    config = AutoConfig.for_model(family, **SIZES, **EXTRAS[family], **changes)
+    config = AutoConfig.for_model(family, **{**SIZES, **EXTRAS[family], **changes})
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).float()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -23,6 +23,7 @@ class LoraLinear(lora.Linear):
 
     seeds: Seeds
     place: int
+    plain = False  # True: PEFT's own way, to compare with
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -31,7 +32,7 @@ class LoraLinear(lora.Linear):
     def projection(self) -> Projection | None:
         """What this layer computes now, or None where only PEFT's own path does it."""
         base = projection_of(self.base_layer)
-        if base is None or self.merged:
+        if base is None or self.merged or self.plain:
             return None
         if self.disable_adapters:
             return base

@@ -24,9 +24,7 @@ class HostStore:
 
     def __init__(self) -> None:
         self._kept: list[Tensor] = []  # on the host
-        self._coming: dict[
-            int, tuple[Tensor, Any]
-        ] = {}  # place -> on its way, and what marks its arrival
+        self._coming: dict[int, tuple[Tensor, Any]] = {}  # place -> on its way, and what marks its arrival
         self._stream: Any = None  # of the copies; None on a CPU
 
     def recomputed(self, function: Callable[..., Any], *arguments: Any) -> Any:

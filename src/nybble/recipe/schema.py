@@ -197,6 +197,9 @@ class TrainingSection(Section):
     memory_budget: str | None = setting(
         None, "memory that training may take, e.g. 8GiB; default: what the device has free"
     )
+    parity_steps: int = setting(
+        0, "run so many first steps on the plain path too, and stop if the fast one computes something else", ge=0
+    )
     logging_steps: int = setting(10, "a line in events.jsonl every so many steps", unit="steps", ge=1)
     save_steps: int = setting(500, "a checkpoint every so many steps", unit="steps", ge=1)
     save_total_limit: int = setting(2, "checkpoints kept", ge=1)

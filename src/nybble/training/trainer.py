@@ -30,6 +30,7 @@ class TrainResult:
     seconds: float
     seconds_to_first_step: float | None  # from the start of training, loading not counted
     peak_bytes: int
+    notes: tuple[str, ...] = ()  # for people
 
     @property
     def tokens_per_second(self) -> float:
@@ -74,6 +75,7 @@ def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSec
     trainer = StepTrainer(
         seeds,
         recomputation_for(model, section, setup.device, setup.compute_dtype),
+        section.parity_steps,
         model=model,
         args=training_arguments(section, run.checkpoints, setup.device, setup.compute_dtype, setup.max_steps),
         train_dataset=groups,
@@ -102,6 +104,7 @@ def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSec
         seconds=logbook.seconds,
         seconds_to_first_step=logbook.seconds_to_first_step,
         peak_bytes=logbook.peak_bytes,
+        notes=trainer.notes(),
     )
 
 

@@ -1,0 +1,117 @@
+"""The first steps beside the plain path: transformers' and PEFT's own code on padded rows, in plain torch.
+
+Both compute loss and gradients of the same weights on the same rows, without dropout (whose masks differ by design),
+before the step itself runs. A fast path that computes something else on this machine is found before it is trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nybble.data import PadBatch
+from nybble.errors import CannotRunError
+
+# Relative differences. In bfloat16 both sides round every product: 4e-3 in the loss and 3e-2 in the gradients were the
+# largest of 100 steps (docs/performance.md); a swapped scale or a leaking mask gives 1e-1 and more.
+_ALLOWED = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (2e-2, 1e-1), torch.float16: (5e-3, 5e-2)}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the paths are apart on one micro-batch."""
+
+    loss: float
+    plain_loss: float
+    gradient_difference: float  # norm of the difference over the norm, all trained weights together
+
+    @property
+    def loss_difference(self) -> float:
+        """Relative."""
+        return abs(self.loss - self.plain_loss) / max(abs(self.plain_loss), 1e-6)
+
+
+def compare(model: Any, inputs: dict[str, Any], n_items: Any) -> Parity:
+    """Loss and gradients of a flattened micro-batch on both paths; nothing is kept."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    with _without_dropout(model):
+        loss, ours = _gradients(model, weights, {**inputs, "num_items_in_batch": n_items})
+        with plain_path(model):
+            plain_loss, plain = _gradients(model, weights, {**_padded(inputs), "num_items_in_batch": n_items})
+    apart = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(ours, plain, strict=True))
+    size = sum(float(b.double().square().sum()) for b in plain)
+    return Parity(loss, plain_loss, (apart / size) ** 0.5 if size else apart**0.5)
+
+
+def check(parity: Parity, step: int, dtype: torch.dtype) -> None:
+    """Stop where the paths are too far apart.
+
+    Raises:
+        CannotRunError: they are.
+    """
+    loss_allowed, gradient_allowed = _ALLOWED[dtype]
+    if parity.loss_difference <= loss_allowed and parity.gradient_difference <= gradient_allowed:
+        return
+    raise CannotRunError(
+        f"step {step}: the fast path gives loss {parity.loss:.5f}, the plain path {parity.plain_loss:.5f}; gradients "
+        f"are {100 * parity.gradient_difference:.1f} % apart (allowed: {100 * gradient_allowed:g} %); nothing was "
+        "trained on it: run nybble doctor to see which path computes wrongly here"
+    )
+
+
+@contextmanager
+def plain_path(model: nn.Module) -> Iterator[None]:
+    """Within: modules run the forward of their class, and adapters PEFT's."""
+    from nybble.models.lora import LoraLinear
+
+    ours = {m: m.__dict__.pop("forward") for m in model.modules() if _is_ours(m)}
+    layers = [m for m in model.modules() if isinstance(m, LoraLinear)]
+    for layer in layers:
+        layer.plain = True
+    try:
+        yield
+    finally:
+        for module, forward in ours.items():
+            module.forward = forward
+        for layer in layers:
+            layer.plain = False
+
+
+def _is_ours(module: nn.Module) -> bool:
+    forward = module.__dict__.get("forward")
+    function = getattr(getattr(forward, "__func__", None), "func", getattr(forward, "__func__", None))
+    return getattr(function, "__module__", "") == "nybble.models.families"
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    silenced = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.training]
+    for module in silenced:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in silenced:
+            module.train()
+
+
+def _gradients(model: Any, weights: list[nn.Parameter], inputs: dict[str, Any]) -> tuple[float, tuple[Tensor, ...]]:
+    loss = model(**inputs).loss
+    found = torch.autograd.grad(loss, weights, allow_unused=True)
+    filled = tuple(torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True))
+    return loss.item(), filled
+
+
+def _padded(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The rows of a flattened batch side by side."""
+    ids, labels = inputs["input_ids"][0], inputs["labels"][0]
+    rows = [
+        {"input_ids": i.tolist(), "labels": k.tolist()}
+        for i, k in zip(ids.split(inputs["lengths"]), labels.split(inputs["lengths"]), strict=True)
+    ]
+    return {name: value.to(ids.device) for name, value in PadBatch(0)([rows]).items()}

@@ -1,0 +1,50 @@
+"""The first steps beside the plain path: silent where both agree, a stop where a path computes something else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nybble.kernels import rows
+
+SETTINGS = {"max_steps": 4, "parity_steps": 3, "lora_dropout": 0.1, "n_samples": 0, "eval_fraction": 0}
+
+
+@pytest.fixture
+def flags(tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path) -> list[object]:
+    named = {"model_name_or_path": tiny_llama(), "dataset_name": rows_file, "output_dir": tmp_path / "run", **SETTINGS}
+    return [word for key, value in named.items() for word in (f"--{key}", value)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+def test_paths_agree(nybble: Callable[..., Any], flags: list[object], method: str, dtype: str) -> None:
+    done = nybble("train", *flags, "--method", method, "--compute_dtype", dtype)
+    assert done.code == 0, done.err
+
+
+def test_a_wrong_path_stops_before_it_is_trained_on(
+    nybble: Callable[..., Any], flags: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = rows.rms_norm_backward
+    monkeypatch.setattr(rows, "rms_norm_backward", lambda *args: -right(*args))
+    done = nybble("train", *flags)
+    assert done.code == 3
+    assert "step 1: the fast path gives loss" in done.err
+    assert "% apart" in done.err
+
+
+def test_comparing_changes_nothing(nybble: Callable[..., Any], flags: list[object], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    found = []
+    for steps in (0, 3):
+        out = tmp_path / str(steps)
+        done = nybble("train", *flags, "--parity_steps", steps, "--output_dir", out)
+        assert done.code == 0, done.err
+        found.append(load_file(out / "adapter" / "adapter_model.safetensors"))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
