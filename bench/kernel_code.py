@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from nybble.kernels import gpu_kernels as kernels
+from nybble.kernels import gpu_row_kernels as row_kernels
 
 TARGETS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1151", "gfx1201", "sm_80", "sm_90")
 _PACKED = {
@@ -50,11 +51,20 @@ class Variant:
     launch: str = ""  # in LAUNCHES, if not the kernel's name
     odd: tuple[str, ...] = ()  # numbers that are no multiples of 16
     is_large: bool = False  # tensors beyond 2 GiB: 64-bit sizes and addresses
+    row_numbers: int = 0  # of the row operators: what a program goes through at a time
 
     @property
     def shape(self) -> kernels.Launch:
         """The launch's."""
+        if self.row_numbers:
+            warps = {wave: self.row_numbers // row_kernels.PER_THREAD // wave for wave in (64, 32)}
+            return kernels.Launch(self.constants.get("tile", self.row_numbers), warps)
         return kernels.LAUNCHES[self.launch or self.kernel]
+
+    @property
+    def function(self) -> Any:
+        """The kernel."""
+        return getattr(row_kernels if self.row_numbers else kernels, self.kernel)
 
 
 def _dequantize(
@@ -81,7 +91,38 @@ def _gemv(name: str, rows: int, is_aligned: bool) -> Variant:
     return Variant(f"gemv {name}", "gemv", types, constants, launch, ("n_rows",) if is_aligned else ("n_rows", "k"))
 
 
+def _rows(kernel: str, pointers: str, numbers: str, constants: dict[str, Any], name: str = "") -> Variant:
+    """A row operator in bfloat16; `pointers` and `numbers` are names in its signature, `name:type` if not usual."""
+    types = {}
+    for word in pointers.split():
+        pointer, _, kind = word.partition(":")
+        types[f"{pointer}_ptr"] = f"*{kind or 'i16'}"
+    for word in numbers.split():
+        number, _, kind = word.partition(":")
+        types[number] = kind or "i32"
+    odd = ("eps", "scale", "seed", "threshold", "softcap")
+    return Variant(f"{kernel} {name}".strip(), kernel, types, constants, odd=odd, row_numbers=row_kernels.TILE)
+
+
+ROW_VARIANTS = (
+    _rows("rms_norm", "x weight out rstd:fp32", "width eps:fp32", {"one_plus": False}),
+    _rows("rms_norm_backward", "grad x weight rstd:fp32 out", "width", {"one_plus": False}),
+    _rows("gated", "gate up out", "n", {"is_gelu": False}),
+    _rows("gated_backward", "grad gate up", "n", {"is_gelu": False}),
+    _rows("gated_backward", "grad gate up", "n", {"is_gelu": True}, "gelu"),
+    _rows("dropout", "x out", "n seed threshold scale:fp32", {"adds": False}),
+    _rows("dropout", "x out", "n seed threshold scale:fp32", {"adds": True}, "add"),
+    _rows("cross_entropy", "logits labels:i64 losses:fp32", "width softcap:fp32", {"is_capped": False}),
+    _rows("cross_entropy", "logits labels:i64 losses:fp32", "width softcap:fp32", {"is_capped": True}, "capped"),
+    _rows(
+        "rope",
+        "x cos sin out",
+        "heads width half row_stride head_stride",
+        {"inverse": False, "pairs": 64, "rest": 0, "tile": 32},
+    ),
+)
 VARIANTS = (
+    *ROW_VARIANTS,
     _dequantize("bfloat16", "*i16"),
     _dequantize("float16", "*fp16"),
     _dequantize("float32", "*fp32"),
@@ -176,7 +217,7 @@ def gpu_target(target: str) -> GPUTarget:
 
 def compiled(variant: Variant, target: str) -> Any:
     """The kernel as Triton's compiler leaves it."""
-    function = getattr(kernels, variant.kernel)
+    function = variant.function
     constants = {**variant.constants, "tile": variant.shape.tile}
     signature = {name: variant.types.get(name, "constexpr") for name in function.arg_names}
     attributes = {}

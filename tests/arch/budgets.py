@@ -29,6 +29,10 @@ MIRRORED_SIGNATURES = {
         ("src/nybble/kernels/gpu_kernels.py", kernel): "a Triton kernel takes its pointers and sizes one by one"
         for kernel in ("dequantize", "search_scales", "nested_codes", "nearest_codes", "gemv")
     },
+    **{
+        ("src/nybble/kernels/gpu_row_kernels.py", kernel): "a Triton kernel takes its pointers and sizes one by one"
+        for kernel in ("rms_norm", "rms_norm_backward", "dropout", "rope")
+    },
     ("src/nybble/kernels/ops.py", "_"): "the fake of dequantize_4bit, whose signature must be the operator's",
 }
 VERBS = Path("src/nybble/cli")  # typer reads the command line's options off a verb's arguments

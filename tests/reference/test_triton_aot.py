@@ -27,6 +27,19 @@ TARGETS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1151", "gfx1201", "sm_80
 DECODERS = tuple(f"dequantize {what}" for what in ("float16", "float32", "plain scales", "odd size", "large"))
 ENCODERS = ("search_scales", "nested_codes", "nearest_codes")
 GEMVS = tuple(f"gemv {what}" for what in ("1 row", "8 rows", "1 row any width", "8 rows any width"))
+# Row operators: 16-byte loads and stores in the code, with a loop's once; a row's own few numbers come beside them.
+ROWS = {
+    "rms_norm": (3, 1),
+    "rms_norm_backward": (6, 1),
+    "gated": (2, 1),
+    "gated_backward": (3, 3),
+    "gated_backward gelu": (3, 3),
+    "dropout": (1, 1),
+    "dropout add": (2, 1),
+    "cross_entropy": (2, 1),
+    "cross_entropy capped": (2, 1),
+    "rope": (6, 2),
+}
 LDS_BYTES = 64 * 1024
 THREADS = 1024
 VECTOR_OPERATIONS = 16  # for a decoded weight on gfx90a, where more than this binds; choosing by comparisons takes 34
@@ -57,19 +70,21 @@ def examine(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 def test_every_kernel_and_target_is_looked_at(script: ModuleType) -> None:
     assert script.TARGETS == TARGETS
-    assert {variant.name for variant in script.VARIANTS} == {*DECODERS, *ENCODERS, *GEMVS, "dequantize bfloat16"}
-    assert {variant.kernel for variant in script.VARIANTS} == {"dequantize", *ENCODERS, "gemv"}
+    names = {*DECODERS, *ENCODERS, *GEMVS, *ROWS, "dequantize bfloat16"}
+    assert {variant.name for variant in script.VARIANTS} == names
+    kernels = {variant.kernel for variant in script.VARIANTS}
+    assert kernels == {"dequantize", *ENCODERS, "gemv", *(name.split()[0] for name in ROWS)}
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["dequantize bfloat16", *DECODERS, *ENCODERS, *GEMVS])
+@pytest.mark.parametrize("name", ["dequantize bfloat16", *DECODERS, *ENCODERS, *GEMVS, *ROWS])
 def test_code_spills_nothing_and_fits(examine: Examine, name: str, target: str) -> None:
     code = examine(name, target)
     assert (code.spills, code.scratch_bytes) == (0, 0)
     assert code.lds_bytes <= LDS_BYTES
     assert code.threads <= THREADS
     assert code.vector_registers <= 255
-    if not name.startswith("gemv"):  # gemv is held to a tolerance
+    if name in ENCODERS or name.startswith(("dequantize", "dropout")):  # the others are held to a tolerance
         assert code.fused == 0
 
 
@@ -80,6 +95,17 @@ def test_decoders_move_16_bytes_at_a_time(examine: Examine, name: str, target: s
     assert code.loads_16_bytes == 1  # 32 codes, all that a thread decodes
     assert code.stores_16_bytes == (8 if name.endswith("float32") else 4)
     assert code.stores - code.stores_16_bytes == 1  # of the last n % 32 weights
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ROWS)
+def test_row_operators_move_16_bytes_at_a_time(examine: Examine, name: str, target: str) -> None:
+    code, (loads, stores) = examine(name, target), ROWS[name]
+    assert code.threads == 256
+    assert code.loads_16_bytes >= loads  # more where a loop was unrolled
+    assert code.stores_16_bytes >= stores
+    assert code.loads - code.loads_16_bytes <= 1
+    assert code.stores - code.stores_16_bytes <= 1
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -120,7 +146,7 @@ def launches(
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from nybble.kernels import gpu
+    from nybble.kernels import gpu, gpu_rows
 
     made: dict[str, list[Any]] = {}
     run = JITFunction.run
@@ -130,7 +156,8 @@ def launches(
         made.setdefault(self.fn.__name__, []).append(code)
 
     def aim(target: str) -> dict[str, list[Any]]:
-        monkeypatch.setattr(gpu, "_wave", lambda _: script.wave(target))
+        for launching in (gpu, gpu_rows):
+            monkeypatch.setattr(launching, "wave_of", lambda _: script.wave(target))
         monkeypatch.setattr(driver, "_active", Driver(script.gpu_target(target), 100 + TARGETS.index(target)))
         return made
 
@@ -164,3 +191,29 @@ def test_launches_compile_as_they_are_made(
     wide = {"g": "buffer_store_(dwordx4|b128)", "s": r"st\.global\.v4\.b32"}[target[0]]
     usual = made["dequantize"][1].asm
     assert len(re.findall(wide, usual.get("amdgcn") or usual["ptx"])) == 4
+
+
+@pytest.mark.parametrize("target", ["gfx90a", "gfx1100", "sm_90"])
+def test_launches_of_row_operators_compile_as_they_are_made(
+    launches: Callable[[str], dict[str, list[Any]]], script: ModuleType, target: str
+) -> None:
+    from nybble.kernels import gpu_rows
+
+    made = launches(target)
+    for n, width in ((1, 1), (3, 4096)):
+        x, y, z = torch.randn(3, n, width, dtype=torch.bfloat16)
+        gpu_rows.rms_norm_backward(y, x, z[0], gpu_rows.rms_norm(x, z[0].float(), 1e-6, True)[1], False)
+        gpu_rows.gated(x, y, "silu")
+        gpu_rows.gated_backward_(x, y, z, "gelu_tanh")
+        for seed in (1, 16, 2**31, -5):  # compiled once: a seed is a number like any other
+            gpu_rows.dropout(x, 0.1, seed, y)
+        gpu_rows.dropout_add_(x, y, 0.1, 3)
+        gpu_rows.cross_entropy_(x, torch.zeros(n, dtype=torch.int64), 30.0)
+        heads = torch.randn(n, width, 128, dtype=torch.bfloat16)[:, :32]
+        gpu_rows.rope(heads, y[:, :64].expand(n, 64), y[:, :64].expand(n, 64), True)
+    hashes = {name: [code.hash for code in codes] for name, codes in made.items()}
+    assert set(hashes) == {name.split()[0] for name in ROWS}
+    assert {name: len(set(of)) for name, of in hashes.items()} == {**dict.fromkeys(hashes, 2), "dropout": 4}
+    for code in (code for codes in made.values() for code in codes):
+        assert code.metadata.enable_fp_fusion is False
+        assert code.metadata.num_warps * script.wave(target) <= 256

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -26,49 +27,13 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is n
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((1,), (5, 7), (31,), (37, 53), (8, 64), (4160,), (2, 3, 64), (100, 128))
-# Reads a file's name, calls the function that the file names, writes result and arguments (which it may have filled).
-WORKER = """
-import sys, torch
-from nybble.kernels import gpu
-for line in sys.stdin:
-    name, arguments = torch.load(line.strip(), weights_only=False)
-    torch.save((getattr(gpu, name)(*arguments), arguments), line.strip())
-    print("done", flush=True)
-"""
 Call = Callable[..., tuple[Any, tuple[Any, ...]]]
 
 
 @pytest.fixture(scope="module")
-def call(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Call]:
+def call(interpreter: Callable[..., tuple[Any, tuple[Any, ...]]]) -> Call:
     """Calls a function of `nybble.kernels.gpu` where Triton interprets: its result, and its arguments afterwards."""
-    folder = tmp_path_factory.mktemp("interpreter")
-    errors = folder / "errors"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    with errors.open("w") as stderr:
-        worker = subprocess.Popen(
-            [sys.executable, "-c", WORKER],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            env=environment,
-        )
-    assert worker.stdin is not None
-    assert worker.stdout is not None
-    stdin, stdout = worker.stdin, worker.stdout
-    file = folder / "call.pt"
-
-    def run(name: str, *arguments: object) -> tuple[Any, tuple[Any, ...]]:
-        torch.save((name, arguments), file)
-        print(file, file=stdin, flush=True)
-        assert stdout.readline() == "done\n", errors.read_text()[-2000:]
-        result, after = torch.load(file, weights_only=False)
-        return result, after
-
-    yield run
-    stdin.close()
-    worker.wait(timeout=60)
-    stdout.close()
+    return partial(interpreter, "gpu")
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -77,6 +77,7 @@ class _Loss(ctypes.Structure):
         ("labels", _Pointer),
         ("below", _Pointer),
         ("total", _Pointer),
+        ("scratch", _Pointer),
         ("dtype", _Size),
         ("width", _Size),
         ("softcap", ctypes.c_float),
@@ -154,7 +155,13 @@ def cross_entropy_(logits: Tensor, labels: Tensor, softcap: float) -> Tensor:
         raise IndexError(f"labels must be in [0, {width}), got {int(labels.min())} to {int(labels.max())}")
     below, total = (logits.new_empty(n, dtype=torch.float32) for _ in range(2))
     pointers = (logits.data_ptr(), labels.data_ptr(), below.data_ptr(), total.data_ptr())
-    _run("cross_entropy", _Loss(*pointers, DTYPES[logits.dtype], width, softcap), n, logits.numel())
+
+    def run(first: int, last: int) -> None:
+        scratch = below.new_empty(2 if softcap else 1, width)
+        loss = _Loss(*pointers, scratch.data_ptr(), DTYPES[logits.dtype], width, softcap)
+        _loops().nybble_cross_entropy(ctypes.byref(loss), first, last)
+
+    split(run, n, logits.numel() // _MOVED)
     return total.log_().add_(below)
 
 

@@ -29,10 +29,10 @@ def dequantize(weight: PackedWeight, out: Tensor) -> None:
         raise ValueError(f"out must be contiguous, got strides {out.stride()}")
     n = weight.n_elements
     tile, warps = _shape("dequantize", out.device)
-    with _on(out.device):
+    with on(out.device):
         kernels.dequantize[_grid(n, tile * kernels.CHUNK.value)](
             *_packed(weight),
-            _bits(out),
+            as_bits(out),
             n,
             nested=weight.is_nested,
             log_block=_log2(weight.block_size),
@@ -51,11 +51,11 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
     out = x.new_empty(n_rows, n)
     aligned = k % 8 == 0
     tile, warps = _shape("gemv" if aligned and n_rows <= 2 else "gemv many", x.device)
-    with _on(x.device):
+    with on(x.device):
         kernels.gemv[_grid(n, kernels.GEMV_OUTPUTS)](
-            _bits(x),
+            as_bits(x),
             *_packed(weight),
-            _bits(out),
+            as_bits(out),
             n,
             k,
             n_rows,
@@ -78,7 +78,7 @@ def search_scales(flat: Tensor, quant_type: str, block_size: int, signed: bool) 
     scales = flat.new_empty(blocks, dtype=torch.float32)
     factors, ladder = _factors(signed, flat.device), _ladder(quant_type, flat.device)
     tile, warps = _shape("search_scales", flat.device)
-    with _on(flat.device):
+    with on(flat.device):
         kernels.search_scales[_grid(blocks, tile)](
             flat,
             factors,
@@ -102,7 +102,7 @@ def nested_codes(
     n, blocks = flat.numel(), -(-flat.numel() // block_size)
     codes = flat.new_empty(blocks, dtype=torch.uint8)
     tile, warps = _shape("nested_codes", flat.device)
-    with _on(flat.device):
+    with on(flat.device):
         kernels.nested_codes[_grid(blocks, tile)](
             flat,
             scales.contiguous(),
@@ -128,7 +128,7 @@ def nearest_codes(flat: Tensor, quant_type: str, block_size: int, scales: Tensor
     packed = flat.new_empty((n + 1) // 2, dtype=torch.uint8)
     _, midpoints, order = _ladder(quant_type, flat.device)
     tile, warps = _shape("nearest_codes", flat.device)
-    with _on(flat.device):
+    with on(flat.device):
         kernels.nearest_codes[_grid(packed.numel(), tile)](
             flat,
             scales.contiguous(),
@@ -157,7 +157,7 @@ def _packed(weight: PackedWeight) -> tuple[Tensor, ...]:
     return packed, absmax, table, nested.contiguous(), offset, values
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def as_bits(tensor: Tensor) -> Tensor:
     """bfloat16 as int16: the kernels round and widen it themselves."""
     return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
 
@@ -173,16 +173,16 @@ def _log2(block_size: int) -> int:
 def _shape(kernel: str, device: torch.device) -> tuple[int, int]:
     """Tile and number of waves of a kernel's launch."""
     launch = kernels.LAUNCHES[kernel]
-    return launch.tile, launch.warps[_wave(device)]
+    return launch.tile, launch.warps[wave_of(device)]
 
 
 @cache
-def _wave(device: torch.device) -> int:
+def wave_of(device: torch.device) -> int:
     """Threads in a wave."""
     return 32 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).warp_size)
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensors'."""
     return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 

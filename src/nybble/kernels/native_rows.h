@@ -45,6 +45,7 @@ typedef struct {
     const int64_t *labels; /* (n,), within width */
     float *below;          /* (n,): largest logit less the label's */
     float *total;          /* (n,): sum of exp(logit - largest); the loss is below + log total */
+    float *scratch;        /* (2, width), or (1, width) without a cap; nobody else's while this runs */
     int64_t dtype;
     int64_t width;
     float softcap; /* 0: none */

@@ -282,33 +282,40 @@ INLINE V FN(uncapped)(V grad, V logit, float softcap)
     return softcap > 0 ? grad * (1.0f - share * share) : grad;
 }
 
-/* In three passes over a row, which stays in the second-level cache. A short last vector counts as -infinity. */
+/* In three passes over a row, which stays in the second-level cache as what is kept of it does: the exponentials and,
+where there is a cap, the logits after it. Lanes that are not there count as -infinity. */
 INLINE void FN(cross_entropy_of)(const Loss *a, int64_t dtype, int64_t first, int64_t last)
 {
     const float softcap = a->softcap, least = -__builtin_inff();
-    const int64_t width = a->width;
+    const int64_t width = a->width, kind = softcap > 0 ? FLOAT32 : dtype;
+    float *powers = a->scratch, *kept = a->scratch + width;
     for (int64_t n = first; n < last; n++) {
         char *row = at(a->logits, n * width, dtype), *picked = at(row, a->labels[n], dtype);
+        const void *logits = softcap > 0 ? (const void *)kept : row;
         V tops = ALL(least), totals = {0};
         FOR_VECTORS(i, 0, width, {
-            tops = MAX(tops, FN(filled)(FN(load)(at(row, i, dtype), dtype, left), left, least));
-        });
-        V label = FN(capped)(FN(load)(picked, dtype, 1), softcap);
-        V top = FN(capped)(ALL(FN(largest)(tops)), softcap); /* a cap keeps the order */
-        FOR_VECTORS(i, 0, width, {
             V logit = FN(capped)(FN(load)(at(row, i, dtype), dtype, left), softcap);
-            totals += FN(exp)(FN(filled)(logit, left, least) - top);
+            if (softcap > 0)
+                FN(store)((char *)(kept + i), logit, FLOAT32, left);
+            tops = MAX(tops, FN(filled)(logit, left, least));
         });
-        float total = FN(sum)(totals);
-        V share = ALL(1.0f / total);
+        V top = ALL(FN(largest)(tops));
+        FOR_VECTORS(i, 0, width, {
+            V logit = FN(filled)(FN(load)(at(logits, i, kind), kind, left), left, least);
+            V power = FN(exp)(logit - top);
+            FN(store)((char *)(powers + i), power, FLOAT32, left);
+            totals += power;
+        });
+        V label = FN(load)(at(logits, a->labels[n], kind), kind, 1);
+        V share = ALL(1.0f / FN(sum)(totals));
         a->below[n] = top[0] - label[0];
-        a->total[n] = total;
+        a->total[n] = FN(sum)(totals);
         FOR_VECTORS(i, 0, width, {
-            V logit = FN(capped)(FN(load)(at(row, i, dtype), dtype, left), softcap);
-            V grad = FN(exp)(logit - top) * share;
+            V grad = FN(load)((const char *)(powers + i), FLOAT32, left) * share;
+            V logit = FN(load)(at(logits, i, kind), kind, left);
             FN(store)(at(row, i, dtype), FN(uncapped)(grad, logit, softcap), dtype, left);
         });
-        V grad = FN(exp)(label - top) * share - 1.0f;
+        V grad = powers[a->labels[n]] * share - 1.0f;
         FN(store)(picked, FN(uncapped)(grad, label, softcap), dtype, 1);
     }
 }
