@@ -48,7 +48,7 @@ def operations(layers: int, **lora: Any) -> Counter[str]:
 
 @pytest.mark.parametrize(
     ("targets", "dropout", "budget"),
-    [("q_proj,v_proj", 0.0, 80), ("q_proj,v_proj", 0.1, 88), ("all-linear", 0.0, 150), ("all-linear", 0.1, 178)],
+    [("q_proj,v_proj", 0.0, 57), ("q_proj,v_proj", 0.1, 63), ("all-linear", 0.0, 98), ("all-linear", 0.1, 119)],
 )
 def test_operations_of_a_layer_forward_and_backward(targets: str, dropout: float, budget: int) -> None:
     """PEFT alone issues about 25 for each adapted linear."""
@@ -63,6 +63,7 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
 @pytest.mark.parametrize("recompute", ["never", "auto", "always"])
 def test_no_step_waits_for_the_device(recompute: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From drawing a batch to the optimizer's step, accumulation and clipping included; logging may wait."""

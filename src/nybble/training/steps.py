@@ -46,9 +46,9 @@ class StepTrainer(Trainer):
         if self.parities:
             loss = max(parity.loss_difference for parity in self.parities)
             gradient = max(parity.gradient_difference for parity in self.parities)
-            n = len(self.parities)
             made.append(
-                f"{n} micro-steps beside the plain path: loss within {loss:.1e}, gradients within {gradient:.1e}"
+                f"{len(self.parities)} micro-steps beside the plain path: loss within {loss:.1e}, "
+                f"gradients within {gradient:.1e}"
             )
         if self._recomputation is not None and self._recomputation.deepest:
             made.append(f"up to {self._recomputation.deepest} layers were recomputed to stay within memory")
