@@ -49,7 +49,7 @@ def attend(
     settings = Settings(lengths, scale, window, softcap)
     if not isinstance(q, FakeTensor) and q.numel():
         for path in ladder(q.device.type):
-            if path.takes(q, k, settings):
+            if path.takes(q, settings):
                 return path.attend(q, k, v, settings)
     out: Tensor = torch.ops.nybble.attend(q, k, v, *settings)[0]
     return out

@@ -39,10 +39,8 @@ EXPORT void nybble_attend_backward(Attention *t, void *scratch) { (void)t, (void
 #define BF16 __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 #define INLINE BF16 static inline __attribute__((always_inline))
 
-#ifndef QUERIES
-enum { QUERIES = 96, KEYS = 64 };
-#endif
-enum { ROWS = 8, VECTOR = 16, WIDEST = 256 };
+enum { QUERIES = 96, KEYS = 128 }; /* of a block: its scores (48 KiB) and operands stay in the second-level cache */
+enum { ROWS = 8, VECTOR = 16 };    /* of a tile; 8 x 3 vectors of sums leave registers for operands */
 
 #define LOG2E 1.44269504088896341f
 #define LN2 0.693147180559945309f
