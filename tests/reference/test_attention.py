@@ -363,6 +363,8 @@ def test_what_does_not_fit_is_refused() -> None:
     q, k = torch.randn(6, 4, 16), torch.randn(6, 3, 16)
     with pytest.raises(ValueError, match=r"divisor of heads.*\(6, 3, 16\)"):
         attend(q, k, k, [6], 1.0)
+    with pytest.raises(ValueError, match=r"one type and device, got torch\.float32, torch\.bfloat16"):
+        torch.ops.nybble.attend(q, q.bfloat16(), q, [6], 1.0, None, 0.0)
     with pytest.raises(ValueError, match="sum to the 6 tokens, got 5 in 1"):
         attend(q, q, q, [5], 1.0)
     with pytest.raises(ValueError, match="window must be at least 1, got 0"):
