@@ -35,6 +35,7 @@ fix: install
 # The measurements on real models need a folder with models/ and rows/: make bench DATA=FOLDER
 bench: install
 	$(BIN)/python bench/engine.py
+	$(BIN)/python bench/attention.py
 	$(BIN)/python bench/kernel_code.py
 	$(BIN)/python bench/seven_b.py
 	$(BIN)/python bench/loading.py

@@ -40,7 +40,7 @@ def attend(
         softcap: c > 0 makes each score c tanh(score / c), as in Gemma 2.
 
     Raises:
-        ValueError: shapes or lengths that do not fit each other.
+        ValueError: shapes, types or lengths that do not fit each other.
     """
     _check(q, k, v, lengths, window)
     lengths = [length for length in lengths if length]
@@ -49,7 +49,7 @@ def attend(
     settings = Settings(lengths, scale, window, softcap)
     if not isinstance(q, FakeTensor) and q.numel():
         for path in ladder(q.device.type):
-            if path.takes(q, k, settings):
+            if path.takes(q, settings):
                 return path.attend(q, k, v, settings)
     out: Tensor = torch.ops.nybble.attend(q, k, v, *settings)[0]
     return out
@@ -60,6 +60,7 @@ def attend_op(
     q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float, window: int | None, softcap: float
 ) -> tuple[Tensor, Tensor]:
     """The result, and the logarithm of each softmax's sum `(heads, T)`."""
+    _check(q, k, v, lengths, window)
     settings = Settings(lengths, scale, window, softcap)
     result: tuple[Tensor, Tensor] = implementation(q, settings).forward(q, k, v, settings)
     return result
@@ -112,6 +113,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int 
     if q.dim() != 3 or k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[1] % k.shape[1]:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise ValueError(f"q must be (T, heads, width), k and v (T, a divisor of heads, width), got {shapes}")
+    if len({(x.dtype, x.device) for x in (q, k, v)}) > 1:
+        raise ValueError(f"q, k and v must be of one type and device, got {q.dtype}, {k.dtype} and {v.dtype}")
     if sum(lengths) != q.shape[0] or min(lengths, default=0) < 0:
         raise ValueError(f"lengths must sum to the {q.shape[0]} tokens, got {sum(lengths)} in {len(lengths)} documents")
     if window is not None and window < 1:

@@ -1,6 +1,6 @@
 """Which code computes attention on a device: the paths, fastest first, each taken where it was seen to work.
 
-    varlen   GPU: one kernel over all documents, float16 or bfloat16 (torch >= 2.12)
+    varlen   GPU: one kernel over all documents, float16 or bfloat16, where torch has it
     native   CPU: compiled code for AVX512-BF16
     sdpa     torch's own attention, a call for each document or run of documents of equal length
 
@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from itertools import groupby, takewhile
+from functools import cache, lru_cache
+from inspect import signature
+from itertools import accumulate, groupby
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Path(NamedTuple):
 
     NAME: str
     unavailable: Callable[[], str | None]  # why it cannot run here, in words; None if it can be tried
-    takes: Callable[[Tensor, Tensor, Settings], bool]  # whether it computes this; of q and k
+    takes: Callable[[Tensor, Settings], bool]  # whether it computes this; of q
     attend: Attend
     derive: Callable[[Tensors, Tensor, Settings], Tensors]  # result and gradients, of q, k, v and the result's gradient
 
@@ -83,6 +84,45 @@ def _per_document(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Tensor
     return torch.cat(pieces) if len(pieces) > 1 else pieces[0].contiguous()
 
 
+def _varlen_missing() -> str | None:
+    try:
+        taken = signature(_varlen_attn()).parameters
+    except ImportError:
+        return f"torch {torch.__version__} has no torch.nn.attention.varlen"
+    missing = {"scale", "window_size"} - taken.keys()
+    return f"varlen_attn of torch {torch.__version__} takes no {' or '.join(sorted(missing))}" if missing else None
+
+
+def _varlen_attn() -> Callable[..., Tensor]:
+    from torch.nn.attention import varlen  # not in every torch; it registers operators when it is imported
+
+    return cast(Callable[..., Tensor], varlen.varlen_attn)
+
+
+def _varlen_takes(q: Tensor, settings: Settings) -> bool:
+    fits = q.dtype in (torch.float16, torch.bfloat16) and q.shape[2] % 8 == 0 and q.shape[2] <= 256
+    return fits and not settings.softcap
+
+
+def _at_once(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Tensor:
+    """One call of torch's kernel for sequences of different lengths."""
+    function = _varlen_attn()
+    ends, longest = _ends(tuple(settings.lengths), q.device), max(settings.lengths)
+    # It counts the tokens before, and takes (-1, 0) for causal. Before `enable_gqa` heads could share keys unasked.
+    window = (-1 if settings.window is None else settings.window - 1, 0)
+    sharing = {"enable_gqa": True} if "enable_gqa" in signature(function).parameters else {}
+    out = function(q, k, v, ends, ends, longest, longest, scale=settings.scale, window_size=window, **sharing)
+    return out.contiguous()
+
+
+@lru_cache(maxsize=8)  # all layers of a step ask for the same
+def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    """0 and the end of each document, int32 on `device`, sent from pinned memory: nothing waits for the device."""
+    with torch.inference_mode(False):  # a later step may save it for its backward
+        ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
+        return ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends.to(device)
+
+
 def _shares_keys(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether heads of q that share keys keep the fast kernel."""
     if q.device.type != "cuda" or q.shape[1] == k.shape[1]:
@@ -91,21 +131,28 @@ def _shares_keys(q: Tensor, k: Tensor, v: Tensor) -> bool:
     return torch.backends.cuda.can_use_flash_attention(parameters)
 
 
-NATIVE = Path(
-    cpu_attention.NAME,
-    cpu_attention.unavailable,
-    lambda q, k, settings: cpu_attention.takes(q, settings),
-    _by_operator,
-    _derive_native,
+NATIVE = Path(cpu_attention.NAME, cpu_attention.unavailable, cpu_attention.takes, _by_operator, _derive_native)
+# Windows apart: where only they are wrong, the rest stays fast.
+VARLEN, VARLEN_WINDOW = (
+    Path("varlen", _varlen_missing, takes, _at_once, _derive_by_autograd(_at_once))
+    for takes in (
+        lambda q, settings: settings.window is None and _varlen_takes(q, settings),
+        lambda q, settings: settings.window is not None and _varlen_takes(q, settings),
+    )
 )
 SDPA = Path(
     "sdpa",
     lambda: None,
-    lambda q, k, settings: not settings.softcap,
+    lambda q, settings: not settings.softcap,
     _per_document,
     _derive_by_autograd(_per_document),
 )
-_PATHS = {"cpu": (NATIVE, SDPA), "cuda": (SDPA,)}
+_PATHS = {"cpu": (NATIVE, SDPA), "cuda": (VARLEN, VARLEN_WINDOW, SDPA)}
+_CASES = {
+    "attend": Settings((2,), 1.0),
+    "attend_window": Settings((2,), 1.0, window=1),
+    "attend_softcap": Settings((2,), 1.0, softcap=1.0),
+}
 
 
 def implementation(q: Tensor, settings: Settings) -> ModuleType:
@@ -121,15 +168,26 @@ def ladder(kind: str) -> tuple[Path, ...]:
 
 
 def paths_taken(device: torch.device) -> dict[str, str]:
-    """Operator -> name of the fastest path that works on `device`."""
-    return {"attend": next((path.NAME for path in ladder(device.type)), plain_attention.NAME)}
+    """`attend` with neither, with a window, with a cap on scores -> the path of 16-bit tensors on `device`."""
+    return {case: _sought(settings, device.type)[0] for case, settings in _CASES.items()}
 
 
 def path_reasons(device: torch.device) -> dict[str, str]:
-    """Operator -> why the faster paths of this kind of device are not taken; empty where the fastest is."""
-    above = takewhile(lambda path: path not in ladder(device.type), _PATHS.get(device.type, ()))
-    reason = "; ".join(f"{path.NAME}: {_fault(path, device.type)}" for path in above)
-    return {"attend": reason} if reason else {}
+    """The same -> why faster paths are not taken; empty where the fastest is."""
+    reasons = {case: _sought(settings, device.type)[1] for case, settings in _CASES.items()}
+    return {case: "; ".join(reason) for case, reason in reasons.items() if reason}
+
+
+def _sought(settings: Settings, kind: str) -> tuple[str, list[str]]:
+    """Name of the path for heads of 64 in bfloat16, and what is wrong with those above it."""
+    q = torch.empty(2, 1, 64, dtype=torch.bfloat16, device="cpu")
+    wrong: list[str] = []
+    for path in _PATHS.get(kind, ()):
+        if path.takes(q, settings):
+            if path in ladder(kind):
+                return path.NAME, wrong
+            wrong.append(f"{path.NAME}: {_fault(path, kind)}")
+    return plain_attention.NAME, wrong
 
 
 @cache
@@ -146,23 +204,22 @@ def _fault(path: Path, kind: str) -> str | None:
 def self_test(path: Path, device: torch.device) -> str | None:
     """What is wrong with `path` on `device`, in words; None if result and gradients are near those of float64."""
     try:
-        for heads, width, window in ((4, 64, None), (2, 128, None), (4, 64, 7)):
-            wrong = _wrong(path, device, heads, width, window)
+        for width, window, softcap in ((64, None, 0.0), (128, None, 0.0), (64, 7, 0.0), (64, None, 2.0)):
+            wrong = _wrong(path, device, width, Settings((5, 1, 33, 33, 70), width**-0.5, window, softcap))
             if wrong:
                 return f"self-test failed: {wrong}"
     except Exception as error:  # noqa: BLE001 - a driver or kernel may fail in any way; the next path then runs
-        return f"self-test failed: {type(error).__name__}: {error}"
+        return f"self-test failed: {type(error).__name__}: {str(error)[:200]}"
     return None
 
 
-def _wrong(path: Path, device: torch.device, heads: int, width: int, window: int | None) -> str | None:
-    """What is too far from float64: documents of several lengths, two heads of q for each of k."""
-    settings = Settings((5, 1, 33, 33, 70), width**-0.5, window)
+def _wrong(path: Path, device: torch.device, width: int, settings: Settings) -> str | None:
+    """What is too far from float64, with four heads of q on two of k."""
     n = sum(settings.lengths)
-    flat = torch.sin(torch.arange(6 * heads * n * width, dtype=torch.float32, device="cpu") ** 1.5).bfloat16()
-    q, grad, k, v = flat.view(n, 6 * heads, width).split([2 * heads, 2 * heads, heads, heads], 1)
+    flat = torch.sin(torch.arange(12 * n * width, dtype=torch.float32, device="cpu") ** 1.5).bfloat16()
+    q, grad, k, v = flat.view(n, 12, width).split([4, 4, 2, 2], 1)
     inputs = tuple(x.to(device) for x in (q, k, v))
-    if not path.takes(inputs[0], inputs[1], settings):
+    if not path.takes(inputs[0], settings):
         return None
     results = path.derive(inputs, grad.to(device), settings)
     exact = (q.double(), k.double(), v.double())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ class _Rows(ctypes.Structure):
 class _Attention(ctypes.Structure):
     _fields_ = (
         *((name, _Rows) for name in ("q", "k", "v", "out", "grad", "dq", "dk", "dv")),
-        *((name, ctypes.c_void_p) for name in ("lse", "starts", "lengths")),
+        ("lse", ctypes.c_void_p),
+        *((name, ctypes.POINTER(_Size)) for name in ("starts", "lengths")),
         *((name, _Size) for name in ("documents", "tokens", "heads", "kv_heads", "width", "window")),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
@@ -78,16 +80,15 @@ def backward(
 def _run(name: str, tensors: dict[str, Tensor], settings: Settings, heads: int) -> None:
     """Call the library's function on as many threads as there is work for, `heads` tasks to a document."""
     kept = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in tensors.items()}
-    q, lengths = kept["q"], torch.tensor(settings.lengths, dtype=torch.int64, device="cpu")
-    starts = lengths.cumsum(0) - lengths
-    lengths, order = lengths.sort(descending=True, stable=True)
-    starts = starts[order].contiguous()
+    q, starts = kept["q"], accumulate(settings.lengths, initial=0)
+    documents = sorted(zip(settings.lengths, starts, strict=False), reverse=True)
+    longest, n = documents[0][0], len(documents)
     call = _Attention(
         **{name: _Rows(x.data_ptr(), x.stride(0), x.stride(1)) for name, x in kept.items() if name != "lse"},
         lse=kept["lse"].data_ptr(),
-        starts=starts.data_ptr(),
-        lengths=lengths.data_ptr(),
-        documents=len(lengths),
+        starts=(_Size * n)(*(start for _, start in documents)),
+        lengths=(_Size * n)(*(length for length, _ in documents)),
+        documents=n,
         tokens=q.shape[0],
         heads=q.shape[1],
         kv_heads=kept["k"].shape[1],
@@ -96,9 +97,8 @@ def _run(name: str, tensors: dict[str, Tensor], settings: Settings, heads: int) 
         scale=settings.scale,
         softcap=settings.softcap,
     )
-    longest = int(lengths[0])
     work = q.numel() * min(longest, settings.window or longest)
-    threads = max(1, min(torch.get_num_threads(), len(lengths) * heads, work // _WORTH))
+    threads = max(1, min(torch.get_num_threads(), n * heads, work // _WORTH))
     function: Callable[..., None] = getattr(_library(), name)
     size = (_library().nybble_attend_scratch(q.shape[2], longest) + 63) // 64 * 64
     scratch = torch.empty(threads * size + 63, dtype=torch.uint8, device="cpu")

@@ -39,10 +39,8 @@ EXPORT void nybble_attend_backward(Attention *t, void *scratch) { (void)t, (void
 #define BF16 __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 #define INLINE BF16 static inline __attribute__((always_inline))
 
-#ifndef QUERIES
-enum { QUERIES = 96, KEYS = 64 };
-#endif
-enum { ROWS = 8, VECTOR = 16, WIDEST = 256 };
+enum { QUERIES = 96, KEYS = 128 }; /* of a block: its scores (48 KiB) and operands stay in the second-level cache */
+enum { ROWS = 8, VECTOR = 16 };    /* of a tile; 8 x 3 vectors of sums leave registers for operands */
 
 #define LOG2E 1.44269504088896341f
 #define LN2 0.693147180559945309f
@@ -321,18 +319,19 @@ BF16 static void share(const Block *b, const float *scores, float factor, Softma
             __m512 score = _mm512_loadu_ps(scores + key * QUERIES + VECTOR * v);
             largest = _mm512_mask_max_ps(largest, mask, largest, score);
         }
-        __m512 offset = _mm512_mul_ps(largest, scaling);
+        /* Differences first: the largest share is then 2^0 however large the scores. Nothing seen yet: 0, not infinity. */
+        __m512 zero = _mm512_mask_mov_ps(largest, _mm512_cmp_ps_mask(largest, none, _CMP_EQ_OQ), _mm512_setzero_ps());
         for (int64_t key = 0; key < b->keys; key += 2) {
             __m512 two[2];
             for (int i = 0; i < 2; i++) {
                 __mmask16 mask = full ? 0xFFFF : seen(b, b->key + key + i, v);
                 __m512 score = _mm512_mask_loadu_ps(none, mask, scores + (key + i) * QUERIES + VECTOR * v);
-                two[i] = exp2_512(_mm512_fmsub_ps(score, scaling, offset));
+                two[i] = exp2_512(_mm512_mul_ps(_mm512_sub_ps(score, zero), scaling));
                 sum = _mm512_add_ps(sum, two[i]);
             }
             _mm512_storeu_si512(shares + key / 2 * QUERIES + VECTOR * v, interleaved(two[0], two[1]));
         }
-        __m512 shrink = exp2_512(_mm512_mul_ps(_mm512_sub_ps(before, largest), scaling));
+        __m512 shrink = exp2_512(_mm512_mul_ps(_mm512_sub_ps(before, zero), scaling));
         _mm512_storeu_ps(s->largest + VECTOR * v, largest);
         _mm512_storeu_ps(s->sums + VECTOR * v, _mm512_fmadd_ps(_mm512_loadu_ps(s->sums + VECTOR * v), shrink, sum));
         if (_mm512_cmp_ps_mask(before, largest, _CMP_NEQ_UQ))
@@ -392,7 +391,7 @@ BF16 static void forward_block(const Attention *t, const Scratch *s, Block b, in
     Softmax softmax;
     memset(softmax.sums, 0, sizeof softmax.sums);
     for (int i = 0; i < QUERIES; i++)
-        softmax.largest[i] = -1e30f;
+        softmax.largest[i] = -__builtin_inff();
     memset(s->turned, 0, (size_t)(width * QUERIES) * 4);
     pack_turned(row_of(&t->q, start + b.query, head), t->q.token, b.queries, width, s->q_turned);
     for (b.key = oldest; b.key < end; b.key += KEYS) {
@@ -405,7 +404,7 @@ BF16 static void forward_block(const Attention *t, const Scratch *s, Block b, in
     }
     for (int64_t i = 0; i < b.queries; i += VECTOR) {
         __m512 sums = _mm512_loadu_ps(softmax.sums + i), largest = _mm512_loadu_ps(softmax.largest + i);
-        __m512 lse = _mm512_fmadd_ps(largest, _mm512_set1_ps(t->scale), log_512(sums));
+        __m512 lse = _mm512_add_ps(_mm512_mul_ps(largest, _mm512_set1_ps(t->scale)), log_512(sums));
         __mmask16 inside = b.queries - i >= VECTOR ? 0xFFFF : (__mmask16)((1u << (b.queries - i)) - 1);
         _mm512_storeu_ps(inverse + i, _mm512_div_ps(_mm512_set1_ps(1.0f), sums));
         _mm512_mask_storeu_ps(t->lse + head * t->tokens + start + b.query + i, inside, lse);
@@ -416,20 +415,22 @@ BF16 static void forward_block(const Attention *t, const Scratch *s, Block b, in
 /* ---- backward ---- */
 
 /* P and dS of a block, rounded: by rows both, and dS as pairs along the keys. */
-BF16 static void differentiate(const Block *b, const Attention *t, const Scratch *s, const float *lse2,
+BF16 static void differentiate(const Block *b, const Attention *t, const Scratch *s, const float *lse,
                                const float *means)
 {
     int full = is_full(b);
     float ratio = t->softcap > 0 ? t->scale / t->softcap : 0;
-    __m512 scaling = _mm512_set1_ps(t->scale * LOG2E), capping = _mm512_set1_ps(ratio), one = _mm512_set1_ps(1.0f);
+    __m512 scaling = _mm512_set1_ps(t->scale), capping = _mm512_set1_ps(ratio), one = _mm512_set1_ps(1.0f);
     for (int64_t key = 0; key < b->keys; key += 2)
         for (int64_t v = 0; v < (b->queries + VECTOR - 1) / VECTOR; v++) {
-            __m512 d[2], offset = _mm512_loadu_ps(lse2 + VECTOR * v), mean = _mm512_loadu_ps(means + VECTOR * v);
+            __m512 d[2], offset = _mm512_loadu_ps(lse + VECTOR * v), mean = _mm512_loadu_ps(means + VECTOR * v);
             for (int i = 0; i < 2; i++) {
                 int64_t at = (key + i) * QUERIES + VECTOR * v;
                 __mmask16 mask = full ? 0xFFFF : seen(b, b->key + key + i, v);
                 __m512 score = _mm512_maskz_loadu_ps(mask, s->scores + at);
-                __m512 p = _mm512_maskz_mov_ps(mask, exp2_512(_mm512_fmsub_ps(score, scaling, offset)));
+                /* Rounded as in lse, never more than it: P <= 1 however large the scores. */
+                __m512 below = _mm512_sub_ps(_mm512_mul_ps(score, scaling), offset);
+                __m512 p = _mm512_maskz_mov_ps(mask, exp2_512(_mm512_mul_ps(below, _mm512_set1_ps(LOG2E))));
                 d[i] = _mm512_mul_ps(p, _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, s->d_scores + at), mean));
                 if (ratio > 0) {
                     __m512 capped = _mm512_mul_ps(score, capping);
@@ -442,10 +443,10 @@ BF16 static void differentiate(const Block *b, const Attention *t, const Scratch
         }
 }
 
-/* Of each query: lse in base 2, and rowsum(dO O). */
-BF16 static void prepare(const Attention *t, const Block *b, int64_t start, int64_t head, float *lse2, float *means)
+/* Of each query: lse and rowsum(dO O). */
+BF16 static void prepare(const Attention *t, const Block *b, int64_t start, int64_t head, float *lse, float *means)
 {
-    memset(lse2, 0, QUERIES * 4);
+    memset(lse, 0, QUERIES * 4);
     memset(means, 0, QUERIES * 4);
     for (int64_t i = 0; i < b->queries; i++) {
         const uint16_t *grad = row_of(&t->grad, start + b->query + i, head);
@@ -457,7 +458,7 @@ BF16 static void prepare(const Attention *t, const Block *b, int64_t start, int6
                                    (__m512bh)_mm512_maskz_loadu_epi16(inside, out + column));
         }
         means[i] = _mm512_reduce_add_ps(sum);
-        lse2[i] = t->lse[head * t->tokens + start + b->query + i] * LOG2E;
+        lse[i] = t->lse[head * t->tokens + start + b->query + i];
     }
 }
 
@@ -465,11 +466,11 @@ BF16 static void backward_block(const Attention *t, const Scratch *s, Block b, i
 {
     int64_t width = t->width, end = b.query + b.queries, oldest = most(0, b.query - t->window + 1) / ROWS * ROWS;
     int64_t rows = (b.queries + VECTOR - 1) / VECTOR * VECTOR;
-    float lse2[QUERIES], means[QUERIES], factors[QUERIES];
+    float lse[QUERIES], means[QUERIES], factors[QUERIES];
     const uint16_t *q = row_of(&t->q, start + b.query, head), *grad = row_of(&t->grad, start + b.query, head);
     for (int i = 0; i < QUERIES; i++)
         factors[i] = t->scale;
-    prepare(t, &b, start, head, lse2, means);
+    prepare(t, &b, start, head, lse, means);
     memset(s->turned, 0, (size_t)(width * QUERIES) * 4);
     pack_turned(q, t->q.token, b.queries, width, s->q_turned);
     pack_turned(grad, t->grad.token, b.queries, width, s->grad_turned);
@@ -481,7 +482,7 @@ BF16 static void backward_block(const Attention *t, const Scratch *s, Block b, i
         score(&b, s->v_rows, s->grad_turned, width, s->d_scores);
         if (t->softcap > 0)
             cap(&b, t->scale / t->softcap, s->scores);
-        differentiate(&b, t, s, lse2, means);
+        differentiate(&b, t, s, lse, means);
         scatter(&b, s->p_rows, s->grad_pairs, width, s->dv);
         scatter(&b, s->ds_rows, s->q_pairs, width, s->dk);
         gather(&b, s->k_pairs, s->pairs, width, s->turned);
