@@ -314,7 +314,7 @@ def test_guanaco_in_llama2s_tokens_is_the_tokenizers_own_encoding(shared_data: P
     ledger = done.ledger
     assert (ledger.rows_used, ledger.tokens_total, ledger.length_max) == (1000, 461_907, 7832)
     assert ledger.stop_token_trained_fraction == 1.0
-    texts = [row["text"] for row in read_rows(name).rows]
+    texts = [row["text"] for _, row in read_rows(name)]
     assert [e.input_ids for e in done.train] == llama2(texts, add_special_tokens=False)["input_ids"]
 
 

@@ -11,11 +11,12 @@ import hashlib
 import json
 import re
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from nybble.data.rendered import FAMILIES
-from nybble.data.shapes import Form, Piece, Turn, alpaca_prompt, answers_of, exchanges
+from nybble.data.shapes import Form, Piece, Turn, alpaca_prompt, answers_of, exchanges, put_as
 from nybble.data.tokens import MARKS, adds_bos, mark, spelled, stop_ids, tokenize, unmark
 from nybble.errors import RowsError
 
@@ -53,10 +54,11 @@ class Example:
 class EncodedRow:
     """A row, and what it became."""
 
-    examples: list[Example]  # several where it was split, none where it is too long and `overlong` says drop
+    examples: list[Example]  # several where it was split
     length: int  # tokens before cutting
     n_turns: int  # answers in it, learned or not
-    key: bytes  # equal for rows of equal tokens
+    key: int  # equal for rows of equal tokens
+    prompt_form: str  # how its prompt is put: "template", the text's family, or "" for plainly
 
 
 @dataclass
@@ -76,16 +78,20 @@ def encode_row(
         RowsError: the chat template cannot render the row, or cannot be split into turns.
     """
     whole = _encode(form, tokenizer, loss_on, where)
-    parts = [(form, whole)]
+    parts: list[tuple[Form, _Spans]] = [(form, whole)]
     if len(whole.ids) > max_length and overlong == "drop":
-        parts = []
+        parts, loss_on = [((), _Spans(whole.ids, []))], "answers"  # nothing of it is learned
     elif len(whole.ids) > max_length and overlong == "split":
         parts = [(part, _encode(part, tokenizer, loss_on, where)) for part in _split(form, tokenizer, max_length)]
     examples = [_cut(spans, _n_empty(part, loss_on), max_length, loss_on) for part, spans in parts]
     if len(examples) > 1:
         examples = [example for example in examples if example.n_trained] or examples[:1]
-    key = hashlib.sha256(array("q", whole.ids).tobytes()).digest()
-    return EncodedRow(examples, len(whole.ids), len(answers_of(form)), key)
+    return EncodedRow(examples, len(whole.ids), len(answers_of(form)), key_of(whole.ids), put_as(form))
+
+
+def key_of(ids: Sequence[int]) -> int:
+    """Equal for equal ids; of 64 bits, so that any two of a million others are alike with a chance of 3e-8."""
+    return int.from_bytes(hashlib.blake2b(array("i", ids).tobytes(), digest_size=8).digest())
 
 
 def _encode(form: Form, tokenizer: Any, loss_on: str, where: str) -> _Spans:

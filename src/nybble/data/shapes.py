@@ -81,14 +81,14 @@ def detect_shape(rows: Rows, data: DataSection) -> str:
     """
     if data.data_format != "auto":
         return data.data_format
-    columns = rows.rows[0].keys()
+    columns = rows.first.keys()
     for shape, needed in _COLUMNS.items():
         if all(column in columns for column in needed):
             return shape
     if data.dataset_text_field in columns:
         return "text"
     raise RowsError(
-        f"{rows.where(0)}: has the columns {', '.join(map(str, columns)) or 'none'}; allowed: "
+        f"{rows.source} row 1: has the columns {', '.join(map(str, columns)) or 'none'}; allowed: "
         f"{data.dataset_text_field} (--dataset_text_field), prompt + completion, instruction + output, messages, "
         "or conversations"
     )
@@ -151,7 +151,7 @@ def _alpaca(row: Row, where: str, has_template: bool) -> Form:
     if has_template:
         return [Turn("user", f"{instruction}\n\n{extra}" if extra else instruction), Turn("assistant", output)]
     prompt = alpaca_prompt(instruction, extra)
-    return [Piece(prompt + output, len(prompt), is_literal=True)]
+    return [Piece(prompt + output, len(prompt), is_literal=True, family="alpaca")]
 
 
 def alpaca_prompt(instruction: str, extra: str = "") -> str:
@@ -159,14 +159,10 @@ def alpaca_prompt(instruction: str, extra: str = "") -> str:
     return (_ALPACA_WITH_INPUT if extra else _ALPACA).format(instruction=instruction, input=extra)
 
 
-def prompt_form(shape: str, forms: Sequence[Form], has_template: bool) -> str:
-    """How a prompt was put to the model: "template", "plain" or a piece's family. `ask` must put questions alike."""
-    if shape == "text":
-        families = (part.family for form in forms for part in form if isinstance(part, Piece) and part.family)
-        return next(families, "plain")
-    if shape == "prompt_completion" and not any(isinstance(part, Turn) for form in forms for part in form):
-        return "plain"
-    return "alpaca" if shape == "alpaca" and not has_template else "template"
+def put_as(form: Form) -> str:
+    """How a prompt was put to the model: "template", a piece's family, or "" for plainly. `ask` must put it alike."""
+    families = (part.family if isinstance(part, Piece) else "template" for part in form)
+    return next((family for family in families if family), "")
 
 
 def answers_of(form: Form) -> list[str]:
