@@ -1,0 +1,188 @@
+"""Preparing rows: a million of them in bounded memory, and the speed beside TRL's preparation of the same rows.
+
+    python bench/rows.py --data FOLDER large [--rows 1000000]
+    python bench/rows.py --data FOLDER trl [--rounds 7]
+
+FOLDER holds tokenizers/llama2 and rows/guanaco-llama2-1k.parquet. `large` writes generated [INST] rows to a .jsonl
+file, then runs three processes, one after the other: the ledger (`nybble data`), the ledger again from the cache, and
+one epoch of shuffled batches of 8 padded rows. Memory is sampled: anonymous pages of the process, and with them those
+of its workers (pages that a fork shares are counted in each). `trl` alternates between `SFTTrainer`'s preparation and
+ours, on the 1,000 rows and on ten copies of each, with one and with two processes; no cache on either side. Prints one
+JSON object last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from nybble.hardware import detect_device
+from nybble.training import software_versions
+
+MAX_LENGTH = 1024
+BATCHES = """
+import sys, time, torch
+from transformers import AutoTokenizer
+from nybble.cache import Cache
+from nybble.data import PadBatch, as_features, prepare_rows
+from nybble.recipe import DataSection, EvaluationSection
+torch.set_num_threads(1)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+cache = Cache("rows", 64 << 30)
+train = prepare_rows(DataSection(dataset_name=sys.argv[2]), EvaluationSection(), tokenizer, 42, cache).train
+pad = PadBatch(0)
+started = time.monotonic()
+loader = torch.utils.data.DataLoader(train, 8, shuffle=True, collate_fn=lambda examples: pad(as_features(examples)))
+tokens = sum(int(batch["attention_mask"].sum()) for batch in loader)
+print(tokens, time.monotonic() - started)
+"""
+
+
+def write_rows(file: Path, n_rows: int) -> None:
+    """Questions and answers of generated words, about 100 tokens a row, no two alike."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("aeiounrstl", k=draw.randint(1, 7))) for _ in range(2000)]
+    with file.open("w") as stream:
+        for number in range(n_rows):
+            question, answer = (" ".join(draw.choices(words, k=draw.randint(2, most))) for most in (12, 70))
+            stream.write(json.dumps({"text": f"<s>[INST] {question} {number}? [/INST] {answer}. </s>"}) + "\n")
+
+
+def run_watched(command: list[str], environment: dict[str, str]) -> tuple[str, dict[str, Any]]:
+    """Output, seconds, and peaks of anonymous memory: of the process, and of it with its children."""
+    started, own, all_of_it = time.monotonic(), 0, 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as it:
+        process = psutil.Process(it.pid)
+        while it.poll() is None:
+            sizes = [anonymous_bytes(each) for each in (process, *process.children(recursive=True))]
+            own, all_of_it = max(own, sizes[0]), max(all_of_it, sum(sizes))
+            time.sleep(0.2)
+        assert it.stdout is not None
+        output = it.stdout.read()
+        assert it.returncode == 0, command
+    return output, {"seconds": time.monotonic() - started, "peak_bytes": own, "with_workers_peak_bytes": all_of_it}
+
+
+def anonymous_bytes(process: psutil.Process) -> int:
+    """Memory of a process without the pages of mapped files; 0 when it has just ended."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
+
+
+def large(data: Path, folder: Path, n_rows: int) -> dict[str, Any]:
+    """Ledger, ledger from the cache, batches."""
+    rows, tokenizer = folder / "rows.jsonl", str(data / "tokenizers" / "llama2")
+    write_rows(rows, n_rows)
+    environment = {**os.environ, "NYBBLE_CACHE": str(folder / "cache")}
+    words = ["data", "--model", tokenizer, "--dataset_name", str(rows), "--show", "0", "--json"]
+    found: dict[str, Any] = {"rows": n_rows, "rows_file_bytes": rows.stat().st_size}
+    for name in ("ledger", "ledger_from_cache"):
+        output, found[name] = run_watched([sys.executable, "-m", "nybble", *words], environment)
+        ledger = json.loads(output)["ledger"]
+    found["ledger"]["tokens"] = round(ledger["length_mean"] * ledger["rows_read"])
+    found["kept_bytes"] = sum(file.stat().st_size for file in (folder / "cache").rglob("*.arrow"))
+    output, found["batches"] = run_watched([sys.executable, "-c", BATCHES, tokenizer, str(rows)], environment)
+    found["batches"] |= dict(zip(("tokens", "epoch_seconds"), map(float, output.split()), strict=True))
+    return found
+
+
+def alternate(sides: dict[str, Callable[[], int]], rounds: int) -> dict[str, Any]:
+    """Tokens, and median seconds of each side; the first round, in which caches fill, is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    tokens = {}
+    for number in range(rounds + 1):
+        for name, side in sides.items():
+            started = time.monotonic()
+            tokens[name] = side()
+            if number:
+                seconds[name].append(time.monotonic() - started)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "tokens": tokens,
+        "seconds": seconds,
+        "median_seconds": medians,
+        "tokens_per_second": {name: tokens[name] / medians[name] for name in sides},
+        "ratio_of_medians": medians["trl"] / medians["nybble"],
+    }
+
+
+def beside_trl(data: Path, folder: Path, rounds: int) -> dict[str, Any]:
+    """Both preparations of the same parquet files, by rows and processes."""
+    import datasets
+    from pyarrow import compute
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    from nybble.data import prepare_rows
+    from nybble.recipe import DataSection, EvaluationSection
+
+    warnings.simplefilter("ignore")
+    datasets.disable_caching()
+    datasets.disable_progress_bars()
+    tokenizer = AutoTokenizer.from_pretrained(data / "tokenizers" / "llama2", pad_token="<unk>")  # noqa: S106
+    whole = datasets.load_dataset(
+        "parquet", data_files=str(data / "rows" / "guanaco-llama2-1k.parquet"), split="train", cache_dir=str(folder)
+    )
+    model = LlamaForCausalLM(
+        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    found = {}
+    for copies, processes in ((1, 1), (10, 1), (10, 2)):
+        file = folder / f"{copies}.parquet"
+        datasets.concatenate_datasets([whole] * copies).to_parquet(str(file))
+        # TRL prepares when it is made; a few rows keep that apart from what is measured.
+        settings = SFTConfig(str(folder), max_length=MAX_LENGTH, dataset_num_proc=processes, report_to=[], use_cpu=True)
+        trainer = SFTTrainer(model, settings, train_dataset=whole.select(range(2)), processing_class=tokenizer)
+
+        def theirs(file: Path = file, trainer: Any = trainer) -> int:
+            rows = datasets.load_dataset("parquet", data_files=str(file), split="train", cache_dir=str(folder))
+            done = trainer._prepare_dataset(rows, tokenizer, trainer.args, False, None, "train")
+            return int(compute.sum(compute.list_value_length(done.data.column("input_ids"))).as_py())
+
+        def ours(file: Path = file, processes: int = processes) -> int:
+            section = DataSection(
+                dataset_name=str(file), max_length=MAX_LENGTH, eval_fraction=0, dataset_num_proc=processes
+            )
+            return prepare_rows(section, EvaluationSection(), tokenizer, 0).ledger.tokens_total
+
+        rows, plural = 1000 * copies, "" if processes == 1 else "es"
+        found[f"{rows:,} rows, {processes} process{plural}"] = alternate({"trl": theirs, "nybble": ours}, rounds)
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=("large", "trl"))
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.what == "large":
+            result = large(arguments.data, Path(folder), arguments.rows)
+        else:
+            result = beside_trl(arguments.data, Path(folder), arguments.rounds)
+    for name, value in result.items():
+        print(f"{name:<28} {value}")
+    print(json.dumps({"results": result, "device": detect_device("cpu").name, "versions": software_versions()}))
+
+
+if __name__ == "__main__":
+    main()
