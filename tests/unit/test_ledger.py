@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from nybble.data import IGNORED, Prepared, prepare_rows, read_rows
+from nybble.data import IGNORED, Prepared, encode, prepare_rows, read_rows
 from nybble.errors import RowsError
 from nybble.recipe import DataSection, EvaluationSection
 
@@ -139,14 +139,31 @@ def test_a_row_of_50_megabytes_is_refused_at_once(tmp_path: Path, tok: Any, name
     assert time.monotonic() - began < 60
 
 
-@pytest.mark.parametrize(
-    ("n_turns", "size", "said"),
-    [(50, 50_000, "a text of 2,500,000 characters"), (2_002, 1, "2,002 turns; allowed are")],
-)
-def test_a_conversation_beyond_bounds_is_refused(prepare: Call, n_turns: int, size: int, said: str) -> None:
-    turns = [{"role": ("user", "assistant")[n % 2], "content": "a" * size} for n in range(n_turns)]
-    with pytest.raises(RowsError, match=f"row 1: {said}"):
-        prepare([{"messages": turns}], chat_template="inst")
+def conversation(n_turns: int, size: int = 1) -> dict[str, Any]:
+    return {"messages": [{"role": ("user", "assistant")[n % 2], "content": "a" * size} for n in range(n_turns)]}
+
+
+def test_a_conversation_beyond_bounds_is_refused(prepare: Call) -> None:
+    with pytest.raises(RowsError, match="row 1: a text of 2,500,000 characters"):
+        prepare([conversation(50, 50_000)], chat_template="inst")
+
+
+def test_a_conversation_of_20_000_turns_is_read_in_one_go(prepare: Call) -> None:
+    ledger = prepare([conversation(20_000)], chat_template="inst", max_length=1_000_000).ledger
+    assert (ledger.turns, ledger.stop_tokens_trained, ledger.answers_empty) == (10_000, 10_000, 0)
+
+
+def test_a_template_that_numbers_its_turns_takes_no_more_than_it_can_search(
+    prepare: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "_MOST_SEARCHED", 5)
+    (tmp_path / "own.jinja").write_text(
+        "{% for m in messages %}{{ loop.index }} {{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    settings = {"chat_template": str(tmp_path / "own.jinja")}
+    assert prepare([conversation(10)], **settings).ledger.stop_tokens_trained == 5
+    with pytest.raises(RowsError, match="row 1: the chat template renders each of its 12 turns in another way"):
+        prepare([conversation(12)], **settings)
 
 
 @pytest.mark.parametrize("indent", [1, 4, None])

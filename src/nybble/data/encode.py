@@ -11,8 +11,10 @@ import hashlib
 import json
 import re
 from array import array
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from nybble.data.rendered import FAMILIES
@@ -21,6 +23,7 @@ from nybble.data.tokens import MARKS, adds_bos, mark, spelled, stop_ids, tokeniz
 from nybble.errors import RowsError
 
 IGNORED = -100  # the label that torch's cross-entropy skips
+_MOST_SEARCHED = 1000  # answers of a row whose every search renders all turns before it; 1,000 take some 20 s
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ def _encode_turns(turns: list[Turn], tokenizer: Any, loss_on: str, where: str) -
     stopping = stop_ids(tokenizer)
     spans = _Spans(ids, [])
     for border in borders:
-        inside = [i for i, end in enumerate(ends) if border[0] < end <= border[1]]
+        inside = range(bisect_right(ends, border[0]), bisect_right(ends, border[1]))
         stops = [i for i in inside if ids[i] in stopping]
         # The turn ends with its last special token; line breaks that a template puts behind it are not learned.
         if inside:
@@ -190,10 +193,7 @@ def _answer_borders(turns: list[Turn], text: str, tokenizer: Any, loss_on: str, 
     answers = [k for k, turn in enumerate(turns) if turn.role == "assistant"]
     if loss_on == "last_answer":
         answers = answers[-1:]
-    borders = [
-        _answer_border(turns, k, text, tokenizer, where) or _find_border(turns, k, text, tokenizer, where)
-        for k in answers
-    ]
+    borders = list(_search(turns, answers, text, tokenizer, where))
     if None not in borders:
         return [border for border in borders if border is not None]
     if loss_on == "all":
@@ -202,6 +202,54 @@ def _answer_borders(turns: list[Turn], text: str, tokenizer: Any, loss_on: str, 
         f"{where}: the chat template renders earlier turns differently once later ones follow, so answers cannot "
         "be found; set --chat_template to another one, or --loss_on last_answer or all"
     )
+
+
+def _search(
+    turns: list[Turn], answers: list[int], text: str, tokenizer: Any, where: str
+) -> Iterator[tuple[int, int] | None]:
+    """The border of each answer. Only the first between two of the same gaps is searched, the others are like it."""
+    gaps = _gaps(turns, text, tokenizer, where)
+    known: dict[
+        tuple[str, str] | None, tuple[int, int]
+    ] = {}  # gaps -> how much of them belongs to the answer between them
+    n_searched = 0
+    for k in answers:
+        start, end, gap = gaps.get(k, (0, 0, None)) if not turns[k].calls else (0, 0, None)
+        border: tuple[int, int] | None
+        if gap in known:
+            own = known[gap]
+            border = start - own[0], end + own[1]
+        else:
+            n_searched += 1
+            if n_searched > _MOST_SEARCHED:
+                raise RowsError(
+                    f"{where}: the chat template renders each of its {len(turns):,} turns in another way; allowed are "
+                    f"{_MOST_SEARCHED:,} answers that have to be searched; part it into several rows"
+                )
+            border = _answer_border(turns, k, text, tokenizer, where) or _find_border(turns, k, text, tokenizer, where)
+            if border and gap and border[0] <= start <= end <= border[1]:
+                known[gap] = start - border[0], border[1] - end
+        yield border
+
+
+def _gaps(turns: list[Turn], text: str, tokenizer: Any, where: str) -> dict[int, tuple[int, int, tuple[str, str]]]:
+    """Where in `text` each turn's words are, white space around them left out, and what stands between them and those
+    of the turns before and behind; empty where the template changes the words."""
+    sign = _unused(text)
+    spoken = [k for k, turn in enumerate(turns) if turn.role != "tools"]
+    marked = list(turns)
+    for k in spoken:
+        words = turns[k].content.strip()
+        marked[k] = replace(turns[k], content=turns[k].content.replace(words, sign + words + sign, 1))
+    parts = _render(marked, tokenizer, where).split(sign)
+    if len(parts) != 2 * len(spoken) + 1 or "".join(parts) != text:
+        return {}
+    ends = list(accumulate(map(len, parts)))
+    return {k: (ends[2 * i], ends[2 * i + 1], (parts[2 * i], parts[2 * i + 2])) for i, k in enumerate(spoken)}
+
+
+def _unused(text: str) -> str:
+    return next(chr(code) for code in MARKS if chr(code) not in text)
 
 
 def _answer_border(turns: list[Turn], k: int, text: str, tokenizer: Any, where: str) -> tuple[int, int] | None:
@@ -224,7 +272,7 @@ def _find_border(turns: list[Turn], k: int, text: str, tokenizer: Any, where: st
 
     The turn begins behind the header that asks for an answer, as in generation, and ends as it does when it is last.
     """
-    sign = next(chr(code) for code in MARKS if chr(code) not in text)
+    sign = _unused(text)
 
     def with_mark(upto: int) -> str:
         content = turns[k].content.rstrip()  # the mark goes before white space, which a template may take away

@@ -61,7 +61,6 @@ _BEFORE = {
     "tool": ("assistant", "tool"),
 }
 _MOST_CHARACTERS = 2_000_000  # more than any context holds; beyond it, tokenizing takes gigabytes and minutes
-_MOST_TURNS = 2_000  # each answer is found by rendering all before it
 _COLUMNS = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -202,8 +201,6 @@ def _tools(row: Row, where: str) -> list[Turn]:
 
 
 def _turns(messages: list[Any], role_key: str, content_key: str, where: str) -> list[Turn]:
-    if len(messages) > _MOST_TURNS:
-        raise RowsError(f"{where}: {len(messages):,} turns; allowed are {_MOST_TURNS:,}; part it into several rows")
     turns: list[Turn] = []
     for number, message in enumerate(messages, start=1):
         turn = _turn(message, role_key, content_key, f"{where} turn {number}")
