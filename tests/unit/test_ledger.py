@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ Call = Callable[..., Prepared]
 SHORT = {"text": "<s>[INST] Q [/INST] A </s>"}
 LONG = {"text": "<s>[INST] Q [/INST] " + "A " * 40 + "</s>"}
 EXCHANGE = "<s>[INST] {0} [/INST] {0} </s>"
+LLAMA_3 = "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>"
 TURNS = [
     {"role": "system", "content": "Be brief."},
     *({"role": role, "content": f"{role} {n}"} for n in range(4) for role in ("user", "assistant")),
@@ -79,6 +81,32 @@ def test_long_conversations_are_split_and_keep_their_system_text(prepare: Call, 
         assert "Be brief." in tok.decode(example.input_ids)
         assert example.input_ids.count(tok.bos_token_id) == tok.decode(example.input_ids).count("<s>")
     assert done.ledger.stop_tokens_trained == 4
+
+
+@pytest.mark.parametrize(
+    ("system", "exchange"),
+    [
+        ("", "<s>[INST] {1}{0} [/INST] {0} </s>"),
+        (
+            "<|im_start|>system\nBe brief.<|im_end|>\n",
+            "{1}<|im_start|>user\n{0}<|im_end|>\n<|im_start|>assistant\n{0}<|im_end|>\n",
+        ),
+        ("<|system|>\nBe brief.<|end|>\n", "{1}<|user|>\n{0}<|end|>\n<|assistant|>\n{0}<|end|>\n"),
+        (
+            LLAMA_3.format("system", "Be brief."),
+            "{1}" + LLAMA_3.format("user", "{0}") + LLAMA_3.format("assistant", "{0}"),
+        ),
+    ],
+    ids=["inst", "chatml", "phi3", "llama3"],
+)
+def test_split_text_keeps_its_system_text(prepare: Call, tok: Any, system: str, exchange: str) -> None:
+    system = system or "<<SYS>>\nBe brief.\n<</SYS>>\n\n"
+    row = {"text": exchange.format("a", system) + exchange.format("b", "") + exchange.format("c", "")}
+    one = prepare([{"text": exchange.format("c", system)}])
+    done = prepare([row], max_length=len(one.train[0].input_ids), overlong="split")
+    assert [tok.decode(e.prompt_ids).count("Be brief.") for e in done.train] == [1, 1, 1]
+    assert done.train[2] == replace(one.train[0], row=1)
+    assert "".join(learned(done, tok)) == "".join(learned(prepare([row]), tok))
 
 
 def test_an_exchange_that_is_too_long_by_itself_is_cut_and_counted(prepare: Call) -> None:

@@ -18,7 +18,7 @@ from itertools import accumulate
 from typing import Any
 
 from nybble.data.rendered import FAMILIES
-from nybble.data.shapes import Form, Piece, Turn, alpaca_prompt, answers_of, exchanges, put_as
+from nybble.data.shapes import Form, Piece, Turn, alpaca_prompt, answers_of, begun_anew, exchanges, put_as
 from nybble.data.tokens import MARKS, adds_bos, mark, spelled, stop_ids, tokenize, unmark
 from nybble.errors import RowsError
 
@@ -137,8 +137,9 @@ def _split(form: Form, tokenizer: Any, max_length: int) -> list[Form]:
     for unit in units[1:]:
         if len(_encode([*part, *unit], tokenizer, "all", "").ids) > max_length:
             parts.append(part)
-            part = [*head]
-        part += unit
+            part = [*head, *begun_anew(unit, form)]
+        else:
+            part += unit
     return [*parts, part]
 
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from nybble.data.rendered import find_answers, without_stop
+from nybble.data.rendered import find_answers, with_system, without_stop
 from nybble.data.rows import Row, Rows, check_text
 from nybble.errors import RowsError
 from nybble.recipe import DataSection
@@ -185,6 +185,16 @@ def exchanges(form: Form) -> tuple[Form, list[Form]]:
     return head, list(units)
 
 
+def begun_anew(unit: Form, form: Form) -> Form:
+    """A unit of `exchanges` as the beginning of a row: text that is rendered holds its system text in the first."""
+    first, piece = form[0], unit[0]
+    if not (isinstance(first, Piece) and isinstance(piece, Piece) and first.family == piece.family):
+        return unit
+    prompt, answer = piece.text[: piece.answer_start], piece.text[piece.answer_start :]
+    prompt = with_system(prompt, first.text[: first.answer_start], piece.family)
+    return [replace(piece, text=prompt + answer, answer_start=len(prompt)), *unit[1:]]
+
+
 def _tools(row: Row, where: str) -> list[Turn]:
     """What the row says may be called, as a turn of its own; a JSON text or a list."""
     tools = row.get("tools")
@@ -226,10 +236,21 @@ def _turn(message: Any, role_key: str, content_key: str, where: str) -> Turn:
         raise RowsError(f"{where}: unknown role {role!r}; allowed: {', '.join(_MESSAGE_ROLES)}")
     if calls and content is None:
         content = ""
+    if isinstance(content, list):
+        content = "".join(_text_part(part, where) for part in content)
     if not isinstance(content, str):
         raise RowsError(f"{where}: {content_key} is a {type(content).__name__}, not text")
     check_text(content, where)
     return Turn(role, content, json.dumps(calls, ensure_ascii=False) if calls else "")
+
+
+def _text_part(part: Any, where: str) -> str:
+    """The text of one part of a content: `{"type": "text", "text": ..}`, or the text alone."""
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
+    if not isinstance(text, str):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        raise RowsError(f"{where}: a content's part is {kind!r}; allowed is text: {{'type': 'text', 'text': '..'}}")
+    return text
 
 
 def _check_size(n_characters: int, where: str) -> None:
