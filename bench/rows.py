@@ -5,8 +5,8 @@
 
 FOLDER holds tokenizers/llama2 and rows/guanaco-llama2-1k.parquet. `large` writes generated [INST] rows to a .jsonl
 file, then runs three processes, one after the other: the ledger (`nybble data`), the ledger again from the cache, and
-one epoch of shuffled batches of 8 padded rows. Memory is sampled: anonymous pages of the process, and with them those
-of its workers (pages that a fork shares are counted in each). `trl` alternates between `SFTTrainer`'s preparation and
+one epoch of shuffled batches of 8 padded rows. Memory is sampled: anonymous pages (those of mapped files are the
+system's) of the process and its workers, pages that they share counted once. `trl` alternates between `SFTTrainer`'s preparation and
 ours, on the 1,000 rows and on ten copies of each, with one and with two processes; no cache on either side. Prints one
 JSON object last.
 """
@@ -62,27 +62,26 @@ def write_rows(file: Path, n_rows: int) -> None:
 
 
 def run_watched(command: list[str], environment: dict[str, str]) -> tuple[str, dict[str, Any]]:
-    """Output, seconds, and peaks of anonymous memory: of the process, and of it with its children."""
-    started, own, all_of_it = time.monotonic(), 0, 0
+    """Output, seconds, and the peak of anonymous memory of the process and its children."""
+    started, peak = time.monotonic(), 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as it:
         process = psutil.Process(it.pid)
         while it.poll() is None:
-            sizes = [anonymous_bytes(each) for each in (process, *process.children(recursive=True))]
-            own, all_of_it = max(own, sizes[0]), max(all_of_it, sum(sizes))
+            peak = max(peak, sum(map(anonymous_bytes, [process, *process.children(recursive=True)])))
             time.sleep(0.2)
         assert it.stdout is not None
         output = it.stdout.read()
         assert it.returncode == 0, command
-    return output, {"seconds": time.monotonic() - started, "peak_bytes": own, "with_workers_peak_bytes": all_of_it}
+    return output, {"seconds": time.monotonic() - started, "peak_bytes": peak}
 
 
 def anonymous_bytes(process: psutil.Process) -> int:
-    """Memory of a process without the pages of mapped files; 0 when it has just ended."""
+    """Memory of a process without pages of mapped files, and its part of what it shares; 0 when it has just ended."""
     try:
-        status = Path(f"/proc/{process.pid}/status").read_text()
+        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
     except OSError:
         return 0
-    return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")), 0)
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("Pss_Anon")), 0)
 
 
 def large(data: Path, folder: Path, n_rows: int) -> dict[str, Any]:

@@ -122,14 +122,24 @@ def test_one_file_has_no_splits(prepare: Call) -> None:
 def test_a_set_of_the_hub_is_read_by_split_and_no_further_than_its_limit(tmp_path: Path, limit: int | None) -> None:
     write_lines(tmp_path / "train.jsonl", NUMBERED[:5])
     write_lines(tmp_path / "test.jsonl", NUMBERED[10:20])
-    found = _load_hub(str(tmp_path), "test", limit)  # a folder takes the place of the hub
+    found = _load_hub(str(tmp_path), "test", limit, None)  # a folder takes the place of the hub
     assert hasattr(found, "__len__") == (limit is None)
     for _ in range(2):
         assert list(_read_hub("some/rows", found, limit)) == [
             (f"some/rows row {number}", row) for number, row in enumerate(NUMBERED[10 : 10 + (limit or 10)], start=1)
         ]
     with pytest.raises(RowsError, match="Unknown split"):
-        _load_hub(str(tmp_path), "dev", None)
+        _load_hub(str(tmp_path), "dev", None, None)
+
+
+def test_one_of_a_hub_ids_sets_is_read(tmp_path: Path) -> None:
+    for name in "ab":
+        write_lines(tmp_path / f"{name}.jsonl", [{"text": name}])
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in "ab")
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    assert list(_load_hub(str(tmp_path), "train", None, "b")) == [{"text": "b"}]
+    with pytest.raises(RowsError, match=r"pick one among the available configs: \['a', 'b'\] .* set --dataset_config"):
+        _load_hub(str(tmp_path), "train", None, None)
 
 
 @pytest.mark.parametrize("settings", [{}, {"max_length": 24, "overlong": "split", "eval_fraction": 0.2}], ids=str)

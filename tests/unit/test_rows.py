@@ -234,7 +234,7 @@ def test_a_ragged_csv_row_is_named_by_line(tmp_path: Path, row: str) -> None:
 
 @pytest.mark.parametrize("name", ["r.jsonl", "r.json", "r.csv", "r.txt"])
 def test_what_is_not_utf8_is_named_by_byte(tmp_path: Path, name: str) -> None:
-    assert refusal(tmp_path / name, b'{"text": "\xfc"}') == ": byte 10 is not UTF-8; convert the file to UTF-8"
+    assert refusal(tmp_path / name, b'{"text": "\xfc"}') == " line 1: byte 10 is not UTF-8; convert the file to UTF-8"
 
 
 @pytest.mark.parametrize("keep", [0, 8, 30, -1, -9])
@@ -264,7 +264,8 @@ def test_csv_cells_may_be_long(tmp_path: Path) -> None:
     ("name", "content"), [("r.csv", b"text\n" + b"ok\n" * 40_000), ("r.jsonl", b'\xef\xbb\xbf{"text": "')]
 )
 def test_the_byte_that_is_not_utf8_is_counted_from_the_start(tmp_path: Path, name: str, content: bytes) -> None:
-    assert f"byte {len(content)} is" in refusal(tmp_path / name, content + b"\xff")
+    line = content.count(b"\n") + 1
+    assert refusal(tmp_path / name, content + b"\xff").startswith(f" line {line}: byte {len(content)} is")
 
 
 @pytest.mark.parametrize("content", ['{"a": ' + "1" * 5000 + "}", "[" * 100_000], ids=["digits", "depth"])

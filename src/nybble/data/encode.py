@@ -209,7 +209,8 @@ def _search(
     turns: list[Turn], answers: list[int], text: str, tokenizer: Any, where: str
 ) -> Iterator[tuple[int, int] | None]:
     """The border of each answer. Only the first between two of the same gaps is searched, the others are like it."""
-    gaps = _gaps(turns, text, tokenizer, where)
+    # First and last have gaps of their own, so few answers are searched as soon.
+    gaps = _gaps(turns, text, tokenizer, where) if len(answers) > 3 else {}
     known: dict[
         tuple[str, str] | None, tuple[int, int]
     ] = {}  # gaps -> how much of them belongs to the answer between them
@@ -255,7 +256,7 @@ def _unused(text: str) -> str:
 
 def _answer_border(turns: list[Turn], k: int, text: str, tokenizer: Any, where: str) -> tuple[int, int] | None:
     """Characters of `text` that are turn `k`, or None where the template does not keep earlier turns as they were."""
-    whole = _render(turns[: k + 1], tokenizer, where)
+    whole = _render(turns[: k + 1], tokenizer, where) if k + 1 < len(turns) else text
     # No template renders nothing: the header of a first turn ends where two different contents begin to differ.
     if all(turn.role == "tools" for turn in turns[:k]):
         a, b = (_render([Turn("assistant", content)], tokenizer, where) for content in ("a", "b"))

@@ -71,7 +71,7 @@ def examine_rows(
         encoder = Encoder(tokenizer, detect_shape(rows, data), data, evaluation.answer_field)
         return encode_rows(rows, encoder, cache, watch or Silent())
 
-    rows = read_rows(data.dataset_name, data.dataset_split, data.max_train_rows)
+    rows = read_rows(data.dataset_name, data.dataset_split, data.max_train_rows, data.dataset_config)
     apart = _rows_apart(data, evaluation)
     read = encode(rows)
     useful = _useful(read)
@@ -99,7 +99,8 @@ def _rows_apart(data: DataSection, evaluation: EvaluationSection) -> Rows | None
         return None
     if data.eval_dataset_name is None and Path(name).expanduser().is_file():
         raise RowsError(f"{name} is one file and has no splits; leave out --eval_dataset_split, or give a folder")
-    return read_rows(name, data.eval_dataset_split or data.dataset_split, evaluation.max_eval_rows)
+    config = data.dataset_config if name == data.dataset_name else None
+    return read_rows(name, data.eval_dataset_split or data.dataset_split, evaluation.max_eval_rows, config)
 
 
 def _useful(read: Examples) -> NDArray[np.bool_]:

@@ -50,8 +50,10 @@ class Rows:
         return self.n_rows
 
 
-def read_rows(name: str, split: str = "train", limit: int | None = None) -> Rows:
+def read_rows(name: str, split: str = "train", limit: int | None = None, config: str | None = None) -> Rows:
     """The rows of `split` that `name` (a file, a folder of files, or a hub id) holds, or the first `limit` of them.
+
+    `config` names one of the sets that a hub id holds.
 
     Raises:
         RowsError: missing, empty, or not what its ending says; a folder without that split.
@@ -67,7 +69,7 @@ def read_rows(name: str, split: str = "train", limit: int | None = None) -> Rows
     elif path.is_absolute() or path.suffix.lower() in _READERS or name.startswith((".", "~")) or name.count("/") > 1:
         raise RowsError(f"rows file {name!r} does not exist")
     else:
-        return _examine(name, partial(_read_hub, name, _load_hub(name, split, limit), limit))
+        return _examine(name, partial(_read_hub, name, _load_hub(name, split, limit, config), limit))
     return _examine(name, partial(_read_files, files, limit))
 
 
@@ -133,20 +135,21 @@ def _read_file(path: Path) -> Iterator[Placed]:
         for number, row in enumerate(reader(path), start=1):
             yield f"{path} row {number}", row
     except UnicodeDecodeError as error:
-        raise RowsError(f"{path}: byte {_undecodable(path)} is not UTF-8; convert the file to UTF-8") from error
+        line, byte = _undecodable(path)
+        raise RowsError(f"{path} line {line}: byte {byte} is not UTF-8; convert the file to UTF-8") from error
 
 
-def _undecodable(path: Path) -> int:
-    """Where a file stops to be UTF-8: the decoder counts from the beginning of what it had at hand."""
-    before = 0
+def _undecodable(path: Path) -> tuple[int, int]:
+    """Line and byte of the file where it stops to be UTF-8: a decoder counts from the beginning of what it holds."""
+    line = before = 0
     with path.open("rb") as stream:
-        for line in stream:
+        for line, content in enumerate(stream, start=1):
             try:
-                line.decode()
+                content.decode()
             except UnicodeDecodeError as error:
-                return before + error.start
-            before += len(line)
-    return before
+                return line, before + error.start
+            before += len(content)
+    return line, before
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -244,19 +247,20 @@ def _fetching(name: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise RowsError(f"{name}: {str(error).partition(chr(10))[0]}") from error
+        said = " ".join(str(error).split())[:300]
+        raise RowsError(f"{name}: {said}; set --dataset_config or --dataset_split") from error
     except (DatasetNotFoundError, HfHubHTTPError, ConnectionError, OSError) as error:
         raise CannotRunError(
             f"{name!r} is no file here and cannot be fetched from the hub; give a local file, or connect"
         ) from error
 
 
-def _load_hub(name: str, split: str, limit: int | None) -> Any:
+def _load_hub(name: str, split: str, limit: int | None, config: str | None) -> Any:
     """A data set of the hub, on disk in Arrow's form; with a limit a stream, so that no more than that is fetched."""
     from datasets import load_dataset
 
     with _fetching(name):
-        return load_dataset(name, split=split, streaming=limit is not None)
+        return load_dataset(name, config, split=split, streaming=limit is not None)
 
 
 def _read_hub(name: str, rows: Any, limit: int | None) -> Iterator[Placed]:

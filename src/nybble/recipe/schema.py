@@ -138,6 +138,9 @@ class DataSection(Section):
         "split of a hub data set or a folder; of a folder, by words in the files' names: train, validation, test",
         aliases=("split", "dataset_train_split"),
     )
+    dataset_config: str | None = setting(
+        None, "which of the sets that a hub id holds", aliases=("dataset_config_name",)
+    )
     dataset_num_proc: int | None = setting(
         None,
         "processes that tokenize; default: one a core, at most 16",
