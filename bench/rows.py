@@ -6,9 +6,9 @@
 FOLDER holds tokenizers/llama2 and rows/guanaco-llama2-1k.parquet. `large` writes generated [INST] rows to a .jsonl
 file, then runs three processes, one after the other: the ledger (`nybble data`), the ledger again from the cache, and
 one epoch of shuffled batches of 8 padded rows. Memory is sampled: anonymous pages (those of mapped files are the
-system's) of the process and its workers, pages that they share counted once. `trl` alternates between `SFTTrainer`'s preparation and
-ours, on the 1,000 rows and on ten copies of each, with one and with two processes; no cache on either side. Prints one
-JSON object last.
+system's) of the process and its workers, pages that they share counted once. `trl` alternates between `SFTTrainer`'s
+preparation and ours, on the 1,000 rows and on ten copies of each, with one and with two processes; no cache on either
+side. Prints one JSON object last.
 """
 
 from __future__ import annotations
