@@ -234,6 +234,8 @@ def test_rows_that_are_all_cut_short_are_refused(prepare: Call, text: str, said:
     [
         ([{"text": "a"}, {"txt": "b"}], "row 2: column 'text' is missing; this row has txt"),
         ([{"text": "a"}, {}], "row 2: column 'text' is missing; this row has none"),
+        ([{"text": "a"}, {"messages": TURNS}], "row 2: column 'text' is missing; this row has messages"),
+        ([{"text": "a"}, {"text": ["a"]}], "row 2: column 'text' holds a list, not text"),
         ([{"text": "a"}, {"text": None}], "row 2: column 'text' holds a NoneType, not text"),
         ([{"prompt": "a", "completion": 4}], "row 1: column 'completion' holds a int, not text"),
         ([{"prompt": [], "completion": "x"}], "row 1: column 'completion' holds 'x', not a list of turns"),

@@ -169,6 +169,14 @@ def test_workers_are_other_processes_and_progress_is_told(
     assert told.moves == [("tokenizing", 250, 700), ("tokenizing", 500, 700), ("tokenizing", 700, 700)]
 
 
+def test_long_rows_go_to_the_workers_in_smaller_chunks(prepare: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode_all, "_CHUNK_BYTES", 300)
+    told = Told()
+    rows = [{"text": "a" * 90}] * 12  # 102 bytes each as JSON
+    assert len(prepare(rows, dataset_num_proc=3, watch=told).train) == 12
+    assert [done for _, done, _ in told.moves] == [2, 4, 6, 8, 10, 12]
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_row_that_cannot_be_used_is_named_from_afar_and_leaves_nothing(
     prepare: Call, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch

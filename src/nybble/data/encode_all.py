@@ -35,7 +35,8 @@ from nybble.errors import CannotRunError, RowsError
 from nybble.recipe import DataSection
 from nybble.runs import Observer
 
-CHUNK = 250  # rows that a worker takes at a time
+CHUNK = 250  # rows that a worker takes at a time, fewer where they are long:
+_CHUNK_BYTES = 8 << 20  # of such rows as JSON; a worker has three chunks on their way
 _MOST_WORKERS = 16  # beyond it, reading the rows is what takes the time
 # Part of every key: to be raised when the same rows and settings give other tokens, or records another form.
 _VERSION = 1
@@ -97,7 +98,7 @@ def encode_rows(rows: Rows, encoder: Encoder, cache: Cache | None, watch: Observ
         RowsError: a row cannot be used.
         CannotRunError: a worker was killed.
     """
-    if len(rows) <= CHUNK:
+    if len(rows) <= _rows_a_chunk(rows):
         return Examples([encoder.encode((0, list(rows)))])
 
     def write(folder: Path) -> None:
@@ -123,17 +124,22 @@ def encode_rows(rows: Rows, encoder: Encoder, cache: Cache | None, watch: Observ
 
 
 def _records(rows: Rows, encoder: Encoder, watch: Observer) -> Iterator[RecordBatch]:
-    n_workers = _n_workers(encoder.data.dataset_num_proc)
-    chunks = _chunks(rows)
+    size = _rows_a_chunk(rows)
+    n_workers = min(_n_workers(encoder.data.dataset_num_proc), -(-len(rows) // size))
+    chunks = _chunks(rows, size)
     batches = _in_processes(chunks, encoder, n_workers) if n_workers > 1 else map(encoder.encode, chunks)
     for number, batch in enumerate(batches, start=1):
-        watch.progress("tokenizing", min(number * CHUNK, len(rows)), len(rows))
+        watch.progress("tokenizing", min(number * size, len(rows)), len(rows))
         yield batch
 
 
-def _chunks(rows: Rows) -> Iterator[_Chunk]:
+def _rows_a_chunk(rows: Rows) -> int:
+    return max(1, min(CHUNK, _CHUNK_BYTES * len(rows) // rows.n_bytes))
+
+
+def _chunks(rows: Rows, size: int) -> Iterator[_Chunk]:
     placed, before = iter(rows), 0
-    while chunk := list(islice(placed, CHUNK)):
+    while chunk := list(islice(placed, size)):
         yield before, chunk
         before += len(chunk)
 

@@ -73,10 +73,11 @@ def examine_rows(
 
     rows = read_rows(data.dataset_name, data.dataset_split, data.max_train_rows, data.dataset_config)
     apart = _rows_apart(data, evaluation)
+    other = encode(apart) if apart is not None else None  # the few rows first: their faults show at once
     read = encode(rows)
     useful = _useful(read)
-    if apart is not None:
-        held, held_useful, chosen = (other := encode(apart)), _useful(other), np.zeros_like(useful)
+    if other is not None:
+        held, held_useful, chosen = other, _useful(other), np.zeros_like(useful)
     else:
         chosen = _hold_out(len(rows), data.eval_fraction, seed, evaluation.max_eval_rows)
         held, held_useful = _of_rows(read, chosen), useful
