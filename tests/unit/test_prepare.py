@@ -8,6 +8,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Sequence
+from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from nybble.cache import Cache
 from nybble.data import Example, Prepared, encode_all
 from nybble.data.rows import _load_hub, _read_hub
 from nybble.errors import CannotRunError, RowsError
+from nybble.recipe import DataSection
 from nybble.runs import Silent
 
 Call = Callable[..., Prepared]
@@ -143,7 +145,10 @@ def test_one_of_a_hub_ids_sets_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"max_length": 24, "overlong": "split", "eval_fraction": 0.2}], ids=str)
-def test_the_number_of_workers_changes_nothing(prepare: Call, settings: dict[str, Any]) -> None:
+def test_the_number_of_workers_changes_nothing(
+    prepare: Call, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode_all, "CHUNK", 20)
     one, two, three = (prepare(MANY, dataset_num_proc=n, **settings) for n in (1, 2, 3))
     assert list(one.train) == list(two.train) == list(three.train)
     assert list(one.held_out) == list(two.held_out) == list(three.held_out)
@@ -225,7 +230,6 @@ class TestKept:
             {"overlong": "split", "max_length": 20},
             {"rows": MANY[1:]},
             {"rows": [*MANY[:-1], {"text": "x"}]},
-            {"data_format": "prompt_completion", "rows": [{"prompt": "a", "completion": str(n)} for n in range(300)]},
             {"chat_template": "inst"},
         ],
         ids=str,
@@ -247,21 +251,23 @@ class TestKept:
         monkeypatch.setattr(encode_all, "_VERSION", 2)
         assert notes() == []
 
-    def test_a_template_that_tells_the_date_is_rendered_anew_each_day(
-        self, tok: Any, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        from datetime import date
+    def test_the_key_is_of_everything_that_decides_the_tokens(self, tok: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        def key(shape: str = "text", answer_field: str = "answer", **data: Any) -> str:
+            return encode_all.Encoder(tok, shape, DataSection(**data), answer_field).key()
 
-        from nybble.recipe import DataSection
-
-        encoder = encode_all.Encoder(tok, "text", DataSection(), "answer")
+        decide: list[dict[str, Any]] = [
+            {}, {"shape": "alpaca"}, {"answer_field": "a"}, {"dataset_text_field": "t"}, {"loss_on": "last_answer"},
+            {"overlong": "drop"}, {"max_length": 9},
+        ]  # fmt: skip
+        assert len({key(**changed) for changed in decide}) == len(decide)
+        assert key(dataset_name="x", eval_fraction=0.5, dataset_num_proc=3) == key()
         keys = set()
         for template in ("{{ strftime_now('%d') }}", "{{ messages }}"):
             tok.chat_template = template
-            for day in (1, 2):
+            for day in (1, 2):  # a template may tell the date
                 now = SimpleNamespace(date=lambda day=day: date(2026, 1, day))
                 monkeypatch.setattr(encode_all, "datetime", SimpleNamespace(now=lambda _zone, now=now: now))
-                keys.add(encoder.key())
+                keys.add(key())
         assert len(keys) == 3
 
     @pytest.mark.parametrize("harm", ["flip", "cut", "gone"])
