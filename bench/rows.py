@@ -5,7 +5,7 @@
 
 FOLDER holds tokenizers/llama2 and rows/guanaco-llama2-1k.parquet. `large` writes generated [INST] rows to a .jsonl
 file, then runs three processes, one after the other: the ledger (`nybble data`), the ledger again from the cache, and
-one epoch of shuffled batches of 8 padded rows. Memory is sampled: anonymous pages (those of mapped files are the
+one epoch of shuffled batches of 8 rows. Memory is sampled: anonymous pages (those of mapped files are the
 system's) of the process and its workers, pages that they share counted once. `trl` alternates between `SFTTrainer`'s
 preparation and ours, on the 1,000 rows and on ten copies of each, with one and with two processes; no cache on either
 side. Prints one JSON object last.
@@ -37,16 +37,15 @@ BATCHES = """
 import sys, time, torch
 from transformers import AutoTokenizer
 from nybble.cache import Cache
-from nybble.data import PadBatch, as_features, prepare_rows
+from nybble.data import FlatBatch, Groups, prepare_rows
 from nybble.recipe import DataSection, EvaluationSection
 torch.set_num_threads(1)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 cache = Cache("rows", 64 << 30)
 train = prepare_rows(DataSection(dataset_name=sys.argv[2]), EvaluationSection(), tokenizer, 42, cache).train
-pad = PadBatch(0)
 started = time.monotonic()
-loader = torch.utils.data.DataLoader(train, 8, shuffle=True, collate_fn=lambda examples: pad(as_features(examples)))
-tokens = sum(int(batch["attention_mask"].sum()) for batch in loader)
+loader = torch.utils.data.DataLoader(Groups(train), 8, shuffle=True, collate_fn=FlatBatch())
+tokens = sum(batch["input_ids"].shape[1] for batch in loader)
 print(tokens, time.monotonic() - started)
 """
 
