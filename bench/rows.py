@@ -7,8 +7,8 @@ FOLDER holds tokenizers/llama2 and rows/guanaco-llama2-1k.parquet. `large` write
 file, then runs three processes, one after the other: the ledger (`nybble data`), the ledger again from the cache, and
 one epoch of shuffled batches of 8 rows. Memory is sampled: anonymous pages (those of mapped files are the
 system's) of the process and its workers, pages that they share counted once. `trl` alternates between `SFTTrainer`'s
-preparation and ours, on the 1,000 rows and on ten copies of each, with one and with two processes; no cache on either
-side. Prints one JSON object last.
+preparation and ours, on the 1,000 rows and on four copies of each, with one and with two processes; no cache on either
+side; processor seconds tell more than the clock's where other work runs. Prints one JSON object last.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def write_rows(file: Path, n_rows: int) -> None:
 
 
 def run_watched(command: list[str], environment: dict[str, str]) -> tuple[str, dict[str, Any]]:
-    """Output, seconds, and the peak of anonymous memory of the process and its children."""
-    started, peak = time.monotonic(), 0
+    """Output, seconds, processor seconds, and the peak of anonymous memory, each of the process and its children."""
+    started, computed, peak = time.monotonic(), cpu_seconds(), 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment) as it:
         process = psutil.Process(it.pid)
         while it.poll() is None:
@@ -71,7 +71,13 @@ def run_watched(command: list[str], environment: dict[str, str]) -> tuple[str, d
         assert it.stdout is not None
         output = it.stdout.read()
         assert it.returncode == 0, command
-    return output, {"seconds": time.monotonic() - started, "peak_bytes": peak}
+    seconds = {"seconds": time.monotonic() - started, "cpu_seconds": cpu_seconds() - computed}
+    return output, seconds | {"peak_bytes": peak}
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and of those that it started and that have ended."""
+    return sum(os.times()[:4])
 
 
 def anonymous_bytes(process: psutil.Process) -> int:
@@ -101,22 +107,28 @@ def large(data: Path, folder: Path, n_rows: int) -> dict[str, Any]:
 
 
 def alternate(sides: dict[str, Callable[[], int]], rounds: int) -> dict[str, Any]:
-    """Tokens, and median seconds of each side; the first round, in which caches fill, is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    """Tokens and seconds of each side, by the clock and of the processor; the first round fills caches, uncounted."""
+    clock: dict[str, list[float]] = {name: [] for name in sides}
+    cpu: dict[str, list[float]] = {name: [] for name in sides}
     tokens = {}
     for number in range(rounds + 1):
         for name, side in sides.items():
-            started = time.monotonic()
+            started, computed = time.monotonic(), cpu_seconds()
             tokens[name] = side()
             if number:
-                seconds[name].append(time.monotonic() - started)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+                clock[name].append(time.monotonic() - started)
+                cpu[name].append(cpu_seconds() - computed)
+    medians = {
+        kind: {name: statistics.median(all_of[name]) for name in sides}
+        for kind, all_of in (("seconds", clock), ("cpu_seconds", cpu))
+    }
     return {
         "tokens": tokens,
-        "seconds": seconds,
-        "median_seconds": medians,
-        "tokens_per_second": {name: tokens[name] / medians[name] for name in sides},
-        "ratio_of_medians": medians["trl"] / medians["nybble"],
+        "seconds": clock,
+        "cpu_seconds": cpu,
+        "median": medians,
+        "ratio_of_medians": {kind: each["trl"] / each["nybble"] for kind, each in medians.items()},
+        "tokens_per_cpu_second": {name: tokens[name] / medians["cpu_seconds"][name] for name in sides},
     }
 
 
@@ -141,11 +153,17 @@ def beside_trl(data: Path, folder: Path, rounds: int) -> dict[str, Any]:
         LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
     found = {}
-    for copies, processes in ((1, 1), (10, 1), (10, 2)):
+    for copies, processes in ((1, 1), (4, 1), (4, 2)):
         file = folder / f"{copies}.parquet"
         datasets.concatenate_datasets([whole] * copies).to_parquet(str(file))
         # TRL prepares when it is made; a few rows keep that apart from what is measured.
-        settings = SFTConfig(str(folder), max_length=MAX_LENGTH, dataset_num_proc=processes, report_to=[], use_cpu=True)
+        settings = SFTConfig(
+            str(folder),
+            max_length=MAX_LENGTH,
+            dataset_num_proc=processes if processes > 1 else None,  # 1 would be a process beside this one
+            report_to=[],
+            use_cpu=True,
+        )
         trainer = SFTTrainer(model, settings, train_dataset=whole.select(range(2)), processing_class=tokenizer)
 
         def theirs(file: Path = file, trainer: Any = trainer) -> int:
