@@ -190,6 +190,10 @@ def test_a_template_that_numbers_its_turns_takes_no_more_than_it_can_search(
     )
     settings = {"chat_template": str(tmp_path / "own.jinja")}
     assert prepare([conversation(10)], **settings).ledger.stop_tokens_trained == 5
+    (tmp_path / "own.jinja").write_text(
+        "{% for m in messages %}{% if m.content != 'a' %}{{ raise_exception('no a') }}{% endif %}a</s>{% endfor %}"
+    )
+    assert prepare([conversation(10)], **settings).ledger.stop_tokens_trained == 5
     with pytest.raises(RowsError, match="row 1: the chat template renders each of its 12 turns in another way"):
         prepare([conversation(12)], **settings)
 

@@ -93,7 +93,7 @@ def encode_row(
 
 
 def key_of(ids: Sequence[int]) -> int:
-    """Equal for equal ids; of 64 bits, so that any two of a million others are alike with a chance of 3e-8."""
+    """Equal for equal ids. It has 64 bits: that any two of a million others are alike has a chance of 3e-8."""
     return int.from_bytes(hashlib.blake2b(array("i", ids).tobytes(), digest_size=8).digest())
 
 
@@ -211,9 +211,8 @@ def _search(
     """The border of each answer. Only the first between two of the same gaps is searched, the others are like it."""
     # First and last have gaps of their own, so few answers are searched as soon.
     gaps = _gaps(turns, text, tokenizer, where) if len(answers) > 3 else {}
-    known: dict[
-        tuple[str, str] | None, tuple[int, int]
-    ] = {}  # gaps -> how much of them belongs to the answer between them
+    # Gaps -> how much of them belongs to the answer between them.
+    known: dict[tuple[str, str] | None, tuple[int, int]] = {}
     n_searched = 0
     for k in answers:
         start, end, gap = gaps.get(k, (0, 0, None)) if not turns[k].calls else (0, 0, None)
@@ -243,7 +242,10 @@ def _gaps(turns: list[Turn], text: str, tokenizer: Any, where: str) -> dict[int,
     for k in spoken:
         words = turns[k].content.strip()
         marked[k] = replace(turns[k], content=turns[k].content.replace(words, sign + words + sign, 1))
-    parts = _render(marked, tokenizer, where).split(sign)
+    try:
+        parts = _render(marked, tokenizer, where).split(sign)
+    except RowsError:  # a template may parse what a turn says
+        return {}
     if len(parts) != 2 * len(spoken) + 1 or "".join(parts) != text:
         return {}
     ends = list(accumulate(map(len, parts)))

@@ -49,12 +49,12 @@ def find_answers(text: str) -> tuple[str, list[tuple[int, int]]]:
 
 def with_system(prompt: str, first: str, family: str) -> str:
     """A later prompt of a text, begun as its first: with the system text, which stands before that one alone."""
+    pattern = r"<<SYS>>.*?<</SYS>>\s*" if family == "inst" else FAMILIES[family].system if family in FAMILIES else ""
+    found = re.search(pattern, first, re.DOTALL)
+    system = found[0] if found else ""
     if family == "inst":
-        block = re.search(r"<<SYS>>.*?<</SYS>>\s*", first, re.DOTALL)
-        return prompt.replace("[INST] ", f"[INST] {block[0]}", 1) if block else prompt
-    pattern = FAMILIES[family].system if family in FAMILIES else ""
-    block = re.search(pattern, first, re.DOTALL) if pattern else None
-    return block[0] + prompt.lstrip() if block else prompt
+        return re.sub(r"\[INST\] ?", lambda _: f"[INST] {system}", prompt, count=1)
+    return system + prompt.lstrip() if family in FAMILIES else prompt
 
 
 def without_stop(answer: str, family: str) -> str:
