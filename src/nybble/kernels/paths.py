@@ -1,7 +1,13 @@
-"""Which code runs the operators on a device: the fastest path that is there."""
+"""Which code runs each operator on a device: the fastest path that gives right results there.
+
+Every operator has a ladder of paths. `take` says from outside which rung to stand on, as the doctor does after it has
+run each path in a process of its own; without it the first rung is taken whose results pass a test in this process.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,11 +20,25 @@ from nybble.kernels import cpu, plain
 from nybble.quant import PackedWeight, Steps
 from nybble.quant.search import nest_scales
 
-OPERATORS = ("dequantize_4bit", "dequantize_4bit_out", "gemv_4bit", "quantize_4bit")
+_GPU = ("triton", "torch")
+_ENGINE: dict[str, tuple[str, ...]] = {"cpu": ("native", "torch"), "cuda": _GPU, "hip": _GPU}
+_ATTENTION = ("flash", "efficient", "math")
+# Operator -> kind of device -> names of its paths, fastest first. A kind that is not named has no choice.
+LADDERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "dequantize_4bit": _ENGINE,
+    "gemv_4bit": _ENGINE,
+    "quantize_4bit": _ENGINE,
+    # The fastest kind that torch may take; inputs that do not suit it go to a later one.
+    "attention": {"cpu": ("flash", "math"), "cuda": _ATTENTION, "hip": _ATTENTION},
+    "gemm": {"hip": ("hipblaslt", "rocblas")},
+}
 
 
 class Path(Steps, Protocol):
-    """What a path must offer: the loops of the encoder, and these. All results are bit-identical but sums."""
+    """What a path of the 4-bit operators must offer: the loops of the encoder, and these.
+
+    All results are bit-identical but sums.
+    """
 
     NAME: str  # as run.json shows it
 
@@ -29,47 +49,100 @@ class Path(Steps, Protocol):
         """x W^T, `(rows, out_features)` in the type of x, for contiguous x of at most 8 rows."""
 
 
-def path_for(device: torch.device) -> Path:
-    """The path that the operators take on `device`."""
-    return _path_of_kind(device.type)[0]
+@dataclass(frozen=True)
+class Choice:
+    """A rung of a ladder, and why no faster one."""
+
+    path: str
+    reason: str | None = None  # in words; None for the fastest
+
+
+_taken: dict[tuple[str, str], Choice] = {}  # (kind of device, operator) -> what `take` said
+
+
+def kind_of(device: torch.device) -> str:
+    """ "cpu", "cuda" or "hip"; ROCm's torch calls its devices cuda too."""
+    return "hip" if device.type == "cuda" and torch.version.hip else device.type
+
+
+def ladder(operator: str, device: torch.device) -> tuple[str, ...]:
+    """Names of an operator's paths on `device`, fastest first; empty where there is no choice."""
+    rungs = LADDERS[operator]
+    return rungs.get(kind_of(device), ("torch",) if rungs is _ENGINE else ())
+
+
+def take(device: torch.device, choices: Mapping[str, Choice]) -> None:
+    """Let operators run by these paths from now on, in this process."""
+    for operator, chosen in choices.items():
+        _taken[kind_of(device), operator] = chosen
+        switch = _SWITCHES.get(operator)
+        if switch is not None:
+            switch(ladder(operator, device), chosen.path)
+
+
+def choice(operator: str, device: torch.device) -> Choice:
+    """The path that `operator` takes on `device`."""
+    return _taken.get((kind_of(device), operator)) or _first_that_works(operator, device.type, kind_of(device))
+
+
+def path_for(device: torch.device, operator: str) -> Path:
+    """The code of a 4-bit operator on `device`."""
+    return path_named(choice(operator, device).path)
+
+
+def path_named(name: str) -> Path:
+    """The code of a path of the 4-bit operators.
+
+    Raises:
+        ImportError: Triton is not installed.
+    """
+    if name == "triton":
+        return cast(Path, import_module("nybble.kernels.gpu"))
+    return cast(Path, {"native": cpu, "torch": plain}[name])
+
+
+def unavailable(name: str) -> str | None:
+    """Why a path of the 4-bit operators cannot be tried, in words; None if it can."""
+    if name == "native":
+        return cpu.unavailable()
+    return "triton is not installed" if name == "triton" and not find_spec("triton") else None
 
 
 def paths_taken(device: torch.device) -> dict[str, str]:
     """Operator -> name of the path that it takes on `device`."""
-    return dict.fromkeys(OPERATORS, path_for(device).NAME)
+    return {operator: choice(operator, device).path for operator in LADDERS if ladder(operator, device)}
 
 
 def path_reasons(device: torch.device) -> dict[str, str]:
-    """Operator -> why it does not take the fast path of `device`; empty where it does."""
-    reason = _path_of_kind(device.type)[1]
-    return dict.fromkeys(OPERATORS, reason) if reason else {}
+    """Operator -> why it does not take the fastest path of `device`; empty where it does."""
+    chosen = {operator: choice(operator, device) for operator in LADDERS if ladder(operator, device)}
+    return {operator: rung.reason for operator, rung in chosen.items() if rung.reason}
 
 
 @cache
-def _path_of_kind(kind: str) -> tuple[Path, str | None]:
-    """The path, and why it is not the fast one of this kind of device, in words."""
-    plainest = cast(Path, plain)
-    if kind == "cpu":
-        missing = cpu.unavailable()
-        fast = cast(Path, cpu)
-    elif kind == "cuda":  # ROCm calls itself so too
-        missing = None if find_spec("triton") else "triton is not installed"
-        fast = cast(Path, import_module("nybble.kernels.gpu")) if missing is None else plainest
-    else:
-        return plainest, f"there is no fast path for {kind}"
-    wrong = missing or self_test(fast, torch.device(kind))
-    return (plainest, wrong) if wrong else (fast, None)
+def _first_that_works(operator: str, device_type: str, kind: str) -> Choice:
+    device = torch.device(device_type)
+    names = ladder(operator, device)
+    if LADDERS[operator] is not _ENGINE:
+        return Choice(names[0])
+    if kind not in _ENGINE:
+        return Choice("torch", f"there is no fast path for {kind}")
+    for name in names[:-1]:
+        reason = unavailable(name) or self_test(path_named(name), device, operator)
+        if reason is None:
+            return Choice(name)
+    return Choice(names[-1], reason)
 
 
-def self_test(path: Path, device: torch.device) -> str | None:
-    """What is wrong with `path` on `device`, in words; None if it gives the bits of the plain one.
+def self_test(path: Path, device: torch.device, operator: str) -> str | None:
+    """What is wrong with `operator` by `path` on `device`, in words; None if it gives the bits of the plain one.
 
     Small weights with a short last block are encoded and decoded: a path is only taken where it has been seen to work.
     """
     flat = torch.sin(torch.arange(64 * 21 + 37, dtype=torch.float32, device="cpu") ** 1.5).to(device)
     try:
         for quant_type in ("nf4", "fp4"):
-            wrong = _differs(path, flat, quant_type)
+            wrong = _TESTS[operator](path, flat, quant_type)
             if wrong:
                 return f"self-test of the {path.NAME} path failed: {wrong} differs from the plain path"
     except Exception as error:  # noqa: BLE001 - a compiler or driver may fail in any way; the plain path then runs
@@ -77,30 +150,64 @@ def self_test(path: Path, device: torch.device) -> str | None:
     return None
 
 
-def _differs(path: Path, flat: Tensor, quant_type: str) -> str | None:
-    """The first function whose result is not the plain path's."""
+def _encoding_differs(path: Path, flat: Tensor, quant_type: str) -> str | None:
+    """The first function of the encoder whose result is not the plain path's."""
     scales = plain.search_scales(flat, quant_type, 64, True)
-    nested_absmax, offset = nest_scales(scales)
-    nested = (flat, quant_type, 64, scales, nested_absmax, offset)
-    codes, packed = plain.nested_codes(*nested), plain.nearest_codes(flat, quant_type, 64, scales)
+    nested = (flat, quant_type, 64, scales, *nest_scales(scales))
     if not torch.equal(path.search_scales(flat, quant_type, 64, True), scales):
         return "search_scales"
-    if not torch.equal(path.nested_codes(*nested), codes):
+    if not torch.equal(path.nested_codes(*nested), plain.nested_codes(*nested)):
         return "nested_codes"
-    if not torch.equal(path.nearest_codes(flat, quant_type, 64, scales), packed):
-        return "nearest_codes"
+    nearest = plain.nearest_codes(flat, quant_type, 64, scales)
+    return None if torch.equal(path.nearest_codes(flat, quant_type, 64, scales), nearest) else "nearest_codes"
+
+
+def _decoding_differs(path: Path, flat: Tensor, quant_type: str) -> str | None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        weight = PackedWeight(packed, codes, (flat.numel(),), 64, quant_type, dtype, nested_absmax, offset)
+        weight = _packed(flat, quant_type, (flat.numel(),), dtype)
         ours, theirs = torch.empty_like(flat, dtype=dtype), torch.empty_like(flat, dtype=dtype)
         path.dequantize(weight, ours)
         plain.dequantize(weight, theirs)
         if not torch.equal(ours, theirs):
             return f"dequantize to {dtype}"
-    n = 64 * 21
-    square = PackedWeight(
-        packed[: n // 2], codes[:21], (21, 64), 64, quant_type, torch.float32, nested_absmax[:1], offset
-    )
-    x = flat[:128].view(2, 64)
-    if not torch.allclose(path.multiply(x, square), plain.multiply(x, square), rtol=1e-4, atol=1e-4):
-        return "multiply"
     return None
+
+
+def _product_differs(path: Path, flat: Tensor, quant_type: str) -> str | None:
+    square = _packed(flat[: 64 * 21], quant_type, (21, 64), torch.float32)
+    x = flat[:128].view(2, 64)
+    same = torch.allclose(path.multiply(x, square), plain.multiply(x, square), rtol=1e-4, atol=1e-4)
+    return None if same else "multiply"
+
+
+def _packed(flat: Tensor, quant_type: str, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
+    scales = plain.search_scales(flat, quant_type, 64, True)
+    nested_absmax, offset = nest_scales(scales)
+    codes = plain.nested_codes(flat, quant_type, 64, scales, nested_absmax, offset)
+    packed = plain.nearest_codes(flat, quant_type, 64, scales)
+    return PackedWeight(packed, codes, shape, 64, quant_type, dtype, nested_absmax, offset)
+
+
+_TESTS: dict[str, Callable[[Path, Tensor, str], str | None]] = {
+    "dequantize_4bit": _decoding_differs,
+    "gemv_4bit": _product_differs,
+    "quantize_4bit": _encoding_differs,
+}
+
+
+def _switch_attention(names: tuple[str, ...], chosen: str) -> None:
+    """torch's own switches: what stands above the chosen rung is off, what stands below catches other inputs."""
+    allowed = names[names.index(chosen) :]
+    torch.backends.cuda.enable_flash_sdp("flash" in allowed)  # they rule the CPU's kinds too
+    torch.backends.cuda.enable_mem_efficient_sdp("efficient" in allowed or "efficient" not in names)
+    torch.backends.cuda.enable_math_sdp(True)
+
+
+def _switch_gemm(_names: tuple[str, ...], chosen: str) -> None:
+    torch.backends.cuda.preferred_blas_library("cublaslt" if chosen == "hipblaslt" else "cublas")
+
+
+_SWITCHES: dict[str, Callable[[tuple[str, ...], str], None]] = {
+    "attention": _switch_attention,
+    "gemm": _switch_gemm,
+}
