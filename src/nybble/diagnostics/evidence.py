@@ -92,6 +92,11 @@ class Result:
     fix: str = ""
     thread: str = ""
     figures: Mapping[str, float] = field(default_factory=dict)
+    operator: str = ""
+
+    def failed(self, symptom: str, cause: str, fix: str, thread: str) -> Result:
+        """The same as a failure."""
+        return replace(self, ok=False, symptom=symptom, cause=cause, fix=fix, thread=thread)
 
 
 def examine(symptoms: Sequence[Symptom], evidence: Evidence) -> tuple[list[Result], dict[str, str]]:
@@ -103,8 +108,8 @@ def examine(symptoms: Sequence[Symptom], evidence: Evidence) -> tuple[list[Resul
             not_run[symptom.name] = why_not
             continue
         fault = symptom.find(evidence)
-        result = Result(symptom.name, fault is None)
+        result = Result(symptom.name, True)
         if fault:
-            result = replace(result, cause=fault.cause, fix=fault.fix, symptom=symptom.symptom, thread=symptom.thread)
+            result = result.failed(symptom.symptom, fault.cause, fault.fix, symptom.thread)
         results.append(result)
     return results, not_run
