@@ -8,7 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub at import: no test
 
 import string
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,14 @@ CORPUS = (
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests keep is theirs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NYBBLE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -73,7 +73,7 @@ def run_checks(
                 child = Child(table, device)
                 child.hello()
             is_fit = _one(child, check, path, run)
-        told("", len(jobs), len(jobs))
+        told("checks", len(jobs), len(jobs))
     except ChildError as error:
         cause, fix, thread = explain(str(error))
         run.results.append(

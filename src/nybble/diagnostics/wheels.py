@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from nybble.diagnostics.evidence import Evidence, Fault, Symptom
 from nybble.diagnostics.machine import version_tuple
+from nybble.hardware import NO_BFLOAT16
 
 AMD_INDEX = "https://repo.amd.com/rocm/whl-multi-arch/"
 TORCH_INDEX = "https://download.pytorch.org/whl"
@@ -14,7 +15,6 @@ TORCH_INDEX = "https://download.pytorch.org/whl"
 EXPERIMENTAL_ATTENTION = frozenset(["gfx1101", "gfx1102", "gfx1103", "gfx1150", "gfx1152", "gfx1153", "gfx1200"])
 NO_FLASH_ATTENTION = ("gfx906", "gfx908", "gfx10")
 NO_TRITON = ("gfx10",)
-NO_BFLOAT16 = ("gfx900", "gfx906", "gfx908", "gfx10")  # gfx908 has it, at a fraction of its float16
 _BOUND_ERRORS = ((7, 2), (10, 0))  # ROCm, first and last whose hipBLASLt reads past rank-8 operands on RDNA4
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 

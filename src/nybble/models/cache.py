@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from nybble.runs import sha256_of, write_text
+from nybble.runs import cache_folder, sha256_of, write_text
 
 # Part of every key: to be raised when an encoder's bytes change.
 _ENCODER_VERSION = 1
@@ -30,7 +30,7 @@ class PackedCache:
 
     def __init__(self, limit_bytes: int, folder: Path | None = None) -> None:
         self.limit_bytes = limit_bytes
-        self.folder = folder or _default_folder()
+        self.folder = folder or cache_folder()
 
     def key(self, source: Path, settings: Mapping[str, Any]) -> str:
         """The key of what `settings` make of the checkpoint in `source`."""
@@ -112,9 +112,3 @@ class PackedCache:
         except OSError:
             return sha256  # it will be computed again next time
         return sha256
-
-
-def _default_folder() -> Path:
-    chosen = os.environ.get("NYBBLE_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(chosen).expanduser() if chosen else Path(base).expanduser() / "nybble"
