@@ -23,9 +23,7 @@ def doctor(
 
     live = Live()
     try:
-        report = diagnostics.doctor(
-            device, quick=quick, told=lambda name, done, total: live.progress(name, done, total)
-        )
+        report = diagnostics.doctor(device, quick=quick, told=live.progress)
     finally:
         live.close()
     if as_json:
