@@ -217,6 +217,12 @@ CASES: dict[str, tuple[str, Fake, str, str]] = {
         "uninstall",
     ),
     "RDNA2 and Triton": ("Triton's needs", Fake(("gfx1030",)), "does not compile for gfx1030", "nybble doctor"),
+    "two Tritons": (
+        "Triton's needs",
+        Fake(packages={"triton-rocm": "3.5"}),
+        "PyPI's triton lies over triton-rocm",
+        "pip uninstall -y triton",
+    ),
     "no compiler": ("Triton's needs", Fake(has_compiler=False), "no C compiler", "apt install gcc python3-dev"),
     "attention held back": (
         "flash attention",

@@ -19,7 +19,7 @@ _VARIABLES = (
     "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL",
 )
 _OURS = ("kernels", "quant", "nn", "diagnostics")  # packages whose code is what was checked
-_LIBRARIES = ("torch", "triton", "pytorch-triton-rocm", "transformers", "peft")
+_LIBRARIES = ("torch", "triton", "triton-rocm", "pytorch-triton-rocm", "transformers", "peft")
 
 
 def fingerprint(device: Device) -> str:

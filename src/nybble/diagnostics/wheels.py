@@ -16,6 +16,7 @@ EXPERIMENTAL_ATTENTION = frozenset(["gfx1101", "gfx1102", "gfx1103", "gfx1150", 
 NO_FLASH_ATTENTION = ("gfx906", "gfx908", "gfx10")
 NO_TRITON = ("gfx10",)
 _BOUND_ERRORS = ((7, 2), (10, 0))  # ROCm, first and last whose hipBLASLt reads past rank-8 operands on RDNA4
+_ROCM_TRITON = ("triton-rocm", "pytorch-triton-rocm")
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
@@ -123,6 +124,10 @@ def _triton(seen: Evidence) -> Fault | None:
     old = sorted(gfx for gfx in seen.gfx if gfx.startswith(NO_TRITON))
     if old:
         return Fault(f"Triton 3.9 does not compile for {old[0]}; the paths in torch run", "nybble doctor --quick")
+    brought = [name for name in _ROCM_TRITON if name in seen.machine.packages]
+    if seen.is_amd and brought and "triton" in seen.machine.packages:
+        cause = f"PyPI's triton lies over {brought[0]}, which torch brought"
+        return Fault(cause, f"pip uninstall -y triton && pip install --force-reinstall --no-deps {brought[0]}")
     if not seen.machine.has_compiler:
         cause = "Triton compiles a launcher on first use and finds no C compiler or no Python.h"
         return Fault(cause, "sudo apt install gcc python3-dev")
@@ -132,7 +137,7 @@ def _triton(seen: Evidence) -> Fault | None:
 def _skip_triton(seen: Evidence) -> str | None:
     if not seen.machine.has_amd_card and not seen.machine.has_nvidia_card:
         return "no GPU is here"
-    names = ("triton", "triton-rocm", "pytorch-triton-rocm", "pytorch-triton", "triton-windows")
+    names = ("triton", *_ROCM_TRITON, "triton-windows")
     return None if any(name in seen.machine.packages for name in names) else "triton is not installed"
 
 
