@@ -135,7 +135,7 @@ def _load(job: _Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
         witness.record.paths = paths_taken(model.device)
         witness.record.notes += dict.fromkeys(path_reasons(model.device).values())
     if recipe.model.attn_implementation != "sdpa":  # it is not torch's to choose from
-        witness.record.paths.pop("attention", None)
+        witness.record.paths.pop("sdpa", None)
     for note in loaded.notes:
         job.watch.note(note)
     if loaded.bits_per_weight is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nybble.diagnostics import layers, operators, rates
+from nybble.diagnostics import blocks, layers, operators, rates
 from nybble.diagnostics.measure import Measured, apart, normal
 
 
@@ -87,18 +87,28 @@ CHECKS = (
         operator="gemv_4bit",
     ),
     Check("4-bit linear", layers.linear, 16, "the loss does not fall", _REPORT),
-    Check("LoRA", layers.lora, 8, "the loss does not fall", 'pip install -U "peft>=0.19"'),
-    Check("MLP", layers.mlp, 48, "the loss does not fall", _REPORT),
+    Check("PEFT's LoRA", layers.lora_by_peft, 8, "the loss does not fall", 'pip install -U "peft>=0.19"'),
+    Check("row operators", blocks.row_operators, 8, "the loss does not fall, or is NaN", _OTHER_PATH, operator="rows"),
+    Check("LoRA", blocks.adapted_linears, 8, "the loss does not fall", _REPORT),
+    Check("MLP", blocks.adapted_mlp, 16, "the loss does not fall", _REPORT),
     Check(
-        "attention",
+        "torch's attention",
         layers.attention,
         8,
         "a loss too low to be true (the mask leaks), or NaN",
-        "nybble train .. --path attention=math",
+        "nybble train .. --path sdpa=math",
         "pytorch/pytorch#189849",
-        "attention",
+        "sdpa",
     ),
-    Check("loss", layers.loss, 8, "the loss is wrong", _REPORT),
+    Check(
+        "attention of rows",
+        blocks.attention_of_documents,
+        8,
+        "a loss too low to be true: a row sees another, or what comes after",
+        _OTHER_PATH,
+        operator="attend",
+    ),
+    Check("loss", blocks.loss_without_logits, 16, "the loss is wrong", _REPORT),
     Check("AdamW", layers.adamw, 16, "training diverges", "nybble train .. --optim adamw_torch"),
     Check(
         "narrow products",

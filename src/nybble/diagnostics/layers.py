@@ -31,20 +31,20 @@ def linear(device: torch.device, _path: str) -> Measured:
     """A packed linear: y, and the gradient of x."""
     worst = 0.0
     for dtype in dtypes_of(device):
-        layer, exact = _packed_linear(160, 96, device, dtype, seed=1)
+        layer, exact = packed_linear(160, 96, device, dtype, seed=1)
         x, g = normal(48, 96, seed=2, dtype=dtype), normal(48, 160, seed=3, dtype=dtype)
-        results = _with_gradients(layer, [x], g, device)
-        worst = max(worst, _apart(results, [x.double() @ exact.t(), g.double() @ exact]))
+        results = with_gradients(layer, [x], g, device)
+        worst = max(worst, apart_at_worst(results, [x.double() @ exact.t(), g.double() @ exact]))
     return Measured(worst)
 
 
-def lora(device: torch.device, _path: str) -> Measured:
+def lora_by_peft(device: torch.device, _path: str) -> Measured:
     """PEFT's LoRA around a packed linear: y, and the gradients of x, A and B."""
     from peft import LoraConfig, get_peft_model
 
     worst = 0.0
     for rank in RANKS:
-        layer, w = _packed_linear(160, 96, device, torch.bfloat16, seed=rank)
+        layer, w = packed_linear(160, 96, device, torch.bfloat16, seed=rank)
         block = nn.ModuleDict({"q_proj": layer})
         get_peft_model(block, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=["q_proj"]))
         adapted: Any = block["q_proj"]
@@ -56,32 +56,12 @@ def lora(device: torch.device, _path: str) -> Measured:
         x, g = normal(48, 96, seed=6, dtype=torch.bfloat16), normal(48, 160, seed=7, dtype=torch.bfloat16)
         # As training runs it: 16-bit products, float32 masters.
         with torch.autocast(device.type, torch.bfloat16):
-            y, dx = _with_gradients(adapted, [x], g, device)
+            y, dx = with_gradients(adapted, [x], g, device)
         a64, b64, x64, g64 = (t.to(torch.bfloat16).double() for t in (a, b, x, g))
         inner = 2 * g64 @ b64
         expected = [x64 @ w.t() + 2 * x64 @ a64.t() @ b64.t(), g64 @ w + inner @ a64]
         grads = [m.grad.to(torch.bfloat16) for m in mats]
-        worst = max(worst, _apart([y, dx, *grads], [*expected, inner.t() @ x64, 2 * g64.t() @ (x64 @ a64.t())]))
-    return Measured(worst)
-
-
-def mlp(device: torch.device, _path: str) -> Measured:
-    """silu(x G^T) * (x U^T) D^T over packed weights: y, and the gradient of x."""
-    worst = 0.0
-    for dtype in dtypes_of(device):
-        (gate, g64), (up, u64) = (_packed_linear(128, 64, device, dtype, seed=s) for s in (1, 2))
-        down, d64 = _packed_linear(64, 128, device, dtype, seed=3)
-
-        def block(x: Tensor, parts: Sequence[Linear4bit] = (gate, up, down)) -> Tensor:
-            y: Tensor = parts[2](functional.silu(parts[0](x)) * parts[1](x))
-            return y
-
-        x, grad = normal(40, 64, seed=4, dtype=dtype), normal(40, 64, seed=5, dtype=dtype)
-        results = _with_gradients(block, [x], grad, device)
-        wide = x.double().requires_grad_()
-        exact = (functional.silu(wide @ g64.t()) * (wide @ u64.t())) @ d64.t()
-        exact.backward(grad.double())
-        worst = max(worst, _apart(results, [exact.detach(), _gradient(wide)]))
+        worst = max(worst, apart_at_worst([y, dx, *grads], [*expected, inner.t() @ x64, 2 * g64.t() @ (x64 @ a64.t())]))
     return Measured(worst)
 
 
@@ -93,7 +73,7 @@ def attention(device: torch.device, path: str) -> Measured:
         q, k, v, g = (normal(2, 3, tokens, size, seed=s, dtype=dtype) for s in range(4))
         try:
             with sdpa_kernel([_KINDS[path]]):
-                results = _with_gradients(_causal, [q, k, v], g, device)
+                results = with_gradients(_causal, [q, k, v], g, device)
         except RuntimeError as error:
             if "No available kernel" in str(error):
                 raise UnavailableError(f"torch has no {path} attention here for heads of {size}") from error
@@ -103,26 +83,8 @@ def attention(device: torch.device, path: str) -> Measured:
         hidden = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
         exact = scores.masked_fill(hidden, float("-inf")).softmax(-1) @ wide[2]
         exact.backward(g.double())
-        worst = max(worst, _apart(results, [exact.detach(), *map(_gradient, wide)]))
+        worst = max(worst, apart_at_worst(results, [exact.detach(), *map(gradient, wide)]))
     return Measured(worst)
-
-
-def loss(device: torch.device, _path: str) -> Measured:
-    """Cross-entropy over labelled rows: its value, and the gradient of the logits."""
-    logits = normal(64, 1000, seed=1)
-    labels = torch.arange(64) * 13 % 1000
-    labels[::3] = -100
-
-    def mean(x: Tensor) -> Tensor:
-        return functional.cross_entropy(x, labels.to(x.device), ignore_index=-100)
-
-    results = _with_gradients(mean, [logits], torch.ones(()), device)
-    kept = labels != -100
-    shares = logits.double().softmax(-1)
-    exact = -shares[kept, labels[kept]].log().mean()
-    shares[kept, labels[kept]] -= 1
-    shares[~kept] = 0
-    return Measured(_apart(results, [exact, shares / kept.sum()]))
 
 
 def adamw(device: torch.device, _path: str) -> Measured:
@@ -197,7 +159,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-def _packed_linear(
+def packed_linear(
     out_features: int, in_features: int, device: torch.device, dtype: torch.dtype, seed: int
 ) -> tuple[Linear4bit, Tensor]:
     """A layer on `device`, and its weight as it decodes in `dtype`, in float64 on the CPU."""
@@ -207,22 +169,22 @@ def _packed_linear(
     return layer, decode_exactly(weight).to(dtype).double()
 
 
-def _with_gradients(
+def with_gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor, device: torch.device
 ) -> list[Tensor]:
     """The result on `device`, and the gradient of each input."""
     there = [tensor.to(device, copy=True).requires_grad_() for tensor in inputs]
     y = function(*there)
     y.backward(grad.to(device, y.dtype))
-    return [y.detach(), *map(_gradient, there)]
+    return [y.detach(), *map(gradient, there)]
 
 
-def _gradient(tensor: Tensor) -> Tensor:
+def gradient(tensor: Tensor) -> Tensor:
     """What a backward pass has left; it must have left something."""
     if tensor.grad is None:
         raise RuntimeError("no gradient arrived")
     return tensor.grad
 
 
-def _apart(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+def apart_at_worst(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     return max(apart(result, wanted) for result, wanted in zip(results, expected, strict=True))

@@ -8,17 +8,20 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from nybble.data import FlatBatch
 from nybble.diagnostics.measure import Measured
 from nybble.diagnostics.operators import decode_exactly
 from nybble.hardware import detect_device
 from nybble.models import attach, find_model, load_model
+from nybble.models.families import blocks_of
 from nybble.nn import Linear4bit
 from nybble.recipe import LoraSection, ModelSection, QuantizationSection
 
 STEPS = 20
 _RATE = 0.01
+_ROWS, _TOKENS = 4, 24
 
 
 def training(device: torch.device, _path: str) -> Measured:
@@ -41,8 +44,8 @@ def training(device: torch.device, _path: str) -> Measured:
     for name, parameter in theirs.named_parameters():
         if parameter.requires_grad:
             parameter.data.copy_(values[name])
-    losses = _losses(ours, device, torch.autocast(device.type, dtype))
-    wanted = _losses(theirs, torch.device("cpu"), nullcontext())
+    losses = _losses(ours, device, torch.autocast(device.type, dtype), blocks_of(ours).flattened)
+    wanted = _losses(theirs, torch.device("cpu"), nullcontext(), False)
     if wanted[-1] > 0.8 * wanted[0]:
         raise RuntimeError(f"the reference does not learn: {wanted[0]:.3f} to {wanted[-1]:.3f}")
     apart = [abs(a - b) if a == a else float("inf") for a, b in zip(losses, wanted, strict=True)]
@@ -87,15 +90,21 @@ def _plain(config: Any) -> dict[str, Any]:
     return {name: value for name, value in told.items() if name not in ("quantization_config", "dtype")}
 
 
-def _losses(model: nn.Module, device: torch.device, casting: AbstractContextManager[object]) -> list[float]:
-    ids = (torch.arange(4 * 24).view(4, 24) * 37 % 101).to(device)
+def _losses(
+    model: nn.Module, device: torch.device, casting: AbstractContextManager[object], flattened: bool
+) -> list[float]:
+    ids = torch.arange(_ROWS * _TOKENS).view(_ROWS, _TOKENS) * 37 % 101
+    batch: Any = {"input_ids": ids.to(device), "labels": ids.to(device)}
+    if flattened:  # as training lays rows behind each other
+        row_of = [{"input_ids": row, "labels": row} for row in ids.tolist()]
+        batch = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in FlatBatch()(row_of).items()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=_RATE, weight_decay=0.0)
     model.train()
     found = []
     for _ in range(STEPS):
         with casting:
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = model(**batch).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

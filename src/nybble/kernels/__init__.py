@@ -1,17 +1,8 @@
 """Operators with a schema, a fake and a reference; faster paths register on the same operators."""
 
+from nybble.kernels.choices import LADDERS, Choice, ladder, take
 from nybble.kernels.ops import ENCODERS, dequantize, multiply, quantize
-from nybble.kernels.paths import (
-    LADDERS,
-    Choice,
-    ladder,
-    path_for,
-    path_named,
-    path_reasons,
-    paths_taken,
-    take,
-    unavailable,
-)
+from nybble.kernels.paths import path_for, path_named, path_reasons, paths_taken, unavailable
 
 __all__ = [
     "ENCODERS",

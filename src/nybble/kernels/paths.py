@@ -1,37 +1,21 @@
-"""Which code runs each operator on a device: the fastest path that gives right results there.
-
-Every operator has a ladder of paths. `take` says from outside which rung to stand on, as the doctor does after it has
-run each path in a process of its own; without it the first rung is taken whose results pass a test in this process.
-"""
+"""Which code runs the 4-bit operators on a device: the fastest path that gives right results there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from nybble.kernels import cpu, plain
+from nybble.kernels import attention_paths, cpu, plain, row_paths
+from nybble.kernels.choices import LADDERS, Choice, ladder, taken
 from nybble.quant import PackedWeight, Steps
 from nybble.quant.search import nest_scales
-
-_GPU = ("triton", "torch")
-_ENGINE: dict[str, tuple[str, ...]] = {"cpu": ("native", "torch"), "cuda": _GPU, "hip": _GPU}
-_ATTENTION = ("flash", "efficient", "math")
-# Operator -> kind of device -> names of its paths, fastest first. A kind that is not named has no choice.
-LADDERS: dict[str, dict[str, tuple[str, ...]]] = {
-    "dequantize_4bit": _ENGINE,
-    "gemv_4bit": _ENGINE,
-    "quantize_4bit": _ENGINE,
-    # The fastest kind that torch may take; inputs that do not suit it go to a later one.
-    "attention": {"cpu": ("flash", "math"), "cuda": _ATTENTION, "hip": _ATTENTION},
-    "gemm": {"hip": ("hipblaslt", "rocblas")},
-}
 
 
 class Path(Steps, Protocol):
@@ -49,40 +33,18 @@ class Path(Steps, Protocol):
         """x W^T, `(rows, out_features)` in the type of x, for contiguous x of at most 8 rows."""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A rung of a ladder, and why no faster one."""
-
-    path: str
-    reason: str | None = None  # in words; None for the fastest
-
-
-_taken: dict[tuple[str, str], Choice] = {}  # (kind of device, operator) -> what `take` said
-
-
-def kind_of(device: torch.device) -> str:
-    """ "cpu", "cuda" or "hip"; ROCm's torch calls its devices cuda too."""
-    return "hip" if device.type == "cuda" and torch.version.hip else device.type
-
-
-def ladder(operator: str, device: torch.device) -> tuple[str, ...]:
-    """Names of an operator's paths on `device`, fastest first; empty where there is no choice."""
-    rungs = LADDERS[operator]
-    return rungs.get(kind_of(device), ("torch",) if rungs is _ENGINE else ())
-
-
-def take(device: torch.device, choices: Mapping[str, Choice]) -> None:
-    """Let operators run by these paths from now on, in this process."""
-    for operator, chosen in choices.items():
-        _taken[kind_of(device), operator] = chosen
-        switch = _SWITCHES.get(operator)
-        if switch is not None:
-            switch(ladder(operator, device), chosen.path)
-
-
 def choice(operator: str, device: torch.device) -> Choice:
     """The path that `operator` takes on `device`."""
-    return _taken.get((kind_of(device), operator)) or _first_that_works(operator, device.type, kind_of(device))
+    chosen = taken(operator, device)
+    if chosen is not None:
+        return chosen
+    if operator in _TESTS:
+        return _first_that_works(operator, device.type)
+    if operator in _OTHERS:
+        module = _OTHERS[operator]
+        path, reason = module.paths_taken(device), module.path_reasons(device)
+        return Choice(next(iter(path.values())), next(iter(reason.values()), None))
+    return Choice(ladder(operator, device)[0])
 
 
 def path_for(device: torch.device, operator: str) -> Path:
@@ -120,13 +82,11 @@ def path_reasons(device: torch.device) -> dict[str, str]:
 
 
 @cache
-def _first_that_works(operator: str, device_type: str, kind: str) -> Choice:
+def _first_that_works(operator: str, device_type: str) -> Choice:
     device = torch.device(device_type)
     names = ladder(operator, device)
-    if LADDERS[operator] is not _ENGINE:
-        return Choice(names[0])
-    if kind not in _ENGINE:
-        return Choice("torch", f"there is no fast path for {kind}")
+    if not names:
+        return Choice("torch", f"there is no fast path for {device_type}")
     for name in names[:-1]:
         reason = unavailable(name) or self_test(path_named(name), device, operator)
         if reason is None:
@@ -193,21 +153,4 @@ _TESTS: dict[str, Callable[[Path, Tensor, str], str | None]] = {
     "gemv_4bit": _product_differs,
     "quantize_4bit": _encoding_differs,
 }
-
-
-def _switch_attention(names: tuple[str, ...], chosen: str) -> None:
-    """torch's own switches: what stands above the chosen rung is off, what stands below catches other inputs."""
-    allowed = names[names.index(chosen) :]
-    torch.backends.cuda.enable_flash_sdp("flash" in allowed)  # they rule the CPU's kinds too
-    torch.backends.cuda.enable_mem_efficient_sdp("efficient" in allowed or "efficient" not in names)
-    torch.backends.cuda.enable_math_sdp(True)
-
-
-def _switch_gemm(_names: tuple[str, ...], chosen: str) -> None:
-    torch.backends.cuda.preferred_blas_library("cublaslt" if chosen == "hipblaslt" else "cublas")
-
-
-_SWITCHES: dict[str, Callable[[tuple[str, ...], str], None]] = {
-    "attention": _switch_attention,
-    "gemm": _switch_gemm,
-}
+_OTHERS: dict[str, ModuleType] = {"rows": row_paths, "attend": attention_paths}
