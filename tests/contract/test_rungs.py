@@ -16,14 +16,14 @@ from nybble.diagnostics.evidence import Result
 from nybble.diagnostics.rungs import Rung, known, settle
 from nybble.errors import CannotRunError, RecipeError
 from nybble.hardware import Device, detect_device
-from nybble.kernels import paths, paths_taken
+from nybble.kernels import choices, path_reasons, paths_taken
 
 
 @pytest.fixture
 def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
     """The CPU, with nothing found or taken yet."""
     monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path))
-    monkeypatch.setattr(paths, "_taken", {})
+    monkeypatch.setattr(choices, "_taken", {})
     return detect_device("cpu")
 
 
@@ -60,7 +60,7 @@ def test_a_failing_path_is_skipped_aloud(device: Device, examined: Callable[...,
     settle(device, note=notes.append)
     assert "dequantize_4bit: native is skipped: it crashed by signal SIGILL" in notes
     assert paths_taken(device.torch_device)["dequantize_4bit"] == "torch"
-    assert paths.path_reasons(device.torch_device) == {"dequantize_4bit": "native: it crashed by signal SIGILL"}
+    assert path_reasons(device.torch_device) == {"dequantize_4bit": "native: it crashed by signal SIGILL"}
 
 
 def test_a_path_that_is_asked_for_is_taken_even_if_it_fails(device: Device, examined: Callable[..., list[str]]) -> None:

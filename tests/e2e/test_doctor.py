@@ -118,7 +118,7 @@ def test_the_process_that_asks_does_not_import_torch() -> None:
 def switched_back() -> Iterator[None]:
     """torch's own switches are the process's, and other tests run in it."""
     yield
-    kernels.take(torch.device("cpu"), {"attention": kernels.Choice("flash")})
+    kernels.take(torch.device("cpu"), {"sdpa": kernels.Choice("flash")})
 
 
 @pytest.mark.usefixtures("switched_back")
@@ -127,9 +127,9 @@ def test_training_says_and_keeps_its_paths(
 ) -> None:
     flags = {"model_name_or_path": tiny_llama(), "dataset_name": rows_file, "output_dir": tmp_path / "run"}
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    done = nybble("train", *words, "--max_steps", 1, "--json", "--path", "gemv_4bit=torch", "--path", "attention=math")
+    done = nybble("train", *words, "--max_steps", 1, "--json", "--path", "gemv_4bit=torch", "--path", "sdpa=math")
     assert done.code == 0, done.err
     assert "paths: " in done.err
     paths = done.json["paths"]
-    assert (paths["gemv_4bit"], paths["attention"], paths["dequantize_4bit"]) == ("torch", "math", "native")
+    assert (paths["gemv_4bit"], paths["sdpa"], paths["dequantize_4bit"]) == ("torch", "math", "native")
     assert nybble("train", *words, "--overwrite", "--max_steps", 1, "--path", "gemv_4bit=fast").code == 2

@@ -18,8 +18,10 @@ from nybble.diagnostics import checks, operators, rates
 from nybble.diagnostics.children import Run, _one
 from nybble.diagnostics.evidence import Result
 from nybble.diagnostics.worker import _describe, answer
-from nybble.kernels import cpu, plain
-from nybble.nn import linear
+from nybble.kernels import attention_paths, cpu, cpu_rows, plain, plain_attention, plain_rows, rows
+from nybble.kernels.plain_attention import Settings
+from nybble.nn import linear, projection
+from nybble.nn.projection import Projection
 from nybble.quant import PackedWeight, codebook, decode, dynamic_codebook, encode
 
 CPU = torch.device("cpu")
@@ -79,7 +81,7 @@ def _short_product(patch: Patch, path: Any) -> None:
 
 
 def _shifted_weight(patch: Patch) -> None:
-    _around(patch, linear, "_decoded", lambda right, *a: right(*a).roll(1, 0))
+    _around(patch, linear.Linear4bit, "decoded", lambda right, *a: right(*a).roll(1, 0))
 
 
 def _transposed_lora(patch: Patch) -> None:
@@ -97,8 +99,31 @@ def _leaking_mask(patch: Patch) -> None:
     _around(patch, functional, "scaled_dot_product_attention", change)
 
 
-def _pads_learned(patch: Patch) -> None:
-    _around(patch, functional, "cross_entropy", lambda right, x, labels, **_: right(x, labels.clamp(min=0)))
+def _leaking_documents(patch: Patch, path: str) -> None:
+    """Two documents are taken for one."""
+
+    def joined(settings: Settings) -> Settings:
+        first, second, *others = settings.lengths
+        return settings._replace(lengths=(first + second, *others))
+
+    if path == "torch":
+        for name in ("forward", "backward"):
+            _around(patch, plain_attention, name, lambda right, *a: right(*a[:-1], joined(a[-1])))
+        return
+    way = attention_paths.path_named("cpu", path)
+    assert way is not None
+    leaking = way._replace(derive=lambda inputs, grad, settings: way.derive(inputs, grad, joined(settings)))
+    patch.setattr(attention_paths, "path_named", lambda *_: leaking)
+
+
+def _transposed_adapter(patch: Patch) -> None:
+    def change(right: Any, x: Tensor, p: Projection, *others: Any) -> Any:
+        if p.adapter is None:
+            return right(x, p, *others)
+        a = p.adapter.a
+        return right(x, replace(p, adapter=replace(p.adapter, a=a.reshape(a.t().shape).t())), *others)
+
+    _around(patch, projection, "product", change)
 
 
 def _nan(patch: Patch) -> None:
@@ -121,8 +146,8 @@ def _no_room(patch: Patch) -> None:
 
 
 def _gradient_upside_down(patch: Patch) -> None:
-    right = linear._FrozenProduct.backward
-    patch.setattr(linear._FrozenProduct, "backward", staticmethod(lambda ctx, grad: right(ctx, -grad)))
+    right = projection._Project.backward
+    patch.setattr(projection._Project, "backward", staticmethod(lambda ctx, *grads: right(ctx, *(-g for g in grads))))
 
 
 def _wrong_bytes(patch: Patch) -> None:
@@ -130,6 +155,7 @@ def _wrong_bytes(patch: Patch) -> None:
 
 
 PATHS = {"native": cpu, "torch": plain}
+ROWS = {"native": cpu_rows, "torch": plain_rows}
 FAULTS: dict[str, Callable[[Patch, str], None]] = {
     "first kernel": lambda patch, _: _wrong_products(patch),
     "16-bit types": lambda patch, _: _nan(patch),
@@ -137,12 +163,17 @@ FAULTS: dict[str, Callable[[Patch, str], None]] = {
     "4-bit encode": lambda patch, path: _next_codes(patch, PATHS[path]),
     "few-row product": lambda patch, path: _short_product(patch, PATHS[path]),
     "4-bit linear": lambda patch, _: _shifted_weight(patch),
-    "LoRA": lambda patch, _: _transposed_lora(patch),
-    "MLP": lambda patch, _: _around(
-        patch, functional, "silu", lambda right, x: right(x) if x.dtype == torch.float64 else functional.gelu(x)
+    "PEFT's LoRA": lambda patch, _: _transposed_lora(patch),
+    "row operators": lambda patch, path: _around(
+        patch, ROWS[path], "dropout", lambda right, x, p, seed, out: right(x, p, seed + 1, out)
     ),
-    "attention": lambda patch, _: _leaking_mask(patch),
-    "loss": lambda patch, _: _pads_learned(patch),
+    "LoRA": lambda patch, _: _transposed_adapter(patch),
+    "MLP": lambda patch, _: _around(patch, rows, "gated", lambda right, gate, up, kind: right(up, gate, kind)),
+    "torch's attention": lambda patch, _: _leaking_mask(patch),
+    "attention of rows": lambda patch, path: _leaking_documents(patch, path),
+    "loss": lambda patch, _: _around(
+        patch, rows, "cross_entropy_", lambda right, logits, labels, cap: right(logits, labels.roll(1), cap)
+    ),
     "AdamW": lambda patch, _: patch.setattr(torch.optim, "AdamW", torch.optim.Adam),
     "narrow products": lambda patch, _: _wrong_products(patch),
     "bitsandbytes": lambda patch, _: _wrong_bytes(patch),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from nybble.kernels import cpu, paths, plain
+from nybble.kernels import choices, cpu, paths, plain
 from nybble.quant import BLOCK_SIZES, QUANT_TYPES, PackedWeight, codebook, decode, encode, encode_searched
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -170,7 +170,7 @@ ENGINE = ("dequantize_4bit", "gemv_4bit", "quantize_4bit")
 @pytest.fixture
 def nothing_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """No choice has been made from outside, as in a fresh process."""
-    monkeypatch.setattr(paths, "_taken", {})
+    monkeypatch.setattr(choices, "_taken", {})
 
 
 @pytest.mark.usefixtures("nothing_taken")
@@ -185,7 +185,7 @@ def test_an_operator_runs_by_the_path_that_was_taken(monkeypatch: pytest.MonkeyP
     ran = []
     monkeypatch.setattr(plain, "dequantize", lambda weight, out: ran.append("plain"))
     weight = encode(torch.randn(64))
-    paths.take(CPU, {"dequantize_4bit": paths.Choice("torch", "the native one is broken")})
+    choices.take(CPU, {"dequantize_4bit": choices.Choice("torch", "the native one is broken")})
     torch.ops.nybble.dequantize_4bit_out(
         weight.packed, weight.absmax, weight.nested_absmax, weight.nested_offset, "nf4", 64, torch.empty(64)
     )
@@ -200,10 +200,10 @@ def test_a_kind_of_attention_that_is_skipped_is_switched_off() -> None:
     q = torch.randn(1, 2, 16, 64)
     assert torch._fused_sdp_choice(q, q, q, None, 0.0, True) == SDPBackend.FLASH_ATTENTION.value
     try:
-        paths.take(CPU, {"attention": paths.Choice("math", "flash leaks")})
+        choices.take(CPU, {"sdpa": choices.Choice("math", "flash leaks")})
         assert torch._fused_sdp_choice(q, q, q, None, 0.0, True) == SDPBackend.MATH.value
     finally:
-        paths.take(CPU, {"attention": paths.Choice("flash")})
+        choices.take(CPU, {"sdpa": choices.Choice("flash")})
     assert torch._fused_sdp_choice(q, q, q, None, 0.0, True) == SDPBackend.FLASH_ATTENTION.value
 
 
@@ -216,7 +216,7 @@ def test_without_the_library_the_plain_path_runs_and_the_reason_is_told(monkeypa
 
 
 def first_that_works(operator: str) -> tuple[str, str | None]:
-    chosen = paths._first_that_works.__wrapped__(operator, "cpu", "cpu")
+    chosen = paths._first_that_works.__wrapped__(operator, "cpu")
     return chosen.path, chosen.reason
 
 
