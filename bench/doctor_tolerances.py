@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nybble.diagnostics import checks, layers, measure, operators
+from nybble.diagnostics import blocks, checks, layers, measure, operators
 from nybble.hardware import detect_device
 from nybble.kernels import ladder
 from nybble.training import software_versions
@@ -55,14 +55,14 @@ def _error(check: checks.Check, path: str, seed: int, device: torch.device) -> A
     def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32, _shift: int = seed) -> Tensor:
         return measure.normal(*shape, seed=seed + 1000 * _shift, dtype=dtype)
 
-    for module in (checks, layers, operators):
+    for module in (blocks, checks, layers, operators):
         module.normal = normal  # type: ignore[attr-defined]
     try:
         return check.compute(device, path).error
     except measure.UnavailableError:
         return None
     finally:
-        for module in (checks, layers, operators):
+        for module in (blocks, checks, layers, operators):
             module.normal = measure.normal  # type: ignore[attr-defined]
 
 

@@ -2,9 +2,11 @@
 
 Every kernel is compiled ahead of time with the launch shape, alignments and address ranges that `nybble.kernels.gpu`
 gives it for a usual weight. Counts are of instructions in the machine code, each once however often a loop runs it.
-Prints a line per kernel and target and one JSON object last.
+Prints a line per kernel and target and one JSON object last; `--page` writes AMD's part as a page.
 
-    python bench/kernel_code.py --out bench/results/kernel_code-$(date +%F).json    (needs triton; a minute or two)
+    python bench/kernel_code.py --out bench/results/kernel_code-$(date +%F).json --page docs/kernel-code.md
+
+(needs triton; a minute or two)
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ from nybble.kernels import gpu_kernels as kernels
 from nybble.kernels import gpu_row_kernels as row_kernels
 
 TARGETS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1151", "gfx1201", "sm_80", "sm_90")
+TARGETS_OF_AMD = tuple(target for target in TARGETS if target.startswith("gfx"))
 _PACKED = {
     "packed_ptr": "*u8",
     "absmax_ptr": "*u8",
@@ -201,6 +205,14 @@ class Code:
     stores_16_bytes: int
     loads: int
     stores: int
+    # The mix, of AMD alone; with `vector_operations`, `loads` and `stores` it is all of `instructions`.
+    matrix_operations: int = 0  # MFMA or WMMA, vector operations too
+    lds_operations: int = 0
+    scalar_loads: int = 0
+    scalar_operations: int = 0
+    branches: int = 0
+    waits: int = 0
+    others: int = 0
 
 
 def wave(target: str) -> int:
@@ -275,7 +287,27 @@ def _amd(made: Any) -> dict[str, int]:
         "stores_16_bytes": count(memory + "store_(dwordx4|b128)"),
         "loads": count(memory + "load"),
         "stores": count(memory + "store"),
+        "matrix_operations": count("v_(mfma|wmma)_"),
+        **_mix(names),
     }
+
+
+def _mix(names: Counter[str]) -> dict[str, int]:
+    """AMD's instructions that are neither vector operations nor loads or stores of global memory, by kind."""
+    kinds = {
+        "lds_operations": "ds_",
+        "scalar_loads": "s_(buffer_)?load",
+        "branches": "s_(c?branch|setpc|swappc|endpgm)",
+        "waits": "s_(waitcnt|wait_|delay_alu|nop|sleep|barrier|clause|code_end|setprio)",
+        "scalar_operations": "s_",
+        "others": "(?!v_|(buffer|global|flat)_(load|store))",
+    }
+    found = dict.fromkeys(kinds, 0)
+    for name, n in names.items():
+        kind = next((kind for kind, pattern in kinds.items() if re.match(pattern, name)), None)
+        if kind is not None:
+            found[kind] += n
+    return found
 
 
 def _nvidia(made: Any) -> dict[str, int]:
@@ -319,12 +351,58 @@ def everything() -> Iterator[Code]:
             yield examine(variant, target)
 
 
+PAGE = """# What the kernels compile to on AMD
+
+Written by `python bench/kernel_code.py --page docs/kernel-code.md` on {date}, with Triton {triton} and no GPU: every
+kernel ahead of time for six targets, with the launches, alignments and address ranges of a usual weight. The tests
+hold the same code to its limits: no spills, no scratch, at most 64 KiB of LDS, 1,024 threads and 255 registers.
+
+Waves are 64 threads wide on gfx90a, gfx942 and gfx950 and 32 on the others; every launch has {threads} threads.
+Counts are of instructions in the code, each once however often a loop runs it, and of two that issue together both:
+VALU (vector), SALU (scalar), VMEM (loads and stores of global memory), LDS, SMEM (scalar loads), branches, waits.
+None has a matrix instruction: the products of training are the vendor's.
+"""
+
+
+def page(codes: list[Code]) -> str:
+    """docs/kernel-code.md."""
+    shown = [code for code in codes if code.target.startswith("gfx")]
+    threads = ", ".join(sorted({str(code.threads) for code in shown}))
+    lines = [PAGE.format(date=date.today().isoformat(), triton=triton.__version__, threads=threads)]
+    kernel = None
+    for code in shown:
+        if code.kernel != kernel:
+            kernel = code.kernel
+            lines.append(
+                f"## {kernel}\n\n| target | VGPR | SGPR | spills | LDS bytes | code | VALU | SALU | VMEM | LDS | SMEM "
+                "| branches | waits |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|"
+            )
+        figures = (
+            code.vector_registers,
+            code.scalar_registers,
+            code.spills,
+            f"{code.lds_bytes:,}",
+            f"{code.instructions:,}",
+            f"{code.vector_operations:,}",
+            code.scalar_operations,
+            code.loads + code.stores,
+            code.lds_operations,
+            code.scalar_loads,
+            code.branches,
+            code.waits,
+        )
+        last = code.target == TARGETS_OF_AMD[-1]
+        lines.append(f"| {code.target} | {' | '.join(map(str, figures))} |{chr(10) if last else ''}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Compile, print, and write the JSON object if asked to."""
     from nybble.training import software_versions  # slow to import, and the tests that use this file need none of it
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="where the JSON object goes as well")
+    parser.add_argument("--page", type=Path, help="where AMD's part goes as a page")
     arguments = parser.parse_args()
     print(f"{'kernel':<24} {'target':<8} threads  LDS VGPR SGPR spill  code  VALU /elem  sel 16B loads 16B stores")
     codes = []
@@ -343,6 +421,8 @@ def main() -> None:
     print(json.dumps(result))
     if arguments.out:
         arguments.out.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    if arguments.page:
+        arguments.page.write_text(page(codes), encoding="utf-8")
 
 
 if __name__ == "__main__":
