@@ -2,11 +2,9 @@
 
 Every kernel is compiled ahead of time with the launch shape, alignments and address ranges that `nybble.kernels.gpu`
 gives it for a usual weight. Counts are of instructions in the machine code, each once however often a loop runs it.
-Prints a line per kernel and target and one JSON object last; `--page` writes AMD's part as a page.
+Prints a line per kernel and target and one JSON object last.
 
-    python bench/kernel_code.py --out bench/results/kernel_code-$(date +%F).json --page docs/kernel-code.md
-
-(needs triton; a minute or two)
+    python bench/kernel_code.py --out bench/results/kernel_code-$(date +%F).json    (needs triton; a minute or two)
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +29,6 @@ from nybble.kernels import gpu_kernels as kernels
 from nybble.kernels import gpu_row_kernels as row_kernels
 
 TARGETS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1151", "gfx1201", "sm_80", "sm_90")
-TARGETS_OF_AMD = tuple(target for target in TARGETS if target.startswith("gfx"))
 _PACKED = {
     "packed_ptr": "*u8",
     "absmax_ptr": "*u8",
@@ -351,58 +347,12 @@ def everything() -> Iterator[Code]:
             yield examine(variant, target)
 
 
-PAGE = """# What the kernels compile to on AMD
-
-Written by `python bench/kernel_code.py --page docs/kernel-code.md` on {date}, with Triton {triton} and no GPU: every
-kernel ahead of time for six targets, with the launches, alignments and address ranges of a usual weight. The tests
-hold the same code to its limits: no spills, no scratch, at most 64 KiB of LDS, 1,024 threads and 255 registers.
-
-Waves are 64 threads wide on gfx90a, gfx942 and gfx950 and 32 on the others; every launch has {threads} threads.
-Counts are of instructions in the code, each once however often a loop runs it, and of two that issue together both:
-VALU (vector), SALU (scalar), VMEM (loads and stores of global memory), LDS, SMEM (scalar loads), branches, waits.
-None has a matrix instruction: the products of training are the vendor's.
-"""
-
-
-def page(codes: list[Code]) -> str:
-    """docs/kernel-code.md."""
-    shown = [code for code in codes if code.target.startswith("gfx")]
-    threads = ", ".join(sorted({str(code.threads) for code in shown}))
-    lines = [PAGE.format(date=date.today().isoformat(), triton=triton.__version__, threads=threads)]
-    kernel = None
-    for code in shown:
-        if code.kernel != kernel:
-            kernel = code.kernel
-            lines.append(
-                f"## {kernel}\n\n| target | VGPR | SGPR | spills | LDS bytes | code | VALU | SALU | VMEM | LDS | SMEM "
-                "| branches | waits |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|"
-            )
-        figures = (
-            code.vector_registers,
-            code.scalar_registers,
-            code.spills,
-            f"{code.lds_bytes:,}",
-            f"{code.instructions:,}",
-            f"{code.vector_operations:,}",
-            code.scalar_operations,
-            code.loads + code.stores,
-            code.lds_operations,
-            code.scalar_loads,
-            code.branches,
-            code.waits,
-        )
-        last = code.target == TARGETS_OF_AMD[-1]
-        lines.append(f"| {code.target} | {' | '.join(map(str, figures))} |{chr(10) if last else ''}")
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Compile, print, and write the JSON object if asked to."""
     from nybble.training import software_versions  # slow to import, and the tests that use this file need none of it
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="where the JSON object goes as well")
-    parser.add_argument("--page", type=Path, help="where AMD's part goes as a page")
     arguments = parser.parse_args()
     print(f"{'kernel':<24} {'target':<8} threads  LDS VGPR SGPR spill  code  VALU /elem  sel 16B loads 16B stores")
     codes = []
@@ -421,8 +371,6 @@ def main() -> None:
     print(json.dumps(result))
     if arguments.out:
         arguments.out.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    if arguments.page:
-        arguments.page.write_text(page(codes), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ These need no torch that works; most are AMD's. {n_symptoms} in all.
 
 That a result is right once does not show races. Rates are measured while whatever else runs, runs. On AMD and NVIDIA
 cards nothing of this has been run yet: the known failures are tested on made-up machines, the kernels by Triton's
-interpreter and by reading what they compile to ([kernel-code.md](kernel-code.md)).
+interpreter, by reading what they compile to, and the decoder by executing that code ([kernel-code.md](kernel-code.md)).
 """
 
 

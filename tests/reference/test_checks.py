@@ -110,10 +110,9 @@ def _leaking_documents(patch: Patch, path: str) -> None:
         for name in ("forward", "backward"):
             _around(patch, plain_attention, name, lambda right, *a: right(*a[:-1], joined(a[-1])))
         return
-    way = attention_paths.path_named("cpu", path)
-    assert way is not None
+    (way,) = attention_paths.paths_named("cpu", path)
     leaking = way._replace(derive=lambda inputs, grad, settings: way.derive(inputs, grad, joined(settings)))
-    patch.setattr(attention_paths, "path_named", lambda *_: leaking)
+    patch.setattr(attention_paths, "paths_named", lambda *_: (leaking,))
 
 
 def _transposed_adapter(patch: Patch) -> None:

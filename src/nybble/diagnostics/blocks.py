@@ -100,8 +100,8 @@ def attention_of_documents(device: torch.device, path: str) -> Measured:
     """Each document sees itself alone and nothing ahead, at the usual sizes of heads: y, gradients of q, k and v."""
     worst, n = 0.0, sum(_DOCUMENTS)
     import_module("nybble.kernels.attention")  # some paths go by its operators
-    way = attention_paths.path_named(device.type, path)
-    why_not = way.unavailable() if way else None
+    ways = attention_paths.paths_named(device.type, path)
+    why_not = next(filter(None, (way.unavailable() for way in ways)), None)
     if why_not:
         raise UnavailableError(why_not)
     for size, window in ((64, None), (96, None), (128, None), (256, None), (64, 9)):
@@ -109,10 +109,11 @@ def attention_of_documents(device: torch.device, path: str) -> Measured:
         q, grad = (normal(n, _HEADS, size, seed=s, dtype=torch.bfloat16) for s in (0, 1))
         k, v = (normal(n, _KV_HEADS, size, seed=s, dtype=torch.bfloat16) for s in (2, 3))
         there = (q.to(device), k.to(device), v.to(device))
-        if way is None:
+        way = next((way for way in ways if way.takes(there[0], settings)), None)
+        if path == plain_attention.NAME:
             out, sums = plain_attention.forward(*there, settings)
             results = [out, *plain_attention.backward(grad.to(device), (*there, out, sums), settings)]
-        elif way.takes(there[0], there[1], settings):
+        elif way is not None:
             results = [*way.derive(there, grad.to(device), settings)]
         else:
             continue

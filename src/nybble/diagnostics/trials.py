@@ -97,7 +97,7 @@ def _losses(
     batch: Any = {"input_ids": ids.to(device), "labels": ids.to(device)}
     if flattened:  # as training lays rows behind each other
         row_of = [{"input_ids": row, "labels": row} for row in ids.tolist()]
-        batch = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in FlatBatch()(row_of).items()}
+        batch = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in FlatBatch()([row_of]).items()}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=_RATE, weight_decay=0.0)
     model.train()

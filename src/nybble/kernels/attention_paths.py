@@ -26,7 +26,7 @@ from nybble.kernels import cpu_attention, plain_attention
 from nybble.kernels.choices import taken
 from nybble.kernels.plain_attention import Settings
 
-__all__ = ["implementation", "ladder", "paths_named", "path_reasons", "paths_taken", "self_test"]
+__all__ = ["implementation", "ladder", "path_reasons", "paths_named", "paths_taken", "self_test"]
 
 # Largest error of any element of the result or a gradient, as a share of the largest magnitude in it.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

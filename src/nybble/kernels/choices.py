@@ -13,6 +13,7 @@ import torch
 
 _GPU = ("triton", "torch")
 _ENGINE: dict[str, tuple[str, ...]] = {"cpu": ("native", "torch"), "cuda": _GPU, "hip": _GPU}
+_ATTEND = ("varlen", "sdpa", "torch")
 _SDPA = ("flash", "efficient", "math")
 # Operator -> kind of device -> names of its paths, fastest first. A kind that is not named has no choice.
 LADDERS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -20,7 +21,7 @@ LADDERS: dict[str, dict[str, tuple[str, ...]]] = {
     "gemv_4bit": _ENGINE,
     "quantize_4bit": _ENGINE,
     "rows": _ENGINE,  # what happens between the products of a training step
-    "attend": {"cpu": ("native", "sdpa", "torch"), "cuda": ("sdpa", "torch"), "hip": ("sdpa", "torch")},
+    "attend": {"cpu": ("native", "sdpa", "torch"), "cuda": _ATTEND, "hip": _ATTEND},
     # The fastest kind of attention that torch itself may take; inputs that do not suit it go to a later one.
     "sdpa": {"cpu": ("flash", "math"), "cuda": _SDPA, "hip": _SDPA},
     "gemm": {"hip": ("hipblaslt", "rocblas")},
