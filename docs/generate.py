@@ -28,7 +28,7 @@ of its own with time limits, so that a hang or a fault of the GPU ends as a row 
 would have met, why, one command, and the thread it is known from. Exit code 0: everything passed; 3: something did
 not.
 
-`--json` prints `device`, `machine`, `versions`, `environment` (variables that were changed before torch was
+`--json` prints `device`, `torch`, `machine`, `versions`, `environment` (variables that were changed before torch was
 imported), `checks` (`name`, `ok`, `path`, `max_error`, `tolerance`, `seconds`, `symptom`, `cause`, `fix`, `thread`,
 `figures`), `not_run` (check -> why), `paths` (operator -> `path` and `skipped`: faster path -> why) and `rates`
 (bytes and floating-point operations a second). From Python: `nybble.doctor()`.

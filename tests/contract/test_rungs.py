@@ -13,7 +13,7 @@ import pytest
 from nybble.diagnostics import fingerprint, rungs
 from nybble.diagnostics.children import Run
 from nybble.diagnostics.evidence import Result
-from nybble.diagnostics.rungs import Rung, known, settle
+from nybble.diagnostics.rungs import Rung, known, measured_rates, settle
 from nybble.errors import CannotRunError, RecipeError
 from nybble.hardware import Device, detect_device
 from nybble.kernels import choices, path_reasons, paths_taken
@@ -37,7 +37,7 @@ def examined(device: Device, monkeypatch: pytest.MonkeyPatch) -> Callable[..., l
             ran.append(kind)
             ladder = {"native": reasons.get("native"), "torch": reasons.get("torch")}
             found = {"dequantize_4bit": ladder, "gemv_4bit": {"native": None, "torch": None}}
-            return Run(fingerprint=fingerprint.fingerprint(device), ladders=found)
+            return Run(fingerprint=fingerprint.fingerprint(device), ladders=found, is_whole=True)
 
         monkeypatch.setattr(rungs, "run_checks", run_checks)
         return ran
@@ -122,12 +122,15 @@ def test_an_operator_or_path_that_does_not_exist_is_refused(device: Device, aske
     ],
 )
 def test_a_damaged_file_is_looked_past(device: Device, content: str) -> None:
-    rungs.keep(fingerprint.fingerprint(device), {"dequantize_4bit": Rung("torch", {"native": "x"})})
+    rates = {"copy_bytes_per_second": 2.5e10}
+    rungs.keep(fingerprint.fingerprint(device), {"dequantize_4bit": Rung("torch", {"native": "x"})}, rates)
+    assert measured_rates(device) == rates
     assert known(device) == {"dequantize_4bit": Rung("torch", {"native": "x"})}
     (file,) = (Path(rungs.cache_folder()) / "paths").iterdir()
     assert json.loads(file.read_text())
     file.write_text(content)
     assert known(device) is None
+    assert measured_rates(device) == {}
 
 
 def test_another_driver_device_library_or_code_is_looked_at_anew(

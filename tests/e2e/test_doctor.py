@@ -47,7 +47,8 @@ def test_it_passes_here_with_every_check(nybble: Callable[..., Any]) -> None:
     assert report["rates"]["copy_bytes_per_second"] > 0
     assert report["rates"]["bfloat16_flops_per_second"] > 0
     assert report["versions"]["torch"]
-    assert report["machine"]["memory_bytes"] > 0
+    assert report["machine"]["memory_bytes"] > report["machine"]["memory_free_bytes"] > 0
+    assert report["torch"]["version"] == torch.__version__
 
 
 @pytest.fixture

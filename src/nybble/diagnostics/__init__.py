@@ -7,6 +7,6 @@ at from outside.
 from nybble.diagnostics.environment import prepare
 from nybble.diagnostics.evidence import Result
 from nybble.diagnostics.examination import Report, doctor
-from nybble.diagnostics.rungs import Rung, settle
+from nybble.diagnostics.rungs import Rung, measured_rates, settle
 
-__all__ = ["Report", "Result", "Rung", "doctor", "prepare", "settle"]
+__all__ = ["Report", "Result", "Rung", "doctor", "measured_rates", "prepare", "settle"]

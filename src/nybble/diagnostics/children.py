@@ -39,6 +39,8 @@ class Run:
     results: list[Result] = field(default_factory=list)
     not_run: dict[str, str] = field(default_factory=dict)
     ladders: dict[str, dict[str, str | None]] = field(default_factory=dict)  # operator -> path -> why not
+    left_out: list[str] = field(default_factory=list)  # checks that were not wanted
+    is_whole: bool = False  # whether every wanted check was run
     speeds: dict[str, dict[str, float]] = field(default_factory=dict)  # operator -> path -> per second
 
 
@@ -64,6 +66,7 @@ def run_checks(
         run.device, run.fingerprint = hello["device"], hello["fingerprint"]
         run.facts = TorchFacts.from_json(hello["facts"])
         checks = [check for check in hello["checks"] if wanted(check)]
+        run.left_out = [check["name"] for check in hello["checks"] if not wanted(check)]
         jobs = [(check, path) for check in checks for path in check["paths"]]
         is_fit = True
         for done, (check, path) in enumerate(jobs):
@@ -73,6 +76,7 @@ def run_checks(
                 child = Child(table, device)
                 child.hello()
             is_fit = _one(child, check, path, run)
+        run.is_whole = True
         told("checks", len(jobs), len(jobs))
     except ChildError as error:
         cause, fix, thread = explain(str(error))

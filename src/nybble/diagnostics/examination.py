@@ -28,6 +28,7 @@ class Report:
 
     ok: bool
     device: dict[str, Any]
+    torch: dict[str, Any]  # what torch says of itself: versions, architectures, devices
     machine: dict[str, Any]
     versions: dict[str, str]
     environment: list[str]  # variables changed before torch was imported
@@ -70,13 +71,15 @@ def doctor(
     run = run_checks(device, wanted=lambda check: check["is_quick"] or not quick, told=told, table=table)
     results, not_run = examine((*driver.SYMPTOMS, *wheels.SYMPTOMS), Evidence(machine, run.facts))
     rungs = climb(run)
-    keep(run.fingerprint, rungs)
-    if quick:
-        not_run["20 steps"] = "left out by --quick"
+    rates = {name: value for result in run.results for name, value in _rates(result).items()}
+    if run.is_whole:
+        keep(run.fingerprint, rungs, rates)
+    not_run |= dict.fromkeys(run.left_out, "left out by --quick")
     checks = _without_echoes([*results, *run.results])
     return Report(
         ok=all(result.ok for result in checks),
         device=run.device,
+        torch=asdict(run.facts) if run.facts else {},
         machine=_facts(machine),
         versions={"nybble": __version__}
         | {name: machine.packages[name] for name in _PACKAGES if name in machine.packages},
@@ -84,7 +87,7 @@ def doctor(
         checks=checks,
         not_run={**not_run, **run.not_run},
         paths=rungs,
-        rates={name: value for result in run.results for name, value in _rates(result).items()},
+        rates=rates,
         seconds=time.monotonic() - started,
     )
 
@@ -116,6 +119,7 @@ def _facts(machine: Machine) -> dict[str, Any]:
         "is_wsl": machine.is_wsl,
         "is_container": machine.is_container,
         "memory_bytes": machine.memory_bytes,
+        "memory_free_bytes": machine.memory_free_bytes,
         "disk_free_bytes": shutil.disk_usage(folder).free,
         "amd_gpus": [{**asdict(gpu), "is_apu": gpu.is_apu} for gpu in machine.amd_gpus],
         "other_processes_bytes": {str(number): held for number, held in machine.holders().items()},

@@ -133,7 +133,15 @@ class Machine:
     @property
     def memory_bytes(self) -> int:
         """All of the host's memory."""
-        found = re.search(r"MemTotal:\s+(\d+) kB", self.text("proc/meminfo"))
+        return self._memory("MemTotal")
+
+    @property
+    def memory_free_bytes(self) -> int:
+        """What of it programs may still take."""
+        return self._memory("MemAvailable")
+
+    def _memory(self, name: str) -> int:
+        found = re.search(rf"{name}:\s+(\d+) kB", self.text("proc/meminfo"))
         return int(found[1]) * 1024 if found else 0
 
     @cached_property

@@ -86,7 +86,7 @@ def settle(
         if not rungs:
             told = "; ".join(result.cause for result in run.results if not result.ok)
             note(f"the checks could not be run ({told}); each path is tested as it is first used")
-        else:
+        elif run.is_whole:
             keep(run.fingerprint, rungs)
     for operator, path in wanted.items():
         skipped = rungs.get(operator, Rung("")).skipped
@@ -120,7 +120,21 @@ def known(device: Device) -> dict[str, Rung] | None:
     return rungs if fits and rungs else None
 
 
-def keep(fingerprint: str, rungs: Mapping[str, Rung]) -> None:
+def measured_rates(device: Device) -> dict[str, float]:
+    """What the doctor last measured on this device, driver and versions, for plans; empty if it has not.
+
+    `copy_bytes_per_second`, `decode_bytes_per_second`, and `float32_flops_per_second` and so on by type.
+    """
+    from nybble.diagnostics.fingerprint import fingerprint
+
+    try:
+        content = json.loads(_file(fingerprint(device)).read_text(encoding="utf-8"))
+        return {name: float(rate) for name, rate in content["rates"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def keep(fingerprint: str, rungs: Mapping[str, Rung], rates: Mapping[str, float] | None = None) -> None:
     """Write down what was found; without room or rights for it, the next run looks again."""
     if not rungs or any(not rung.path for rung in rungs.values()):
         return
@@ -128,7 +142,7 @@ def keep(fingerprint: str, rungs: Mapping[str, Rung]) -> None:
     file = _file(fingerprint)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps({"paths": told}, indent=1) + "\n")
+        write_text(file, json.dumps({"paths": told, "rates": dict(rates or {})}, indent=1) + "\n")
     except OSError:
         return
 

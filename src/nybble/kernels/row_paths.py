@@ -28,8 +28,6 @@ OPERATORS = (
 # float32, whose sums of 67 are in another order. Dropout must have the bits.
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
-_TRITON = "nybble.kernels.gpu_rows"
-
 
 class RowPath(Protocol):
     """What a path must offer; `nybble.kernels.plain_rows` says what each result must be.
@@ -78,7 +76,7 @@ def path_named(name: str) -> RowPath:
         ImportError: it is not here.
     """
     if name == "triton":
-        return cast(RowPath, import_module(_TRITON))
+        return cast(RowPath, import_module("nybble.kernels.gpu_rows"))
     return cast(RowPath, {"native": cpu_rows, "torch": plain_rows}[name])
 
 
@@ -86,8 +84,6 @@ def unavailable(name: str) -> str | None:
     """Why a path cannot be tried, in words; None if it can."""
     if name == "native":
         return cpu.unavailable()
-    if name == "triton" and not find_spec(_TRITON):
-        return "there are no Triton kernels for them"
     return "triton is not installed" if name == "triton" and not find_spec("triton") else None
 
 
