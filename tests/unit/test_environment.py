@@ -9,7 +9,7 @@ import pytest
 from nybble.diagnostics.environment import prepare
 from nybble.diagnostics.machine import Machine, TorchBuild
 
-ROCM = TorchBuild("2.12.0+rocm7.2", "7.2", "7.2", None)
+ROCM = TorchBuild("2.12.0+rocm7.1", "7.1", "7.1", None)
 FLAG = "TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL"
 
 
@@ -30,6 +30,18 @@ def test_flash_attention_that_is_held_back_is_asked_for(version: int, gfx: str, 
     assert FLAG in said
     assert gfx in said
     assert prepare(environ, machine(tmp_path, version, environ)) == []
+
+
+@pytest.mark.parametrize(
+    ("rocm", "version", "is_set"), [("7.2", 120001, True), ("7.0", 120001, False), ("7.2", 110000, False)]
+)
+def test_products_that_read_past_their_end_are_avoided(rocm: str, version: int, is_set: bool, tmp_path: Path) -> None:
+    build = TorchBuild(f"2.12.0+rocm{rocm}", rocm, rocm, None)
+    environ = {"ROCBLAS_USE_HIPBLASLT": "1"}
+    said = prepare(environ, machine(tmp_path, version, environ, build))
+    assert environ.get("TORCH_BLAS_PREFER_HIPBLASLT") == ("0" if is_set else None)
+    assert environ["ROCBLAS_USE_HIPBLASLT"] == "1"  # the user's
+    assert bool(said) == is_set
 
 
 @pytest.mark.parametrize("version", [90010, 90402, 110000, 110501, 120001])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -103,6 +104,8 @@ def adamw(device: torch.device, _path: str) -> Measured:
 
 def narrow_products(device: torch.device, path: str) -> Measured:
     """The five products of a LoRA at three ranks; where libraries can be chosen, the speed of a square one too."""
+    if path == "hipblaslt" and os.environ.get("TORCH_BLAS_PREFER_HIPBLASLT") == "0":
+        raise UnavailableError("TORCH_BLAS_PREFER_HIPBLASLT=0 forbids it")
     before = torch.backends.cuda.preferred_blas_library() if path else None
     if path:
         torch.backends.cuda.preferred_blas_library("cublaslt" if path == "hipblaslt" else "cublas")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 from nybble.diagnostics.evidence import Evidence, Fault, Symptom
-from nybble.diagnostics.machine import version_tuple
+from nybble.diagnostics.machine import TorchBuild, version_tuple
 from nybble.hardware import NO_BFLOAT16
 
 AMD_INDEX = "https://repo.amd.com/rocm/whl-multi-arch/"
@@ -17,6 +16,8 @@ NO_FLASH_ATTENTION = ("gfx906", "gfx908", "gfx10")
 NO_TRITON = ("gfx10",)
 _BOUND_ERRORS = ((7, 2), (10, 0))  # ROCm, first and last whose hipBLASLt reads past rank-8 operands on RDNA4
 _ROCM_TRITON = ("triton-rocm", "pytorch-triton-rocm")
+# Of torch, and of rocBLAS, which takes it underneath.
+WITHOUT_HIPBLASLT = ("TORCH_BLAS_PREFER_HIPBLASLT", "ROCBLAS_USE_HIPBLASLT")
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
@@ -29,9 +30,10 @@ def install_command(gfx: str) -> str:
     return f"pip install --force-reinstall torch --index-url {TORCH_INDEX}/rocm7.2"
 
 
-def blas_is_rocblas(environ: Mapping[str, str]) -> bool:
-    """Whether neither torch nor rocBLAS underneath will take hipBLASLt."""
-    return environ.get("TORCH_BLAS_PREFER_HIPBLASLT") == "0" and environ.get("ROCBLAS_USE_HIPBLASLT") == "0"
+def reads_past_ranks(build: TorchBuild | None, gfx: str) -> bool:
+    """Whether hipBLASLt of this ROCm reads past the end of matrices as narrow as a LoRA on this GPU."""
+    rocm = build.rocm_version if build else ()
+    return gfx.startswith("gfx120") and bool(rocm) and _BOUND_ERRORS[0] <= rocm <= _BOUND_ERRORS[1]
 
 
 def _spoofed(seen: Evidence) -> Fault | None:
@@ -156,14 +158,14 @@ def _attention_held_back(seen: Evidence) -> Fault | None:
 
 def _reads_past_ranks(seen: Evidence) -> Fault | None:
     build = seen.machine.torch
-    rocm = build.rocm_version if build else ()
-    if not rocm or not _BOUND_ERRORS[0] <= rocm <= _BOUND_ERRORS[1] or blas_is_rocblas(seen.machine.environ):
+    gfx = next(iter(seen.gfx), "")
+    avoided = all(seen.machine.environ.get(name) == "0" for name in WITHOUT_HIPBLASLT)
+    if avoided or build is None or not reads_past_ranks(build, gfx):
         return None
-    new = sorted(gfx for gfx in seen.gfx if gfx.startswith("gfx120"))
-    if not new:
-        return None
-    cause = f"hipBLASLt of ROCm {'.'.join(map(str, rocm))} reads past matrices as narrow as a LoRA on {new[0]}"
-    return Fault(cause, "export TORCH_BLAS_PREFER_HIPBLASLT=0 ROCBLAS_USE_HIPBLASLT=0")
+    cause = (
+        f"hipBLASLt of ROCm {'.'.join(map(str, build.rocm_version))} reads past matrices as narrow as a LoRA on {gfx}"
+    )
+    return Fault(cause, f"export {' '.join(f'{name}=0' for name in WITHOUT_HIPBLASLT)}")
 
 
 def _paged_optimizer(seen: Evidence) -> Fault | None:
