@@ -82,6 +82,14 @@ def test_nothing_right_is_said_before_training(device: Device, examined: Callabl
     assert len(ran) == 2
 
 
+def test_what_a_broken_off_run_had_not_come_to_is_tested_here(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = Result("device", False, cause="it ended with code 1")
+    cut = {"gemv_4bit": {"native": "it crashed"}, "rows": {"native": None, "torch": None}}
+    monkeypatch.setattr(rungs, "run_checks", lambda *_, **__: Run(ladders=cut, results=[failed]))
+    assert set(settle(device)) == {"rows"}
+    assert known(device) is None
+
+
 def test_checks_that_cannot_be_run_leave_the_tests_in_this_process(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

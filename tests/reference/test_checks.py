@@ -221,6 +221,14 @@ def test_a_wrong_value_in_the_table_is_seen_by_either_path(monkeypatch: Patch) -
     assert not outcome("4-bit decode", "native").ok
 
 
+def test_a_kind_of_attention_that_torch_has_for_no_size_is_no_fault() -> None:
+    """There is none of the memory-efficient kind on a CPU."""
+    run = Run(device={"type": "cpu"})
+    _one(InThisProcess(), _describe(TABLE["torch's attention"], CPU), "efficient", run)  # type: ignore[arg-type]
+    assert run.results == []
+    assert run.not_run == {"torch's attention (efficient)": "torch has no efficient attention here"}
+
+
 def test_writing_past_the_end_is_seen(monkeypatch: Patch) -> None:
     def change(right: Any, weight: PackedWeight, out: Tensor) -> None:
         right(weight, out)
