@@ -16,14 +16,13 @@ from nybble.diagnostics.evidence import Result
 from nybble.diagnostics.rungs import Rung, known, measured_rates, settle
 from nybble.errors import CannotRunError, RecipeError
 from nybble.hardware import Device, detect_device
-from nybble.kernels import choices, path_reasons, paths_taken
+from nybble.kernels import path_reasons, paths_taken
 
 
 @pytest.fixture
 def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
-    """The CPU, with nothing found or taken yet."""
+    """The CPU, with nothing found yet."""
     monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path))
-    monkeypatch.setattr(choices, "_taken", {})
     return detect_device("cpu")
 
 

@@ -167,20 +167,12 @@ def test_threads_make_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 ENGINE = ("dequantize_4bit", "gemv_4bit", "quantize_4bit")
 
 
-@pytest.fixture
-def nothing_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No choice has been made from outside, as in a fresh process."""
-    monkeypatch.setattr(choices, "_taken", {})
-
-
-@pytest.mark.usefixtures("nothing_taken")
 def test_the_operators_take_this_path_and_say_so() -> None:
     assert all(paths.path_for(CPU, operator) is cpu for operator in ENGINE)  # type: ignore[comparison-overlap]
     assert {operator: paths.paths_taken(CPU)[operator] for operator in ENGINE} == dict.fromkeys(ENGINE, cpu.NAME)
     assert paths.path_reasons(CPU) == {}
 
 
-@pytest.mark.usefixtures("nothing_taken")
 def test_an_operator_runs_by_the_path_that_was_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     monkeypatch.setattr(plain, "dequantize", lambda weight, out: ran.append("plain"))
@@ -195,7 +187,6 @@ def test_an_operator_runs_by_the_path_that_was_taken(monkeypatch: pytest.MonkeyP
     assert paths.path_reasons(CPU) == {"dequantize_4bit": "the native one is broken"}
 
 
-@pytest.mark.usefixtures("nothing_taken")
 def test_a_kind_of_attention_that_is_skipped_is_switched_off() -> None:
     q = torch.randn(1, 2, 16, 64)
     assert torch._fused_sdp_choice(q, q, q, None, 0.0, True) == SDPBackend.FLASH_ATTENTION.value
