@@ -42,6 +42,8 @@ bench: install
 	$(BIN)/python bench/loading.py
 	$(if $(DATA),$(BIN)/python bench/real_rows.py --data $(DATA))
 	$(if $(DATA),$(BIN)/python bench/encoders.py --data $(DATA) damage)
+	$(if $(DATA),$(BIN)/python bench/rows.py --data $(DATA) large)
+	$(if $(DATA),$(BIN)/python bench/rows.py --data $(DATA) trl)
 
 docs: install
 	$(BIN)/python docs/generate.py

@@ -8,7 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub at import: no test
 
 import string
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,18 @@ def _nothing_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "_taken", {})
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What tests keep is theirs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NYBBLE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+@pytest.fixture(scope="session")
+def _found_paths(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the first training finds of this machine's paths."""
+    return tmp_path_factory.mktemp("paths")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _found_paths: Path) -> None:
+    """A cache of the test's own but for the paths, which take seconds to look for."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "paths").symlink_to(_found_paths)
+    monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")

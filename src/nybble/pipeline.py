@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from nybble import bundled, generation
+from nybble.cache import Cache
 from nybble.data import Example, Groups, Ledger, Prepared, ShownRow, examine_rows, pack_rows, prepare_rows, show_rows
 from nybble.diagnostics import settle
 from nybble.errors import InputError, RecipeError
@@ -110,9 +111,9 @@ def _prepare(recipe: Recipe, overwrite: bool, resume: bool, watch: Observer) -> 
     source = find_model(recipe.model)
     tokenizer = load_tokenizer(source, recipe.model)
     recipe = _within_context(recipe, getattr(source.config, "max_position_embeddings", None), watch)
-    prepared = prepare_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed)
+    prepared = prepare_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed, _cache(recipe), watch)
     _tell_ledger(prepared, watch)
-    lengths = [len(example.input_ids) for example in prepared.train] if recipe.data.packing else []
+    lengths = prepared.train.column("length").tolist() if recipe.data.packing else []
     groups = Groups(prepared.train, pack_rows(lengths, recipe.data.max_length) if recipe.data.packing else None)
     plan = make_plan(recipe.training, len(groups))
     return _Job(recipe, run, device, source, tokenizer, prepared, groups, plan, watch)
@@ -270,7 +271,9 @@ def inspect_rows(
     resolved, watch = _as_recipe(recipe, overrides), observer or Silent()
     tokenizer, context = find_tokenizer(resolved.model)
     resolved = _within_context(resolved, context, watch)
-    prepared = examine_rows(resolved.data, resolved.evaluation, tokenizer, resolved.training.seed)
+    prepared = examine_rows(
+        resolved.data, resolved.evaluation, tokenizer, resolved.training.seed, _cache(resolved), watch
+    )
     shown = show_rows(prepared, tokenizer, show, find)
     return Inspection(resolved.data.dataset_name, prepared.ledger, shown, prepared.fault)
 
@@ -308,7 +311,7 @@ def quantize(
     rows: list[list[int]] = []
     if section.encoder == "calibrated":
         recipe = _within_context(recipe, getattr(source.config, "max_position_embeddings", None), watch)
-        prepared = prepare_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed)
+        prepared = prepare_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed, _cache(recipe), watch)
         rows = _calibration_rows(prepared, section.calibration_rows)
     packed, report = load_model(source, "qlora", recipe.model, section, detect_device(recipe.model.device))
     if needs_calibration(section, recipe.lora):
@@ -348,6 +351,12 @@ def _as_recipe(recipe: Recipe | Path | str | None, overrides: Mapping[str, Any] 
     if overrides:
         raise RecipeError("overrides go with a recipe file; a Recipe is already resolved")
     return recipe
+
+
+def _cache(recipe: Recipe) -> Cache | None:
+    """Where tokenized rows are kept, if they are."""
+    section = recipe.quantization
+    return Cache("rows", int(section.cache_limit * 2**30)) if section.cache else None
 
 
 def _within_context(recipe: Recipe, limit: int | None, watch: Observer) -> Recipe:

@@ -316,13 +316,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def cache_folder() -> Path:
-    """Where what can be computed again is kept: `$NYBBLE_CACHE`, `$XDG_CACHE_HOME/nybble` or `~/.cache/nybble`."""
-    chosen = os.environ.get("NYBBLE_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(chosen).expanduser() if chosen else Path(base).expanduser() / "nybble"
-
-
 def sha256_of(file: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with file.open("rb") as stream:

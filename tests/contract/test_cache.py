@@ -101,7 +101,7 @@ def test_no_cache_means_none(source: Path, folder: Path) -> None:
 
 
 def test_a_full_disk_is_said_and_not_fatal(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     notes = load(source)[1]
     assert any("is not kept" in note and "has 1,000 bytes left" in note for note in notes)
     assert list(folder.iterdir()) == []

@@ -133,7 +133,7 @@ def test_a_damaged_file_is_looked_past(device: Device, content: str) -> None:
     rungs.keep(fingerprint.fingerprint(device), {"dequantize_4bit": Rung("torch", {"native": "x"})}, rates)
     assert measured_rates(device) == rates
     assert known(device) == {"dequantize_4bit": Rung("torch", {"native": "x"})}
-    (file,) = (Path(rungs.cache_folder()) / "paths").iterdir()
+    (file,) = (Path(rungs.default_folder()) / "paths").iterdir()
     assert json.loads(file.read_text())
     file.write_text(content)
     assert known(device) is None

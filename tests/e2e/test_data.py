@@ -66,6 +66,29 @@ def test_a_terminal_gets_colours_and_no_steering(
     assert re.search(r"\x1b\[[0-9;]*2m", done.out)  # masked: dim
 
 
+def test_many_rows_are_tokenized_in_sight_and_once(nybble: Callable[..., Any], words: tuple[object, ...]) -> None:
+    Path(str(words[4])).write_text("".join(json.dumps({"text": f"a {n}"}) + "\n" for n in range(600)))
+    first = nybble(*words, "--json")
+    assert [line.strip() for line in first.err.splitlines() if "tokenizing" in line] == [
+        "tokenizing 250/600", "tokenizing 500/600", "tokenizing 600/600"
+    ]  # fmt: skip
+    second = nybble(*words, "--json")
+    assert "taken from the cache" in second.err
+    assert "tokenizing" not in second.err
+    assert "tokenizing 600/600" in nybble(*words, "--json", "--no-cache").err
+    assert first.out == second.out
+
+
+def test_rows_are_no_longer_than_the_models_context(
+    nybble: Callable[..., Any], words: tuple[object, ...], tiny_llama: Callable[..., Path]
+) -> None:
+    Path(str(words[4])).write_text(json.dumps({"text": "a " * 400}) + "\n")
+    done = nybble("data", "--model", tiny_llama(), *words[3:], "--max_length", "9999", "--json", "--allow_no_stop")
+    assert done.code == 0, done.err
+    assert "max_length 9999 is above the model's context: 256 is used" in done.err
+    assert (done.json["ledger"]["rows_truncated"], done.json["ledger"]["tokens_total"]) == (1, 256)
+
+
 def test_a_recipe_file_is_taken(nybble: Callable[..., Any], words: tuple[object, ...], tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(f"model: {words[2]}\ndataset: {words[4]}\n")
     assert nybble("data", tmp_path / "recipe.yaml", "--json", "--show", 0).json["rows"] == []

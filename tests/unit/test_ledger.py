@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-from nybble.data import IGNORED, Prepared, prepare_rows, read_rows
+from nybble.data import IGNORED, Prepared, encode, prepare_rows, read_rows
 from nybble.errors import RowsError
 from nybble.recipe import DataSection, EvaluationSection
 
@@ -18,6 +19,7 @@ Call = Callable[..., Prepared]
 SHORT = {"text": "<s>[INST] Q [/INST] A </s>"}
 LONG = {"text": "<s>[INST] Q [/INST] " + "A " * 40 + "</s>"}
 EXCHANGE = "<s>[INST] {0} [/INST] {0} </s>"
+LLAMA_3 = "<|start_header_id|>{}<|end_header_id|>\n\n{}<|eot_id|>"
 TURNS = [
     {"role": "system", "content": "Be brief."},
     *({"role": role, "content": f"{role} {n}"} for n in range(4) for role in ("user", "assistant")),
@@ -81,6 +83,32 @@ def test_long_conversations_are_split_and_keep_their_system_text(prepare: Call, 
     assert done.ledger.stop_tokens_trained == 4
 
 
+@pytest.mark.parametrize(
+    ("system", "exchange"),
+    [
+        ("", "<s>[INST] {1}{0} [/INST] {0} </s>"),
+        (
+            "<|im_start|>system\nBe brief.<|im_end|>\n",
+            "{1}<|im_start|>user\n{0}<|im_end|>\n<|im_start|>assistant\n{0}<|im_end|>\n",
+        ),
+        ("<|system|>\nBe brief.<|end|>\n", "{1}<|user|>\n{0}<|end|>\n<|assistant|>\n{0}<|end|>\n"),
+        (
+            LLAMA_3.format("system", "Be brief."),
+            "{1}" + LLAMA_3.format("user", "{0}") + LLAMA_3.format("assistant", "{0}"),
+        ),
+    ],
+    ids=["inst", "chatml", "phi3", "llama3"],
+)
+def test_split_text_keeps_its_system_text(prepare: Call, tok: Any, system: str, exchange: str) -> None:
+    system = system or "<<SYS>>\nBe brief.\n<</SYS>>\n\n"
+    row = {"text": exchange.format("a", system) + exchange.format("b", "") + exchange.format("c", "")}
+    one = prepare([{"text": exchange.format("c", system)}])
+    done = prepare([row], max_length=len(one.train[0].input_ids), overlong="split")
+    assert [tok.decode(e.prompt_ids).count("Be brief.") for e in done.train] == [1, 1, 1]
+    assert done.train[2] == replace(one.train[0], row=1)
+    assert "".join(learned(done, tok)) == "".join(learned(prepare([row]), tok))
+
+
 def test_an_exchange_that_is_too_long_by_itself_is_cut_and_counted(prepare: Call) -> None:
     ledger = prepare([{"text": SHORT["text"] + LONG["text"]}], max_length=30, overlong="split").ledger
     assert (ledger.rows_split, ledger.rows_truncated, ledger.stop_tokens_cut, ledger.turns) == (1, 1, 1, 2)
@@ -139,14 +167,35 @@ def test_a_row_of_50_megabytes_is_refused_at_once(tmp_path: Path, tok: Any, name
     assert time.monotonic() - began < 60
 
 
-@pytest.mark.parametrize(
-    ("n_turns", "size", "said"),
-    [(50, 50_000, "a text of 2,500,000 characters"), (2_002, 1, "2,002 turns; allowed are")],
-)
-def test_a_conversation_beyond_bounds_is_refused(prepare: Call, n_turns: int, size: int, said: str) -> None:
-    turns = [{"role": ("user", "assistant")[n % 2], "content": "a" * size} for n in range(n_turns)]
-    with pytest.raises(RowsError, match=f"row 1: {said}"):
-        prepare([{"messages": turns}], chat_template="inst")
+def conversation(n_turns: int, size: int = 1) -> dict[str, Any]:
+    return {"messages": [{"role": ("user", "assistant")[n % 2], "content": "a" * size} for n in range(n_turns)]}
+
+
+def test_a_conversation_beyond_bounds_is_refused(prepare: Call) -> None:
+    with pytest.raises(RowsError, match="row 1: a text of 2,500,000 characters"):
+        prepare([conversation(50, 50_000)], chat_template="inst")
+
+
+def test_a_conversation_of_20_000_turns_is_read_in_one_go(prepare: Call) -> None:
+    ledger = prepare([conversation(20_000)], chat_template="inst", max_length=1_000_000).ledger
+    assert (ledger.turns, ledger.stop_tokens_trained, ledger.answers_empty) == (10_000, 10_000, 0)
+
+
+def test_a_template_that_numbers_its_turns_takes_no_more_than_it_can_search(
+    prepare: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "_MOST_SEARCHED", 5)
+    (tmp_path / "own.jinja").write_text(
+        "{% for m in messages %}{{ loop.index }} {{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    settings = {"chat_template": str(tmp_path / "own.jinja")}
+    assert prepare([conversation(10)], **settings).ledger.stop_tokens_trained == 5
+    (tmp_path / "own.jinja").write_text(
+        "{% for m in messages %}{% if m.content != 'a' %}{{ raise_exception('no a') }}{% endif %}a</s>{% endfor %}"
+    )
+    assert prepare([conversation(10)], **settings).ledger.stop_tokens_trained == 5
+    with pytest.raises(RowsError, match="row 1: the chat template renders each of its 12 turns in another way"):
+        prepare([conversation(12)], **settings)
 
 
 @pytest.mark.parametrize("indent", [1, 4, None])
@@ -155,12 +204,13 @@ def test_json_in_any_layout_is_read(tmp_path: Path, indent: int | None, content:
     import json
 
     (tmp_path / "r.json").write_text(json.dumps(content, indent=indent))
-    assert read_rows(str(tmp_path / "r.json")).rows == (content if isinstance(content, list) else [content])
+    found = [row for _, row in read_rows(str(tmp_path / "r.json"))]
+    assert found == (content if isinstance(content, list) else [content])
 
 
 def test_a_row_whose_first_line_ends_with_a_colon_is_one_row(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text('{"text":\n"a"}\n')
-    assert read_rows(str(tmp_path / "r.json")).rows == [{"text": "a"}]
+    assert [row for _, row in read_rows(str(tmp_path / "r.json"))] == [{"text": "a"}]
 
 
 def test_broken_json_of_many_lines_is_named_by_line(tmp_path: Path) -> None:

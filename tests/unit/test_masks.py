@@ -6,7 +6,6 @@ as text and compared without asking how the code under test finds it (`learns`, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +97,14 @@ def test_messages_with_system_through_chatml(learns: Call) -> None:
     first = f"<s>{START}system\nBe brief.{END}{START}user\nIs the sky blue?{END}{NEXT}"
     segments = (first, "Yes, it is.</s>", f"\n{START}user\nAlways?{END}{NEXT}", "No.</s>", "\n")
     learns({"messages": [SYSTEM, *TURNS]}, *segments, chat_template="chatml")
+
+
+def test_a_content_may_be_a_list_of_text_parts(prepare: Call) -> None:
+    parts = [{"type": "text", "text": "Is the "}, {"type": "text", "text": "sky blue?"}]
+    row = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": ["Yes, ", "it is."]}]}
+    assert list(prepare([row], chat_template="inst").train) == list(
+        prepare([{"messages": TURNS[:2]}], chat_template="inst").train
+    )
 
 
 def test_a_question_left_open_at_the_end_is_not_learned(prepare: Call, tok: Any) -> None:
@@ -227,6 +234,8 @@ def test_rows_that_are_all_cut_short_are_refused(prepare: Call, text: str, said:
     [
         ([{"text": "a"}, {"txt": "b"}], "row 2: column 'text' is missing; this row has txt"),
         ([{"text": "a"}, {}], "row 2: column 'text' is missing; this row has none"),
+        ([{"text": "a"}, {"messages": TURNS}], "row 2: column 'text' is missing; this row has messages"),
+        ([{"text": "a"}, {"text": ["a"]}], "row 2: column 'text' holds a list, not text"),
         ([{"text": "a"}, {"text": None}], "row 2: column 'text' holds a NoneType, not text"),
         ([{"prompt": "a", "completion": 4}], "row 1: column 'completion' holds a int, not text"),
         ([{"prompt": [], "completion": "x"}], "row 1: column 'completion' holds 'x', not a list of turns"),
@@ -237,6 +246,14 @@ def test_rows_that_are_all_cut_short_are_refused(prepare: Call, text: str, said:
         ([{"messages": [ANSWER, {"role": "user"}]}], "row 1 turn 2: needs 'role' and 'content'"),
         ([{"messages": [ANSWER, "x"]}], "row 1 turn 2: needs 'role' and 'content', got 'x'"),
         ([{"messages": [{"role": "assistant", "content": None}]}], "row 1 turn 1: content is a NoneType, not text"),
+        (
+            [{"messages": [{"role": "user", "content": [{"type": "image"}]}]}],
+            "row 1 turn 1: a content's part is 'image'",
+        ),
+        (
+            [{"messages": [{"role": "user", "content": [3]}]}],
+            "row 1 turn 1: a content's part is 'int'; allowed is text",
+        ),
         ([{"messages": TURNS}, {"messages": [QUESTION]}], "row 2: no assistant turn, so nothing to learn"),
         ([{"conversations": [{"from": "human", "value": "x"}]}], "row 1: no assistant turn"),
         ([{"question": "a", "reply": "b"}], "row 1: has the columns question, reply; allowed: text"),
@@ -271,41 +288,6 @@ def test_a_template_that_does_not_serve_is_refused(
         prepare([{"messages": TURNS}], chat_template=str(tmp_path / "own.jinja"))
 
 
-def ids_of(examples: list[Example]) -> list[tuple[int, ...]]:
-    return [tuple(example.input_ids) for example in examples]
-
-
-def test_the_hold_out_is_drawn_by_the_seed(prepare: Call) -> None:
-    first, again, other = (prepare(NUMBERED, seed=seed, eval_fraction=0.25) for seed in (3, 3, 4))
-    assert ids_of(first.held_out) == ids_of(again.held_out) != ids_of(other.held_out)
-    assert (len(first.held_out), len(first.train)) == (10, 30) == (first.ledger.rows_held_out, first.ledger.rows_used)
-    assert first.fingerprint == again.fingerprint == other.fingerprint
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_no_row_is_trained_on_and_held_out_even_if_it_is_there_twice(prepare: Call, seed: int) -> None:
-    done = prepare(NUMBERED * 3, seed=seed, eval_fraction=0.1)
-    assert done.held_out
-    assert not set(ids_of(done.held_out)) & set(ids_of(done.train))
-    assert set(ids_of(done.held_out)) | set(ids_of(done.train)) == set(ids_of(prepare(NUMBERED).train))
-
-
-@pytest.mark.parametrize(
-    ("n", "fraction", "most", "held"), [(40, 0.0, 9, 0), (1, 0.5, 9, 0), (2, 0.01, 9, 1), (40, 0.9, 3, 3)]
-)
-def test_the_hold_out_has_its_share_of_rows(prepare: Call, n: int, fraction: float, most: int, held: int) -> None:
-    done = prepare(NUMBERED[:n], eval_fraction=fraction, max_eval_rows=most)
-    assert (len(done.held_out), len(done.train)) == (held, n - held)
-
-
-def test_rows_of_the_held_out_file_are_not_trained_on(prepare: Call, tmp_path: Path) -> None:
-    held = tmp_path / "held.jsonl"
-    held.write_text("".join(json.dumps(row) + "\n" for row in NUMBERED[5:8]))
-    done = prepare(NUMBERED, eval_dataset_name=str(held), eval_fraction=0.5)
-    assert (len(done.held_out), len(done.train)) == (3, 37)
-    assert not set(ids_of(done.held_out)) & set(ids_of(done.train))
-
-
 def test_guanaco_in_llama2s_tokens_is_the_tokenizers_own_encoding(shared_data: Path) -> None:
     name = str(shared_data / "rows" / "guanaco-llama2-1k.parquet")
     llama2 = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "llama2")
@@ -314,7 +296,7 @@ def test_guanaco_in_llama2s_tokens_is_the_tokenizers_own_encoding(shared_data: P
     ledger = done.ledger
     assert (ledger.rows_used, ledger.tokens_total, ledger.length_max) == (1000, 461_907, 7832)
     assert ledger.stop_token_trained_fraction == 1.0
-    texts = [row["text"] for row in read_rows(name).rows]
+    texts = [row["text"] for _, row in read_rows(name)]
     assert [e.input_ids for e in done.train] == llama2(texts, add_special_tokens=False)["input_ids"]
 
 
@@ -351,11 +333,6 @@ def test_a_template_that_fails_is_the_rows_error(prepare: Call, tmp_path: Path) 
         prepare([{"messages": TURNS}], chat_template=str(tmp_path / "own.jinja"))
 
 
-def test_rows_that_are_all_held_out_say_so(prepare: Call) -> None:
-    with pytest.raises(RowsError, match="every row is held out"):
-        prepare([{"text": "a b"}] * 2, eval_fraction=0.5)
-
-
 def test_inst_text_that_ends_with_a_question_does_not_learn_it(prepare: Call, tok: Any) -> None:
     example = prepare([{"text": "<s>[INST] Q [/INST] A </s><s>[INST] and then?"}]).train[0]
     assert learned_text(example, tok) == " A </s>"
@@ -370,11 +347,6 @@ def test_an_unknown_token_is_no_end(prepare: Call, tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "is it"}, {"role": "assistant", "content": "yes so it is"}]
     example = prepare([{"messages": turns}], tokenizer=tokenizer, chat_template=str(tmp_path / "own.jinja")).train[0]
     assert example.labels == [IGNORED, IGNORED, 2, 0, 3, 4, 1]
-
-
-def test_every_row_is_accounted_for(prepare: Call) -> None:
-    ledger = prepare(NUMBERED * 3, eval_fraction=0.1).ledger
-    assert ledger.rows_read == ledger.rows_used + ledger.rows_dropped + ledger.rows_held_out
 
 
 def test_no_percentile_is_above_the_longest_row(prepare: Call) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nybble.data import Rows, read_rows
+from nybble.data import read_rows
 from nybble.errors import CannotRunError, RowsError
 
 ROWS = [{"prompt": "Wie geht’s? 😀", "completion": "שלום, gut"}, {"prompt": "a\r\nb\tc", "completion": ""}]
@@ -50,6 +51,10 @@ WRITERS: list[tuple[str, Callable[[Path, list[dict[str, str]]], None]]] = [
 EACH_WRITER = pytest.mark.parametrize(("name", "write"), WRITERS, ids=[name for name, _ in WRITERS])
 
 
+def rows_in(name: str, **options: Any) -> list[dict[str, Any]]:
+    return [row for _where, row in read_rows(name, **options)]
+
+
 def refusal(file: Path | str, content: bytes | str | None = None) -> str:
     """The message for a file with this content; it is one line that starts with the file's name."""
     if content is not None:
@@ -69,17 +74,21 @@ def test_every_format_gives_the_same_rows(
 ) -> None:
     write(tmp_path / name, ROWS)
     found = read_rows(str(tmp_path / name))
-    assert found.rows == ROWS
-    assert found.source == str(tmp_path / name)
-    assert found.where(1) == f"{tmp_path / name} row 2"
+    assert list(found) == [(f"{tmp_path / name} row {number}", row) for number, row in enumerate(ROWS, start=1)]
+    assert list(found) == list(found)
+    assert (found.source, found.first, len(found)) == (str(tmp_path / name), ROWS[0], 2)
+
+
+def fingerprint(folder: Path, rows: list[dict[str, str]], name: str = "x.jsonl", write: Any = write_lines) -> str:
+    write(folder / name, rows)
+    return read_rows(str(folder / name)).fingerprint
 
 
 @EACH_WRITER
 def test_the_fingerprint_is_of_the_rows_not_of_the_format(
     tmp_path: Path, name: str, write: Callable[[Path, list[dict[str, str]]], None]
 ) -> None:
-    write(tmp_path / name, ROWS)
-    assert read_rows(str(tmp_path / name)).fingerprint() == Rows("elsewhere", ROWS).fingerprint()
+    assert fingerprint(tmp_path, ROWS, name, write) == fingerprint(tmp_path, ROWS)
 
 
 @pytest.mark.parametrize(
@@ -93,19 +102,19 @@ def test_the_fingerprint_is_of_the_rows_not_of_the_format(
     ],
     ids=["text", "column", "order", "fewer", "more"],
 )
-def test_the_fingerprint_changes_with_any_row(changed: list[dict[str, str]]) -> None:
-    assert Rows("x", changed).fingerprint() != Rows("x", ROWS).fingerprint()
+def test_the_fingerprint_changes_with_any_row(tmp_path: Path, changed: list[dict[str, str]]) -> None:
+    assert fingerprint(tmp_path, changed) != fingerprint(tmp_path, ROWS)
 
 
-def test_the_fingerprint_ignores_the_order_of_columns() -> None:
+def test_the_fingerprint_ignores_the_order_of_columns(tmp_path: Path) -> None:
     turned = [dict(reversed(row.items())) for row in ROWS]
-    assert Rows("x", turned).fingerprint() == Rows("x", ROWS).fingerprint()
+    assert fingerprint(tmp_path, turned) == fingerprint(tmp_path, ROWS)
 
 
 def test_text_files_give_a_row_per_paragraph(tmp_path: Path) -> None:
     file = tmp_path / "rows.txt"
     file.write_bytes("one\r\nstill one\r\n\r\n\r\ntwo 😀\n\n\n".encode())
-    assert read_rows(str(file)).rows == [{"text": "one\nstill one"}, {"text": "two 😀"}]
+    assert rows_in(str(file)) == [{"text": "one\nstill one"}, {"text": "two 😀"}]
 
 
 def test_a_folder_gives_the_rows_of_its_files_in_order_of_name(tmp_path: Path) -> None:
@@ -113,32 +122,32 @@ def test_a_folder_gives_the_rows_of_its_files_in_order_of_name(tmp_path: Path) -
     write_parquet(tmp_path / "a.parquet", [{"text": "1"}])
     (tmp_path / "README.md").write_text("not rows")
     (tmp_path / "c.txt").write_text("3")
-    assert [row["text"] for row in read_rows(str(tmp_path)).rows] == ["1", "2", "3"]
+    assert [row["text"] for row in rows_in(str(tmp_path))] == ["1", "2", "3"]
 
 
 def test_a_limit_keeps_the_first_rows(tmp_path: Path) -> None:
     write_lines(tmp_path / "r.jsonl", ROWS)
-    assert read_rows(str(tmp_path / "r.jsonl"), limit=1).rows == ROWS[:1]
-    assert read_rows(str(tmp_path / "r.jsonl"), limit=9).rows == ROWS
+    assert rows_in(str(tmp_path / "r.jsonl"), limit=1) == ROWS[:1]
+    assert rows_in(str(tmp_path / "r.jsonl"), limit=9) == ROWS
 
 
 @pytest.mark.parametrize("name", ["r.jsonl", "r.json"])
 def test_strings_may_hold_unicode_line_separators(tmp_path: Path, name: str) -> None:
     content = json.dumps({"text": SEPARATORS}, ensure_ascii=False) + '\r\n\n{"text": "next"}'
     (tmp_path / name).write_text(content, encoding="utf-8", newline="")
-    assert [row["text"] for row in read_rows(str(tmp_path / name)).rows] == [SEPARATORS, "next"]
+    assert [row["text"] for row in rows_in(str(tmp_path / name))] == [SEPARATORS, "next"]
 
 
 def test_csv_cells_may_hold_line_breaks_and_separators(tmp_path: Path) -> None:
     write_csv(tmp_path / "r.csv", [{"text": f'"{SEPARATORS}",\n\r\n\x0b\x0c\x1cx'}])
-    assert read_rows(str(tmp_path / "r.csv")).rows == [{"text": f'"{SEPARATORS}",\n\r\n\x0b\x0c\x1cx'}]
+    assert rows_in(str(tmp_path / "r.csv")) == [{"text": f'"{SEPARATORS}",\n\r\n\x0b\x0c\x1cx'}]
 
 
 @pytest.mark.parametrize("name", ["r.jsonl", "r.json", "r.csv"])
 def test_a_byte_order_mark_is_no_part_of_the_rows(tmp_path: Path, name: str) -> None:
     content = "text\nx\n" if name.endswith("csv") else '{"text": "x"}\n'
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
-    assert read_rows(str(tmp_path / name)).rows == [{"text": "x"}]
+    assert rows_in(str(tmp_path / name)) == [{"text": "x"}]
 
 
 @pytest.mark.parametrize("name", ["/no/such/rows", "no_such.jsonl", "./no_such", "~/no_such_rows", "a/b/c", "N.CSV"])
@@ -225,7 +234,7 @@ def test_a_ragged_csv_row_is_named_by_line(tmp_path: Path, row: str) -> None:
 
 @pytest.mark.parametrize("name", ["r.jsonl", "r.json", "r.csv", "r.txt"])
 def test_what_is_not_utf8_is_named_by_byte(tmp_path: Path, name: str) -> None:
-    assert refusal(tmp_path / name, b'{"text": "\xfc"}') == ": byte 10 is not UTF-8; convert the file to UTF-8"
+    assert refusal(tmp_path / name, b'{"text": "\xfc"}') == " line 1: byte 10 is not UTF-8; convert the file to UTF-8"
 
 
 @pytest.mark.parametrize("keep", [0, 8, 30, -1, -9])
@@ -243,19 +252,20 @@ def test_a_damaged_file_in_a_folder_is_the_one_named(tmp_path: Path) -> None:
 
 def test_a_byte_order_mark_is_no_part_of_a_text_file(tmp_path: Path) -> None:
     (tmp_path / "r.txt").write_bytes(b"\xef\xbb\xbfx")
-    assert read_rows(str(tmp_path / "r.txt")).rows == [{"text": "x"}]
+    assert rows_in(str(tmp_path / "r.txt")) == [{"text": "x"}]
 
 
 def test_csv_cells_may_be_long(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text("text\n" + "x" * 140_000)
-    assert len(read_rows(str(tmp_path / "r.csv")).rows[0]["text"]) == 140_000
+    assert len(rows_in(str(tmp_path / "r.csv"))[0]["text"]) == 140_000
 
 
 @pytest.mark.parametrize(
     ("name", "content"), [("r.csv", b"text\n" + b"ok\n" * 40_000), ("r.jsonl", b'\xef\xbb\xbf{"text": "')]
 )
 def test_the_byte_that_is_not_utf8_is_counted_from_the_start(tmp_path: Path, name: str, content: bytes) -> None:
-    assert f"byte {len(content)} is" in refusal(tmp_path / name, content + b"\xff")
+    line = content.count(b"\n") + 1
+    assert refusal(tmp_path / name, content + b"\xff").startswith(f" line {line}: byte {len(content)} is")
 
 
 @pytest.mark.parametrize("content", ['{"a": ' + "1" * 5000 + "}", "[" * 100_000], ids=["digits", "depth"])

@@ -25,6 +25,7 @@ class Live:
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
         self._bar: Progress | None = None
+        self._eighth = 0  # of other work, that a line was printed for
 
     def stage(self, name: str) -> None:
         """Announce a part of the run."""
@@ -37,11 +38,13 @@ class Live:
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Move the bar of other work, or print a line now and then."""
-        figures = f"{what} {done}/{total}"
+        figures = f"{what} {done:,}/{total:,}"
+        eighth = 8 * done // total
         if self.console.is_terminal:
             self._draw(done, total, figures)
-        elif done % max(1, total // 8) == 0 or done == total:
+        elif eighth != self._eighth:
             self.note(figures)
+        self._eighth = eighth % 8
         if done == total:
             self.close()
 

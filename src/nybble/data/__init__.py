@@ -6,10 +6,12 @@ from nybble.data.ledger import Ledger
 from nybble.data.prepare import Prepared, examine_rows, prepare_rows
 from nybble.data.rows import Rows, read_rows
 from nybble.data.show import ShownRow, Stretch, show_rows
+from nybble.data.store import Examples
 
 __all__ = [
     "IGNORED",
     "Example",
+    "Examples",
     "FlatBatch",
     "Groups",
     "Ledger",

@@ -11,15 +11,19 @@ import hashlib
 import json
 import re
 from array import array
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 from nybble.data.rendered import FAMILIES
-from nybble.data.shapes import Form, Piece, Turn, alpaca_prompt, answers_of, exchanges
+from nybble.data.shapes import Form, Piece, Turn, alpaca_prompt, answers_of, begun_anew, exchanges, put_as
 from nybble.data.tokens import MARKS, adds_bos, mark, spelled, stop_ids, tokenize, unmark
 from nybble.errors import RowsError
 
 IGNORED = -100  # the label that torch's cross-entropy skips
+_MOST_SEARCHED = 1000  # answers of a row whose every search renders all turns before it; 1,000 take some 20 s
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,11 @@ class Example:
 class EncodedRow:
     """A row, and what it became."""
 
-    examples: list[Example]  # several where it was split, none where it is too long and `overlong` says drop
+    examples: list[Example]  # several where it was split
     length: int  # tokens before cutting
     n_turns: int  # answers in it, learned or not
-    key: bytes  # equal for rows of equal tokens
+    key: int  # equal for rows of equal tokens
+    prompt_form: str  # how its prompt is put: "template", the text's family, or "" for plainly
 
 
 @dataclass
@@ -76,16 +81,20 @@ def encode_row(
         RowsError: the chat template cannot render the row, or cannot be split into turns.
     """
     whole = _encode(form, tokenizer, loss_on, where)
-    parts = [(form, whole)]
+    parts: list[tuple[Form, _Spans]] = [(form, whole)]
     if len(whole.ids) > max_length and overlong == "drop":
-        parts = []
+        parts, loss_on = [((), _Spans(whole.ids, []))], "answers"  # nothing of it is learned
     elif len(whole.ids) > max_length and overlong == "split":
         parts = [(part, _encode(part, tokenizer, loss_on, where)) for part in _split(form, tokenizer, max_length)]
     examples = [_cut(spans, _n_empty(part, loss_on), max_length, loss_on) for part, spans in parts]
     if len(examples) > 1:
         examples = [example for example in examples if example.n_trained] or examples[:1]
-    key = hashlib.sha256(array("q", whole.ids).tobytes()).digest()
-    return EncodedRow(examples, len(whole.ids), len(answers_of(form)), key)
+    return EncodedRow(examples, len(whole.ids), len(answers_of(form)), key_of(whole.ids), put_as(form))
+
+
+def key_of(ids: Sequence[int]) -> int:
+    """Equal for equal ids. It has 64 bits: that any two of a million others are alike has a chance of 3e-8."""
+    return int.from_bytes(hashlib.blake2b(array("i", ids).tobytes(), digest_size=8).digest())
 
 
 def _encode(form: Form, tokenizer: Any, loss_on: str, where: str) -> _Spans:
@@ -128,8 +137,9 @@ def _split(form: Form, tokenizer: Any, max_length: int) -> list[Form]:
     for unit in units[1:]:
         if len(_encode([*part, *unit], tokenizer, "all", "").ids) > max_length:
             parts.append(part)
-            part = [*head]
-        part += unit
+            part = [*head, *begun_anew(unit, form)]
+        else:
+            part += unit
     return [*parts, part]
 
 
@@ -167,7 +177,7 @@ def _encode_turns(turns: list[Turn], tokenizer: Any, loss_on: str, where: str) -
     stopping = stop_ids(tokenizer)
     spans = _Spans(ids, [])
     for border in borders:
-        inside = [i for i, end in enumerate(ends) if border[0] < end <= border[1]]
+        inside = range(bisect_right(ends, border[0]), bisect_right(ends, border[1]))
         stops = [i for i in inside if ids[i] in stopping]
         # The turn ends with its last special token; line breaks that a template puts behind it are not learned.
         if inside:
@@ -184,10 +194,7 @@ def _answer_borders(turns: list[Turn], text: str, tokenizer: Any, loss_on: str, 
     answers = [k for k, turn in enumerate(turns) if turn.role == "assistant"]
     if loss_on == "last_answer":
         answers = answers[-1:]
-    borders = [
-        _answer_border(turns, k, text, tokenizer, where) or _find_border(turns, k, text, tokenizer, where)
-        for k in answers
-    ]
+    borders = list(_search(turns, answers, text, tokenizer, where))
     if None not in borders:
         return [border for border in borders if border is not None]
     if loss_on == "all":
@@ -198,9 +205,60 @@ def _answer_borders(turns: list[Turn], text: str, tokenizer: Any, loss_on: str, 
     )
 
 
+def _search(
+    turns: list[Turn], answers: list[int], text: str, tokenizer: Any, where: str
+) -> Iterator[tuple[int, int] | None]:
+    """The border of each answer. Only the first between two of the same gaps is searched, the others are like it."""
+    # First and last have gaps of their own, so few answers are searched as soon.
+    gaps = _gaps(turns, text, tokenizer, where) if len(answers) > 3 else {}
+    # Gaps -> how much of them belongs to the answer between them.
+    known: dict[tuple[str, str] | None, tuple[int, int]] = {}
+    n_searched = 0
+    for k in answers:
+        start, end, gap = gaps.get(k, (0, 0, None)) if not turns[k].calls else (0, 0, None)
+        border: tuple[int, int] | None
+        if gap in known:
+            own = known[gap]
+            border = start - own[0], end + own[1]
+        else:
+            n_searched += 1
+            if n_searched > _MOST_SEARCHED:
+                raise RowsError(
+                    f"{where}: the chat template renders each of its {len(turns):,} turns in another way; allowed are "
+                    f"{_MOST_SEARCHED:,} answers that have to be searched; part it into several rows"
+                )
+            border = _answer_border(turns, k, text, tokenizer, where) or _find_border(turns, k, text, tokenizer, where)
+            if border and gap and border[0] <= start <= end <= border[1]:
+                known[gap] = start - border[0], border[1] - end
+        yield border
+
+
+def _gaps(turns: list[Turn], text: str, tokenizer: Any, where: str) -> dict[int, tuple[int, int, tuple[str, str]]]:
+    """Where in `text` each turn's words are, white space around them left out, and what stands between them and those
+    of the turns before and behind; empty where the template changes the words."""
+    sign = _unused(text)
+    spoken = [k for k, turn in enumerate(turns) if turn.role != "tools"]
+    marked = list(turns)
+    for k in spoken:
+        words = turns[k].content.strip()
+        marked[k] = replace(turns[k], content=turns[k].content.replace(words, sign + words + sign, 1))
+    try:
+        parts = _render(marked, tokenizer, where).split(sign)
+    except RowsError:  # a template may parse what a turn says
+        return {}
+    if len(parts) != 2 * len(spoken) + 1 or "".join(parts) != text:
+        return {}
+    ends = list(accumulate(map(len, parts)))
+    return {k: (ends[2 * i], ends[2 * i + 1], (parts[2 * i], parts[2 * i + 2])) for i, k in enumerate(spoken)}
+
+
+def _unused(text: str) -> str:
+    return next(chr(code) for code in MARKS if chr(code) not in text)
+
+
 def _answer_border(turns: list[Turn], k: int, text: str, tokenizer: Any, where: str) -> tuple[int, int] | None:
     """Characters of `text` that are turn `k`, or None where the template does not keep earlier turns as they were."""
-    whole = _render(turns[: k + 1], tokenizer, where)
+    whole = _render(turns[: k + 1], tokenizer, where) if k + 1 < len(turns) else text
     # No template renders nothing: the header of a first turn ends where two different contents begin to differ.
     if all(turn.role == "tools" for turn in turns[:k]):
         a, b = (_render([Turn("assistant", content)], tokenizer, where) for content in ("a", "b"))
@@ -218,7 +276,7 @@ def _find_border(turns: list[Turn], k: int, text: str, tokenizer: Any, where: st
 
     The turn begins behind the header that asks for an answer, as in generation, and ends as it does when it is last.
     """
-    sign = next(chr(code) for code in MARKS if chr(code) not in text)
+    sign = _unused(text)
 
     def with_mark(upto: int) -> str:
         content = turns[k].content.rstrip()  # the mark goes before white space, which a template may take away

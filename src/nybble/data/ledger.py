@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nybble.data.encode import EncodedRow, Example
+import numpy as np
+from numpy.typing import NDArray
+
+from nybble.data.store import Examples
 
 
 @dataclass(frozen=True)
@@ -41,44 +43,53 @@ class Ledger:
     length_max: int
 
 
-def count_rows(
-    read: Sequence[EncodedRow], used: Sequence[EncodedRow], n_held_out: int, max_length: int, words: tuple[str, str]
-) -> Ledger:
-    """The ledger of `used` out of `read`; `words` are shape and prompt form."""
-    examples: list[Example] = [example for row in used for example in row.examples]
-    lengths = sorted(row.length for row in read) or [0]
-    turns, stops = sum(e.n_answers for e in examples), sum(e.n_stops for e in examples)
-    total, trained = sum(len(e.input_ids) for e in examples), sum(e.n_trained for e in examples)
+def count_rows(read: Examples, is_used: NDArray[np.bool_], n_held_out: int, max_length: int, shape: str) -> Ledger:
+    """The ledger of the examples `read`, of which those where `is_used` is true are trained on."""
+    used = read.take(is_used)
+    rows = read.take(first_of_rows(read))
+    lengths = np.sort(rows.column("row_length"))
+    examples_of = np.unique(used.column("row"), return_counts=True)[1]
+    turns, stops = _sum(used, "n_answers"), _sum(used, "n_stops")
+    total, trained = _sum(used, "length"), _sum(used, "n_trained")
     return Ledger(
-        shape=words[0],
-        prompt_form=words[1],
-        rows_read=len(read),
-        rows_used=len(used),
-        rows_dropped=len(read) - len(used),
+        shape=shape,
+        prompt_form=next((form for form in read.different("row_form") if form), "plain"),
+        rows_read=len(rows),
+        rows_used=len(examples_of),
+        rows_dropped=len(rows) - len(examples_of),
         rows_held_out=n_held_out,
-        rows_over_max_length=sum(length > max_length for length in lengths),
-        rows_truncated=sum(any(e.is_truncated for e in row.examples) for row in used),
-        rows_split=sum(len(row.examples) > 1 for row in used),
-        rows_duplicate=len(read) - len({row.key for row in read}),
-        rows_multi_turn=sum(row.n_turns > 1 for row in read),
-        examples=len(examples),
+        rows_over_max_length=int((lengths > max_length).sum()),
+        rows_truncated=len(np.unique(used.column("row")[used.column("is_truncated")])),
+        rows_split=int((examples_of > 1).sum()),
+        rows_duplicate=len(rows) - len(np.unique(rows.column("row_key"))),
+        rows_multi_turn=int((rows.column("row_turns") > 1).sum()),
+        examples=len(used),
         turns=turns,
         stop_tokens_trained=stops,
-        stop_tokens=tuple(sorted({token for e in examples for token in e.stop_tokens})),
-        stop_tokens_cut=sum(e.n_cut_stops for e in examples),
+        stop_tokens=tuple(sorted(used.different("stop_tokens"))),
+        stop_tokens_cut=_sum(used, "n_cut_stops"),
         stop_token_trained_fraction=stops / turns if turns else 0.0,
-        answers_empty=sum(e.n_empty for e in examples),
+        answers_empty=_sum(used, "n_empty"),
         tokens_total=total,
         tokens_trained=trained,
         tokens_masked=total - trained,
-        length_mean=sum(lengths) / len(lengths),
+        length_mean=float(lengths.mean()),
         length_p50=_percentile(lengths, 0.50),
         length_p95=_percentile(lengths, 0.95),
         length_p99=_percentile(lengths, 0.99),
-        length_max=lengths[-1],
+        length_max=int(lengths[-1]),
     )
 
 
-def _percentile(ordered: Sequence[int], share: float) -> int:
+def first_of_rows(read: Examples) -> NDArray[np.intp]:
+    """Where the examples of each row begin, `(rows,)`."""
+    return np.flatnonzero(np.diff(read.column("row"), prepend=0))
+
+
+def _sum(examples: Examples, name: str) -> int:
+    return int(examples.column(name).sum(dtype=np.int64))
+
+
+def _percentile(ordered: NDArray[np.int32], share: float) -> int:
     """The smallest of the lengths that at least `share` of them do not exceed."""
-    return ordered[math.ceil(share * len(ordered)) - 1]
+    return int(ordered[math.ceil(share * len(ordered)) - 1])

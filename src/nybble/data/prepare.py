@@ -3,110 +3,124 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from nybble.data.encode import EncodedRow, Example, encode_row
-from nybble.data.ledger import Ledger, count_rows
+import numpy as np
+from numpy.typing import NDArray
+
+from nybble.cache import Cache
+from nybble.data.encode_all import Encoder, encode_rows
+from nybble.data.ledger import Ledger, count_rows, first_of_rows
 from nybble.data.rows import Rows, read_rows
-from nybble.data.shapes import Form, Turn, detect_shape, prompt_form, to_form
+from nybble.data.shapes import detect_shape
+from nybble.data.store import Examples
 from nybble.data.templates import find_template
 from nybble.errors import RowsError
 from nybble.recipe import DataSection, EvaluationSection
+from nybble.runs import Observer, Silent
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Everything the training and its evaluation take from the rows."""
 
-    train: list[Example]
-    held_out: list[Example]
+    train: Examples
+    held_out: Examples
     ledger: Ledger
     fingerprint: str  # SHA-256 over all rows
-    dropped: list[Example]  # of rows that are used for neither
+    dropped: Examples  # of rows that are used for neither
     fault: str | None  # why nothing useful would be learned
 
 
-def prepare_rows(data: DataSection, evaluation: EvaluationSection, tokenizer: Any, seed: int) -> Prepared:
-    """Read, split, encode and count.
+def prepare_rows(
+    data: DataSection,
+    evaluation: EvaluationSection,
+    tokenizer: Any,
+    seed: int,
+    cache: Cache | None = None,
+    watch: Observer | None = None,
+) -> Prepared:
+    """Read, split, encode and count; what is tokenized is kept in `cache`.
 
     Sets the tokenizer's chat template when the recipe names one.
 
     Raises:
         RowsError: rows or a row cannot be used, nothing would be learned, or no end token would.
     """
-    prepared = examine_rows(data, evaluation, tokenizer, seed)
+    prepared = examine_rows(data, evaluation, tokenizer, seed, cache, watch)
     if prepared.fault:
         raise RowsError(prepared.fault)
     return prepared
 
 
-def examine_rows(data: DataSection, evaluation: EvaluationSection, tokenizer: Any, seed: int) -> Prepared:
+def examine_rows(
+    data: DataSection,
+    evaluation: EvaluationSection,
+    tokenizer: Any,
+    seed: int,
+    cache: Cache | None = None,
+    watch: Observer | None = None,
+) -> Prepared:
     """As `prepare_rows`, but rows of which nothing useful would be learned are handed on with their `fault`."""
     if data.chat_template is not None:
         tokenizer.chat_template = find_template(data.chat_template)
-    rows = read_rows(data.dataset_name, data.dataset_split, data.max_train_rows)
-    shape = detect_shape(rows, data)
-    forms = _forms(rows, shape, data, tokenizer)
-    read = list(_encode_all(rows, forms, data, evaluation, tokenizer))
-    fingerprint = rows.fingerprint()
-    if data.eval_dataset_name:
-        held_rows = read_rows(data.eval_dataset_name, data.dataset_split, evaluation.max_eval_rows)
-        held_forms = _forms(held_rows, detect_shape(held_rows, data), data, tokenizer)
-        held = list(_encode_all(held_rows, held_forms, data, evaluation, tokenizer))
-        fingerprint = f"{fingerprint}+{held_rows.fingerprint()}"
+
+    def encode(rows: Rows) -> Examples:
+        encoder = Encoder(tokenizer, detect_shape(rows, data), data, evaluation.answer_field)
+        return encode_rows(rows, encoder, cache, watch or Silent())
+
+    rows = read_rows(data.dataset_name, data.dataset_split, data.max_train_rows, data.dataset_config)
+    apart = _rows_apart(data, evaluation)
+    other = encode(apart) if apart is not None else None  # the few rows first: their faults show at once
+    read = encode(rows)
+    useful = _useful(read)
+    if other is not None:
+        held, held_useful, chosen = other, _useful(other), np.zeros_like(useful)
     else:
-        held = _hold_out(read, data.eval_fraction, seed, evaluation.max_eval_rows)
-    held_ids = _ids(held)
-    used = [row for row in read if _is_useful(row) and held_ids.isdisjoint(_ids([row]))]
-    held = [row for row in held if _is_useful(row)]
-    words = (shape, prompt_form(shape, forms, bool(tokenizer.chat_template)))
-    ledger = count_rows(read, used, len(held), data.max_length, words)
-    taken = {id(row) for row in (*used, *held)}
-    neither = [row for row in read if id(row) not in taken]
-    ledger = replace(ledger, rows_dropped=len(neither))
-    train, held_out, dropped = ([e for row in group for e in row.examples] for group in (used, held, neither))
-    return Prepared(train, held_out, ledger, fingerprint, dropped, _fault(ledger, rows.source, data))
+        chosen = _hold_out(len(rows), data.eval_fraction, seed, evaluation.max_eval_rows)
+        held, held_useful = _of_rows(read, chosen), useful
+    leaks = np.logical_or.reduceat(np.isin(read.column("key"), held.column("key")), first_of_rows(read))
+    used = useful & ~leaks
+    neither = ~used & ~(chosen & useful)
+    held = _of_rows(held, held_useful)
+    is_used = used[read.column("row") - 1]
+    ledger = count_rows(read, is_used, len(np.unique(held.column("row"))), data.max_length, detect_shape(rows, data))
+    ledger = replace(ledger, rows_dropped=int(neither.sum()))
+    fingerprint = rows.fingerprint if apart is None else f"{rows.fingerprint}+{apart.fingerprint}"
+    fault = _fault(ledger, rows.source, data)
+    return Prepared(read.take(is_used), held, ledger, fingerprint, _of_rows(read, neither), fault)
 
 
-def _is_useful(row: EncodedRow) -> bool:
-    return any(example.n_trained for example in row.examples)
+def _rows_apart(data: DataSection, evaluation: EvaluationSection) -> Rows | None:
+    """Held-out rows of their own: another file or set, or another split of the same."""
+    name = data.eval_dataset_name or (data.dataset_name if data.eval_dataset_split else None)
+    if name is None:
+        return None
+    if data.eval_dataset_name is None and Path(name).expanduser().is_file():
+        raise RowsError(f"{name} is one file and has no splits; leave out --eval_dataset_split, or give a folder")
+    config = data.dataset_config if name == data.dataset_name else None
+    return read_rows(name, data.eval_dataset_split or data.dataset_split, evaluation.max_eval_rows, config)
 
 
-def _ids(rows: Sequence[EncodedRow]) -> set[tuple[int, ...]]:
-    return {tuple(example.input_ids) for row in rows for example in row.examples}
+def _useful(read: Examples) -> NDArray[np.bool_]:
+    """Whether a token of it is learned, `(rows,)`."""
+    return np.logical_or.reduceat(read.column("n_trained") > 0, first_of_rows(read))
 
 
-def _forms(rows: Rows, shape: str, data: DataSection, tokenizer: Any) -> list[Form]:
-    has_template = bool(tokenizer.chat_template)
-    forms = [to_form(row, shape, data, rows.where(i), has_template) for i, row in enumerate(rows.rows)]
-    if not has_template and any(isinstance(part, Turn) for form in forms for part in form):
-        raise RowsError(
-            f"{rows.source}: {shape} rows need a chat template and this tokenizer has none; "
-            "set --chat_template inst, chatml or a .jinja file"
-        )
-    return forms
+def _of_rows(read: Examples, is_wanted: NDArray[np.bool_]) -> Examples:
+    """The examples of the rows where `is_wanted`, `(rows,)`, is true."""
+    return read.take(is_wanted[read.column("row") - 1])
 
 
-def _encode_all(
-    rows: Rows, forms: list[Form], data: DataSection, evaluation: EvaluationSection, tokenizer: Any
-) -> Iterator[EncodedRow]:
-    for index, (row, form) in enumerate(zip(rows.rows, forms, strict=True)):
-        encoded = encode_row(form, tokenizer, data.max_length, data.loss_on, data.overlong, rows.where(index))
-        answer = row.get(evaluation.answer_field)
-        answer = answer if isinstance(answer, str) else None
-        examples = [replace(example, row=index + 1, answer=answer) for example in encoded.examples]
-        yield replace(encoded, examples=examples)
-
-
-def _hold_out(read: list[EncodedRow], fraction: float, seed: int, most: int) -> list[EncodedRow]:
-    """A share of the rows, drawn by the seed; at least one where a share is asked for at all."""
-    if fraction == 0 or len(read) < 2:
-        return []
-    wanted = min(most, max(1, round(fraction * len(read))), len(read) - 1)
-    chosen = random.Random(seed).sample(range(len(read)), wanted)
-    return [read[i] for i in sorted(chosen)]
+def _hold_out(n_rows: int, fraction: float, seed: int, most: int) -> NDArray[np.bool_]:
+    """Which rows are drawn by the seed, `(n_rows,)`; at least one where a share is asked for at all."""
+    chosen = np.zeros(n_rows, bool)
+    if fraction > 0 and n_rows > 1:
+        wanted = min(most, max(1, round(fraction * n_rows)), n_rows - 1)
+        chosen[random.Random(seed).sample(range(n_rows), wanted)] = True
+    return chosen
 
 
 def _fault(ledger: Ledger, source: str, data: DataSection) -> str | None:

@@ -8,26 +8,33 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Family:
-    """Marks around an answer, and how a question is put so that one follows."""
+    """Marks around an answer, how a question is put so that one follows, and the pattern of a system text."""
 
     header: str
     stop: str
     question: str
+    system: str = ""
 
 
 FAMILIES = {
     "chatml": Family(
-        "<|im_start|>assistant\n", "<|im_end|>", "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+        "<|im_start|>assistant\n",
+        "<|im_end|>",
+        "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+        r"<\|im_start\|>system\n.*?<\|im_end\|>\n",
     ),
     "llama3": Family(
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
         "<|eot_id|>",
         "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        r"<\|start_header_id\|>system<\|end_header_id\|>\n\n.*?<\|eot_id\|>",
     ),
     "gemma": Family(
         "<start_of_turn>model\n", "<end_of_turn>", "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"
     ),
-    "phi3": Family("<|assistant|>\n", "<|end|>", "<|user|>\n{}<|end|>\n<|assistant|>\n"),
+    "phi3": Family(
+        "<|assistant|>\n", "<|end|>", "<|user|>\n{}<|end|>\n<|assistant|>\n", r"<\|system\|>\n.*?<\|end\|>\n"
+    ),
 }
 
 
@@ -38,6 +45,16 @@ def find_answers(text: str) -> tuple[str, list[tuple[int, int]]]:
             pattern = f"{re.escape(family.header)}(.*?(?:{re.escape(family.stop)}|\\Z))"
             return name, [match.span(1) for match in re.finditer(pattern, text, re.DOTALL)]
     return "", []
+
+
+def with_system(prompt: str, first: str, family: str) -> str:
+    """A later prompt of a text, begun as its first: with the system text, which stands before that one alone."""
+    pattern = r"<<SYS>>.*?<</SYS>>\s*" if family == "inst" else FAMILIES[family].system if family in FAMILIES else ""
+    found = re.search(pattern, first, re.DOTALL)
+    system = found[0] if found else ""
+    if family == "inst":
+        return re.sub(r"\[INST\] ?", lambda _: f"[INST] {system}", prompt, count=1)
+    return system + prompt.lstrip() if family in FAMILIES else prompt
 
 
 def without_stop(answer: str, family: str) -> str:

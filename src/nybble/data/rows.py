@@ -1,82 +1,97 @@
 """Reading rows: parquet, json, jsonl, csv or text files, folders of them, or a hub id.
 
-JSON and CSV are read here rather than by `datasets`, so that a broken line is named by file and number.
+Rows are never all in memory: reading goes through them once to check, count and hash them, and whoever needs them goes
+through them again. Of the endings only `.json` with one list is held whole. JSON and CSV are read here rather than by
+`datasets`, so that a broken line is named by file and number.
 """
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from nybble.errors import CannotRunError, RowsError
 
 Row = dict[str, Any]
+Placed = tuple[str, Row]  # how a message names the row, and the row
+
+# Split -> words in the names of its files; files without such a word belong to the first.
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows as they stand in a file, and where they came from."""
+    """Rows that were gone through once and can be gone through again; iteration yields `Placed` ones."""
 
     source: str
-    rows: Sequence[Row]
+    first: Row
+    fingerprint: str  # SHA-256 over the content of all rows, in order, whatever kind of file they are in
+    n_bytes: int  # of all rows as JSON
+    n_rows: int
+    read: Callable[[], Iterator[Placed]]
 
-    def where(self, index: int) -> str:
-        """How a message names row `index` (counted from 1 for people)."""
-        return f"{self.source} row {index + 1}"
+    def __iter__(self) -> Iterator[Placed]:
+        return self.read()
 
-    def fingerprint(self) -> str:
-        """SHA-256 over the content of all rows, in order."""
-        digest = hashlib.sha256()
-        for row in self.rows:
-            digest.update(json.dumps(row, sort_keys=True, ensure_ascii=True, default=str).encode())
-            digest.update(b"\n")
-        return digest.hexdigest()
+    def __len__(self) -> int:
+        return self.n_rows
 
 
-def read_rows(name: str, split: str = "train", limit: int | None = None) -> Rows:
-    """The rows that `name` (a file, a folder of files, or a hub id) holds.
+def read_rows(name: str, split: str = "train", limit: int | None = None, config: str | None = None) -> Rows:
+    """The rows of `split` that `name` (a file, a folder of files, or a hub id) holds, or the first `limit` of them.
+
+    `config` names one of the sets that a hub id holds.
 
     Raises:
-        RowsError: missing, empty, or not what its ending says.
+        RowsError: missing, empty, or not what its ending says; a folder without that split.
         CannotRunError: a hub id that cannot be fetched.
     """
     if not name:
         raise RowsError("no rows given; set --dataset_name to a parquet, json, jsonl, csv or text file, or a hub id")
     path = Path(name).expanduser()
     if path.is_file():
-        rows = _read_file(path)
+        files = [path]
     elif path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in _READERS)
-        if not files:
-            raise RowsError(f"{name} holds no file of rows; endings that are read: {', '.join(_READERS)}")
-        rows = [row for file in files for row in _read_file(file)]
+        files = _files_of(path, split)
     elif path.is_absolute() or path.suffix.lower() in _READERS or name.startswith((".", "~")) or name.count("/") > 1:
         raise RowsError(f"rows file {name!r} does not exist")
     else:
-        rows = _read_hub(name, split)
-    if not rows:
-        raise RowsError(f"{name} holds no rows")
-    return Rows(name, rows[:limit] if limit else rows)
+        return _examine(name, partial(_read_hub, name, _load_hub(name, split, limit, config), limit))
+    return _examine(name, partial(_read_files, files, limit))
 
 
-def _read_file(path: Path) -> list[Row]:
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise RowsError(f"{path}: ending {path.suffix!r} is not read; allowed: {', '.join(_READERS)}")
-    rows = list(reader(path))
-    for number, row in enumerate(rows, start=1):
+def _examine(source: str, read: Callable[[], Iterator[Placed]]) -> Rows:
+    digest = hashlib.sha256()
+    first: Row | None = None
+    n_rows = n_bytes = 0
+    for where, row in read():
         if not isinstance(row, dict):
-            raise RowsError(f"{path} row {number}: is a {type(row).__name__}, a row is an object with columns")
+            raise RowsError(f"{where}: is a {type(row).__name__}, a row is an object with columns")
         for value in row.values():
             if isinstance(value, str):
-                check_text(value, f"{path} row {number}")
-    return rows
+                check_text(value, where)
+        content = json.dumps(row, sort_keys=True, ensure_ascii=True, default=str).encode()
+        digest.update(content)
+        digest.update(b"\n")
+        first = row if first is None else first
+        n_rows += 1
+        n_bytes += len(content)
+    if first is None:
+        raise RowsError(f"{source} holds no rows")
+    return Rows(source, first, digest.hexdigest(), n_bytes, n_rows, read)
 
 
 def check_text(text: str, where: str) -> None:
@@ -91,12 +106,50 @@ def check_text(text: str, where: str) -> None:
         raise RowsError(f"{where}: character {error.start} is half a surrogate pair; repair the text") from error
 
 
-def _text_of(path: Path) -> str:
-    """The whole file, its byte order mark left out."""
+def _files_of(folder: Path, split: str) -> list[Path]:
+    """The files in a folder and below it that hold `split`, told by the words in their paths."""
+    wanted = next((name for name, words in _SPLITS.items() if split in words), split)
+    found: dict[str, list[Path]] = {}
+    for file in sorted(folder.rglob("*")):
+        inner = file.relative_to(folder)
+        if file.suffix.lower() in _READERS and not any(part.startswith(".") for part in inner.parts):
+            words = set(re.split(r"[^a-z0-9]+", str(inner.with_suffix("")).lower()))
+            of = (name for name, own in _SPLITS.items() if not words.isdisjoint(own))
+            found.setdefault(next(of, "train"), []).append(file)
+    if not found:
+        raise RowsError(f"{folder} holds no file of rows; endings that are read: {', '.join(_READERS)}")
+    if wanted not in found:
+        raise RowsError(f"{folder} has no split {split!r}; by the names of its files it has: {', '.join(found)}")
+    return found[wanted]
+
+
+def _read_files(files: list[Path], limit: int | None) -> Iterator[Placed]:
+    return islice((placed for file in files for placed in _read_file(file)), limit)
+
+
+def _read_file(path: Path) -> Iterator[Placed]:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise RowsError(f"{path}: ending {path.suffix!r} is not read; allowed: {', '.join(_READERS)}")
     try:
-        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+        for number, row in enumerate(reader(path), start=1):
+            yield f"{path} row {number}", row
     except UnicodeDecodeError as error:
-        raise RowsError(f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8") from error
+        line, byte = _undecodable(path)
+        raise RowsError(f"{path} line {line}: byte {byte} is not UTF-8; convert the file to UTF-8") from error
+
+
+def _undecodable(path: Path) -> tuple[int, int]:
+    """Line and byte of the file where it stops to be UTF-8: a decoder counts from the beginning of what it holds."""
+    line = before = 0
+    with path.open("rb") as stream:
+        for line, content in enumerate(stream, start=1):
+            try:
+                content.decode()
+            except UnicodeDecodeError as error:
+                return line, before + error.start
+            before += len(content)
+    return line, before
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -104,67 +157,77 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     from pyarrow import parquet
 
     try:
-        yield from parquet.read_table(path).to_pylist()
+        with parquet.ParquetFile(path, memory_map=True) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise RowsError(f"{path}: not a parquet file ({str(error).partition(chr(10))[0]})") from error
 
 
 def _read_json(path: Path) -> Iterator[Row]:
     """A list of rows, one row, or a row a line."""
-    text = _text_of(path)
-    if not text.lstrip().startswith("[") and not _is_one_row(text):
-        yield from _json_lines(path, text)
+    with path.open(encoding="utf-8-sig", newline="\n") as stream:
+        opening = next((line.strip() for line in stream if line.strip()), "")
+    if not opening.startswith("[") and not _is_one_row(opening):
+        yield from _read_jsonl(path)
         return
     try:
-        content = json.loads(text)
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise RowsError(f"{path} line {error.lineno}: not JSON ({error.msg})") from error
+    except UnicodeDecodeError:
+        raise
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
         raise RowsError(f"{path}: JSON that cannot be read ({error})") from error
     yield from content if isinstance(content, list) else [content]
 
 
-def _is_one_row(text: str) -> bool:
-    """Whether the first line opens an object that a later one closes: it holds no more than its beginning."""
-    first = text.lstrip().partition("\n")[0].strip()
-    return first == "{" or (first.startswith("{") and first.endswith((",", "[", "{", ":")))
+def _is_one_row(opening: str) -> bool:
+    """Whether a file's first line opens an object that a later one closes: it holds no more than its beginning."""
+    return opening == "{" or (opening.startswith("{") and opening.endswith((",", "[", "{", ":")))
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    yield from _json_lines(path, _text_of(path))
-
-
-def _json_lines(path: Path, text: str) -> Iterator[Row]:
-    # Not splitlines(): that also splits at separators which JSON allows inside strings.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise RowsError(f"{path} line {number}: not JSON ({error.msg})") from error
-            except (ValueError, RecursionError) as error:
-                raise RowsError(f"{path} line {number}: JSON that cannot be read ({error})") from error
+    # Lines end at "\n" alone: JSON allows the other separators inside strings.
+    with path.open(encoding="utf-8-sig", newline="\n") as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise RowsError(f"{path} line {number}: not JSON ({error.msg})") from error
+                except (ValueError, RecursionError) as error:
+                    raise RowsError(f"{path} line {number}: JSON that cannot be read ({error})") from error
+                yield row
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
-    text = _text_of(path)
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    former = csv.field_size_limit(max(len(text), 1))  # the module's limit of 131,072 is put back below
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise RowsError(f"{path} line {reader.line_num}: has other columns than the first line")
-            yield dict(row)
-    except csv.Error as error:
-        raise RowsError(f"{path} line {reader.line_num}: not CSV ({error})") from error
-    finally:
-        csv.field_size_limit(former)
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream)
+        former = csv.field_size_limit(max(path.stat().st_size, 1))  # the module's 131,072 is put back below
+        try:
+            for row in reader:
+                if None in row or None in row.values():
+                    raise RowsError(f"{path} line {reader.line_num}: has other columns than the first line")
+                yield row
+        except csv.Error as error:
+            raise RowsError(f"{path} line {reader.line_num}: not CSV ({error})") from error
+        finally:
+            csv.field_size_limit(former)
 
 
 def _read_text(path: Path) -> Iterator[Row]:
     """Paragraphs, parted by blank lines."""
-    text = _text_of(path).replace("\r\n", "\n")
-    yield from ({"text": part.strip()} for part in text.split("\n\n") if part.strip())
+    with path.open(encoding="utf-8-sig", newline="\n") as stream:
+        lines: list[str] = []
+        for line in stream:
+            if line.strip("\r\n"):
+                lines.append(line.replace("\r\n", "\n"))
+            elif text := "".join(lines).strip():
+                yield {"text": text}
+                lines = []
+        if text := "".join(lines).strip():
+            yield {"text": text}
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
@@ -176,16 +239,31 @@ _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 }
 
 
-def _read_hub(name: str, split: str) -> list[Row]:
-    from datasets import load_dataset
+@contextmanager
+def _fetching(name: str) -> Iterator[None]:
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return list(load_dataset(name, split=split))
+        yield
     except ValueError as error:
-        raise RowsError(f"{name}: {str(error).partition(chr(10))[0]}") from error
+        said = " ".join(str(error).split())[:300]
+        raise RowsError(f"{name}: {said}; set --dataset_config or --dataset_split") from error
     except (DatasetNotFoundError, HfHubHTTPError, ConnectionError, OSError) as error:
         raise CannotRunError(
             f"{name!r} is no file here and cannot be fetched from the hub; give a local file, or connect"
         ) from error
+
+
+def _load_hub(name: str, split: str, limit: int | None, config: str | None) -> Any:
+    """A data set of the hub, on disk in Arrow's form; with a limit a stream, so that no more than that is fetched."""
+    from datasets import load_dataset
+
+    with _fetching(name):
+        return load_dataset(name, config, split=split, streaming=limit is not None)
+
+
+def _read_hub(name: str, rows: Any, limit: int | None) -> Iterator[Placed]:
+    with _fetching(name):
+        for number, row in enumerate(islice(rows, limit), start=1):
+            yield f"{name} row {number}", row

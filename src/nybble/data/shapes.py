@@ -11,10 +11,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from nybble.data.rendered import find_answers, without_stop
+from nybble.data.rendered import find_answers, with_system, without_stop
 from nybble.data.rows import Row, Rows, check_text
 from nybble.errors import RowsError
 from nybble.recipe import DataSection
@@ -61,7 +61,6 @@ _BEFORE = {
     "tool": ("assistant", "tool"),
 }
 _MOST_CHARACTERS = 2_000_000  # more than any context holds; beyond it, tokenizing takes gigabytes and minutes
-_MOST_TURNS = 2_000  # each answer is found by rendering all before it
 _COLUMNS = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -81,14 +80,14 @@ def detect_shape(rows: Rows, data: DataSection) -> str:
     """
     if data.data_format != "auto":
         return data.data_format
-    columns = rows.rows[0].keys()
+    columns = rows.first.keys()
     for shape, needed in _COLUMNS.items():
         if all(column in columns for column in needed):
             return shape
     if data.dataset_text_field in columns:
         return "text"
     raise RowsError(
-        f"{rows.where(0)}: has the columns {', '.join(map(str, columns)) or 'none'}; allowed: "
+        f"{rows.source} row 1: has the columns {', '.join(map(str, columns)) or 'none'}; allowed: "
         f"{data.dataset_text_field} (--dataset_text_field), prompt + completion, instruction + output, messages, "
         "or conversations"
     )
@@ -151,7 +150,7 @@ def _alpaca(row: Row, where: str, has_template: bool) -> Form:
     if has_template:
         return [Turn("user", f"{instruction}\n\n{extra}" if extra else instruction), Turn("assistant", output)]
     prompt = alpaca_prompt(instruction, extra)
-    return [Piece(prompt + output, len(prompt), is_literal=True)]
+    return [Piece(prompt + output, len(prompt), is_literal=True, family="alpaca")]
 
 
 def alpaca_prompt(instruction: str, extra: str = "") -> str:
@@ -159,14 +158,10 @@ def alpaca_prompt(instruction: str, extra: str = "") -> str:
     return (_ALPACA_WITH_INPUT if extra else _ALPACA).format(instruction=instruction, input=extra)
 
 
-def prompt_form(shape: str, forms: Sequence[Form], has_template: bool) -> str:
-    """How a prompt was put to the model: "template", "plain" or a piece's family. `ask` must put questions alike."""
-    if shape == "text":
-        families = (part.family for form in forms for part in form if isinstance(part, Piece) and part.family)
-        return next(families, "plain")
-    if shape == "prompt_completion" and not any(isinstance(part, Turn) for form in forms for part in form):
-        return "plain"
-    return "alpaca" if shape == "alpaca" and not has_template else "template"
+def put_as(form: Form) -> str:
+    """How a prompt was put to the model: "template", a piece's family, or "" for plainly. `ask` must put it alike."""
+    families = (part.family if isinstance(part, Piece) else "template" for part in form)
+    return next((family for family in families if family), "")
 
 
 def answers_of(form: Form) -> list[str]:
@@ -190,6 +185,16 @@ def exchanges(form: Form) -> tuple[Form, list[Form]]:
     return head, list(units)
 
 
+def begun_anew(unit: Form, form: Form) -> Form:
+    """A unit of `exchanges` as the beginning of a row: text that is rendered holds its system text in the first."""
+    first, piece = form[0], unit[0]
+    if not (isinstance(first, Piece) and isinstance(piece, Piece) and first.family == piece.family):
+        return unit
+    prompt, answer = piece.text[: piece.answer_start], piece.text[piece.answer_start :]
+    prompt = with_system(prompt, first.text[: first.answer_start], piece.family)
+    return [replace(piece, text=prompt + answer, answer_start=len(prompt)), *unit[1:]]
+
+
 def _tools(row: Row, where: str) -> list[Turn]:
     """What the row says may be called, as a turn of its own; a JSON text or a list."""
     tools = row.get("tools")
@@ -206,8 +211,6 @@ def _tools(row: Row, where: str) -> list[Turn]:
 
 
 def _turns(messages: list[Any], role_key: str, content_key: str, where: str) -> list[Turn]:
-    if len(messages) > _MOST_TURNS:
-        raise RowsError(f"{where}: {len(messages):,} turns; allowed are {_MOST_TURNS:,}; part it into several rows")
     turns: list[Turn] = []
     for number, message in enumerate(messages, start=1):
         turn = _turn(message, role_key, content_key, f"{where} turn {number}")
@@ -233,10 +236,21 @@ def _turn(message: Any, role_key: str, content_key: str, where: str) -> Turn:
         raise RowsError(f"{where}: unknown role {role!r}; allowed: {', '.join(_MESSAGE_ROLES)}")
     if calls and content is None:
         content = ""
+    if isinstance(content, list):
+        content = "".join(_text_part(part, where) for part in content)
     if not isinstance(content, str):
         raise RowsError(f"{where}: {content_key} is a {type(content).__name__}, not text")
     check_text(content, where)
     return Turn(role, content, json.dumps(calls, ensure_ascii=False) if calls else "")
+
+
+def _text_part(part: Any, where: str) -> str:
+    """The text of one part of a content: `{"type": "text", "text": ..}`, or the text alone."""
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
+    if not isinstance(text, str):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        raise RowsError(f"{where}: a content's part is {kind!r}; allowed is text: {{'type': 'text', 'text': '..'}}")
+    return text
 
 
 def _check_size(n_characters: int, where: str) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import numpy as np
+
 from nybble.data.encode import IGNORED, Example
 from nybble.data.prepare import Prepared
 from nybble.data.tokens import control_ids
@@ -44,18 +46,27 @@ class ShownRow:
 
 def show_rows(prepared: Prepared, tokenizer: Any, n_rows: int, find: str = "") -> list[ShownRow]:
     """The first `n_rows` examples whose text, as it is trained on, contains `find`, in the order of the rows."""
-    uses = (("train", prepared.train), ("dropped", prepared.dropped), ("held_out", prepared.held_out))
-    # Rows of a file of their own come behind those of the training file.
-    is_apart = "+" in prepared.fingerprint
-    every = [(use == "held_out" and is_apart, e.row, use, e) for use, examples in uses for e in examples]
     found: list[ShownRow] = []
     control = control_ids(tokenizer)
-    for _apart, _row, use, example in sorted(every, key=lambda entry: entry[:2]):
+    for use, example in _in_order(prepared):
         if len(found) >= n_rows:
             break
         if not find or find in _decode(example.input_ids, tokenizer):
             found.append(_shown(use, example, tokenizer, control))
     return found
+
+
+def _in_order(prepared: Prepared) -> Iterator[tuple[str, Example]]:
+    uses = [("train", prepared.train), ("dropped", prepared.dropped)]
+    held_out = ("held_out", prepared.held_out)
+    # Rows of a file of their own come behind those of the training file.
+    for group in [uses, [held_out]] if "+" in prepared.fingerprint else [[*uses, held_out]]:
+        owners = np.concatenate([np.full(len(examples), k) for k, (_use, examples) in enumerate(group)])
+        places = np.concatenate([np.arange(len(examples)) for _use, examples in group])
+        rows = np.concatenate([examples.column("row") for _use, examples in group])
+        for at in np.argsort(rows, kind="stable"):
+            use, examples = group[owners[at]]
+            yield use, examples[int(places[at])]
 
 
 def _shown(use: str, example: Example, tokenizer: Any, control: set[int]) -> ShownRow:

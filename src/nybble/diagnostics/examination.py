@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nybble import __version__
+from nybble.cache import default_folder
 from nybble.diagnostics import driver, wheels
 from nybble.diagnostics.children import TABLE, run_checks
 from nybble.diagnostics.environment import prepare
@@ -16,7 +17,6 @@ from nybble.diagnostics.evidence import Evidence, Result, examine
 from nybble.diagnostics.machine import Machine
 from nybble.diagnostics.rungs import Rung, climb, keep
 from nybble.errors import RecipeError
-from nybble.runs import cache_folder
 
 DEVICES = ("auto", "cpu", "cuda", "hip")
 _PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
@@ -110,7 +110,7 @@ def _rates(result: Result) -> Mapping[str, float]:
 
 def _facts(machine: Machine) -> dict[str, Any]:
     build = machine.torch
-    folder = next(path for path in (cache_folder(), *cache_folder().parents) if path.exists())
+    folder = next(path for path in (default_folder(), *default_folder().parents) if path.exists())
     return {
         "system": machine.system,
         "kernel": machine.kernel,

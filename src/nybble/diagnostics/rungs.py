@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nybble.cache import default_folder
 from nybble.diagnostics import wheels
 from nybble.diagnostics.children import Run, run_checks
 from nybble.diagnostics.evidence import Evidence, examine
 from nybble.diagnostics.machine import Machine
 from nybble.errors import CannotRunError, RecipeError
 from nybble.hardware import Device
-from nybble.runs import cache_folder, write_text
+from nybble.runs import write_text
 
 _CLEARLY_FASTER = 1.1
 
@@ -149,7 +150,7 @@ def keep(fingerprint: str, rungs: Mapping[str, Rung], rates: Mapping[str, float]
 
 
 def _file(fingerprint: str) -> Path:
-    return cache_folder() / "paths" / f"{fingerprint}.json"
+    return default_folder() / "paths" / f"{fingerprint}.json"
 
 
 def _read(asked: Sequence[str], device: Device) -> dict[str, str]:

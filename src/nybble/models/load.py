@@ -122,7 +122,7 @@ class _Kept:
         tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}.values()
         size = sum(t.numel() * t.element_size() for t in tensors)
         why_not = self._cache.store(self._key, size, partial(model.save_pretrained, max_shard_size=SHARD_SIZE))
-        return [why_not] if why_not else []
+        return [f"the packed base {why_not}"] if why_not else []
 
 
 def _stored(source: ModelSource, folder: Path) -> ModelSource:

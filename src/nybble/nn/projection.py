@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -189,6 +190,16 @@ def _dropped(x: Tensor, adapter: Adapter) -> Tensor:
 
 def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a b in `dtype`, without a rounding in between where the device's library can."""
-    if a.is_cuda and a.dtype != dtype == torch.float32:
+    if a.dtype != dtype == torch.float32 and type(a) is Tensor and _widens(a.device.type, a.dtype):
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)
+
+
+@cache
+def _widens(kind: str, dtype: torch.dtype) -> bool:
+    """Whether torch's products on this kind of device can leave their float32 sums unrounded."""
+    one = torch.ones(16, 16, dtype=dtype, device=kind)
+    try:
+        return bool((torch.mm(one, one, out_dtype=torch.float32) == 16).all())
+    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+        return False

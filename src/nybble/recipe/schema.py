@@ -73,8 +73,12 @@ class QuantizationSection(Section):
         True, "a searched scale may be negative (exact in bitsandbytes); false for readers that expect none"
     )
     calibration_rows: int = setting(128, "rows that calibration looks at", unit="rows", ge=1)
-    cache: bool = setting(True, "keep the packed base on disk, so that the next start need not pack again")
-    cache_limit: float = setting(64, "disk that packed bases may take; the least recently used go", unit="GiB", gt=0)
+    cache: bool = setting(
+        True, "keep the packed base and the tokenized rows on disk, so that the next start need not make them again"
+    )
+    cache_limit: float = setting(
+        64, "disk that all kept bases and rows may take; the least recently used go", unit="GiB", gt=0
+    )
     bnb_4bit_use_double_quant: bool = setting(
         True,
         "store the blocks' scales in 8 bits (saves 0.37 bit a weight)",
@@ -139,7 +143,20 @@ class DataSection(Section):
         "rows: a parquet, json, jsonl, csv or text file, a folder of them, or a hub id",
         aliases=("dataset", "dataset_path", "data", "train_file"),
     )
-    dataset_split: str = setting("train", "split of a hub data set", aliases=("split",))
+    dataset_split: str = setting(
+        "train",
+        "split of a hub data set or a folder; of a folder, by words in the files' names: train, validation, test",
+        aliases=("split", "dataset_train_split"),
+    )
+    dataset_config: str | None = setting(
+        None, "which of the sets that a hub id holds", aliases=("dataset_config_name",)
+    )
+    dataset_num_proc: int | None = setting(
+        None,
+        "processes that tokenize; default: one a core, at most 16",
+        aliases=("preprocessing_num_workers",),
+        ge=1,
+    )
     data_format: Literal["auto", "text", "prompt_completion", "alpaca", "sharegpt", "messages"] = setting(
         "auto", "shape of the rows", aliases=("format_type", "dataset_format")
     )
@@ -173,9 +190,14 @@ class DataSection(Section):
         aliases=("sample_packing",),
     )
     eval_dataset_name: str | None = setting(None, "held-out rows of their own", aliases=("eval_dataset", "eval_file"))
+    eval_dataset_split: str | None = setting(
+        None,
+        "split that holds the held-out rows, of eval_dataset_name or else of dataset_name",
+        aliases=("eval_split", "dataset_test_split"),
+    )
     eval_fraction: float = setting(
         0.05,
-        "share of the rows held out when there is no held-out file",
+        "share of the rows held out when there is no held-out file or split",
         aliases=("val_set_size", "val_size"),
         ge=0,
         lt=1,

@@ -1,0 +1,185 @@
+"""All rows of a set to examples: in several processes, in bounded memory, and kept on disk for the next time.
+
+Rows go to the workers in chunks and come back as Arrow records, which are written as they come, in the order of the
+rows; so neither rows nor tokens are ever all in memory, and the number of workers changes nothing. A set of one chunk
+takes a fraction of a second: it is encoded here, held in memory and not kept.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pyarrow import RecordBatch
+
+from nybble.cache import Cache, digest
+from nybble.data.encode import EncodedRow, encode_row
+from nybble.data.rows import Placed, Rows
+from nybble.data.shapes import Turn, to_form
+from nybble.data.store import Examples, map_records, to_records, write_records
+from nybble.errors import CannotRunError, RowsError
+from nybble.recipe import DataSection
+from nybble.runs import Observer
+
+CHUNK = 250  # rows that a worker takes at a time, fewer where they are long:
+_CHUNK_BYTES = 8 << 20  # of such rows as JSON; a worker has three chunks on their way
+_MOST_WORKERS = 16  # beyond it, reading the rows is what takes the time
+# Part of every key: to be raised when the same rows and settings give other tokens, or records another form.
+_VERSION = 1
+
+_Chunk = tuple[int, list[Placed]]  # rows before it, and its rows
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What decides the tokens, beside the rows."""
+
+    tokenizer: Any  # a fast one of transformers'
+    shape: str
+    data: DataSection
+    answer_field: str
+
+    def key(self) -> str:
+        """Equal for encoders that make the same of the same rows."""
+        import tokenizers
+        import transformers
+
+        tokenizer = self.tokenizer
+        tokenizer("")  # puts away the padding and truncation of an earlier call, which its JSON would hold
+        template = str(tokenizer.chat_template)
+        return digest(
+            (_VERSION, tokenizers.__version__, transformers.__version__),
+            tokenizer.backend_tokenizer.to_str(),
+            {name: str(value) for name, value in tokenizer.init_kwargs.items() if not name.endswith(("file", "path"))},
+            (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id),
+            (template, datetime.now(UTC).date() if "strftime_now" in template else None),
+            (self.shape, self.answer_field),
+            self.data.model_dump(include={"dataset_text_field", "loss_on", "overlong", "max_length"}),
+        )
+
+    def encode(self, chunk: _Chunk) -> RecordBatch:
+        """The examples of some rows."""
+        before, rows = chunk
+        return to_records(self._encode(number, *placed) for number, placed in enumerate(rows, start=before + 1))
+
+    def _encode(self, number: int, where: str, row: dict[str, Any]) -> EncodedRow:
+        data = self.data
+        has_template = bool(self.tokenizer.chat_template)
+        form = to_form(row, self.shape, data, where, has_template)
+        if not has_template and any(isinstance(part, Turn) for part in form):
+            raise RowsError(
+                f"{where}: {self.shape} rows need a chat template and this tokenizer has none; "
+                "set --chat_template inst, chatml or a .jinja file"
+            )
+        encoded = encode_row(form, self.tokenizer, data.max_length, data.loss_on, data.overlong, where)
+        answer = row.get(self.answer_field)
+        answer = answer if isinstance(answer, str) else None
+        return replace(encoded, examples=[replace(e, row=number, answer=answer) for e in encoded.examples])
+
+
+def encode_rows(rows: Rows, encoder: Encoder, cache: Cache | None, watch: Observer) -> Examples:
+    """The examples of all rows, in their order; from `cache` where they are there.
+
+    Raises:
+        RowsError: a row cannot be used.
+        CannotRunError: a worker was killed.
+    """
+    if len(rows) <= _rows_a_chunk(rows):
+        return Examples([encoder.encode((0, list(rows)))])
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        write_records(_records(rows, encoder, watch), folder / "examples.arrow")
+
+    if cache is not None:
+        key = digest(rows.fingerprint, encoder.key())
+        entry = cache.find(key)
+        if entry is not None:
+            watch.note(f"the tokens of {rows.source} are taken from the cache")
+            return Examples(map_records(entry / "examples.arrow"))
+        why_not = cache.store(key, rows.n_bytes, write)
+        if why_not is None:
+            return Examples(map_records(cache.path(key) / "examples.arrow"))
+        watch.note(f"what was tokenized {why_not}")
+    folder = Path(tempfile.mkdtemp(prefix="nybble-"))
+    try:
+        write(folder / "rows")
+        return Examples(map_records(folder / "rows" / "examples.arrow"))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # what is mapped stays readable
+
+
+def _records(rows: Rows, encoder: Encoder, watch: Observer) -> Iterator[RecordBatch]:
+    size = _rows_a_chunk(rows)
+    n_workers = min(_n_workers(encoder.data.dataset_num_proc), -(-len(rows) // size))
+    chunks = _chunks(rows, size)
+    batches = _in_processes(chunks, encoder, n_workers) if n_workers > 1 else map(encoder.encode, chunks)
+    for number, batch in enumerate(batches, start=1):
+        watch.progress("tokenizing", min(number * size, len(rows)), len(rows))
+        yield batch
+
+
+def _rows_a_chunk(rows: Rows) -> int:
+    return max(1, min(CHUNK, _CHUNK_BYTES * len(rows) // rows.n_bytes))
+
+
+def _chunks(rows: Rows, size: int) -> Iterator[_Chunk]:
+    placed, before = iter(rows), 0
+    while chunk := list(islice(placed, size)):
+        yield before, chunk
+        before += len(chunk)
+
+
+def _n_workers(wanted: int | None) -> int:
+    # A forked process needs nothing of the caller's script; a spawned one would run it anew, and macOS forks unsafely.
+    if sys.platform != "linux":
+        return 1
+    return wanted or min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
+
+
+def _in_processes(chunks: Iterator[_Chunk], encoder: Encoder, n_workers: int) -> Iterator[RecordBatch]:
+    waiting: deque[Future[RecordBatch]] = deque()
+    with ProcessPoolExecutor(
+        n_workers, multiprocessing.get_context("fork"), initializer=_begin, initargs=(encoder,)
+    ) as pool:
+        try:
+            with warnings.catch_warnings():  # Python 3.12 warns of threads at a fork: the children only tokenize
+                warnings.simplefilter("ignore", DeprecationWarning)
+                pool.submit(bool)  # the first task starts all workers
+            for chunk in chunks:
+                waiting.append(pool.submit(_encode_chunk, chunk))
+                if len(waiting) > 2 * n_workers:  # no more is in memory
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise CannotRunError(
+                "a process that tokenizes was killed, probably for want of memory; set --dataset_num_proc 1"
+            ) from error
+
+
+_encoders: list[Encoder] = []  # of a worker process: the one that it was started with
+
+
+def _begin(encoder: Encoder) -> None:
+    _encoders.append(encoder)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads were not forked
+
+
+def _encode_chunk(chunk: _Chunk) -> RecordBatch:
+    return _encoders[0].encode(chunk)

@@ -1,0 +1,123 @@
+"""Examples in Arrow's form: in memory where they are few, mapped from a file where they are many.
+
+A record is one example; a row that was split has several, one after the other. Ids and labels share a column: a token
+that is not learned stands as its complement (`~id`, negative), so an example takes four bytes a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+from numpy.typing import NDArray
+
+from nybble.data.encode import IGNORED, EncodedRow, Example, key_of
+
+_COPIED = ("row", "answer", "n_answers", "n_stops", "n_cut_stops", "n_empty", "last_answer_start", "is_truncated")
+_SCHEMA = pa.schema(
+    {
+        "tokens": pa.list_(pa.int32()),  # id where learned, else ~id
+        "row": pa.int64(),
+        "answer": pa.string(),
+        "n_answers": pa.int32(),
+        "n_stops": pa.int32(),
+        "n_cut_stops": pa.int32(),
+        "stop_tokens": pa.list_(pa.int32()),
+        "n_empty": pa.int32(),
+        "last_answer_start": pa.int32(),
+        "is_truncated": pa.bool_(),
+        # What the ledger counts: of the example, then of its row.
+        "length": pa.int32(),
+        "n_trained": pa.int32(),
+        "key": pa.uint64(),  # equal for equal ids
+        "row_length": pa.int32(),
+        "row_turns": pa.int32(),
+        "row_key": pa.uint64(),
+        "row_form": pa.string(),
+    }
+)
+
+
+def to_records(rows: Iterable[EncodedRow]) -> pa.RecordBatch:
+    """The rows' examples as records, in order."""
+    records: list[dict[str, Any]] = []
+    for row in rows:
+        for example in row.examples:
+            ids = np.array(example.input_ids, dtype=np.int32)
+            learned = np.array(example.labels, dtype=np.int32) != IGNORED
+            record = {name: getattr(example, name) for name in (*_COPIED, "stop_tokens")}
+            record |= {"tokens": np.where(learned, ids, ~ids), "length": len(ids), "key": key_of(example.input_ids)}
+            record |= {"n_trained": int(learned[1:].sum()), "row_length": row.length, "row_turns": row.n_turns}
+            records.append(record | {"row_key": row.key, "row_form": row.prompt_form})
+    columns = {name: [record[name] for record in records] for name in _SCHEMA.names}
+    return pa.RecordBatch.from_pydict(columns, schema=_SCHEMA)
+
+
+def write_records(batches: Iterable[pa.RecordBatch], file: Path) -> None:
+    """Write records as they come."""
+    with pa.ipc.new_file(str(file), _SCHEMA) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+def map_records(file: Path) -> list[pa.RecordBatch]:
+    """The records of a file, whose pages the system reads when they are touched and drops when it needs the room."""
+    return list(pa.ipc.open_file(pa.memory_map(str(file))).read_all().to_batches())
+
+
+class Examples(Sequence[Example]):
+    """Some of a set's examples, in an order; each is built when it is asked for."""
+
+    def __init__(self, batches: Sequence[pa.RecordBatch], index: NDArray[np.int64] | None = None) -> None:
+        """`index`: the records, counted through all batches; all of them where it is left out."""
+        self._batches = batches
+        self._ends = np.cumsum([batch.num_rows for batch in batches])
+        self._index = np.arange(self._ends[-1]) if index is None else index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @overload
+    def __getitem__(self, at: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, at: slice) -> Examples: ...
+
+    def __getitem__(self, at: int | slice) -> Example | Examples:
+        if isinstance(at, slice):
+            return Examples(self._batches, self._index[at])
+        place = int(self._index[at])
+        number = int(np.searchsorted(self._ends, place, side="right"))
+        batch = self._batches[number]
+        record = place - int(self._ends[number]) + batch.num_rows
+        tokens = batch.column("tokens")[record].values.to_numpy()
+        return Example(
+            input_ids=np.where(tokens < 0, ~tokens, tokens).tolist(),
+            labels=np.where(tokens < 0, IGNORED, tokens).tolist(),
+            stop_tokens=tuple(batch.column("stop_tokens")[record].as_py()),
+            **{name: batch.column(name)[record].as_py() for name in _COPIED},
+        )
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[at] for at in range(len(self)))
+
+    def take(self, chosen: NDArray[Any]) -> Examples:
+        """Those at these places, or where a mask of this length is true."""
+        return Examples(self._batches, self._index[chosen])
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A number of each example, `(len,)`; no token is read."""
+        return np.asarray(self._column(name).to_numpy()[self._index])
+
+    def different(self, name: str) -> list[Any]:
+        """The different values of a column, or of the lists in it, in the order of their first appearance."""
+        values = self._column(name).take(pa.array(self._index))
+        values = pa.compute.list_flatten(values) if pa.types.is_list(values.type) else values
+        return list(pa.compute.unique(values).to_pylist())
+
+    def _column(self, name: str) -> Any:
+        return pa.chunked_array([batch.column(name) for batch in self._batches], _SCHEMA.field(name).type)
