@@ -39,17 +39,8 @@ def _nothing_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "_taken", {})
 
 
-@pytest.fixture(scope="session")
-def _found_paths(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the first training finds of this machine's paths."""
-    return tmp_path_factory.mktemp("paths")
-
-
 @pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, _found_paths: Path) -> None:
-    """A cache of the test's own but for the paths, which take seconds to look for."""
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "paths").symlink_to(_found_paths)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "cache"))
 
 

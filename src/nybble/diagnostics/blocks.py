@@ -186,6 +186,7 @@ def loss_without_logits(device: torch.device, _path: str) -> Measured:
         results = with_gradients(
             lambda x, head=head: next_token_loss(x, targets.to(device), head, 300), [hidden], torch.ones(()), device
         )
+        results[0] = results[0].to(dtype)  # its logits are no finer
         wide = hidden.double().requires_grad_()
         exact = functional.cross_entropy(wide @ weight.double().t(), targets)
         exact.backward()
