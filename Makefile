@@ -37,6 +37,7 @@ bench: install
 	$(BIN)/python bench/engine.py
 	$(BIN)/python bench/attention.py
 	$(BIN)/python bench/kernel_code.py
+	$(BIN)/python bench/doctor_tolerances.py
 	$(BIN)/python bench/seven_b.py
 	$(BIN)/python bench/loading.py
 	$(if $(DATA),$(BIN)/python bench/real_rows.py --data $(DATA))

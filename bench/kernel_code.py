@@ -201,6 +201,14 @@ class Code:
     stores_16_bytes: int
     loads: int
     stores: int
+    # The mix, of AMD alone; with `vector_operations`, `loads` and `stores` it is all of `instructions`.
+    matrix_operations: int = 0  # MFMA or WMMA, vector operations too
+    lds_operations: int = 0
+    scalar_loads: int = 0
+    scalar_operations: int = 0
+    branches: int = 0
+    waits: int = 0
+    others: int = 0
 
 
 def wave(target: str) -> int:
@@ -275,7 +283,27 @@ def _amd(made: Any) -> dict[str, int]:
         "stores_16_bytes": count(memory + "store_(dwordx4|b128)"),
         "loads": count(memory + "load"),
         "stores": count(memory + "store"),
+        "matrix_operations": count("v_(mfma|wmma)_"),
+        **_mix(names),
     }
+
+
+def _mix(names: Counter[str]) -> dict[str, int]:
+    """AMD's instructions that are neither vector operations nor loads or stores of global memory, by kind."""
+    kinds = {
+        "lds_operations": "ds_",
+        "scalar_loads": "s_(buffer_)?load",
+        "branches": "s_(c?branch|setpc|swappc|endpgm)",
+        "waits": "s_(waitcnt|wait_|delay_alu|nop|sleep|barrier|clause|code_end|setprio)",
+        "scalar_operations": "s_",
+        "others": "(?!v_|(buffer|global|flat)_(load|store))",
+    }
+    found = dict.fromkeys(kinds, 0)
+    for name, n in names.items():
+        kind = next((kind for kind, pattern in kinds.items() if re.match(pattern, name)), None)
+        if kind is not None:
+            found[kind] += n
+    return found
 
 
 def _nvidia(made: Any) -> dict[str, int]:

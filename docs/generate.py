@@ -1,4 +1,4 @@
-"""Writes the parts of docs/ that are derived from code: settings.md and recipe.schema.json. `--check` only compares."""
+"""Writes what of docs/ is derived from code: settings.md, recipe.schema.json, doctor.md. `--check` only compares."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import json
 import sys
 from pathlib import Path
 
+from nybble.diagnostics import driver, wheels
+from nybble.diagnostics.checks import CHECKS
+from nybble.kernels import LADDERS
 from nybble.recipe import all_settings, json_schema
 
 DOCS = Path(__file__).parent
@@ -15,6 +18,76 @@ Every setting of a recipe. In a YAML file they may stand flat or in their sectio
 (`--learning_rate 2e-4`, dashes or underscores). `recipe.schema.json` beside this page lets an editor complete them.
 This page is written by `make docs` from the schema.
 """
+DOCTOR = """# The doctor
+
+    nybble doctor [--quick] [--json] [--device auto|cpu|cuda|hip]
+
+It looks for the known failures of drivers, wheels and variables, then computes: every operator by every path, the
+blocks of a training step, and twenty steps of training, each against float64 on the CPU. All of it runs in a process
+of its own with time limits, so that a hang or a fault of the GPU ends as a row of the table. A failure says what you
+would have met, why, one command, and the thread it is known from. Exit code 0: everything passed; 3: something did
+not.
+
+`--json` prints `device`, `torch`, `machine`, `versions`, `environment` (variables that were changed before torch was
+imported), `checks` (`name`, `ok`, `path`, `max_error`, `tolerance`, `seconds`, `symptom`, `cause`, `fix`, `thread`,
+`figures`), `not_run` (check -> why), `paths` (operator -> `path` and `skipped`: faster path -> why) and `rates`
+(bytes and floating-point operations a second). From Python: `nybble.doctor()`.
+
+## The ladder
+
+Each operator has a ladder of paths, fastest first, and training stands on the first that passed here. The first
+`nybble train` on a machine runs those checks (a few seconds) and keeps the result below the cache folder, under a
+fingerprint of device, driver, libraries and this package's code: another driver is looked at anew. The first lines of
+`train` and `run.json` (`paths`, `notes`) say which path runs and why a faster one does not.
+`--path dequantize_4bit=torch` (may be repeated; `paths` in a recipe) takes a path whatever was found.
+
+{ladders}
+
+`rows` is what lies between the products of a step (norms, gates, dropout, rotary positions, the loss of a row),
+`attend` the attention of rows that lie behind each other, `sdpa` the fastest kind of attention that torch itself may
+take where it is asked. Of two right libraries for `gemm` the clearly faster is taken.
+
+## What is computed
+
+Errors are in units of the result's type at its largest value, but for 4-bit encode (share of a scale), speed of
+decoding (times as long as a copy of as many bytes) and 20 steps (share of the first loss). `python
+bench/doctor_tolerances.py` prints what they come to over 20 seeds; on two cores of an AMD EPYC (2026-11-23) no mean
+plus six standard deviations reaches its tolerance ([results](../bench/results)).
+
+{checks}
+
+A check is one entry in `nybble/diagnostics/checks.py`: name, what computes, tolerance, symptom, command, and the
+operator whose ladder it decides.
+
+## What is looked for
+
+These need no torch that works; most are AMD's. {n_symptoms} in all.
+
+{symptoms}
+
+## What it cannot see
+
+That a result is right once does not show races. Rates are measured while whatever else runs, runs. On AMD and NVIDIA
+cards nothing of this has been run yet: the known failures are tested on made-up machines, the kernels by Triton's
+interpreter, by reading what they compile to, and the decoder by executing that code ([kernel-code.md](kernel-code.md)).
+"""
+
+
+def doctor_page() -> str:
+    """docs/doctor.md."""
+    ladders = ["| operator | CPU | NVIDIA | AMD |\n|---|---|---|---|"]
+    for operator, kinds in LADDERS.items():
+        ladders.append(f"| `{operator}` | {' | '.join(', '.join(kinds.get(k, ())) for k in ('cpu', 'cuda', 'hip'))} |")
+    checks = ["| check | decides | allowed | if it fails |\n|---|---|---|---|"]
+    for check in CHECKS:
+        allowed = "measured only" if check.tolerance is None else f"{check.tolerance:g}"
+        operator = f"`{check.operator}`" if check.operator else ""
+        checks.append(f"| {check.name} | {operator} | {allowed} | {check.symptom} |")
+    known = (*driver.SYMPTOMS, *wheels.SYMPTOMS)
+    symptoms = ["| | what you meet | known from |\n|---|---|---|"]
+    symptoms += [f"| {s.name} | {s.symptom} | {s.thread} |" for s in known]
+    tables = {"ladders": ladders, "checks": checks, "symptoms": symptoms}
+    return DOCTOR.format(n_symptoms=len(known), **{name: "\n".join(lines) for name, lines in tables.items()})
 
 
 def settings_page() -> str:
@@ -36,6 +109,7 @@ def main() -> int:
     """Write or, with --check, compare; 1 if a file is out of date."""
     wanted = {
         DOCS / "settings.md": settings_page(),
+        DOCS / "doctor.md": doctor_page(),
         DOCS / "recipe.schema.json": json.dumps(json_schema(), indent=1) + "\n",
     }
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]

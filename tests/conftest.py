@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from nybble.kernels import choices
+
 # Tensors here are tiny. On cores that are shared, two threads that wait for each other are a hundred times slower.
 torch.set_num_threads(1)
 
@@ -29,6 +31,12 @@ CORPUS = (
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which paths a former test's training took is not this one's."""
+    monkeypatch.setattr(choices, "_taken", {})
 
 
 @pytest.fixture(autouse=True)

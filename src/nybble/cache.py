@@ -34,7 +34,7 @@ class Cache:
 
     def __init__(self, kind: Kind, limit_bytes: int, folder: Path | None = None) -> None:
         self.limit_bytes = limit_bytes
-        self.folder = folder or _default_folder()
+        self.folder = folder or default_folder()
         self._entries = self.folder / kind
 
     def path(self, key: str) -> Path:
@@ -101,7 +101,8 @@ class Cache:
             sizes.pop(0)
 
 
-def _default_folder() -> Path:
+def default_folder() -> Path:
+    """Where what can be computed again is kept."""
     chosen = os.environ.get("NYBBLE_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(chosen).expanduser() if chosen else Path(base).expanduser() / "nybble"

@@ -11,12 +11,14 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nybble.errors import CannotRunError
 
 if TYPE_CHECKING:
     import torch
+
+NO_BFLOAT16 = ("gfx900", "gfx906", "gfx908", "gfx10")  # gfx908 has it, at a fraction of its float16
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,17 @@ def detect_device(wanted: str = "auto") -> Device:
         name=properties.name,
         total_bytes=properties.total_memory,
         n_cores=properties.multi_processor_count,
-        has_bfloat16=torch.cuda.is_bf16_supported(),
+        has_bfloat16=_has_bfloat16(properties),
     )
+
+
+def _has_bfloat16(properties: Any) -> bool:
+    """torch says yes for every AMD GPU, and for old NVIDIA ones that emulate it."""
+    import torch
+
+    if torch.version.hip:
+        return not str(properties.gcnArchName).startswith(NO_BFLOAT16)
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _cpu() -> Device:

@@ -17,6 +17,7 @@ import torch
 from nybble import bundled, generation
 from nybble.cache import Cache
 from nybble.data import Example, Groups, Ledger, Prepared, ShownRow, examine_rows, pack_rows, prepare_rows, show_rows
+from nybble.diagnostics import settle
 from nybble.errors import InputError, RecipeError
 from nybble.hardware import Device, detect_device
 from nybble.kernels import path_reasons, paths_taken
@@ -105,6 +106,7 @@ def _prepare(recipe: Recipe, overwrite: bool, resume: bool, watch: Observer) -> 
     run = RunDirectory.check(recipe.training.output_dir, overwrite=overwrite, resume=resume)
     check_training(recipe.training)
     device = detect_device(recipe.model.device)
+    settle(device, recipe.model.paths, recipe.training.optim, watch.note)
     watch.stage("rows")
     source = find_model(recipe.model)
     tokenizer = load_tokenizer(source, recipe.model)
@@ -133,6 +135,8 @@ def _load(job: _Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
     if loaded.n_packed:
         witness.record.paths = paths_taken(model.device)
         witness.record.notes += dict.fromkeys(path_reasons(model.device).values())
+    if recipe.model.attn_implementation != "sdpa":  # it is not torch's to choose from
+        witness.record.paths.pop("sdpa", None)
     for note in loaded.notes:
         job.watch.note(note)
     if loaded.bits_per_weight is not None:

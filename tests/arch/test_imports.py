@@ -22,6 +22,7 @@ LIGHT_MODULES = (
     "nybble.recipe",
     "nybble.reporting",
     "nybble.cli.main",
+    "nybble.diagnostics",
 )
 PROBE = """
 import importlib, json, os, sys

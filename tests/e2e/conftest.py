@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from nybble.cli.main import run as run_nybble
+from nybble.diagnostics import rungs
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 
@@ -40,6 +41,18 @@ def nybble(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(code, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def found_paths(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the first training finds of this machine's paths."""
+    return tmp_path_factory.mktemp("paths")
+
+
+@pytest.fixture(autouse=True)
+def _paths_are_kept(found_paths: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take seconds to look for; every other cache is a test's own."""
+    monkeypatch.setattr(rungs, "_file", lambda fingerprint: found_paths / f"{fingerprint}.json")
 
 
 @pytest.fixture

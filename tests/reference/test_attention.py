@@ -295,10 +295,10 @@ def test_a_kernel_of_other_arguments_is_not_called(monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def _untried() -> Iterator[None]:
-    for found in (attention_paths._fault, attention_paths.ladder):
+    for found in (attention_paths._fault, attention_paths._sound):
         found.cache_clear()
     yield
-    for found in (attention_paths._fault, attention_paths.ladder):
+    for found in (attention_paths._fault, attention_paths._sound):
         found.cache_clear()
 
 
@@ -354,7 +354,7 @@ def test_the_first_call_may_come_inside_a_checkpoint_or_without_gradients(dtype:
     with torch.inference_mode():
         attend(*(x.clone() for x in inputs), LENGTHS, 0.125)
     attention_paths._fault.cache_clear()
-    attention_paths.ladder.cache_clear()
+    attention_paths._sound.cache_clear()
     ours, plain = differentiated(run, inputs, grad), differentiated(attend, inputs, grad, LENGTHS, 0.125)
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 

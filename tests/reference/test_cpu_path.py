@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
-from nybble.kernels import cpu, paths, plain
+from nybble.kernels import choices, cpu, paths, plain
 from nybble.quant import BLOCK_SIZES, QUANT_TYPES, PackedWeight, codebook, decode, encode, encode_searched
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -163,10 +164,38 @@ def test_threads_make_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(cpu.multiply(x, square), alone)
 
 
+ENGINE = ("dequantize_4bit", "gemv_4bit", "quantize_4bit")
+
+
 def test_the_operators_take_this_path_and_say_so() -> None:
-    assert paths.path_for(CPU) is cpu  # type: ignore[comparison-overlap]
-    assert set(paths.paths_taken(CPU).values()) == {cpu.NAME}
+    assert all(paths.path_for(CPU, operator) is cpu for operator in ENGINE)  # type: ignore[comparison-overlap]
+    assert {operator: paths.paths_taken(CPU)[operator] for operator in ENGINE} == dict.fromkeys(ENGINE, cpu.NAME)
     assert paths.path_reasons(CPU) == {}
+
+
+def test_an_operator_runs_by_the_path_that_was_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    monkeypatch.setattr(plain, "dequantize", lambda weight, out: ran.append("plain"))
+    weight = encode(torch.randn(64))
+    choices.take(CPU, {"dequantize_4bit": choices.Choice("torch", "the native one is broken")})
+    torch.ops.nybble.dequantize_4bit_out(
+        weight.packed, weight.absmax, weight.nested_absmax, weight.nested_offset, "nf4", 64, torch.empty(64)
+    )
+    assert ran == ["plain"]
+    assert paths.paths_taken(CPU)["dequantize_4bit"] == "torch"
+    assert paths.paths_taken(CPU)["gemv_4bit"] == "native"
+    assert paths.path_reasons(CPU) == {"dequantize_4bit": "the native one is broken"}
+
+
+def test_a_kind_of_attention_that_is_skipped_is_switched_off() -> None:
+    q = torch.randn(1, 2, 16, 64)
+    assert torch._fused_sdp_choice(q, q, q, None, 0.0, True) == SDPBackend.FLASH_ATTENTION.value
+    try:
+        choices.take(CPU, {"sdpa": choices.Choice("math", "flash leaks")})
+        assert torch._fused_sdp_choice(q, q, q, None, 0.0, True) == SDPBackend.MATH.value
+    finally:
+        choices.take(CPU, {"sdpa": choices.Choice("flash")})
+    assert torch._fused_sdp_choice(q, q, q, None, 0.0, True) == SDPBackend.FLASH_ATTENTION.value
 
 
 def test_without_the_library_the_plain_path_runs_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,11 +203,21 @@ def test_without_the_library_the_plain_path_runs_and_the_reason_is_told(monkeypa
     with pytest.raises(OSError, match="was not built"):
         cpu.load_library.__wrapped__()
     monkeypatch.setattr(cpu, "unavailable", lambda: "no compiler")
-    path, reason = paths._path_of_kind.__wrapped__("cpu")
-    assert (path.NAME, reason) == ("torch", "no compiler")
+    assert {first_that_works(operator) for operator in ENGINE} == {("torch", "no compiler")}
 
 
-@pytest.mark.parametrize("function", ["search_scales", "nested_codes", "nearest_codes", "dequantize", "multiply"])
+def first_that_works(operator: str) -> tuple[str, str | None]:
+    chosen = paths._first_that_works.__wrapped__(operator, "cpu")
+    return chosen.path, chosen.reason
+
+
+OPERATOR_OF = dict.fromkeys(("search_scales", "nested_codes", "nearest_codes"), "quantize_4bit") | {
+    "dequantize": "dequantize_4bit",
+    "multiply": "gemv_4bit",
+}
+
+
+@pytest.mark.parametrize("function", OPERATOR_OF)
 def test_a_path_of_other_bits_is_not_taken(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(cpu, function)
 
@@ -189,9 +228,11 @@ def test_a_path_of_other_bits_is_not_taken(function: str, monkeypatch: pytest.Mo
         return result
 
     monkeypatch.setattr(cpu, function, wrong)
-    path, reason = paths._path_of_kind.__wrapped__("cpu")
-    assert path is plain
-    assert f"self-test of the native path failed: {function}" in reason
+    found = {operator: first_that_works(operator) for operator in ENGINE}
+    path, reason = found.pop(OPERATOR_OF[function])
+    assert path == "torch"
+    assert f"self-test of the native path failed: {function}" in (reason or "")
+    assert set(found.values()) == {("native", None)}
 
 
 def test_a_path_that_crashes_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,9 +240,9 @@ def test_a_path_that_crashes_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> No
         raise RuntimeError("no C compiler to build the launcher with")
 
     monkeypatch.setattr(cpu, "dequantize", crash)
-    path, reason = paths._path_of_kind.__wrapped__("cpu")
-    assert path is plain
-    assert "RuntimeError: no C compiler" in reason
+    path, reason = first_that_works("dequantize_4bit")
+    assert path == "torch"
+    assert "RuntimeError: no C compiler" in (reason or "")
 
 
 def test_an_instruction_set_that_does_not_exist_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from nybble.errors import RecipeError
 def read_flags(words: list[str], assignments: list[str] | None = None) -> dict[str, str]:
     """`--learning-rate 2e-4`, `--learning_rate=2e-4` and `--set training.learning_rate=2e-4` as name -> text.
 
-    A flag without a value means true, and false where its name begins with `no-`.
+    A flag without a value means true, and false where its name begins with `no-`; of `--path` every one counts.
 
     Raises:
         RecipeError: a word that is neither a flag nor a value, or a `--set` without `=`.
@@ -36,7 +37,7 @@ def read_flags(words: list[str], assignments: list[str] | None = None) -> dict[s
             position += has_value
             if not has_value and name.startswith(("no-", "no_")):
                 name, value = name[3:], "false"
-        found[name] = value
+        found[name] = f"{found[name]},{value}" if name == "path" and name in found else value
     return found
 
 
@@ -51,10 +52,17 @@ def print_json(content: Mapping[str, Any]) -> None:
 
 
 def quiet_libraries() -> None:
-    """Let the libraries' bars and advice be silent: this process belongs to the command line."""
+    """Let the libraries' bars and advice be silent: this process belongs to the command line.
+
+    Variables that torch reads when it is imported are put right first.
+    """
     import logging
     import warnings
 
+    from nybble.diagnostics import prepare
+
+    for said in prepare():
+        print(f"nybble: {said}", file=sys.stderr)
     import transformers
 
     transformers.logging.set_verbosity_error()

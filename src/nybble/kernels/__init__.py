@@ -1,6 +1,21 @@
 """Operators with a schema, a fake and a reference; faster paths register on the same operators."""
 
+from nybble.kernels.choices import LADDERS, Choice, ladder, take
 from nybble.kernels.ops import ENCODERS, dequantize, multiply, quantize
-from nybble.kernels.paths import path_for, path_reasons, paths_taken
+from nybble.kernels.paths import path_for, path_named, path_reasons, paths_taken, unavailable
 
-__all__ = ["ENCODERS", "dequantize", "multiply", "path_for", "path_reasons", "paths_taken", "quantize"]
+__all__ = [
+    "ENCODERS",
+    "LADDERS",
+    "Choice",
+    "dequantize",
+    "ladder",
+    "multiply",
+    "path_for",
+    "path_named",
+    "path_reasons",
+    "paths_taken",
+    "quantize",
+    "take",
+    "unavailable",
+]

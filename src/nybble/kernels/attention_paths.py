@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 from inspect import signature
-from itertools import accumulate, groupby
+from itertools import accumulate, dropwhile, groupby
 from types import ModuleType
 from typing import NamedTuple, cast
 
@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from nybble.kernels import cpu_attention, plain_attention
+from nybble.kernels.choices import taken
 from nybble.kernels.plain_attention import Settings
 
-__all__ = ["implementation", "ladder", "path_reasons", "paths_taken", "self_test"]
+__all__ = ["implementation", "ladder", "path_reasons", "paths_named", "paths_taken", "self_test"]
 
 # Largest error of any element of the result or a gradient, as a share of the largest magnitude in it.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -157,14 +158,32 @@ _CASES = {
 
 def implementation(q: Tensor, settings: Settings) -> ModuleType:
     """What runs the operator `nybble::attend` and its backward: `cpu_attention` or `plain_attention`."""
-    native = q.device.type == "cpu" and cpu_attention.takes(q, settings) and _fault(NATIVE, "cpu") is None
+    if q.device.type != "cpu" or not cpu_attention.takes(q, settings):
+        return plain_attention
+    chosen = taken("attend", q.device)
+    # Not `ladder`: the tests of other paths, which it awaits, come by here.
+    native = chosen.path == NATIVE.NAME if chosen else _fault(NATIVE, "cpu") is None
     return cpu_attention if native else plain_attention
 
 
-@cache
 def ladder(kind: str) -> tuple[Path, ...]:
-    """The paths that work on this kind of device, fastest first."""
+    """The paths that work on this kind of device, fastest first; none above the chosen one."""
+    chosen = taken("attend", torch.device(kind))
+    if chosen is None:
+        return _sound(kind)
+    paths = _PATHS.get(kind, ())
+    below = dropwhile(lambda path: chosen.path != path.NAME, paths)
+    return tuple(path for path in below if chosen.path == path.NAME or _fault(path, kind) is None)
+
+
+@cache
+def _sound(kind: str) -> tuple[Path, ...]:
     return tuple(path for path in _PATHS.get(kind, ()) if _fault(path, kind) is None)
+
+
+def paths_named(kind: str, name: str) -> tuple[Path, ...]:
+    """What goes by this name on this kind of device; nothing for plain torch, which stands behind them all."""
+    return tuple(path for path in _PATHS.get(kind, ()) if name == path.NAME)
 
 
 def paths_taken(device: torch.device) -> dict[str, str]:
@@ -181,12 +200,13 @@ def path_reasons(device: torch.device) -> dict[str, str]:
 def _sought(settings: Settings, kind: str) -> tuple[str, list[str]]:
     """Name of the path for heads of 64 in bfloat16, and what is wrong with those above it."""
     q = torch.empty(2, 1, 64, dtype=torch.bfloat16, device="cpu")
-    wrong: list[str] = []
+    chosen, wrong = taken("attend", torch.device(kind)), list[str]()
     for path in _PATHS.get(kind, ()):
         if path.takes(q, settings):
             if path in ladder(kind):
                 return path.NAME, wrong
-            wrong.append(f"{path.NAME}: {_fault(path, kind)}")
+            reason = chosen.reason if chosen else f"{path.NAME}: {_fault(path, kind)}"
+            wrong += [reason] if reason and reason not in wrong else []
     return plain_attention.NAME, wrong
 
 

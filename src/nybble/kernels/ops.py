@@ -7,7 +7,7 @@
 
 The fakes let the same code run on tensors without data (tracing, planning). `nybble.quant` says what each result
 must be. A path is a module with the functions of `Path`: `plain` (torch, everywhere), `cpu` (native code) and `gpu`
-(Triton); `path_for` picks the fastest that is there.
+(Triton); `path_for` picks the fastest that is right there.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def dequantize_4bit(
     """Decode a packed weight to `shape` in `dtype`; see `nybble.quant.packed` for the layout."""
     out = packed.new_empty(tuple(shape), dtype=dtype)
     weight = PackedWeight(packed, absmax, tuple(shape), block_size, quant_type, dtype, nested_absmax, nested_offset)
-    path_for(packed.device).dequantize(weight, out)
+    path_for(packed.device, "dequantize_4bit").dequantize(weight, out)
     return out
 
 
@@ -101,7 +101,7 @@ def dequantize_4bit_out(
     """Decode a packed weight into `out`."""
     shape = tuple(out.shape)
     weight = PackedWeight(packed, absmax, shape, block_size, quant_type, out.dtype, nested_absmax, nested_offset)
-    path_for(packed.device).dequantize(weight, out)
+    path_for(packed.device, "dequantize_4bit").dequantize(weight, out)
 
 
 @torch.library.custom_op("nybble::gemv_4bit", mutates_args=())
@@ -118,7 +118,7 @@ def gemv_4bit(
     """x W^T, `(rows, out_features)` in the type of x."""
     shape = (out_features, x.shape[1])
     weight = PackedWeight(packed, absmax, shape, block_size, quant_type, x.dtype, nested_absmax, nested_offset)
-    return path_for(packed.device).multiply(x.contiguous(), weight)
+    return path_for(packed.device, "gemv_4bit").multiply(x.contiguous(), weight)
 
 
 @torch.library.custom_op("nybble::quantize_4bit", mutates_args=())
@@ -127,7 +127,8 @@ def quantize_4bit(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Codes, scales, nested scales and offset; the last two are empty without double quantization."""
     if encoder == "search":
-        made = encode_searched(weight, quant_type, block_size, double_quant, signed, path_for(weight.device))
+        path = path_for(weight.device, "quantize_4bit")
+        made = encode_searched(weight, quant_type, block_size, double_quant, signed, path)
     elif encoder == "absmax":
         made = encode(weight, quant_type, block_size, double_quant)
     else:

@@ -1,24 +1,28 @@
-"""Which code runs the operators on a device: the fastest path that is there."""
+"""Which code runs the 4-bit operators on a device: the fastest path that gives right results there."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor
 
-from nybble.kernels import cpu, plain
+from nybble.kernels import attention_paths, cpu, plain, row_paths
+from nybble.kernels.choices import LADDERS, Choice, ladder, taken
 from nybble.quant import PackedWeight, Steps
 from nybble.quant.search import nest_scales
 
-OPERATORS = ("dequantize_4bit", "dequantize_4bit_out", "gemv_4bit", "quantize_4bit")
-
 
 class Path(Steps, Protocol):
-    """What a path must offer: the loops of the encoder, and these. All results are bit-identical but sums."""
+    """What a path of the 4-bit operators must offer: the loops of the encoder, and these.
+
+    All results are bit-identical but sums.
+    """
 
     NAME: str  # as run.json shows it
 
@@ -29,47 +33,76 @@ class Path(Steps, Protocol):
         """x W^T, `(rows, out_features)` in the type of x, for contiguous x of at most 8 rows."""
 
 
-def path_for(device: torch.device) -> Path:
-    """The path that the operators take on `device`."""
-    return _path_of_kind(device.type)[0]
+def choice(operator: str, device: torch.device) -> Choice:
+    """The path that `operator` takes on `device`."""
+    chosen = taken(operator, device)
+    if chosen is not None:
+        return chosen
+    if operator in _TESTS:
+        return _first_that_works(operator, device.type)
+    if operator in _OTHERS:
+        module = _OTHERS[operator]
+        path, reason = module.paths_taken(device), module.path_reasons(device)
+        return Choice(next(iter(path.values())), next(iter(reason.values()), None))
+    return Choice(ladder(operator, device)[0])
+
+
+def path_for(device: torch.device, operator: str) -> Path:
+    """The code of a 4-bit operator on `device`."""
+    return path_named(choice(operator, device).path)
+
+
+def path_named(name: str) -> Path:
+    """The code of a path of the 4-bit operators.
+
+    Raises:
+        ImportError: Triton is not installed.
+    """
+    if name == "triton":
+        return cast(Path, import_module("nybble.kernels.gpu"))
+    return cast(Path, {"native": cpu, "torch": plain}[name])
+
+
+def unavailable(name: str) -> str | None:
+    """Why a path of the 4-bit operators cannot be tried, in words; None if it can."""
+    if name == "native":
+        return cpu.unavailable()
+    return "triton is not installed" if name == "triton" and not find_spec("triton") else None
 
 
 def paths_taken(device: torch.device) -> dict[str, str]:
     """Operator -> name of the path that it takes on `device`."""
-    return dict.fromkeys(OPERATORS, path_for(device).NAME)
+    return {operator: choice(operator, device).path for operator in LADDERS if ladder(operator, device)}
 
 
 def path_reasons(device: torch.device) -> dict[str, str]:
-    """Operator -> why it does not take the fast path of `device`; empty where it does."""
-    reason = _path_of_kind(device.type)[1]
-    return dict.fromkeys(OPERATORS, reason) if reason else {}
+    """Operator -> why it does not take the fastest path of `device`; empty where it does."""
+    chosen = {operator: choice(operator, device) for operator in LADDERS if ladder(operator, device)}
+    return {operator: rung.reason for operator, rung in chosen.items() if rung.reason}
 
 
 @cache
-def _path_of_kind(kind: str) -> tuple[Path, str | None]:
-    """The path, and why it is not the fast one of this kind of device, in words."""
-    plainest = cast(Path, plain)
-    if kind == "cpu":
-        missing = cpu.unavailable()
-        fast = cast(Path, cpu)
-    elif kind == "cuda":  # ROCm calls itself so too
-        missing = None if find_spec("triton") else "triton is not installed"
-        fast = cast(Path, import_module("nybble.kernels.gpu")) if missing is None else plainest
-    else:
-        return plainest, f"there is no fast path for {kind}"
-    wrong = missing or self_test(fast, torch.device(kind))
-    return (plainest, wrong) if wrong else (fast, None)
+def _first_that_works(operator: str, device_type: str) -> Choice:
+    device = torch.device(device_type)
+    names = ladder(operator, device)
+    if not names:
+        return Choice("torch", f"there is no fast path for {device_type}")
+    for name in names[:-1]:
+        reason = unavailable(name) or self_test(path_named(name), device, operator)
+        if reason is None:
+            return Choice(name)
+    return Choice(names[-1], reason)
 
 
-def self_test(path: Path, device: torch.device) -> str | None:
-    """What is wrong with `path` on `device`, in words; None if it gives the bits of the plain one.
+def self_test(path: Path, device: torch.device, operator: str) -> str | None:
+    """What is wrong with `operator` by `path` on `device`, in words; None if it gives the bits of the plain one.
 
     Small weights with a short last block are encoded and decoded: a path is only taken where it has been seen to work.
     """
     flat = torch.sin(torch.arange(64 * 21 + 37, dtype=torch.float32, device="cpu") ** 1.5).to(device)
     try:
         for quant_type in ("nf4", "fp4"):
-            wrong = _differs(path, flat, quant_type)
+            wrong = _TESTS[operator](path, flat, quant_type)
             if wrong:
                 return f"self-test of the {path.NAME} path failed: {wrong} differs from the plain path"
     except Exception as error:  # noqa: BLE001 - a compiler or driver may fail in any way; the plain path then runs
@@ -77,30 +110,47 @@ def self_test(path: Path, device: torch.device) -> str | None:
     return None
 
 
-def _differs(path: Path, flat: Tensor, quant_type: str) -> str | None:
-    """The first function whose result is not the plain path's."""
+def _encoding_differs(path: Path, flat: Tensor, quant_type: str) -> str | None:
+    """The first function of the encoder whose result is not the plain path's."""
     scales = plain.search_scales(flat, quant_type, 64, True)
-    nested_absmax, offset = nest_scales(scales)
-    nested = (flat, quant_type, 64, scales, nested_absmax, offset)
-    codes, packed = plain.nested_codes(*nested), plain.nearest_codes(flat, quant_type, 64, scales)
+    nested = (flat, quant_type, 64, scales, *nest_scales(scales))
     if not torch.equal(path.search_scales(flat, quant_type, 64, True), scales):
         return "search_scales"
-    if not torch.equal(path.nested_codes(*nested), codes):
+    if not torch.equal(path.nested_codes(*nested), plain.nested_codes(*nested)):
         return "nested_codes"
-    if not torch.equal(path.nearest_codes(flat, quant_type, 64, scales), packed):
-        return "nearest_codes"
+    nearest = plain.nearest_codes(flat, quant_type, 64, scales)
+    return None if torch.equal(path.nearest_codes(flat, quant_type, 64, scales), nearest) else "nearest_codes"
+
+
+def _decoding_differs(path: Path, flat: Tensor, quant_type: str) -> str | None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        weight = PackedWeight(packed, codes, (flat.numel(),), 64, quant_type, dtype, nested_absmax, offset)
+        weight = _packed(flat, quant_type, (flat.numel(),), dtype)
         ours, theirs = torch.empty_like(flat, dtype=dtype), torch.empty_like(flat, dtype=dtype)
         path.dequantize(weight, ours)
         plain.dequantize(weight, theirs)
         if not torch.equal(ours, theirs):
             return f"dequantize to {dtype}"
-    n = 64 * 21
-    square = PackedWeight(
-        packed[: n // 2], codes[:21], (21, 64), 64, quant_type, torch.float32, nested_absmax[:1], offset
-    )
-    x = flat[:128].view(2, 64)
-    if not torch.allclose(path.multiply(x, square), plain.multiply(x, square), rtol=1e-4, atol=1e-4):
-        return "multiply"
     return None
+
+
+def _product_differs(path: Path, flat: Tensor, quant_type: str) -> str | None:
+    square = _packed(flat[: 64 * 21], quant_type, (21, 64), torch.float32)
+    x = flat[:128].view(2, 64)
+    same = torch.allclose(path.multiply(x, square), plain.multiply(x, square), rtol=1e-4, atol=1e-4)
+    return None if same else "multiply"
+
+
+def _packed(flat: Tensor, quant_type: str, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:
+    scales = plain.search_scales(flat, quant_type, 64, True)
+    nested_absmax, offset = nest_scales(scales)
+    codes = plain.nested_codes(flat, quant_type, 64, scales, nested_absmax, offset)
+    packed = plain.nearest_codes(flat, quant_type, 64, scales)
+    return PackedWeight(packed, codes, shape, 64, quant_type, dtype, nested_absmax, offset)
+
+
+_TESTS: dict[str, Callable[[Path, Tensor, str], str | None]] = {
+    "dequantize_4bit": _decoding_differs,
+    "gemv_4bit": _product_differs,
+    "quantize_4bit": _encoding_differs,
+}
+_OTHERS: dict[str, ModuleType] = {"rows": row_paths, "attend": attention_paths}

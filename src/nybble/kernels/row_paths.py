@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nybble.kernels import cpu, cpu_rows, plain_rows
+from nybble.kernels.choices import ladder, taken
 
 OPERATORS = (
     "rms_norm",
@@ -64,7 +65,26 @@ class RowPath(Protocol):
 
 def path_for(device: torch.device) -> RowPath:
     """The path that the row operators take on `device`."""
-    return _path_of_kind(device.type)[0]
+    chosen = taken("rows", device)
+    return path_named(chosen.path) if chosen else _path_of_kind(device.type)[0]
+
+
+def path_named(name: str) -> RowPath:
+    """The code of a path.
+
+    Raises:
+        ImportError: it is not here.
+    """
+    if name == "triton":
+        return cast(RowPath, import_module("nybble.kernels.gpu_rows"))
+    return cast(RowPath, {"native": cpu_rows, "torch": plain_rows}[name])
+
+
+def unavailable(name: str) -> str | None:
+    """Why a path cannot be tried, in words; None if it can."""
+    if name == "native":
+        return cpu.unavailable()
+    return "triton is not installed" if name == "triton" and not find_spec("triton") else None
 
 
 def paths_taken(device: torch.device) -> dict[str, str]:
@@ -74,24 +94,21 @@ def paths_taken(device: torch.device) -> dict[str, str]:
 
 def path_reasons(device: torch.device) -> dict[str, str]:
     """Operator -> why it does not take the fast path of `device`; empty where it does."""
-    reason = _path_of_kind(device.type)[1]
+    chosen = taken("rows", device)
+    reason = chosen.reason if chosen else _path_of_kind(device.type)[1]
     return dict.fromkeys(OPERATORS, reason) if reason else {}
 
 
 @cache
 def _path_of_kind(kind: str) -> tuple[RowPath, str | None]:
     """The path, and why it is not the fast one of this kind of device, in words."""
-    plainest = cast(RowPath, plain_rows)
-    if kind == "cpu":
-        missing = cpu.unavailable()
-        fast = cast(RowPath, cpu_rows)
-    elif kind == "cuda":  # ROCm calls itself so too
-        missing = None if find_spec("triton") else "triton is not installed"
-        fast = cast(RowPath, import_module("nybble.kernels.gpu_rows")) if missing is None else plainest
-    else:
-        return plainest, f"there is no fast path for {kind}"
-    wrong = missing or self_test(fast, torch.device(kind))
-    return (plainest, wrong) if wrong else (fast, None)
+    device = torch.device(kind)
+    names = ladder("rows", device)
+    if not names:
+        return cast(RowPath, plain_rows), f"there is no fast path for {kind}"
+    missing = unavailable(names[0])
+    wrong = missing or self_test(path_named(names[0]), device)
+    return path_named("torch" if wrong else names[0]), wrong
 
 
 def self_test(path: RowPath, device: torch.device) -> str | None:

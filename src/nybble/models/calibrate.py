@@ -163,7 +163,9 @@ def _fit(
     def pack(wanted: Tensor) -> PackedWeight:
         form = (section.bnb_4bit_quant_type, section.bnb_4bit_blocksize, section.bnb_4bit_use_double_quant)
         if section.encoder == "calibrated" and moments is not None:
-            return encode_calibrated(wanted, moments, *form, section.signed_scales, path_for(wanted.device))
+            return encode_calibrated(
+                wanted, moments, *form, section.signed_scales, path_for(wanted.device, "quantize_4bit")
+            )
         return quantize(wanted, *form, "absmax" if section.encoder == "absmax" else "search", section.signed_scales)
 
     if not repair:

@@ -47,7 +47,17 @@ class ModelSection(Section):
     tokenizer_name_or_path: str | None = setting(None, "folder or hub id of the tokenizer, if not the model's own")
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = setting("sdpa", "attention of transformers")
     device: Literal["auto", "cpu", "cuda", "hip"] = setting("auto", "where to run: the GPU if torch sees one")
+    paths: tuple[str, ...] = setting(
+        (),
+        "operators that take another path than the doctor's: dequantize_4bit=torch, comma between (nybble doctor)",
+        aliases=("path",),
+    )
     trust_remote_code: bool = setting(False, "run Python code that a hub repository brings")
+
+    @field_validator("paths", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return _split_names(value) if isinstance(value, str) else value
 
 
 class QuantizationSection(Section):
