@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ask": "nybble.pipeline",
     "demo": "nybble.pipeline",
+    "merge": "nybble.exporting",
     "inspect_rows": "nybble.pipeline",
     "quantize": "nybble.pipeline",
     "report": "nybble.pipeline",

@@ -33,6 +33,7 @@ from nybble.models import (
     push_folder,
     save_adapter,
     save_whole,
+    write_note,
 )
 from nybble.planning import make_plan
 from nybble.recipe import Plan, Recipe, load_recipe, save_recipe
@@ -124,7 +125,7 @@ def _load(job: _Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
     starts: Starts = {}
     if recipe.method == "qlora" and needs_calibration(recipe.quantization, recipe.lora) and not kept:
         starts = _calibrate(job, witness, model)
-    witness.record.model |= asdict(loaded)
+    witness.record.model |= {**asdict(loaded), "fingerprint": job.source.fingerprint}
     witness.record.notes += loaded.notes
     if loaded.n_packed:
         witness.record.paths = paths_taken(model.device)
@@ -141,7 +142,7 @@ def _load(job: _Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
 def _calibrate(job: _Job, witness: Witness, model: Any) -> Starts:
     """Pack anew, fitted to the rows; the base is kept in the run, since loading would not give it again."""
     recipe, section = job.recipe, job.recipe.quantization
-    rows = _calibration_rows(job.prepared, section.calibration_rows)
+    rows = job.prepared.calibration_rows(section.calibration_rows)
     with witness.phase("calibrate"):
         done = calibrate(model, job.source, rows, section, recipe.lora, partial(job.watch.progress, "calibrating"))
         save_whole(job.run.base, model, job.tokenizer)
@@ -149,12 +150,6 @@ def _calibrate(job: _Job, witness: Witness, model: Any) -> Starts:
     on = f"calibrated on {done.n_rows:,} rows ({done.n_tokens:,} tokens)" if done.n_rows else "adapters started"
     job.watch.note(f"{on}; the base is kept in {job.run.base}")
     return done.starts
-
-
-def _calibration_rows(prepared: Prepared, most: int) -> list[list[int]]:
-    """Token ids of at most so many rows, evenly spaced: files are often sorted by kind."""
-    step = max(1, len(prepared.train) // most)
-    return [example.input_ids for example in prepared.train[::step][:most]]
 
 
 def _evaluate_base(job: _Job, witness: Witness, model: Any, dtype: torch.dtype) -> list[str]:
@@ -231,6 +226,7 @@ def _save(job: _Job, witness: Witness, model: Any) -> None:
         else:
             save_adapter(model, folder)
         job.tokenizer.save_pretrained(folder)
+        write_note(folder, job.recipe, witness.record.rows["ledger"], witness.record.model)
         write_text(folder / "README.md", model_card(witness.record.to_json()))  # PEFT's own is a form to fill in
 
 
@@ -301,7 +297,7 @@ def quantize(
     if section.encoder == "calibrated":
         recipe = _within_context(recipe, getattr(source.config, "max_position_embeddings", None), watch)
         prepared = prepare_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed)
-        rows = _calibration_rows(prepared, section.calibration_rows)
+        rows = prepared.calibration_rows(section.calibration_rows)
     packed, report = load_model(source, "qlora", recipe.model, section, detect_device(recipe.model.device))
     if needs_calibration(section, recipe.lora):
         calibrate(packed, source, rows, section, recipe.lora, partial(watch.progress, "calibrating"))
