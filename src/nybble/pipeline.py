@@ -1,6 +1,7 @@
-"""The sentence: recipe -> plan -> load -> attach adapters -> rows -> train -> evaluate -> report -> ask.
+"""The sentence: recipe -> plan -> load -> attach adapters -> rows -> train -> evaluate -> report.
 
-Each verb of the command line is a function here with the same name and arguments. Start reading at `train`.
+Verbs of the command line are functions here with the same name and arguments; what is done with a finished run (merge,
+export, ask, chat) lies in `nybble.exporting` and `nybble.generation`. Start reading at `train`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nybble import bundled, generation
+from nybble import bundled
 from nybble.data import Example, Ledger, Prepared, ShownRow, examine_rows, prepare_rows, show_rows
 from nybble.errors import InputError, RecipeError
 from nybble.hardware import Device, detect_device
@@ -38,7 +39,7 @@ from nybble.models import (
 from nybble.planning import make_plan
 from nybble.recipe import Plan, Recipe, load_recipe, save_recipe
 from nybble.reporting import model_card, write_report
-from nybble.runs import Observer, RunDirectory, RunRecord, Sample, Silent, read_record, write_text
+from nybble.runs import Observer, RunDirectory, RunRecord, Sample, Silent, write_text
 from nybble.training import Setup, Witness, check_training, evaluate, generate_answers, stop_at, train_model
 
 
@@ -261,17 +262,6 @@ def inspect_rows(
     prepared = examine_rows(resolved.data, resolved.evaluation, tokenizer, resolved.training.seed)
     shown = show_rows(prepared, tokenizer, show, find)
     return Inspection(resolved.data.dataset_name, prepared.ledger, shown, prepared.fault)
-
-
-def ask(run_dir: Path | str, questions: Sequence[str], device: str | None = None) -> list[Sample]:
-    """What base and tuned model of a run answer to `questions`, greedily."""
-    record = read_record(run_dir)
-    recipe = Recipe.model_validate(record["recipe"])
-    if not questions:
-        raise InputError('no question given; e.g. nybble ask RUN "What makes a good chatbot?"')
-    ledger, run = record["rows"]["ledger"], RunDirectory(Path(run_dir))
-    asked = generation.Asked(questions, ledger["prompt_form"], ledger.get("stop_tokens", ()))
-    return generation.answer(run, recipe, asked, detect_device(device or recipe.model.device))
 
 
 def quantize(

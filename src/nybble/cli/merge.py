@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
@@ -45,7 +46,7 @@ def merge(
         raise typer.Exit(1)
 
 
-def _print_verdict(done: dict) -> None:
+def _print_verdict(done: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -65,7 +66,9 @@ def _print_verdict(done: dict) -> None:
     console = Console(highlight=False)
     console.print(table)
     kind = "held-out" if done["rows_held_out"] else "trained"
-    console.print(f"{done['n_rows']} {kind} rows, {done['n_positions']:,} positions, in stock transformers", markup=False)
+    console.print(
+        f"{done['n_rows']} {kind} rows, {done['n_positions']:,} positions, in stock transformers", markup=False
+    )
     state = "verified" if done["verified"] else f"NOT VERIFIED: {'; '.join(done['faults'])}"
     console.print(
         f"{done['out']}: merged into {done['target']}, {done['dtype']}, {format_bytes(done['file_bytes'])}, {state}",

@@ -18,6 +18,9 @@ _STAGES = {
     "report": "writing the report",
     "reference": "asking the adapter on its base",
     "pack": "encoding in 4 bits",
+    "gguf": "writing GGUF",
+    "verify": "reading back in stock transformers",
+    "upload": "uploading",
 }
 
 

@@ -45,6 +45,7 @@ class AdapterDelta:
             kind = f"{config.get('peft_type')} adapter" + (f" with {', '.join(unknown)}" if unknown else "")
             raise ModelError(f"{folder}: a {kind} cannot be merged; LoRA, rsLoRA and DoRA can")
         self.folder = folder
+        self.r, self.is_dora = config["r"], bool(config.get("use_dora"))
         self.scaling = config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
 
     def __enter__(self) -> AdapterDelta:
@@ -124,7 +125,8 @@ def write_merged(
         f"model-{i + 1:05}-of-{len(plan):05}.safetensors" if len(plan) > 1 else "model.safetensors"
         for i in range(len(plan))
     ]
-    total, done, weight_map = sum(map(len, plan)), 0, {}
+    total, done = sum(map(len, plan)), 0
+    weight_map: dict[str, str] = {}
     for file, names in zip(names_of_files, plan, strict=True):
         shard = {}
         for name in names:
@@ -147,7 +149,9 @@ def _targets(base: BaseWeights, delta: AdapterDelta) -> dict[str, str]:
     for module in delta.modules():
         name = base.name_of(module)
         if name is None and module == "lm_head":
-            raise ModelError(f"{delta.folder}: adapts lm_head, which shares its weight with the embeddings; cannot merge")
+            raise ModelError(
+                f"{delta.folder}: adapts lm_head, which shares its weight with the embeddings; cannot merge"
+            )
         if name is None:
             raise ModelError(f"{delta.folder}: adapts {module}, which {base.source.name} does not have: another base")
         found[name] = module

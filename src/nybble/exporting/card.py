@@ -36,8 +36,8 @@ def merged_card(adapter_card: Path, result: Mapping[str, Any]) -> str:
     for c in result["candidates"]:
         name = f"**{c['target']}**" if c["target"] == result["target"] else c["target"]
         lines.append(
-            f"| {name} | {format_number(c['mean_kl'], 5)} | {format_number(c['worst_kl'])} | {format_number(c['loss'])} "
-            f"| {c['loss_gap']:+.4f} | {c['greedy_equal']} of {c['n_prompts']} "
+            f"| {name} | {format_number(c['mean_kl'], 5)} | {format_number(c['worst_kl'])} "
+            f"| {format_number(c['loss'])} | {c['loss_gap']:+.4f} | {c['greedy_equal']} of {c['n_prompts']} "
             f"| {c['stopped']} of {c['n_prompts']} (adapter: {c['stopped_reference']}) |"
         )
     return "\n".join([text.rstrip(), "", *lines, ""])

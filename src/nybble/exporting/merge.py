@@ -172,16 +172,21 @@ def _bases(tuned: Tuned, into: str, watch: Observer) -> dict[str, BaseWeights]:
     if into == "dequantized" or tuned.is_repaired:
         return found
     try:
-        source = find_model(tuned.original)
-        check_original(tuned, source)
-        if source.is_4bit:
-            raise ModelError(f"{source.name} is stored in 4 bits; the 16-bit original is not at hand")
+        source = _original(tuned)
     except (ModelError, CannotRunError) as error:
         if into != "auto":
             raise
         watch.note(f"merged into the dequantized base only: {error}")
         return found
     return found | {"original" if into == "auto" else into: BaseWeights(source)}
+
+
+def _original(tuned: Tuned) -> ModelSource:
+    source = find_model(tuned.original)
+    check_original(tuned, source)
+    if source.is_4bit:
+        raise ModelError(f"{source.name} is stored in 4 bits; the 16-bit original is not at hand")
+    return source
 
 
 def _trained_base(tuned: Tuned) -> BaseWeights:
@@ -305,5 +310,3 @@ class _Written:
         """Remove what has not become the result."""
         for folder in self.job.out.parent.glob(f".{self.job.out.name}.*.partial*"):
             shutil.rmtree(folder, ignore_errors=True)
-
-

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def compare_rows(model: Any, rows: list[dict[str, Any]], reference_file: str) -> dict[str, float]:
+def compare_rows(model: Any, rows: list[dict[str, Any]], reference_file: str) -> dict[str, Any]:
     """KL and loss over the positions of `rows`."""
     kl_sum, kl_worst, loss_sum, reference_sum, count = 0.0, 0.0, 0.0, 0.0, 0
     with safe_open(reference_file, framework="pt") as file:
@@ -61,19 +61,23 @@ def main() -> None:
     """Read, compare, write."""
     folder, questions_file, reference_file, answers_file = sys.argv[1:]
     asked = json.loads(Path(questions_file).read_text(encoding="utf-8"))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer, asking = AutoTokenizer.from_pretrained(folder), {"add_generation_prompt": True}
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         # What does not fit into memory is read from the folder's own files when its turn comes.
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", device_map="auto", max_memory=asked["max_memory"], offload_folder=scratch
         ).eval()
-        answers = compare_rows(model, asked["rows"], reference_file)
+        for module in model.modules():
+            # bitsandbytes' fast path on some CPUs breaks on other sizes; in training mode the general one is taken.
+            if type(module).__name__ == "Linear4bit" and (
+                module.out_features % 32 or module.in_features % module.weight.quant_state.blocksize
+            ):
+                module.train()
+        answers: dict[str, Any] = compare_rows(model, asked["rows"], reference_file)
         answers |= {
             "greedy": continue_greedily(model, asked["prompts"], asked["max_new_tokens"]),
             "texts": [tokenizer(text).input_ids for text in asked["texts"]],
-            "chats": [
-                tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in asked["chats"]
-            ],
+            "chats": [tokenizer.apply_chat_template(c, tokenize=False, **asking) for c in asked["chats"]],
             "stop_tokens": model.generation_config.eos_token_id,
             "foreign": sorted(name for name in sys.modules if name.partition(".")[0] == "nybble"),
         }

@@ -1,16 +1,13 @@
 """Is what was written what was trained? Asked of stock transformers in a fresh process, answered in figures.
 
-The reference is the adapter on its base, as it was trained. On held-out rows the distributions at every learned position
-are compared (KL, loss), on held-out prompts the greedy continuations and whether they stop; the folder's own tokenizer,
-chat template and generation config are used throughout.
+The reference is the adapter on its base, as it was trained. On held-out rows the distributions at every learned
+position are compared (KL, loss), on held-out prompts the greedy continuations and whether they stop; the folder's own
+tokenizer, chat template and generation config are used throughout.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +17,7 @@ from typing import Any
 import torch
 
 from nybble.data import IGNORED, Example
-from nybble.errors import CannotRunError, NybbleError
+from nybble.exporting.fresh import run_fresh
 from nybble.training import evaluation_mode
 
 N_PROMPTS = 8
@@ -118,8 +115,6 @@ class Reference:
         """
         answers = self._ask_stock(folder, device, max_memory)
         faults = []
-        if answers["foreign"]:
-            raise NybbleError("the verifying process holds modules of nybble itself; its figures prove nothing")
         stopped, stopped_reference = (self._n_stopped(ids) for ids in (answers["greedy"], self.greedy))
         measured = Measured(
             target=target,
@@ -136,7 +131,7 @@ class Reference:
         if target == "dequantized" and not measured.mean_kl <= limits.mean_kl:
             faults.append(f"mean KL {measured.mean_kl:.4f} is above {limits.mean_kl:g}")
         if not measured.loss_gap <= limits.loss_gap:
-            faults.append(f"loss is {measured.loss_gap:+.4f} against the adapter on its base, above {limits.loss_gap:+g}")
+            faults.append(f"loss is {measured.loss_gap:+.4f} against the adapter's, above {limits.loss_gap:+g}")
         if stopped < _MOST_LOSS_OF_STOPS * stopped_reference:
             faults.append(f"{stopped} of {len(self.prompts)} answers stop, {stopped_reference} did")
         if answers["texts"] != self._tokenized or answers["chats"] != self._rendered:
@@ -180,17 +175,4 @@ class Reference:
         }
         self._file("questions.json").write_text(json.dumps(asked), encoding="utf-8")
         files = [self._file(name) for name in ("questions.json", "reference.safetensors", "answers.json")]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-        if device == "cpu":
-            environment |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-I", str(Path(__file__).with_name("stock.py")), str(folder), *map(str, files)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
-        if done.returncode < 0 or "OutOfMemoryError" in done.stderr:
-            raise CannotRunError(f"the verifying process ran out of memory on {folder}; free memory and merge again")
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        if done.returncode and "ImportError" in done.stderr:
-            raise CannotRunError(f"the verifying process lacks a library: {last[:300]}")
-        if done.returncode:
-            raise NybbleError(f"stock transformers cannot read what was written to {folder}: {last[:300]}")
-        answers: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
-        return answers
+        return run_fresh("stock.py", folder, *files, device=device)
