@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,6 @@ UNLIMITED = Limits(mean_kl=1e9, loss_gap=1e9)
 def cases(data: Path, wanted: list[str]) -> list[tuple[str, dict[str, Any]]]:
     """Name and settings of each training, without encoder."""
     found: list[tuple[str, dict[str, Any]]] = []
-    pairs = (("stories260K", "alpaca_style_1100.json"), ("TinyStories-656K", "guanaco-llama2-1k.parquet"))
-    for model, rows in pairs if "real" in wanted else ():
-        for length, schedule in LENGTHS.items():
-            common = {"max_length": 256, "per_device_train_batch_size": 16, "n_samples": 0, "max_new_tokens": 24}
-            files = {"model_name_or_path": data / "models" / model, "dataset_name": data / "rows" / rows}
-            found.append((f"{model}, {length}", {**common, **schedule, **{k: str(v) for k, v in files.items()}}))
     if "demo" in wanted:
         own = {
             "model_name_or_path": str(base_path()),
@@ -45,6 +40,12 @@ def cases(data: Path, wanted: list[str]) -> list[tuple[str, dict[str, Any]]]:
             "eval_dataset_name": str(heldout_rows_path()),
         }
         found.append(("demo", own))
+    pairs = (("stories260K", "alpaca_style_1100.json"), ("TinyStories-656K", "guanaco-llama2-1k.parquet"))
+    for model, rows in pairs if "real" in wanted else ():
+        for length, schedule in LENGTHS.items():
+            common = {"max_length": 256, "per_device_train_batch_size": 16, "n_samples": 0, "max_new_tokens": 24}
+            files = {"model_name_or_path": data / "models" / model, "dataset_name": data / "rows" / rows}
+            found.append((f"{model}, {length}", {**common, **schedule, **{k: str(v) for k, v in files.items()}}))
     return found
 
 
@@ -103,6 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with models/ and rows/")
     parser.add_argument("--cases", default="real,demo")
+    parser.add_argument("--partial", type=Path, default=Path(os.devnull), help="file for the results so far")
     parser.add_argument("--encoders", default=",".join(ENCODERS))
     arguments = parser.parse_args()
     results = []
@@ -113,6 +115,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 result = one(name, settings, encoder, Path(folder))
             results.append(result)
+            arguments.partial.write_text(json.dumps(results))  # an hour's work should survive an interruption
             for m in result["merges"]:
                 print(
                     f"| {name} | {encoder} | {m['loss_reference']:.4f} | {m['target']} | {m['loss_gap']:+.4f} "

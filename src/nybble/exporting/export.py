@@ -1,4 +1,4 @@
-"""Exporting: a file for llama.cpp, a folder for Ollama, a repository on the hub. What is written is read back and compared."""
+"""Exporting: a file for llama.cpp, a folder for Ollama, a repository on the hub; files are read back and compared."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from nybble.exporting.fresh import run_fresh
 from nybble.exporting.gguf import TYPES, check_gguf, write_adapter_gguf, write_gguf
 from nybble.exporting.merge import UNVERIFIED, merge
 from nybble.exporting.ollama import modelfile
+from nybble.exporting.vocabulary import read_vocabulary, says_alike
 from nybble.models import ModelSource, Tuned, find_model, find_tuned, push_folder, tokenizer_of
 from nybble.runs import Observer, Silent
 from nybble.units import format_bytes
@@ -26,6 +27,7 @@ MOST_KL = {"f16": 0.001, "bf16": 0.001, "q8_0": 0.02}
 _BYTES = {"f16": 2, "bf16": 2, "q8_0": 1.0625}
 _TEXTS = (
     "Hello, world! How are you today?",
+    "Once upon a time there was a little girl. She went to the park.",
     "The quick brown fox jumps over 13 lazy dogs; it's 3.14 o'clock.",
     "def add(a, b):\n    return a + b\n",
     "Über naïve façades: 東京, Москва, 🙂.",
@@ -41,6 +43,7 @@ class _Whole:
     form: str
     stop_tokens: tuple[int, ...]
     texts: list[str]  # to compare on
+    notes: tuple[str, ...]  # what GGUF does not hold
 
 
 def export(
@@ -113,7 +116,11 @@ def _whole(tuned: Tuned, overrides: Mapping[str, Any] | None, watch: Observer, s
     source = find_model(tuned.base)
     tokenizer = tokenizer_of(tuned, source)
     form = tuned.form or ("template" if tokenizer.chat_template else "plain")
-    return _Whole(source, tokenizer, form, tuned.stop_tokens, [*_TEXTS])
+    vocabulary = read_vocabulary(tokenizer, source.config.vocab_size)
+    for note in vocabulary.notes:
+        watch.note(note)
+    texts = [text for text in _TEXTS if not vocabulary.notes or says_alike(text, tokenizer)]
+    return _Whole(source, tokenizer, form, tuned.stop_tokens, texts, vocabulary.notes)
 
 
 def _write_checked(whole: _Whole, file: Path, outtype: str, watch: Observer) -> dict[str, Any]:
@@ -137,6 +144,7 @@ def _write_checked(whole: _Whole, file: Path, outtype: str, watch: Observer) -> 
         unfinished.unlink(missing_ok=True)
     if faults:
         file.with_suffix(f"{file.suffix}.{UNVERIFIED}").write_text("".join(f"{fault}\n" for fault in faults))
+    measured["notes"] = list(whole.notes)
     return {**measured, "verified": not faults, "faults": faults, "file_bytes": file.stat().st_size}
 
 
@@ -172,8 +180,8 @@ def _adapter(tuned: Tuned, file: Path) -> dict[str, Any]:
         raise InputError(f"{tuned.name} is a whole model without an adapter; leave --adapter_only away")
     if tuned.is_repaired:
         raise InputError(
-            f"the adapter started from what 4 bits lost (init_lora_weights {tuned.init}) and works on its own 4-bit base "
-            "alone; export the whole model"
+            f"the adapter started from what 4 bits lost (init_lora_weights {tuned.init}) and works on its own 4-bit "
+            "base alone; export the whole model"
         )
     write_adapter_gguf(find_model(tuned.base), tuned.folder, file)
     return {"file_bytes": file.stat().st_size}

@@ -63,7 +63,7 @@ def write_gguf(
     wanted = getattr(gguf.GGMLQuantizationType, outtype.upper())
     factors = _rotary_factors(config)
     with BaseWeights(source) as base:
-        plan = [(name, *_place(gguf, base, name, names, wanted)) for name in base.names() if _is_written(name, config)]
+        plan = [(name, *_place(gguf, base, name, names, wanted)) for name in _written(base, config)]
         for _name, place, shape, kind in plan:
             block, size = gguf.GGML_QUANT_SIZES[kind]
             writer.add_tensor_info(place, shape, _numpy().dtype("float32"), prod(shape) // block * size, kind)
@@ -167,14 +167,17 @@ def _rotary_factors(config: Any) -> np.ndarray[Any, Any] | None:
     return _numpy().array(found, dtype="float32")  # type: ignore[no-any-return]
 
 
-def _is_written(name: str, config: Any) -> bool:
-    is_tied_head = config.tie_word_embeddings and name.startswith("lm_head.")
-    return not is_tied_head and not name.endswith(".rotary_emb.inv_freq")
+def _written(base: BaseWeights, config: Any) -> list[str]:
+    """Of tied embeddings and head one is written, whichever the checkpoint has."""
+    names = [name for name in base.names() if not name.endswith(".rotary_emb.inv_freq")]
+    both = config.tie_word_embeddings and any("embed_tokens." in name for name in names)
+    return [name for name in names if not (both and name.startswith("lm_head."))]
 
 
 def _place(gguf: Any, base: BaseWeights, name: str, names: Any, wanted: Any) -> tuple[str, tuple[int, ...], Any]:
     """Name in the file, shape, and type: matrices whose rows are no whole blocks stay in float16."""
-    place = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    is_tied_head = name == "lm_head.weight" and base.source.config.tie_word_embeddings
+    place = "token_embd.weight" if is_tied_head else names.get_name(name, try_suffixes=(".weight", ".bias"))
     if place is None:
         raise ModelError(f"GGUF has no place for the tensor {name}")
     shape = base.shape(name)

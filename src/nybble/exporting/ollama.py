@@ -56,9 +56,8 @@ def _translated(tokenizer: Any) -> str:
     end = answered[len(asked) :].partition(_ANSWER)[2]
     # Between two exchanges: what a second one adds beyond the first.
     second = render([user, answer, user, answer], False)
-    if second != answered + (bos if second[len(answered) :].startswith(bos) and bos else "") + answered.removeprefix(
-        bos
-    ):
+    between = bos if bos and second.startswith(bos, len(answered)) else ""
+    if second != answered + between + answered.removeprefix(bos):
         raise ModelError("the chat template puts a second exchange differently from the first: write a Modelfile")
     try:
         told = render([{"role": "system", "content": _SYSTEM}, user], True).removeprefix(bos)

@@ -38,11 +38,11 @@ def main() -> None:
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(Path(file).parent), "gguf_file": Path(file).name}
     tokenizer, read = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(**where)
     ids = [tokenizer(text).input_ids for text in texts]
+    special = [(one.bos_token_id, one.eos_token_id) for one in (tokenizer, read)]
     answers: dict[str, Any] = {
         "texts": len(texts),
         "texts_with_other_ids": [text for text, own in zip(texts, ids, strict=True) if read(text).input_ids != own],
-        "same_special_tokens": (tokenizer.bos_token_id, tokenizer.eos_token_id)
-        == (read.bos_token_id, read.eos_token_id),
+        "same_special_tokens": special[0] == special[1],
         "same_chat_template": (tokenizer.chat_template or None) == (read.chat_template or None),
         "foreign": sorted(name for name in sys.modules if name.partition(".")[0] == "nybble"),
     }

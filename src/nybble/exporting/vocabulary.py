@@ -40,6 +40,7 @@ class Vocabulary:
     merges: list[str]  # of "gpt2"
     scores: list[float]  # of "llama"
     adds_space: bool
+    notes: tuple[str, ...] = ()  # what GGUF does not hold
 
     def write(self, writer: Any, tokenizer: Any, stop_tokens: Sequence[int]) -> None:
         """Put it, the special tokens and the chat template into a `gguf.GGUFWriter`."""
@@ -97,7 +98,12 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
         part["type"] == "Prepend" or (part["type"] == "Metaspace" and part.get("prepend_scheme") != "never")
         for part in parts
     )
-    return Vocabulary("llama", "default", tokens, kinds, [], scores, adds_space)
+    notes = []
+    if any(part["type"] not in ("Prepend", "Metaspace") and not _is_space_mark(part) for part in parts):
+        notes.append("the tokenizer rewrites text (e.g. runs of spaces) before it splits it, which GGUF does not hold")
+    if _BYTE_KIND not in kinds:
+        notes.append("the vocabulary has no byte tokens: llama.cpp cannot take characters that are not in it")
+    return Vocabulary("llama", "default", tokens, kinds, [], scores, adds_space, tuple(notes))
 
 
 def _flat(part: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -105,6 +111,19 @@ def _flat(part: dict[str, Any] | None) -> list[dict[str, Any]]:
     if part is None:
         return []
     return [step for inner in part.get("pretokenizers", part.get("normalizers", [])) for step in _flat(inner)] or [part]
+
+
+def _is_space_mark(part: dict[str, Any]) -> bool:
+    return part["type"] == "Replace" and part["pattern"] == {"String": " "} and part["content"] == "\u2581"
+
+
+def says_alike(text: str, tokenizer: Any) -> bool:
+    """Whether a text is one that a tokenizer of sentencepiece's kind does not rewrite and whose words it all knows."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    if normalizer is None:
+        return True
+    plain = normalizer.normalize_str(text).lstrip("\u2581").rstrip("\u2581")
+    return plain == text.strip().replace(" ", "\u2581") and tokenizer.unk_token_id not in tokenizer(text).input_ids
 
 
 def _split_name(parts: Sequence[dict[str, Any]]) -> str:
