@@ -20,6 +20,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a model that is partly on disk has none of its own
+
 
 def compare_rows(model: Any, rows: list[dict[str, Any]], reference_file: str) -> dict[str, Any]:
     """KL and loss over the positions of `rows`."""
@@ -27,9 +29,9 @@ def compare_rows(model: Any, rows: list[dict[str, Any]], reference_file: str) ->
     with safe_open(reference_file, framework="pt") as file:
         stored = file.get_slice("log_probabilities")
         for row in rows:
-            ids = torch.tensor([row["ids"]], device=model.device)
+            ids = torch.tensor([row["ids"]], device=_DEVICE)
             at, n = torch.tensor(row["positions"]), len(row["positions"])
-            logits = model(input_ids=ids, use_cache=False).logits[0, at.to(model.device) - 1]
+            logits = model(input_ids=ids, use_cache=False).logits[0, at.to(_DEVICE) - 1]
             ours = torch.log_softmax(logits.float().cpu(), dim=-1)
             theirs = stored[row["first"] : row["first"] + n]
             kl = (theirs.exp() * (theirs - ours)).sum(dim=-1)
@@ -50,7 +52,7 @@ def continue_greedily(model: Any, prompts: list[list[int]], max_new_tokens: int)
     """Ids after each prompt, the stop token included, with the folder's own generation config."""
     found = []
     for prompt in prompts:
-        ids = torch.tensor([prompt], device=model.device)
+        ids = torch.tensor([prompt], device=_DEVICE)
         mask = torch.ones_like(ids)
         produced = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False)
         found.append(produced[0, len(prompt) :].tolist())
