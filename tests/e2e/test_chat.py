@@ -94,7 +94,7 @@ def test_a_chat_streams_remembers_switches_and_stops(runs: dict[str, Path]) -> N
     assert reply.stopped
     assert len(pieces) > 2
     assert "".join(pieces).strip() == reply.text == two.tuned
-    assert reply.n_tokens >= len(pieces)
+    assert reply.n_tokens > len(pieces)  # the end token says nothing
     chat.reset()
     chat.use(None)
     assert chat.reply("What is two?").text[: len(two.base or "")] == two.base

@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, normalizers, processors, trainers
+from tokenizers import models as words
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from nybble.bundled import base_path
 from nybble.data import encode_prompt
 from nybble.exporting import gguf as module
 from nybble.exporting.ollama import modelfile, ollama_template
@@ -21,8 +24,8 @@ gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Path]) -> Callable[[str], Path]:
-    """`models(family)` -> a random model of it, with more query than key heads and the tiny tokenizer."""
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`models(family)` -> a random model of it, with more query than key heads and a tokenizer of its kind."""
     made: dict[str, Path] = {}
 
     def make(family: str) -> Path:
@@ -33,7 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., P
             config = AutoConfig.for_model(
                 family,
                 **sizes,
-                vocab_size=128,
+                vocab_size=1024,
                 num_key_value_heads=2,
                 max_position_embeddings=256,
                 head_dim=16,
@@ -46,10 +49,37 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., P
                     torch.nn.init.normal_(parameter, 1.0, 0.3)
             made[family] = tmp_path_factory.mktemp(family)
             model.save_pretrained(made[family])
-            AutoTokenizer.from_pretrained(tiny_llama()).save_pretrained(made[family])
+            write_tokenizer(made[family], family)
         return made[family]
 
     return make
+
+
+def write_tokenizer(folder: Path, family: str) -> None:
+    """Byte-level BPE for the Qwens, sentencepiece's kind with byte tokens for the Llamas."""
+    if family.startswith("qwen"):
+        AutoTokenizer.from_pretrained(base_path()).save_pretrained(folder)
+        return
+    text = ["Once upon a time there was a little girl. She went to the park. Hello, how are you today? It's 3.14."]
+    learner = Tokenizer(words.BPE())
+    learner.normalizer = marks()
+    learner.train_from_iterator(text * 3, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    learned = json.loads(learner.to_str())["model"]
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {token: index for index, token in enumerate([*special, *learned["vocab"]])}
+    merges = [tuple(merge) for merge in learned["merges"]]
+    model = words.BPE(vocabulary, merges, unk_token=special[0], byte_fallback=True, fuse_unk=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = marks()
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+
+
+def marks() -> Any:
+    """Sentencepiece's way to write spaces."""
+    return normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
 
 
 @pytest.mark.parametrize("family", sorted(module.ARCHITECTURES))
@@ -94,8 +124,9 @@ def test_settings_and_vocabulary_are_in_the_file(nybble: Callable[..., Any], mod
     assert seen["general.architecture"] == "llama"
     assert seen["llama.attention.head_count_kv"] == 2
     assert seen["tokenizer.ggml.eos_token_id"] == 2
-    assert len(seen["tokenizer.ggml.tokens"]) == 128
-    assert seen["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 3]  # unknown, then control tokens
+    assert len(seen["tokenizer.ggml.tokens"]) == 1024
+    assert seen["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]  # unknown, two control tokens, the first byte
+    assert seen["tokenizer.ggml.token_type"][-1] == 5  # a place that no token takes
 
 
 def test_llama3_factors_divide_the_frequencies_as_transformers_does() -> None:
@@ -166,7 +197,8 @@ def test_ollama_puts_a_chat_as_the_tokenizer_does(name: str, system: str, tiny_l
     turns = [{"role": "system", "content": system}] if system else []
     turns += [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes."}]
     expected = tokenizer.apply_chat_template(turns, tokenize=False).removeprefix(tokenizer.bos_token)
-    assert go(template, system, "Is it?", "Yes.") == expected
+    answer = " Yes. " if name == "inst" else "Yes."  # there the spaces are for the model to say
+    assert go(template, system, "Is it?", answer) == expected
 
 
 @pytest.mark.parametrize("form", ["inst", "chatml", "llama3", "gemma", "phi3", "alpaca", "plain"])

@@ -53,7 +53,7 @@ def _translated(tokenizer: Any) -> str:
     before, after = asked.removeprefix(bos).split(_USER)
     if not answered.startswith(asked):
         raise ModelError("the chat template renders an answer differently from how it asks for one: write a Modelfile")
-    end = answered[len(asked) :].partition(_ANSWER)[2]
+    end = answered[len(asked) :].partition(_ANSWER)[2].lstrip(" ")  # spaces around an answer are the model's own words
     # Between two exchanges: what a second one adds beyond the first.
     second = render([user, answer, user, answer], False)
     between = bos if bos and second.startswith(bos, len(answered)) else ""

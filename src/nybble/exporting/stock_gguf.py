@@ -49,6 +49,7 @@ def main() -> None:
     config, own_config = AutoConfig.from_pretrained(**where), AutoConfig.from_pretrained(folder)
     if own_config.rope_parameters.get("rope_type", "default") != "default":
         config.rope_parameters = own_config.rope_parameters  # transformers' loader does not read scaled rotations
+    config.head_dim = getattr(own_config, "head_dim", None)  # nor heads that are not hidden size / number of heads
     with torch.no_grad():
         own = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
         dtype = torch.float32 if sum(p.numel() for p in own.parameters()) <= _SMALL else torch.bfloat16

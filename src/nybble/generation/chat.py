@@ -186,5 +186,6 @@ class _Stream:
         return str(self._tokenizer.decode(self._ids, skip_special_tokens=True)).lstrip()
 
     def _tell(self, text: str) -> None:
-        self._say(text[len(self.text) :])
-        self.text = text
+        if len(text) > len(self.text):
+            self._say(text[len(self.text) :])
+            self.text = text
