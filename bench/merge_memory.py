@@ -1,4 +1,4 @@
-"""Merging a checkpoint of Llama-2-7B's shape (random weights, r=16 on every linear): host memory, and time against disk.
+"""Merging a checkpoint of Llama-2-7B's shape (random weights, r=16 on all linears): memory, and time against disk.
 
     python bench/merge_memory.py [--layers 32] [--folder FOLDER]
 
@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loading import run_watched, write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from loading import run_watched, write_checkpoint
 from nybble.hardware import detect_device
 from nybble.training import software_versions
 

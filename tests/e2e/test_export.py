@@ -158,7 +158,7 @@ def test_the_adapter_alone_has_the_places_and_the_scale(
     flags |= {"lora_alpha": 8, "use_rslora": "true", "max_steps": 2, "device": "cpu", "report_to": "none"}
     assert nybble("train", *(word for name, value in flags.items() for word in (f"--{name}", value))).code == 0
     file = tmp_path / "adapter.gguf"
-    assert nybble("export", tmp_path / "run", "--gguf", file, "--adapter_only").code == 0
+    assert nybble("export", tmp_path / "run", "--gguf", file, "--gguf_type", "adapter").code == 0
     reader = gguf.GGUFReader(file)
     assert reader.fields["adapter.lora.alpha"].contents() == pytest.approx(8 / 4**0.5 * 4)  # llama.cpp divides by r
     tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
@@ -234,14 +234,14 @@ def test_wrong_input_is_one_line(
     cases = [
         ([tmp_path / "gpt2", "--gguf", file], 2, "'gpt2'; it knows llama, mistral, qwen2, qwen3"),
         ([model], 2, "--gguf FILE, --ollama DIR or --hub NAME"),
-        ([model, "--gguf", file, "--gguf_type", "q2_k"], 2, "allowed: f16, bf16, q8_0"),
-        ([model, "--gguf", file, "--adapter_only"], 2, "without an adapter"),
+        ([model, "--gguf", file, "--gguf_type", "q2_k"], 2, "allowed: f16, bf16, q8_0, adapter"),
+        ([model, "--gguf", file, "--gguf_type", "adapter"], 2, "without an adapter"),
         ([tmp_path / "none", "--gguf", file], 2, "does not exist"),
         ([model, "--gguf", tmp_path / "gpt2"], 2, "exists already"),
         ([model, "--hub", "some/name"], 3, "log in with"),
     ]
-    for words, code, says in cases:
-        done = nybble("export", *words)
+    for arguments, code, says in cases:
+        done = nybble("export", *arguments)
         assert (done.code, says in done.err.splitlines()[-1]) == (code, True), done.err
     monkeypatch.setitem(sys.modules, "gguf", None)
     done = nybble("export", model, "--gguf", file)

@@ -12,11 +12,8 @@ def export(
     run: Annotated[str, typer.Argument(help="folder of a run, an adapter or a merged model")],
     gguf: Annotated[str | None, typer.Option("--gguf", help="file for llama.cpp")] = None,
     gguf_type: Annotated[
-        str, typer.Option("--gguf_type", "--gguf-type", help="f16, bf16 or q8_0, of the matrices")
+        str, typer.Option("--gguf_type", "--gguf-type", help="f16, bf16, q8_0, or adapter: that alone, for --lora")
     ] = "f16",
-    adapter_only: Annotated[
-        bool, typer.Option("--adapter_only", "--adapter-only", help="the adapter alone, for llama.cpp's --lora")
-    ] = False,
     ollama: Annotated[str | None, typer.Option("--ollama", help="new folder with GGUF file and Modelfile")] = None,
     hub: Annotated[str | None, typer.Option("--hub", help="repository, made private if it is new")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print what was measured as JSON")] = False,
@@ -37,7 +34,6 @@ def export(
             overrides,
             gguf=gguf,
             gguf_type=gguf_type,
-            adapter_only=adapter_only,
             ollama=ollama,
             hub=hub,
             observer=live,

@@ -24,6 +24,7 @@ from nybble.units import format_bytes
 
 # Mean KL in nats a position between the folder and the file as they are read; float16 and bfloat16 only round again.
 MOST_KL = {"f16": 0.001, "bf16": 0.001, "q8_0": 0.02}
+ADAPTER = "adapter"
 _BYTES = {"f16": 2, "bf16": 2, "q8_0": 1.0625}
 _TEXTS = (
     "Hello, world! How are you today?",
@@ -52,7 +53,6 @@ def export(
     *,
     gguf: Path | str | None = None,
     gguf_type: str = "f16",
-    adapter_only: bool = False,
     ollama: Path | str | None = None,
     hub: str | None = None,
     observer: Observer | None = None,
@@ -63,8 +63,7 @@ def export(
         tuned: folder of a run, of an adapter or of a whole model.
         overrides: settings that have changed since, e.g. where the base is now.
         gguf: file to write.
-        gguf_type: "f16", "bf16" or "q8_0", of the matrices.
-        adapter_only: write the adapter alone into the file.
+        gguf_type: "f16", "bf16" or "q8_0", of the matrices; "adapter": the adapter alone.
         ollama: new folder for a GGUF file and a Modelfile.
         hub: name of a repository, made private if it is new: the adapter, or the whole model that `tuned` is.
         observer: who is told.
@@ -77,8 +76,9 @@ def export(
     """
     if not (gguf or ollama or hub):
         raise InputError("nowhere to export to; give --gguf FILE, --ollama DIR or --hub NAME")
-    if gguf_type not in TYPES:
-        raise RecipeError(f"gguf_type: got {gguf_type!r}; allowed: {', '.join(TYPES)}")
+    if gguf_type not in (*TYPES, ADAPTER) or (gguf_type == ADAPTER and ollama):
+        allowed = ", ".join(TYPES if ollama else (*TYPES, ADAPTER))
+        raise RecipeError(f"gguf_type: got {gguf_type!r}; allowed: {allowed}")
     file, folder = Path(gguf).expanduser() if gguf else None, Path(ollama).expanduser() if ollama else None
     for path in (file, folder):
         if path is not None and path.exists():
@@ -87,7 +87,7 @@ def export(
     if (found.folder / UNVERIFIED).exists():
         raise InputError(f"{found.folder} is marked {UNVERIFIED}: it is not what was trained; merge again")
     result: dict[str, Any] = {"verified": True}
-    if file is not None and adapter_only:
+    if file is not None and gguf_type == ADAPTER:
         result |= {"adapter_gguf": str(file), **_adapter(found, file)}
     elif file is not None or folder is not None:
         with ExitStack() as stack:
@@ -107,7 +107,9 @@ def _whole(tuned: Tuned, overrides: Mapping[str, Any] | None, watch: Observer, s
     check_gguf(find_model(tuned.base))  # before any work
     if tuned.is_adapter:
         if not (Path(tuned.name).expanduser() / "run.json").is_file():
-            raise InputError(f"{tuned.name} is an adapter alone: give the run, or a merged folder (or --adapter_only)")
+            raise InputError(
+                f"{tuned.name} is an adapter alone: give the run, or a merged folder (or --gguf_type adapter)"
+            )
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nybble-export-")))
         done = merge(tuned.name, scratch / Path(tuned.name).resolve().name, overrides, observer=watch)
         if not done["verified"]:
@@ -177,7 +179,7 @@ def _write_ollama(whole: _Whole, folder: Path, outtype: str, watch: Observer) ->
 
 def _adapter(tuned: Tuned, file: Path) -> dict[str, Any]:
     if not tuned.is_adapter:
-        raise InputError(f"{tuned.name} is a whole model without an adapter; leave --adapter_only away")
+        raise InputError(f"{tuned.name} is a whole model without an adapter; allowed: f16, bf16, q8_0")
     if tuned.is_repaired:
         raise InputError(
             f"the adapter started from what 4 bits lost (init_lora_weights {tuned.init}) and works on its own 4-bit "

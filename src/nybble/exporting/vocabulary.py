@@ -123,7 +123,8 @@ def says_alike(text: str, tokenizer: Any) -> bool:
     if normalizer is None:
         return True
     plain = normalizer.normalize_str(text).lstrip("\u2581").rstrip("\u2581")
-    return plain == text.strip().replace(" ", "\u2581") and tokenizer.unk_token_id not in tokenizer(text).input_ids
+    same = bool(plain == text.strip().replace(" ", "\u2581"))
+    return same and tokenizer.unk_token_id not in list(tokenizer(text).input_ids)
 
 
 def _split_name(parts: Sequence[dict[str, Any]]) -> str:
