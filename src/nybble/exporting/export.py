@@ -6,19 +6,21 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nybble.errors import CannotRunError, InputError, NybbleError, RecipeError
+from nybble.exporting.arithmetic import merged_bytes
 from nybble.exporting.fresh import run_fresh
 from nybble.exporting.gguf import TYPES, check_gguf, write_adapter_gguf, write_gguf
 from nybble.exporting.merge import UNVERIFIED, merge
 from nybble.exporting.ollama import modelfile
 from nybble.exporting.vocabulary import read_vocabulary, says_alike
-from nybble.models import ModelSource, Tuned, find_model, find_tuned, push_folder, tokenizer_of
+from nybble.models import BaseWeights, ModelSource, Tuned, find_model, find_tuned, push_folder, tokenizer_of
 from nybble.runs import Observer, Silent
 from nybble.units import format_bytes
 
@@ -90,8 +92,9 @@ def export(
     if file is not None and gguf_type == ADAPTER:
         result |= {"adapter_gguf": str(file), **_adapter(found, file)}
     elif file is not None or folder is not None:
-        with ExitStack() as stack:
-            whole = _whole(found, overrides, watch, stack)
+        beside = next(p for p in (file or folder or Path()).absolute().parents if p.exists())
+        with tempfile.TemporaryDirectory(dir=beside, prefix=".nybble-export-") as scratch:
+            whole = _whole(found, overrides, watch, scratch)
             if file is not None:
                 result |= {"gguf": str(file), **_write_checked(whole, file, gguf_type, watch)}
             if folder is not None:
@@ -102,7 +105,7 @@ def export(
     return result
 
 
-def _whole(tuned: Tuned, overrides: Mapping[str, Any] | None, watch: Observer, stack: ExitStack) -> _Whole:
+def _whole(tuned: Tuned, overrides: Mapping[str, Any] | None, watch: Observer, scratch: str) -> _Whole:
     """The model as one folder: merged into a scratch folder if it is a run, which is measured on its way."""
     check_gguf(find_model(tuned.base))  # before any work
     if tuned.is_adapter:
@@ -110,8 +113,7 @@ def _whole(tuned: Tuned, overrides: Mapping[str, Any] | None, watch: Observer, s
             raise InputError(
                 f"{tuned.name} is an adapter alone: give the run, or a merged folder (or --gguf_type adapter)"
             )
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nybble-export-")))
-        done = merge(tuned.name, scratch / Path(tuned.name).resolve().name, overrides, observer=watch)
+        done = merge(tuned.name, Path(scratch) / Path(tuned.name).resolve().name, overrides, observer=watch)
         if not done["verified"]:
             raise NybbleError(f"the merged model is not what was trained ({'; '.join(done['faults'])}): not exported")
         tuned = find_tuned(done["out"])
@@ -128,8 +130,8 @@ def _whole(tuned: Tuned, overrides: Mapping[str, Any] | None, watch: Observer, s
 def _write_checked(whole: _Whole, file: Path, outtype: str, watch: Observer) -> dict[str, Any]:
     """Write a GGUF file under its name once stock transformers has read it back."""
     watch.stage("gguf")
-    size = sum(shard.stat().st_size for shard in whole.source.folder.glob("*.safetensors"))
-    _check_disk(file, int(size * _BYTES[outtype] / 2))
+    with BaseWeights(whole.source) as base:
+        _check_disk(file, int(merged_bytes(base, torch.float16) * _BYTES[outtype] / 2))
     unfinished = file.with_name(f".{file.stem}.partial.gguf")
     try:
         write_gguf(

@@ -114,7 +114,7 @@ def _flat(part: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _is_space_mark(part: dict[str, Any]) -> bool:
-    return part["type"] == "Replace" and part["pattern"] == {"String": " "} and part["content"] == "\u2581"
+    return bool(part["type"] == "Replace" and part["pattern"] == {"String": " "} and part["content"] == "\u2581")
 
 
 def says_alike(text: str, tokenizer: Any) -> bool:
