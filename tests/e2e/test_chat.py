@@ -87,8 +87,10 @@ def test_questions_of_a_file(nybble: Callable[..., Any], runs: dict[str, Path], 
 
 
 def test_a_chat_streams_remembers_switches_and_stops(runs: dict[str, Path]) -> None:
-    chat = Chat(runs["next"], others=[runs["before"]])
-    (two, five), (before, _) = ask(runs["next"], QUESTIONS), ask(runs["before"], QUESTIONS)
+    chat = Chat(runs["next"], others=[runs["before"]], max_new_tokens=64)
+    # One by one, as a chat is: an untrained base's words hang on the last bits of a batch.
+    two, five = (ask(runs["next"], [question])[0] for question in QUESTIONS)
+    before = ask(runs["before"], QUESTIONS[:1])[0]
     pieces: list[str] = []
     reply = chat.reply("What is two?", pieces.append)
     assert reply.stopped
@@ -97,7 +99,7 @@ def test_a_chat_streams_remembers_switches_and_stops(runs: dict[str, Path]) -> N
     assert reply.n_tokens > len(pieces)  # the end token says nothing
     chat.reset()
     chat.use(None)
-    assert chat.reply("What is two?").text[: len(two.base or "")] == two.base
+    assert chat.reply("What is two?").text == two.base
     chat.reset()
     chat.use(chat.adapters[1])
     assert chat.reply("What is two?").text == before.tuned

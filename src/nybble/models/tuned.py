@@ -81,6 +81,8 @@ def find_tuned(name: str, overrides: Mapping[str, Any] | None = None) -> Tuned:
     folder = Path(name).expanduser()
     if (folder / "run.json").is_file():
         return _of_run(name, folder, overrides)
+    if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise InputError(f"{name} does not exist: no run directory, adapter folder or model folder; give one of them")
     on = load_recipe(None, overrides).model
     if (folder / "adapter_config.json").is_file():
         return _of_adapter(name, folder, on)
