@@ -1,6 +1,6 @@
 """What merging costs: loss and KL against the adapter as trained, for every target, and for PEFT's own 4-bit merge.
 
-    python bench/merging.py --data ../shared/data [--cases real,demo]
+    python bench/merging.py --data ../shared/data [--cases demo,stories260K,TinyStories-656K]
 
 Real small models on real rows, after a short run (small adapters) and a longer one (large adapters), over bases packed
 by each encoder. PEFT's merge runs in stock transformers + bitsandbytes over the same packed base: decode, add, round to
@@ -41,7 +41,7 @@ def cases(data: Path, wanted: list[str]) -> list[tuple[str, dict[str, Any]]]:
         }
         found.append(("demo", own))
     pairs = (("stories260K", "alpaca_style_1100.json"), ("TinyStories-656K", "guanaco-llama2-1k.parquet"))
-    for model, rows in pairs if "real" in wanted else ():
+    for model, rows in (pair for pair in pairs if pair[0] in wanted):
         for length, schedule in LENGTHS.items():
             common = {"max_length": 256, "per_device_train_batch_size": 16, "n_samples": 0, "max_new_tokens": 24}
             files = {"model_name_or_path": data / "models" / model, "dataset_name": data / "rows" / rows}
@@ -103,7 +103,7 @@ def main() -> None:
     """Run all and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with models/ and rows/")
-    parser.add_argument("--cases", default="real,demo")
+    parser.add_argument("--cases", default="demo,stories260K,TinyStories-656K")
     parser.add_argument("--partial", type=Path, default=Path(os.devnull), help="file for the results so far")
     parser.add_argument("--encoders", default=",".join(ENCODERS))
     arguments = parser.parse_args()
