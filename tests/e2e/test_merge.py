@@ -162,6 +162,7 @@ def test_merge_measures_both_bases_writes_the_better_and_verifies_it(
     assert {"config.json", "generation_config.json", "tokenizer.json", "README.md", "nybble.json"} <= {
         f.name for f in out.iterdir()
     }
+    assert str(run.parent) not in (out / "config.json").read_text()
     assert "## Merged" in (out / "README.md").read_text()
     assert not list(tmp_path.glob(".merged*"))
     base, tuned = nybble("ask", run, "What is two?", "--json"), nybble("ask", out, "What is two?", "--json")

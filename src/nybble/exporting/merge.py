@@ -268,8 +268,9 @@ class _Written:
         folder.mkdir(parents=True)
         with job.bases[target] as base, AdapterDelta(job.tuned.folder) as delta:
             write_merged(base, delta, folder, job.dtype, partial(job.watch.progress, f"merging into {target}"))
-        content = self.config.to_dict()
-        content.pop("quantization_config", None)
+        content = self.config.to_diff_dict()
+        for name in ("quantization_config", "_name_or_path"):  # neither packed any more, nor where the base lay
+            content.pop(name, None)
         content |= {"dtype": str(job.dtype).removeprefix("torch."), "eos_token_id": self.generation.eos_token_id}
         write_text(folder / "config.json", to_json(content, indent=2) + "\n")
         # Not by save_pretrained, which refuses what some bases bring, e.g. a temperature without sampling.
