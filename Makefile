@@ -40,6 +40,9 @@ bench: install
 	$(BIN)/python bench/doctor_tolerances.py
 	$(BIN)/python bench/seven_b.py
 	$(BIN)/python bench/loading.py
+	$(BIN)/python bench/generate.py
+	$(BIN)/python bench/merge_memory.py
+	$(if $(DATA),$(BIN)/python bench/merging.py --data $(DATA))
 	$(if $(DATA),$(BIN)/python bench/real_rows.py --data $(DATA))
 	$(if $(DATA),$(BIN)/python bench/encoders.py --data $(DATA) damage)
 	$(if $(DATA),$(BIN)/python bench/rows.py --data $(DATA) large)

@@ -12,9 +12,12 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ask": "nybble.pipeline",
+    "Chat": "nybble.generation",
+    "ask": "nybble.generation",
     "demo": "nybble.pipeline",
     "doctor": "nybble.diagnostics",
+    "export": "nybble.exporting",
+    "merge": "nybble.exporting",
     "inspect_rows": "nybble.pipeline",
     "quantize": "nybble.pipeline",
     "report": "nybble.pipeline",

@@ -1,6 +1,7 @@
-"""The sentence: recipe -> plan -> load -> attach adapters -> rows -> train -> evaluate -> report -> ask.
+"""The sentence: recipe -> plan -> load -> attach adapters -> rows -> train -> evaluate -> report.
 
-Each verb of the command line is a function here with the same name and arguments. Start reading at `train`.
+Verbs of the command line are functions here with the same name and arguments; what is done with a finished run (merge,
+export, ask, chat) lies in `nybble.exporting` and `nybble.generation`. Start reading at `train`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nybble import bundled, generation
+from nybble import bundled
 from nybble.cache import Cache
 from nybble.data import Example, Groups, Ledger, Prepared, ShownRow, examine_rows, pack_rows, prepare_rows, show_rows
 from nybble.diagnostics import settle
@@ -35,11 +36,12 @@ from nybble.models import (
     push_folder,
     save_adapter,
     save_whole,
+    write_note,
 )
 from nybble.planning import make_plan
 from nybble.recipe import Plan, Recipe, load_recipe, save_recipe
 from nybble.reporting import model_card, write_report
-from nybble.runs import Observer, RunDirectory, RunRecord, Sample, Silent, read_record, write_text
+from nybble.runs import Observer, RunDirectory, RunRecord, Sample, Silent, write_text
 from nybble.training import Setup, Witness, check_training, evaluate, generate_answers, stop_at, train_model
 
 
@@ -130,7 +132,7 @@ def _load(job: _Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
     starts: Starts = {}
     if recipe.method == "qlora" and needs_calibration(recipe.quantization, recipe.lora) and not kept:
         starts = _calibrate(job, witness, model)
-    witness.record.model |= asdict(loaded)
+    witness.record.model |= {**asdict(loaded), "fingerprint": job.source.fingerprint}
     witness.record.notes += loaded.notes
     if loaded.n_packed:
         witness.record.paths = paths_taken(model.device)
@@ -149,7 +151,7 @@ def _load(job: _Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
 def _calibrate(job: _Job, witness: Witness, model: Any) -> Starts:
     """Pack anew, fitted to the rows; the base is kept in the run, since loading would not give it again."""
     recipe, section = job.recipe, job.recipe.quantization
-    rows = _calibration_rows(job.prepared, section.calibration_rows)
+    rows = job.prepared.calibration_rows(section.calibration_rows)
     with witness.phase("calibrate"):
         done = calibrate(model, job.source, rows, section, recipe.lora, partial(job.watch.progress, "calibrating"))
         save_whole(job.run.base, model, job.tokenizer)
@@ -157,12 +159,6 @@ def _calibrate(job: _Job, witness: Witness, model: Any) -> Starts:
     on = f"calibrated on {done.n_rows:,} rows ({done.n_tokens:,} tokens)" if done.n_rows else "adapters started"
     job.watch.note(f"{on}; the base is kept in {job.run.base}")
     return done.starts
-
-
-def _calibration_rows(prepared: Prepared, most: int) -> list[list[int]]:
-    """Token ids of at most so many rows, evenly spaced: files are often sorted by kind."""
-    step = max(1, len(prepared.train) // most)
-    return [example.input_ids for example in prepared.train[::step][:most]]
 
 
 def _evaluate_base(job: _Job, witness: Witness, model: Any, dtype: torch.dtype) -> list[str]:
@@ -240,6 +236,7 @@ def _save(job: _Job, witness: Witness, model: Any) -> None:
         else:
             save_adapter(model, folder)
         job.tokenizer.save_pretrained(folder)
+        write_note(folder, job.recipe, witness.record.rows["ledger"], witness.record.model)
         write_text(folder / "README.md", model_card(witness.record.to_json()))  # PEFT's own is a form to fill in
 
 
@@ -278,17 +275,6 @@ def inspect_rows(
     return Inspection(resolved.data.dataset_name, prepared.ledger, shown, prepared.fault)
 
 
-def ask(run_dir: Path | str, questions: Sequence[str], device: str | None = None) -> list[Sample]:
-    """What base and tuned model of a run answer to `questions`, greedily."""
-    record = read_record(run_dir)
-    recipe = Recipe.model_validate(record["recipe"])
-    if not questions:
-        raise InputError('no question given; e.g. nybble ask RUN "What makes a good chatbot?"')
-    ledger, run = record["rows"]["ledger"], RunDirectory(Path(run_dir))
-    asked = generation.Asked(questions, ledger["prompt_form"], ledger.get("stop_tokens", ()))
-    return generation.answer(run, recipe, asked, detect_device(device or recipe.model.device))
-
-
 def quantize(
     model: str, out: Path | str, overrides: Mapping[str, Any] | None = None, *, observer: Observer | None = None
 ) -> dict[str, Any]:
@@ -312,7 +298,7 @@ def quantize(
     if section.encoder == "calibrated":
         recipe = _within_context(recipe, getattr(source.config, "max_position_embeddings", None), watch)
         prepared = prepare_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed, _cache(recipe), watch)
-        rows = _calibration_rows(prepared, section.calibration_rows)
+        rows = prepared.calibration_rows(section.calibration_rows)
     packed, report = load_model(source, "qlora", recipe.model, section, detect_device(recipe.model.device))
     if needs_calibration(section, recipe.lora):
         calibrate(packed, source, rows, section, recipe.lora, partial(watch.progress, "calibrating"))

@@ -214,6 +214,19 @@ def test_adapter_comes_back_frozen(extra: dict[str, Any], tiny_llama: Factory, t
     assert not [name for name, parameter in loaded.named_parameters() if "lora_" in name and parameter.requires_grad]
 
 
+def test_pefts_own_merge_is_refused_with_what_to_do(tiny_llama: Factory, tmp_path: Path) -> None:
+    ours = adapted(tiny_llama(), r=4)
+    save_adapter(ours, tmp_path)
+    for model in (ours, load_adapter(packed_base(tiny_llama()), tmp_path)):
+        before = packed_bytes(model)
+        for merge in (model.merge_and_unload, model.merge_adapter):
+            with pytest.raises(ModelError, match="nybble merge RUN --out DIR"):
+                merge()
+        assert all(torch.equal(a, b) for a, b in zip(before, packed_bytes(model), strict=True))
+    plain = attach(AutoModelForCausalLM.from_pretrained(tiny_llama()), LoraSection(r=4), "a/base")
+    assert not hasattr(plain.merge_and_unload(), "peft_config")  # over 16 bits nothing is lost
+
+
 def test_adapter_of_another_base_is_refused(tiny_llama: Factory, tmp_path: Path) -> None:
     save_adapter(adapted(tiny_llama(), r=4), tmp_path)
     with pytest.raises(ModelError, match="adapter does not fit this base"):

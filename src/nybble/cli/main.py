@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from nybble.cli import ask, data, demo, doctor, quantize, report, settings, train
+from nybble.cli import ask, chat, data, demo, doctor, export, merge, quantize, report, settings, train
 from nybble.errors import NybbleError
 
 app = typer.Typer(
@@ -29,6 +29,9 @@ app.command("demo", context_settings=_FREE_FLAGS)(demo.demo)
 app.command("train", context_settings=_FREE_FLAGS)(train.train)
 app.command("data", context_settings=_FREE_FLAGS)(data.data)
 app.command("ask")(ask.ask)
+app.command("chat")(chat.chat)
+app.command("export", context_settings=_FREE_FLAGS)(export.export)
+app.command("merge", context_settings=_FREE_FLAGS)(merge.merge)
 app.command("quantize", context_settings=_FREE_FLAGS)(quantize.quantize)
 app.command("doctor")(doctor.doctor)
 app.command("report")(report.report)

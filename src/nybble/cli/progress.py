@@ -16,6 +16,11 @@ _STAGES = {
     "evaluate": "evaluating the tuned model",
     "save": "saving",
     "report": "writing the report",
+    "reference": "asking the adapter on its base",
+    "pack": "encoding in 4 bits",
+    "gguf": "writing GGUF",
+    "verify": "reading back in stock transformers",
+    "upload": "uploading",
 }
 
 

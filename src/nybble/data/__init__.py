@@ -1,12 +1,14 @@
 """Rows: read, recognise their shape, mark what is learned, count it, batch it."""
 
 from nybble.data.batches import FlatBatch, Groups, PadBatch, pack_rows
-from nybble.data.encode import IGNORED, Example, encode_prompt
+from nybble.data.encode import IGNORED, Example, encode_chat, encode_follow_up, encode_prompt, question_form
 from nybble.data.ledger import Ledger
 from nybble.data.prepare import Prepared, examine_rows, prepare_rows
 from nybble.data.rows import Rows, read_rows
+from nybble.data.shapes import Turn
 from nybble.data.show import ShownRow, Stretch, show_rows
 from nybble.data.store import Examples
+from nybble.data.tokens import adds_bos
 
 __all__ = [
     "IGNORED",
@@ -20,10 +22,15 @@ __all__ = [
     "Rows",
     "ShownRow",
     "Stretch",
+    "Turn",
+    "adds_bos",
+    "encode_chat",
+    "encode_follow_up",
     "encode_prompt",
     "examine_rows",
     "pack_rows",
     "prepare_rows",
+    "question_form",
     "read_rows",
     "show_rows",
 ]

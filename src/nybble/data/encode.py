@@ -335,16 +335,49 @@ def _spoken(turns: list[Turn], tokenizer: Any, where: str) -> list[Turn]:
     return turns
 
 
-def encode_prompt(question: str, tokenizer: Any, form: str) -> list[int]:
-    """Token ids of a user's question, ready for the answer, put as the training rows were (`shapes.prompt_form`)."""
+def encode_prompt(question: str, tokenizer: Any, form: str, system: str = "") -> list[int]:
+    """Token ids of a user's question, ready for the answer, put as the training rows were (`shapes.prompt_form`).
+
+    Forms without a place for `system` get it before the question.
+    """
+    if form == "template":
+        turns = [Turn("system", system)] if system else []
+        return encode_chat([*turns, Turn("user", question)], tokenizer)
+    if form == "inst" and system:
+        question = f"<<SYS>>\n{system}\n<</SYS>>\n\n{question}"
+    elif system:
+        question = f"{system}\n\n{question}"
     # A plain prompt is the whole text, put by whoever knows the form: its control tokens are meant.
     (asked,), sign = mark([question], tokenizer) if form != "plain" else ([question], "")
-    if form == "template":
-        text = _render([Turn("user", asked)], tokenizer, "prompt", add_generation_prompt=True)
-    else:
-        forms = {name: family.question.format(asked) for name, family in FAMILIES.items()}
-        forms |= {"inst": f"[INST] {asked} [/INST]", "alpaca": alpaca_prompt(asked)}
-        text = forms.get(form, asked)
+    return _ready(question_form(form).replace("{}", asked, 1), sign, tokenizer)
+
+
+def question_form(form: str) -> str:
+    """How a question is put under a form other than "template", with {} in its place."""
+    forms = {name: family.question for name, family in FAMILIES.items()}
+    return {**forms, "inst": "[INST] {} [/INST]", "alpaca": alpaca_prompt("{}")}.get(form, "{}")
+
+
+def encode_follow_up(question: str, tokenizer: Any, form: str) -> list[int]:
+    """Token ids of a later question, to be put behind an answer and its end token; for forms but "template"."""
+    ids = encode_prompt(question, tokenizer, form)
+    if form not in FAMILIES:
+        return ids
+    # Rendered text has one begin token, and what stands between its turns.
+    family = FAMILIES[form]
+    between = family.question.partition(family.stop)[2].partition("<")[0]
+    ids = ids[1:] if adds_bos(tokenizer) else ids
+    return [*tokenize(between, tokenizer)[0], *ids] if between else ids
+
+
+def encode_chat(turns: Sequence[Turn], tokenizer: Any) -> list[int]:
+    """Token ids of a chat that ends with a question, as the tokenizer's chat template renders it."""
+    contents, sign = mark([turn.content for turn in turns], tokenizer)
+    marked = [replace(turn, content=content) for turn, content in zip(turns, contents, strict=True)]
+    return _ready(_render(marked, tokenizer, "prompt", add_generation_prompt=True), sign, tokenizer)
+
+
+def _ready(text: str, sign: str, tokenizer: Any) -> list[int]:
     text, as_text = unmark(text, sign)
     ids, _ends = tokenize(text, tokenizer, as_text)
     if adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:

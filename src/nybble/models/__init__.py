@@ -8,30 +8,40 @@ from nybble.models.load import LoadReport, compute_dtype, count_parameters, load
 from nybble.models.plugin import NybbleConfig, register
 from nybble.models.source import ModelSource, find_folder, find_model
 from nybble.models.tokenizer import find_tokenizer, load_tokenizer
+from nybble.models.tuned import NOTE, Tuned, check_original, find_tuned, load_tuned, tokenizer_of, write_note
+from nybble.models.weights import BaseWeights
 
 __all__ = [
+    "NOTE",
+    "BaseWeights",
     "Calibration",
     "LoadReport",
     "ModelSource",
     "NybbleConfig",
     "Starts",
     "SwapReport",
+    "Tuned",
     "attach",
     "blocks_of",
     "calibrate",
+    "check_original",
     "compute_dtype",
     "count_parameters",
     "find_folder",
     "find_model",
     "find_tokenizer",
+    "find_tuned",
     "go_lean",
     "load_adapter",
     "load_model",
     "load_tokenizer",
+    "load_tuned",
     "needs_calibration",
     "push_folder",
     "register",
     "save_adapter",
     "save_whole",
     "swap_blocks",
+    "tokenizer_of",
+    "write_note",
 ]

@@ -58,7 +58,7 @@ def attach(
             layer = adapted.base_model.model.get_submodule(name)
             layer.lora_A["default"].weight.copy_(a)
             layer.lora_B["default"].weight.copy_(b)
-    return adapted
+    return _unmergeable(adapted)
 
 
 def targets(model: nn.Module, lora: LoraSection) -> list[str]:
@@ -83,9 +83,26 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
     if not (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder} holds no adapter (adapter_config.json)")
     try:
-        return PeftModel.from_pretrained(model, folder)
+        return _unmergeable(PeftModel.from_pretrained(model, folder))
     except (SafetensorError, RuntimeError, ValueError, OSError) as error:
         raise ModelError(f"{folder}: adapter does not fit this base: {' '.join(str(error).split())[:300]}") from error
+
+
+def _unmergeable(adapted: Any) -> Any:
+    """The same model, on which PEFT's own merging says what to do instead where its base is packed.
+
+    PEFT would add to packed bytes; over bitsandbytes it decodes, adds and rounds to 4 bits, which loses small adapters.
+    """
+    if any(isinstance(module, Linear4bit) for module in adapted.modules()):
+
+        def refuse(*_args: Any, **_options: Any) -> None:
+            raise ModelError(
+                "an adapter cannot be merged into packed 4-bit weights without losing it; use `nybble merge RUN --out "
+                "DIR` (nybble.merge), which writes a whole model"
+            )
+
+        adapted.base_model.merge_and_unload = adapted.base_model.merge_adapter = refuse
+    return adapted
 
 
 def save_adapter(model: Any, folder: Path) -> None:

@@ -101,6 +101,12 @@ def load_model(
     return loaded, report
 
 
+def cached_source(source: ModelSource, quantization: QuantizationSection, dtype: torch.dtype) -> ModelSource:
+    """The same model in its packed form where the cache holds that, else `source`."""
+    kept = _Kept(source, quantization, dtype)
+    return source if kept.folder is None else _stored(source, kept.folder)
+
+
 class _Kept:
     """The cached form of what packing `source` makes."""
 
@@ -137,22 +143,27 @@ def _packing(source: ModelSource, method: str, quantization: QuantizationSection
         return {}
     register()
     if source.quantization is None:
-        config = NybbleConfig(
-            quantization.bnb_4bit_quant_type,
-            quantization.bnb_4bit_use_double_quant,
-            dtype,
-            quantization.bnb_4bit_blocksize,
-            quantization.skip_modules,
-            # What calibration does not reach stays as `search` packs it.
-            "absmax" if quantization.encoder == "absmax" else "search",
-            quantization.signed_scales,
-        )
+        config = packing_config(quantization, dtype)
         return {"config": source.config, "quantization_config": config}
     config = copy.deepcopy(source.config)
     config.quantization_config = adopt_bnb(
         {**source.quantization, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
     )
     return {"config": config}
+
+
+def packing_config(quantization: QuantizationSection, dtype: torch.dtype) -> NybbleConfig:
+    """How a 16-bit checkpoint is packed while it is loaded."""
+    return NybbleConfig(
+        quantization.bnb_4bit_quant_type,
+        quantization.bnb_4bit_use_double_quant,
+        dtype,
+        quantization.bnb_4bit_blocksize,
+        quantization.skip_modules,
+        # What calibration does not reach stays as `search` packs it.
+        "absmax" if quantization.encoder == "absmax" else "search",
+        quantization.signed_scales,
+    )
 
 
 def _not_packed(model: nn.Module) -> list[str]:

@@ -242,6 +242,16 @@ class _Unpack(ConversionOps):
         return {"weight": layer.weight}
 
 
+def linears_to_pack(config: Any, packing: NybbleConfig) -> list[str]:
+    """Names of the linears that loading a model of this config packs; no weight is read."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    NybbleQuantizer(packing)._process_model_before_weight_loading(model)
+    return [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+
+
 def register() -> None:
     """Make transformers know the method "nybble"; calling it again changes nothing."""
     if METHOD not in AUTO_QUANTIZER_MAPPING:

@@ -6,8 +6,10 @@ causal model, a pickle, a shard that is missing or cut short, a 4-bit format tha
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from nybble.errors import CannotRunError, ModelError
 from nybble.recipe import ModelSection
 
 _WEIGHTS = "*.safetensors"
+_SAMPLE = 4096  # bytes of each tensor that enter a fingerprint
 _FILES = ("*.json", _WEIGHTS, "*.jinja", "*.model", "*.txt", "README.md")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -32,6 +35,26 @@ class ModelSource:
     def is_4bit(self) -> bool:
         """Stored in bitsandbytes' 4-bit layout."""
         return bool(self.quantization and self.quantization.get("load_in_4bit"))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over name, type, shape and a sample of every tensor, however they are spread over files.
+
+        A few KiB of a tensor tell two models apart without reading gigabytes.
+        """
+        parts = []
+        for shard in sorted(self.folder.glob(_WEIGHTS)):
+            with shard.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length))
+                for name, facts in header.items():
+                    if name == "__metadata__":
+                        continue
+                    first, last = facts["data_offsets"]
+                    file.seek(8 + length + first + (last - first) // 2)
+                    sample = file.read(min(_SAMPLE, last - first - (last - first) // 2))
+                    parts.append((name, facts["dtype"], facts["shape"], hashlib.sha256(sample).hexdigest()))
+        return hashlib.sha256(json.dumps(sorted(parts)).encode()).hexdigest()
 
 
 def find_model(section: ModelSection) -> ModelSource:

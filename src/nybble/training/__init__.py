@@ -1,7 +1,7 @@
 """Training and evaluation on transformers' Trainer, and the witness of a run."""
 
 from nybble.training.arguments import check_training
-from nybble.training.evaluate import evaluate, generate_answers, stop_at
+from nybble.training.evaluate import evaluate, evaluation_mode, generate_answers, stop_at
 from nybble.training.trainer import Setup, TrainResult, train_model
 from nybble.training.witness import Witness, software_versions
 
@@ -11,6 +11,7 @@ __all__ = [
     "Witness",
     "check_training",
     "evaluate",
+    "evaluation_mode",
     "generate_answers",
     "software_versions",
     "stop_at",

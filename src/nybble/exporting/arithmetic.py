@@ -1,0 +1,171 @@
+"""W + s B A, in float32, one tensor at a time, into a sharded folder that stock transformers reads.
+
+    LoRA      W' = W + s B A,   s = alpha / r   (rank-stabilised: alpha / sqrt(r))
+    DoRA      W' = m (W + s B A) / |W + s B A|   by rows (Liu et al. 2024, arXiv 2402.09353, equation 5)
+
+Memory holds the tensors of one shard, as they will be written, and one tensor in float32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble.errors import ModelError
+from nybble.models import BaseWeights
+
+SHARD_BYTES = 1_000_000_000
+_PREFIX = "base_model.model."
+_FACTORS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+# What PEFT may put into a LoRA adapter and this arithmetic does not know.
+_UNKNOWN = ("alpha_pattern", "rank_pattern", "modules_to_save", "layer_replication", "fan_in_fan_out", "lora_bias")
+
+
+class AdapterDelta:
+    """What a saved LoRA adapter does to each weight. Use as a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read the adapter's config.
+
+        Raises:
+            ModelError: no adapter, or one of a kind that cannot be merged.
+        """
+        file = folder / "adapter_config.json"
+        if not file.is_file() or not (folder / "adapter_model.safetensors").is_file():
+            raise ModelError(f"{folder} holds no adapter (adapter_config.json and adapter_model.safetensors)")
+        config = json.loads(file.read_text(encoding="utf-8"))
+        unknown = [name for name in _UNKNOWN if config.get(name)]
+        if config.get("peft_type") != "LORA" or unknown:
+            kind = f"{config.get('peft_type')} adapter" + (f" with {', '.join(unknown)}" if unknown else "")
+            raise ModelError(f"{folder}: a {kind} cannot be merged; LoRA, rsLoRA and DoRA can")
+        self.folder = folder
+        self.r, self.is_dora = config["r"], bool(config.get("use_dora"))
+        self.scaling = config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
+
+    def __enter__(self) -> AdapterDelta:
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            self._open = safe_open(self.folder / "adapter_model.safetensors", framework="pt")
+            self._file = self._open.__enter__()
+        except SafetensorError as error:
+            raise ModelError(f"{self.folder}: adapter damaged or cut short ({error})") from error
+        self._keys = set(self._file.keys())
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._open.__exit__(*exception)
+
+    def modules(self) -> list[str]:
+        """Names of the linears that it changes.
+
+        Raises:
+            ModelError: it holds something besides the factors of linears.
+        """
+        found = set()
+        for key in self._keys:
+            module = next((key.removesuffix(f".{end}") for end in _FACTORS if key.endswith(f".{end}")), None)
+            if module is None:
+                raise ModelError(f"{self.folder}: {key} is no factor of a linear and cannot be merged")
+            found.add(module.removeprefix(_PREFIX))
+        return sorted(found)
+
+    def factors(self, module: str) -> tuple[Tensor, Tensor]:
+        """A `(r, in)` and B `(out, r)`, float32, as they are stored."""
+        a, b = (self._file.get_tensor(f"{_PREFIX}{module}.{end}").float() for end in _FACTORS[:2])
+        return a, b
+
+    def apply(self, module: str, weight: Tensor) -> Tensor:
+        """The merged weight, `(out, in) float32`.
+
+        Raises:
+            ModelError: the factors have other sizes.
+        """
+        a, b = self.factors(module)
+        if (b.shape[0], a.shape[1]) != tuple(weight.shape):
+            raise ModelError(
+                f"{self.folder}: {module} is {b.shape[0]} x {a.shape[1]} in the adapter and "
+                f"{' x '.join(map(str, weight.shape))} in the base: an adapter of another base"
+            )
+        merged = torch.addmm(weight.float(), b, a, alpha=self.scaling)
+        magnitude = f"{_PREFIX}{module}.{_FACTORS[2]}"
+        if magnitude in self._keys:
+            merged *= (self._file.get_tensor(magnitude).float().view(-1) / merged.norm(dim=1)).unsqueeze(1)
+        return merged
+
+
+def merged_bytes(base: BaseWeights, dtype: torch.dtype) -> int:
+    """What the merged tensors take on disk."""
+    return sum(prod(base.shape(name)) for name in base.names()) * dtype.itemsize
+
+
+def write_merged(
+    base: BaseWeights,
+    delta: AdapterDelta,
+    folder: Path,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Write the merged tensors and their index into `folder`; configuration and tokenizer are the caller's.
+
+    Raises:
+        ModelError: the adapter changes a linear that the base does not have, or a tied head.
+    """
+    from safetensors.torch import save_file
+
+    targets = _targets(base, delta)
+    plan = _plan_shards(base, dtype)
+    names_of_files = [
+        f"model-{i + 1:05}-of-{len(plan):05}.safetensors" if len(plan) > 1 else "model.safetensors"
+        for i in range(len(plan))
+    ]
+    total, done = sum(map(len, plan)), 0
+    weight_map: dict[str, str] = {}
+    for file, names in zip(names_of_files, plan, strict=True):
+        shard = {}
+        for name in names:
+            tensor = base.read(name)
+            if name in targets:
+                tensor = delta.apply(targets[name], tensor)
+            shard[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+            done += 1
+            progress(done, total)
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(plan) > 1:
+        index = {"metadata": {"total_size": merged_bytes(base, dtype)}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _targets(base: BaseWeights, delta: AdapterDelta) -> dict[str, str]:
+    """Tensor -> module, for all that the adapter changes."""
+    found = {}
+    for module in delta.modules():
+        name = base.name_of(module)
+        if name is None and module == "lm_head":
+            raise ModelError(
+                f"{delta.folder}: adapts lm_head, which shares its weight with the embeddings; cannot merge"
+            )
+        if name is None:
+            raise ModelError(f"{delta.folder}: adapts {module}, which {base.source.name} does not have: another base")
+        found[name] = module
+    return found
+
+
+def _plan_shards(base: BaseWeights, dtype: torch.dtype) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in base.names():
+        n_bytes = prod(base.shape(name)) * dtype.itemsize
+        if shards[-1] and size + n_bytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += n_bytes
+    return shards

@@ -1,0 +1,198 @@
+"""Exporting: a file for llama.cpp, a folder for Ollama, a repository on the hub; files are read back and compared."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nybble.errors import CannotRunError, InputError, NybbleError, RecipeError
+from nybble.exporting.arithmetic import merged_bytes
+from nybble.exporting.fresh import run_fresh
+from nybble.exporting.gguf import TYPES, check_gguf, write_adapter_gguf, write_gguf
+from nybble.exporting.merge import UNVERIFIED, merge
+from nybble.exporting.ollama import modelfile
+from nybble.exporting.vocabulary import read_vocabulary, says_alike
+from nybble.models import BaseWeights, ModelSource, Tuned, find_model, find_tuned, push_folder, tokenizer_of
+from nybble.runs import Observer, Silent
+from nybble.units import format_bytes
+
+# Mean KL in nats a position between the folder and the file as they are read; float16 and bfloat16 only round again.
+MOST_KL = {"f16": 0.001, "bf16": 0.001, "q8_0": 0.02}
+ADAPTER = "adapter"
+_BYTES = {"f16": 2, "bf16": 2, "q8_0": 1.0625}
+_TEXTS = (
+    "Hello, world! How are you today?",
+    "Once upon a time there was a little girl. She went to the park.",
+    "The quick brown fox jumps over 13 lazy dogs; it's 3.14 o'clock.",
+    "def add(a, b):\n    return a + b\n",
+    "Über naïve façades: 東京, Москва, 🙂.",
+)
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """A whole model, ready to be exported."""
+
+    source: ModelSource
+    tokenizer: Any
+    form: str
+    stop_tokens: tuple[int, ...]
+    texts: list[str]  # to compare on
+    notes: tuple[str, ...]  # what GGUF does not hold
+
+
+def export(
+    tuned: Path | str,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    gguf: Path | str | None = None,
+    gguf_type: str = "f16",
+    ollama: Path | str | None = None,
+    hub: str | None = None,
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """Export a run, an adapter or a merged model; a run is merged first where a whole model is needed.
+
+    Args:
+        tuned: folder of a run, of an adapter or of a whole model.
+        overrides: settings that have changed since, e.g. where the base is now.
+        gguf: file to write.
+        gguf_type: "f16", "bf16" or "q8_0", of the matrices; "adapter": the adapter alone.
+        ollama: new folder for a GGUF file and a Modelfile.
+        hub: name of a repository, made private if it is new: the adapter, or the whole model that `tuned` is.
+        observer: who is told.
+
+    Returns:
+        What was written, what was measured, and `verified`.
+
+    Raises:
+        InputError: nothing to export, or nothing to export to; CannotRunError: a library, disk or the hub is missing.
+    """
+    if not (gguf or ollama or hub):
+        raise InputError("nowhere to export to; give --gguf FILE, --ollama DIR or --hub NAME")
+    if gguf_type not in (*TYPES, ADAPTER) or (gguf_type == ADAPTER and ollama):
+        allowed = ", ".join(TYPES if ollama else (*TYPES, ADAPTER))
+        raise RecipeError(f"gguf_type: got {gguf_type!r}; allowed: {allowed}")
+    file, folder = Path(gguf).expanduser() if gguf else None, Path(ollama).expanduser() if ollama else None
+    for path in (file, folder):
+        if path is not None and path.exists():
+            raise InputError(f"{path} exists already; choose a new name")
+    watch, found = observer or Silent(), find_tuned(str(tuned), overrides)
+    if (found.folder / UNVERIFIED).exists():
+        raise InputError(f"{found.folder} is marked {UNVERIFIED}: it is not what was trained; merge again")
+    result: dict[str, Any] = {"verified": True}
+    if file is not None and gguf_type == ADAPTER:
+        result |= {"adapter_gguf": str(file), **_adapter(found, file)}
+    elif file is not None or folder is not None:
+        beside = next(p for p in (file or folder or Path()).absolute().parents if p.exists())
+        with tempfile.TemporaryDirectory(dir=beside, prefix=".nybble-export-") as scratch:
+            whole = _whole(found, overrides, watch, scratch)
+            if file is not None:
+                result |= {"gguf": str(file), **_write_checked(whole, file, gguf_type, watch)}
+            if folder is not None:
+                result |= {"ollama": str(folder), **_write_ollama(whole, folder, gguf_type, watch)}
+    if hub is not None:
+        watch.stage("upload")
+        result["hub"] = push_folder(found.folder, hub)
+    return result
+
+
+def _whole(tuned: Tuned, overrides: Mapping[str, Any] | None, watch: Observer, scratch: str) -> _Whole:
+    """The model as one folder: merged into a scratch folder if it is a run, which is measured on its way."""
+    check_gguf(find_model(tuned.base))  # before any work
+    if tuned.is_adapter:
+        if not (Path(tuned.name).expanduser() / "run.json").is_file():
+            raise InputError(
+                f"{tuned.name} is an adapter alone: give the run, or a merged folder (or --gguf_type adapter)"
+            )
+        done = merge(tuned.name, Path(scratch) / Path(tuned.name).resolve().name, overrides, observer=watch)
+        if not done["verified"]:
+            raise NybbleError(f"the merged model is not what was trained ({'; '.join(done['faults'])}): not exported")
+        tuned = find_tuned(done["out"])
+    source = find_model(tuned.base)
+    tokenizer = tokenizer_of(tuned, source)
+    form = tuned.form or ("template" if tokenizer.chat_template else "plain")
+    vocabulary = read_vocabulary(tokenizer, source.config.vocab_size)
+    for note in vocabulary.notes:
+        watch.note(note)
+    texts = [text for text in _TEXTS if not vocabulary.notes or says_alike(text, tokenizer)]
+    return _Whole(source, tokenizer, form, tuned.stop_tokens, texts, vocabulary.notes)
+
+
+def _write_checked(whole: _Whole, file: Path, outtype: str, watch: Observer) -> dict[str, Any]:
+    """Write a GGUF file under its name once stock transformers has read it back."""
+    watch.stage("gguf")
+    with BaseWeights(whole.source) as base:
+        _check_disk(file, int(merged_bytes(base, torch.float16) * _BYTES[outtype] / 2))
+    unfinished = file.with_name(f".{file.stem}.partial.gguf")
+    try:
+        write_gguf(
+            whole.source, whole.tokenizer, whole.stop_tokens, unfinished, outtype, partial(watch.progress, "gguf")
+        )
+        watch.stage("verify")
+        with tempfile.TemporaryDirectory(prefix="nybble-verify-") as scratch:
+            texts, answers = Path(scratch) / "texts.json", Path(scratch) / "answers.json"
+            texts.write_text(json.dumps(whole.texts), encoding="utf-8")
+            measured = run_fresh("stock_gguf.py", whole.source.folder, unfinished, texts, answers)
+        faults = _faults(measured, outtype)
+        unfinished.rename(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    if faults:
+        file.with_suffix(f"{file.suffix}.{UNVERIFIED}").write_text("".join(f"{fault}\n" for fault in faults))
+    measured["notes"] = list(whole.notes)
+    return {**measured, "verified": not faults, "faults": faults, "file_bytes": file.stat().st_size}
+
+
+def _faults(measured: Mapping[str, Any], outtype: str) -> list[str]:
+    faults = []
+    if not measured["mean_kl"] <= MOST_KL[outtype]:
+        faults.append(f"mean KL {measured['mean_kl']:.5f} is above {MOST_KL[outtype]:g}")
+    if measured["texts_with_other_ids"]:
+        faults.append(f"token ids differ, e.g. of {measured['texts_with_other_ids'][0][:60]!r}")
+    if not measured["same_special_tokens"]:
+        faults.append("begin or end token differs")
+    if not measured["same_chat_template"]:
+        faults.append("the chat template differs")
+    return faults
+
+
+def _write_ollama(whole: _Whole, folder: Path, outtype: str, watch: Observer) -> dict[str, Any]:
+    text = modelfile(whole.tokenizer, whole.form, whole.stop_tokens, "model.gguf")  # before any work
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir(parents=True)
+        measured = _write_checked(whole, unfinished / "model.gguf", outtype, watch)
+        (unfinished / "Modelfile").write_text(text, encoding="utf-8")
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return measured
+
+
+def _adapter(tuned: Tuned, file: Path) -> dict[str, Any]:
+    if not tuned.is_adapter:
+        raise InputError(f"{tuned.name} is a whole model without an adapter; allowed: f16, bf16, q8_0")
+    if tuned.is_repaired:
+        raise InputError(
+            f"the adapter started from what 4 bits lost (init_lora_weights {tuned.init}) and works on its own 4-bit "
+            "base alone; export the whole model"
+        )
+    write_adapter_gguf(find_model(tuned.base), tuned.folder, file)
+    return {"file_bytes": file.stat().st_size}
+
+
+def _check_disk(file: Path, needed: int) -> None:
+    place = next(p for p in file.absolute().parents if p.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise CannotRunError(f"{file} needs {format_bytes(needed)}, {place} has {format_bytes(free)} left; free disk")

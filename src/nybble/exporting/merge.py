@@ -1,0 +1,313 @@
+"""Merging: which base the adapter goes into is measured, and what is written is verified before it has its name.
+
+    dequantized   what the adapter was trained on, decoded: the same function, one rounding away
+    original      the 16-bit model: better after short runs, worse after long ones, so both are tried
+    4bit          original + adapter, encoded anew; adding to 4-bit weights and rounding again would lose small adapters
+
+Candidates are written beside the goal, measured by `verify`, and the better one is renamed.
+"""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nybble.data import Prepared, examine_rows
+from nybble.errors import CannotRunError, InputError, ModelError, RecipeError
+from nybble.exporting.arithmetic import AdapterDelta, merged_bytes, write_merged
+from nybble.exporting.card import merged_card
+from nybble.exporting.verify import Limits, Measured, Reference
+from nybble.hardware import Device, detect_device
+from nybble.models import (
+    NOTE,
+    BaseWeights,
+    ModelSource,
+    Tuned,
+    calibrate,
+    check_original,
+    find_model,
+    find_tuned,
+    load_model,
+    load_tuned,
+    save_whole,
+    tokenizer_of,
+)
+from nybble.recipe import LoraSection, Recipe, load_recipe
+from nybble.runs import Observer, Silent, read_record, to_json, write_text
+from nybble.training import stop_at
+from nybble.units import format_bytes
+
+TARGETS = ("auto", "dequantized", "original", "4bit")
+DTYPES = ("bfloat16", "float16", "float32")
+UNVERIFIED = "UNVERIFIED"
+_PACKED_SHARE = 0.5  # of the 16-bit bytes, at most, that the 4-bit folder takes: embeddings and head stay whole
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A merge that is known to be possible."""
+
+    tuned: Tuned
+    recipe: Recipe
+    out: Path
+    dtype: torch.dtype
+    device: Device
+    bases: dict[str, BaseWeights]  # target -> where its tensors come from
+    limits: Limits
+    watch: Observer
+
+
+def merge(
+    run: Path | str,
+    out: Path | str,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    into: str = "auto",
+    dtype: str | None = None,
+    limits: Limits | None = None,
+    observer: Observer | None = None,
+) -> dict[str, Any]:
+    """Merge a run's adapter into its base, verify it, and write a whole model to the new folder `out`.
+
+    Args:
+        run: folder of a finished run.
+        out: a folder that does not exist.
+        overrides: settings of model, data and evaluation that have changed since, e.g. where the rows are now.
+        into: "dequantized", "original", "4bit", or "auto": the better one of the first two.
+        dtype: "bfloat16", "float16" or "float32"; default: the compute type of the run.
+        limits: how far the written model may be from the adapter on its base.
+        observer: who is told.
+
+    Returns:
+        Target, figures of every candidate and `verified`; where that is false, the folder holds a file UNVERIFIED.
+
+    Raises:
+        InputError: run, base or settings do not allow it.
+        CannotRunError: disk or memory does not.
+    """
+    started = time.monotonic()
+    job = _prepare(Path(run), Path(out).expanduser(), overrides, into, dtype, limits or Limits(), observer or Silent())
+    prepared, rows_are_held_out = _rows(job)
+    rows = prepared.held_out if rows_are_held_out else prepared.train
+    stops = job.tuned.stop_tokens
+    with Reference(rows, job.recipe.evaluation.max_new_tokens, stops) as reference:
+        written = _Written(job, *_ask_adapter(job, reference))
+        try:
+            measured = [written.make(target, reference, prepared) for target in job.bases]
+            best = min(measured, key=lambda m: (not m.verified, m.loss))
+            result = {
+                "out": str(job.out),
+                **best.to_json(),
+                "dtype": str(job.dtype).removeprefix("torch."),
+                "rows_held_out": rows_are_held_out,
+                "candidates": [m.to_json() for m in measured],
+                "file_bytes": sum(f.stat().st_size for f in written.folder(best.target).glob("*.safetensors")),
+                "seconds": time.monotonic() - started,
+            }
+            written.finish(best, result)
+        finally:
+            written.discard()
+    return result
+
+
+def _prepare(
+    run: Path,
+    out: Path,
+    overrides: Mapping[str, Any] | None,
+    into: str,
+    dtype: str | None,
+    limits: Limits,
+    watch: Observer,
+) -> _Job:
+    if into not in TARGETS:
+        raise RecipeError(f"into: got {into!r}; allowed: {', '.join(TARGETS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise RecipeError(f"dtype: got {dtype!r}; allowed: {', '.join(DTYPES)}")
+    if out.exists():
+        raise InputError(f"{out} exists already; choose a new folder")
+    recipe, tuned = _recipe_now(run, overrides), find_tuned(str(run), overrides)
+    if not tuned.is_adapter:
+        raise InputError(f"{run} trained every parameter (method full): {tuned.folder} is the whole model already")
+    device = detect_device(recipe.model.device)
+    chosen = getattr(torch, dtype or tuned.quantization.bnb_4bit_compute_dtype)
+    job = _Job(tuned, recipe, out, chosen, device, _bases(tuned, into, watch), limits, watch)
+    _check_disk(job)
+    return job
+
+
+def _recipe_now(run: Path, overrides: Mapping[str, Any] | None) -> Recipe:
+    """The run's recipe with paths as they are now; what was trained cannot be changed afterwards."""
+    before = Recipe.model_validate(read_record(run)["recipe"])
+    now = load_recipe(run / "recipe.yaml", overrides)
+    for name in ("method", "quantization", "lora", "training"):
+        if getattr(now, name) != getattr(before, name):
+            raise RecipeError(f"{name} is as the run trained it and cannot be changed while merging; leave it away")
+    return now
+
+
+def _bases(tuned: Tuned, into: str, watch: Observer) -> dict[str, BaseWeights]:
+    """The bases that the adapter can go into, of those that are wanted."""
+    if tuned.method == "lora":
+        if into in ("dequantized", "4bit"):
+            raise RecipeError("method lora trained on 16 bits: merge into original; for 4 bits, nybble quantize that")
+        source = find_model(tuned.base)
+        check_original(tuned, source)
+        return {"original": BaseWeights(source)}
+    if tuned.is_repaired and into in ("original", "4bit"):
+        raise RecipeError(
+            f"the adapter started from what 4 bits lost (init_lora_weights {tuned.init}): it fits its own 4-bit base "
+            "alone; merge into dequantized"
+        )
+    found: dict[str, BaseWeights] = {}
+    if into in ("auto", "dequantized"):
+        found["dequantized"] = _trained_base(tuned)
+    if into == "dequantized" or tuned.is_repaired:
+        return found
+    try:
+        source = _original(tuned)
+    except (ModelError, CannotRunError) as error:
+        if into != "auto":
+            raise
+        watch.note(f"merged into the dequantized base only: {error}")
+        return found
+    return found | {"original" if into == "auto" else into: BaseWeights(source)}
+
+
+def _original(tuned: Tuned) -> ModelSource:
+    source = find_model(tuned.original)
+    check_original(tuned, source)
+    if source.is_4bit:
+        raise ModelError(f"{source.name} is stored in 4 bits; the 16-bit original is not at hand")
+    return source
+
+
+def _trained_base(tuned: Tuned) -> BaseWeights:
+    """What training saw: the packed base, decoded."""
+    source = find_model(tuned.base)
+    if tuned.base == tuned.original:
+        check_original(tuned, source)
+    return BaseWeights(source, tuned.quantization, getattr(torch, tuned.quantization.bnb_4bit_compute_dtype))
+
+
+def _check_disk(job: _Job) -> None:
+    needed = 0
+    for target, weights in job.bases.items():
+        with weights as base:
+            size = merged_bytes(base, job.dtype)
+        needed += size + int(_PACKED_SHARE * size if target == "4bit" else 0)
+    place = next(p for p in job.out.absolute().parents if p.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        several = "; --into dequantized needs half" if len(job.bases) > 1 else ""
+        raise CannotRunError(
+            f"merging writes {format_bytes(needed)} to {place}, which has {format_bytes(free)} left; free disk, or "
+            f"choose another --out{several}"
+        )
+
+
+def _rows(job: _Job) -> tuple[Prepared, bool]:
+    """The run's rows, and whether some were held out: those are what is compared on, else the trained ones."""
+    job.watch.stage("rows")
+    tokenizer = tokenizer_of(job.tuned, find_model(job.tuned.base))
+    recipe = job.recipe
+    prepared = examine_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed)
+    if not prepared.held_out:
+        job.watch.note("no rows were held out: compared on rows that were trained on")
+    return prepared, bool(prepared.held_out)
+
+
+def _ask_adapter(job: _Job, reference: Reference) -> tuple[Any, Any, Any]:
+    """Let the adapter on its base answer; its config, generation config and tokenizer."""
+    job.watch.stage("reference")
+    model, tokenizer, dtype = load_tuned(job.tuned, job.device)
+    stop_at(model, job.tuned.stop_tokens)
+    reference.capture(model, tokenizer, dtype)
+    config, generation = model.config, model.generation_config
+    del model
+    gc.collect()
+    if job.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return config, generation, tokenizer
+
+
+class _Written:
+    """Candidates on disk, beside the goal and under names of their own."""
+
+    def __init__(self, job: _Job, config: Any, generation: Any, tokenizer: Any) -> None:
+        self.job, self.config, self.generation, self.tokenizer = job, config, generation, tokenizer
+
+    def folder(self, target: str) -> Path:
+        return self.job.out.with_name(f".{self.job.out.name}.{target}.partial")
+
+    def make(self, target: str, reference: Reference, prepared: Prepared) -> Measured:
+        """Write one candidate and measure it."""
+        job, folder = self.job, self.folder(target)
+        job.watch.stage(f"merge into {target}")
+        self._write_16bit(target, folder)
+        if target == "4bit":
+            self._pack(folder, prepared)
+        job.watch.stage(f"verify {target}")
+        measured = reference.measure(folder, target, job.limits, job.device.type)
+        job.watch.note(
+            f"{target}: mean KL {measured.mean_kl:.5f}, worst {measured.worst_kl:.4f}, loss {measured.loss:.4f} "
+            f"({measured.loss_gap:+.4f} against the adapter on its base)"
+        )
+        return measured
+
+    def _write_16bit(self, target: str, folder: Path) -> None:
+        job = self.job
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        with job.bases[target] as base, AdapterDelta(job.tuned.folder) as delta:
+            write_merged(base, delta, folder, job.dtype, partial(job.watch.progress, f"merging into {target}"))
+        content = self.config.to_diff_dict()
+        for name in ("quantization_config", "_name_or_path"):  # neither packed any more, nor where the base lay
+            content.pop(name, None)
+        content |= {"dtype": str(job.dtype).removeprefix("torch."), "eos_token_id": self.generation.eos_token_id}
+        write_text(folder / "config.json", to_json(content, indent=2) + "\n")
+        # Not by save_pretrained, which refuses what some bases bring, e.g. a temperature without sampling.
+        write_text(folder / "generation_config.json", self.generation.to_json_string() + "\n")
+        self.tokenizer.save_pretrained(folder)
+
+    def _pack(self, folder: Path, prepared: Prepared) -> None:
+        """Replace the 16-bit folder by its 4-bit form, made by the encoder of the run."""
+        job = self.job
+        job.watch.stage("pack")
+        whole = folder.with_name(f"{folder.name}.16bit")
+        shutil.rmtree(whole, ignore_errors=True)
+        folder.rename(whole)
+        quantization = job.recipe.quantization.model_copy(update={"cache": False})
+        section = job.recipe.model.model_copy(update={"model_name_or_path": str(whole), "model_revision": None})
+        source: ModelSource = find_model(section)
+        model, _report = load_model(source, "qlora", section, quantization, job.device)
+        if quantization.encoder == "calibrated":
+            rows = prepared.calibration_rows(quantization.calibration_rows)
+            calibrate(model, source, rows, quantization, LoraSection(), partial(job.watch.progress, "calibrating"))
+        model.generation_config = self.generation
+        save_whole(folder, model, self.tokenizer)
+        shutil.rmtree(whole)
+
+    def finish(self, best: Measured, result: dict[str, Any]) -> None:
+        """Give the best candidate its card, its note and its name."""
+        job, folder = self.job, self.folder(best.target)
+        write_text(folder / "merge.json", to_json(result, indent=1) + "\n")
+        write_text(folder / "README.md", merged_card(job.tuned.folder / "README.md", result))
+        note = job.tuned.folder / NOTE
+        if note.is_file():
+            shutil.copyfile(note, folder / NOTE)
+        if not best.verified:
+            write_text(folder / UNVERIFIED, "".join(f"{fault}\n" for fault in best.faults))
+        folder.rename(job.out)
+
+    def discard(self) -> None:
+        """Remove what has not become the result."""
+        for folder in self.job.out.parent.glob(f".{self.job.out.name}.*.partial*"):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,75 @@
+"""A Modelfile for Ollama: the file beside it, how a chat is put, and what ends an answer.
+
+Ollama's templates are Go's, not Jinja. The pieces around system text, question and answer are found by rendering the
+tokenizer's own template with marks in their places, then the result is checked: a chat of two turns must come out as
+the tokenizer renders it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nybble.data import question_form
+from nybble.errors import ModelError
+
+_SYSTEM, _USER, _ANSWER = "\ue001", "\ue002", "\ue003"  # private use: templates pass them through
+_Render = Callable[[list[dict[str, str]], bool], str]
+
+
+def modelfile(tokenizer: Any, form: str, stop_tokens: Sequence[int], gguf_name: str) -> str:
+    """The Modelfile for a model whose prompts have `form`.
+
+    Raises:
+        ModelError: the chat template cannot be put in Ollama's words.
+    """
+    template = ollama_template(tokenizer, form)
+    stops = dict.fromkeys([*stop_tokens, tokenizer.eos_token_id])
+    lines = [f"FROM ./{gguf_name}", f'TEMPLATE """{template}"""']
+    lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(token)}"' for token in stops]
+    return "\n".join([*lines, "PARAMETER temperature 0", ""])
+
+
+def ollama_template(tokenizer: Any, form: str) -> str:
+    """Go's template of one exchange; Ollama repeats it for each, and puts the begin token first itself."""
+    if form != "template":
+        before, after = question_form(form).split("{}")
+        end = tokenizer.eos_token if form in ("inst", "plain", "alpaca") else ""
+        system = "{{ if .System }}<<SYS>>\n{{ .System }}\n<</SYS>>\n\n{{ end }}" if form == "inst" else ""
+        lead = "" if system else "{{ if .System }}{{ .System }}\n\n{{ end }}"
+        return f"{before}{system}{lead}{{{{ .Prompt }}}}{after}{{{{ .Response }}}}{end}"
+    return _translated(tokenizer)
+
+
+def _translated(tokenizer: Any) -> str:
+    from jinja2 import TemplateError
+
+    def render(messages: list[dict[str, str]], asks: bool) -> str:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
+
+    user, answer = {"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}
+    bos = tokenizer.bos_token or ""
+    asked, answered = render([user], True), render([user, answer], False)
+    before, after = asked.removeprefix(bos).split(_USER)
+    if not answered.startswith(asked):
+        raise ModelError("the chat template renders an answer differently from how it asks for one: write a Modelfile")
+    end = answered[len(asked) :].partition(_ANSWER)[2].lstrip(" ")  # spaces around an answer are the model's own words
+    # Between two exchanges: what a second one adds beyond the first.
+    second = render([user, answer, user, answer], False)
+    between = bos if bos and second.startswith(bos, len(answered)) else ""
+    if second != answered + between + answered.removeprefix(bos):
+        raise ModelError("the chat template puts a second exchange differently from the first: write a Modelfile")
+    try:
+        told = render([{"role": "system", "content": _SYSTEM}, user], True).removeprefix(bos)
+    except (TemplateError, ValueError):
+        told = ""
+    system = ""
+    if _SYSTEM in told and told.endswith(_USER + after):
+        lead, rest = told.removesuffix(_USER + after).split(_SYSTEM)
+        if lead.startswith(before):  # inside the question's marks
+            return (
+                f"{before}{{{{ if .System }}}}{lead.removeprefix(before)}{{{{ .System }}}}{rest}{{{{ end }}}}"
+                f"{{{{ .Prompt }}}}{after}{{{{ .Response }}}}{end}"
+            )
+        system = f"{{{{ if .System }}}}{lead}{{{{ .System }}}}{rest.removesuffix(before)}{{{{ end }}}}"
+    return f"{system}{before}{{{{ .Prompt }}}}{after}{{{{ .Response }}}}{end}"

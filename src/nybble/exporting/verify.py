@@ -1,0 +1,178 @@
+"""Is what was written what was trained? Asked of stock transformers in a fresh process, answered in figures.
+
+The reference is the adapter on its base, as it was trained. On held-out rows the distributions at every learned
+position are compared (KL, loss), on held-out prompts the greedy continuations and whether they stop; the folder's own
+tokenizer, chat template and generation config are used throughout.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nybble.data import IGNORED, Example
+from nybble.exporting.fresh import run_fresh
+from nybble.training import evaluation_mode
+
+N_PROMPTS = 8
+_REFERENCE_BYTES = 256 << 20  # of distributions kept: 2,097 positions of a 32,000-token vocabulary
+_MOST_LOSS_OF_STOPS = 0.5  # a changed weight may move a stop by some tokens, beyond the limit of a few prompts
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How far the written model may be from the adapter on its base."""
+
+    mean_kl: float = 0.01  # nats a position; of the base that was trained on, where only rounding differs
+    loss_gap: float = 0.02  # nats a position, of any target
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A written folder against the adapter on its base."""
+
+    target: str
+    mean_kl: float  # KL(adapter on base || written), nats a position
+    worst_kl: float
+    loss: float
+    loss_reference: float
+    n_rows: int
+    n_positions: int
+    n_prompts: int
+    greedy_equal: int  # prompts whose whole continuation is the same
+    stopped: int  # prompts whose continuation ends with a stop token
+    stopped_reference: int
+    faults: tuple[str, ...]  # why it is not verified
+
+    @property
+    def loss_gap(self) -> float:
+        """Negative where the written model is the better one."""
+        return self.loss - self.loss_reference
+
+    @property
+    def verified(self) -> bool:
+        """Whether it is what was trained, within the limits."""
+        return not self.faults
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(self), "loss_gap": self.loss_gap, "verified": self.verified}
+
+
+class Reference:
+    """What the adapter on its base says; lies in a scratch folder. Use as a context manager."""
+
+    def __init__(self, rows: Sequence[Example], max_new_tokens: int, stop_tokens: Sequence[int]) -> None:
+        """Rows to compare on; as many positions are taken as their distributions may take bytes."""
+        self.rows, self.max_new_tokens, self.stop_tokens = rows, max_new_tokens, set(stop_tokens)
+        self.prompts = [row.prompt_ids for row in rows if row.prompt_ids][:N_PROMPTS]
+        self._chosen: list[dict[str, Any]] = []
+
+    def __enter__(self) -> Reference:
+        self._scratch = tempfile.TemporaryDirectory(prefix="nybble-verify-")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._scratch.cleanup()
+
+    def capture(self, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
+        """Ask `model`, the adapter on its base, in evaluation mode."""
+        from safetensors.torch import save_file
+
+        self._choose(model.config.get_text_config().vocab_size)
+        device = next(model.parameters()).device
+        with evaluation_mode(model, dtype):
+            parts = []
+            for row in self._chosen:
+                ids = torch.tensor([row["ids"]], device=device)
+                at = torch.tensor(row["positions"], device=device) - 1
+                logits = model(input_ids=ids, use_cache=False).logits[0, at]
+                parts.append(torch.log_softmax(logits.float(), dim=-1).cpu())
+            self.greedy = [self._continue(model, tokenizer, prompt, device) for prompt in self.prompts]
+        save_file({"log_probabilities": torch.cat(parts)}, self._file("reference.safetensors"))
+        turns = [{"role": "user", "content": "Hello </s> <|im_end|>"}, {"role": "assistant", "content": "Hi"}]
+        self.chats = [[*turns, turns[0]]] if tokenizer.chat_template else []
+        self.texts = [tokenizer.decode(row["ids"]) for row in self._chosen[:N_PROMPTS]] + [" two  spaces\n\tünïcødé 🙂"]
+        self._tokenized = [tokenizer(text).input_ids for text in self.texts]
+        self._rendered = [
+            tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in self.chats
+        ]
+
+    def measure(
+        self, folder: Path, target: str, limits: Limits, device: str, max_memory: Mapping[str, int] | None = None
+    ) -> Measured:
+        """The folder as stock transformers reads it, in a process that holds nothing of ours.
+
+        Raises:
+            CannotRunError: that process runs out of memory or lacks a library.
+            NybbleError: stock transformers cannot read the folder.
+        """
+        answers = self._ask_stock(folder, device, max_memory)
+        faults = []
+        stopped, stopped_reference = (self._n_stopped(ids) for ids in (answers["greedy"], self.greedy))
+        measured = Measured(
+            target=target,
+            **{name: answers[name] for name in ("mean_kl", "worst_kl", "loss", "loss_reference")},
+            n_rows=len(self._chosen),
+            n_positions=sum(len(row["positions"]) for row in self._chosen),
+            n_prompts=len(self.prompts),
+            greedy_equal=sum(a == b for a, b in zip(answers["greedy"], self.greedy, strict=True)),
+            stopped=stopped,
+            stopped_reference=stopped_reference,
+            faults=(),
+        )
+        # Written so that a figure which is not a number is a fault.
+        if target == "dequantized" and not measured.mean_kl <= limits.mean_kl:
+            faults.append(f"mean KL {measured.mean_kl:.4f} is above {limits.mean_kl:g}")
+        if not measured.loss_gap <= limits.loss_gap:
+            faults.append(f"loss is {measured.loss_gap:+.4f} against the adapter's, above {limits.loss_gap:+g}")
+        if stopped < _MOST_LOSS_OF_STOPS * stopped_reference:
+            faults.append(f"{stopped} of {len(self.prompts)} answers stop, {stopped_reference} did")
+        if answers["texts"] != self._tokenized or answers["chats"] != self._rendered:
+            faults.append("the written tokenizer or chat template gives other tokens")
+        return Measured(**{**asdict(measured), "faults": tuple(faults)})
+
+    def _file(self, name: str) -> Path:
+        return Path(self._scratch.name) / name
+
+    def _choose(self, vocabulary: int) -> None:
+        left = max(1, _REFERENCE_BYTES // (4 * vocabulary))
+        first = 0
+        for row in self.rows:
+            positions = [i for i, label in enumerate(row.labels) if i and label != IGNORED][:left]
+            if positions:
+                self._chosen.append({"ids": row.input_ids, "first": first, "positions": positions})
+                first, left = first + len(positions), left - len(positions)
+
+    def _continue(self, model: Any, tokenizer: Any, prompt: list[int], device: torch.device) -> list[int]:
+        ids = torch.tensor([prompt], device=device)
+        produced = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        return [int(i) for i in produced[0, len(prompt) :]]
+
+    def _n_stopped(self, continuations: Sequence[Sequence[int]]) -> int:
+        return sum(bool(ids) and ids[-1] in self.stop_tokens for ids in continuations)
+
+    def _ask_stock(self, folder: Path, device: str, max_memory: Mapping[str, int] | None) -> dict[str, Any]:
+        asked = {
+            "rows": self._chosen,
+            "prompts": self.prompts,
+            "texts": self.texts,
+            "chats": self.chats,
+            "max_new_tokens": self.max_new_tokens,
+            "max_memory": max_memory,
+        }
+        self._file("questions.json").write_text(json.dumps(asked), encoding="utf-8")
+        files = [self._file(name) for name in ("questions.json", "reference.safetensors", "answers.json")]
+        return run_fresh("stock.py", folder, *files, device=device)

@@ -1,0 +1,153 @@
+"""A tokenizer as GGUF holds it: tokens, their kinds, merges or scores, special tokens, chat template.
+
+Two kinds of tokenizer are known. Byte-level BPE is stored with its merges and the name by which llama.cpp knows how
+text is split before merging. BPE over words that begin with a mark for the space (sentencepiece's kind) is stored with
+a score for each token instead: the earlier a merge, the higher; llama.cpp merges the best-scored pair first.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nybble.data import adds_bos
+from nybble.errors import ModelError
+
+# How text is split before merging -> llama.cpp's name for it; "" is ByteLevel's own pattern, GPT-2's.
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLITS = {
+    "": "gpt-2",
+    _LETTERS + r"\p{N}{1,3}" + _REST: "llama-bpe",
+    _LETTERS + r"\p{N}" + _REST: "qwen2",
+}
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE_KIND = range(1, 7)  # llama.cpp's token types
+_NO_SCORE = -1e6  # of tokens that no merge makes
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What is written under `tokenizer.`."""
+
+    model: str  # "gpt2" or "llama"
+    split: str  # llama.cpp's name of the way text is split
+    tokens: list[str]
+    kinds: list[int]
+    merges: list[str]  # of "gpt2"
+    scores: list[float]  # of "llama"
+    adds_space: bool
+    notes: tuple[str, ...] = ()  # what GGUF does not hold
+
+    def write(self, writer: Any, tokenizer: Any, stop_tokens: Sequence[int]) -> None:
+        """Put it, the special tokens and the chat template into a `gguf.GGUFWriter`."""
+        writer.add_tokenizer_model(self.model)
+        writer.add_tokenizer_pre(self.split)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.kinds)
+        if self.model == "gpt2":
+            writer.add_token_merges(self.merges)
+        else:
+            writer.add_token_scores(self.scores)
+            writer.add_add_space_prefix(self.adds_space)
+        eos = tokenizer.eos_token_id
+        writer.add_eos_token_id(eos)
+        for token in [token for token in stop_tokens if token != eos][:1]:
+            writer.add_eot_token_id(token)  # a second token that ends an answer
+        if tokenizer.bos_token_id is not None:
+            writer.add_bos_token_id(tokenizer.bos_token_id)
+        if tokenizer.unk_token_id is not None:
+            writer.add_unk_token_id(tokenizer.unk_token_id)
+        if tokenizer.pad_token_id is not None:
+            writer.add_pad_token_id(tokenizer.pad_token_id)
+        writer.add_add_bos_token(adds_bos(tokenizer))
+        writer.add_add_eos_token(False)
+        if tokenizer.chat_template:
+            writer.add_chat_template(tokenizer.chat_template)
+
+
+def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
+    """The vocabulary of a fast tokenizer, filled up to the model's `size`.
+
+    Raises:
+        ModelError: a kind of tokenizer that GGUF or this export does not know.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelError("GGUF export needs a tokenizer.json; this model has only a slow tokenizer")
+    content = json.loads(backend.to_str())
+    if content["model"]["type"] != "BPE":
+        raise ModelError(f"GGUF export knows BPE tokenizers, this one is {content['model']['type']}")
+    parts = _flat(content["pre_tokenizer"]) + _flat(content["normalizer"])
+    by_id = {index: token for token, index in tokenizer.get_vocab().items()}
+    tokens = [by_id.get(index, f"[PAD{index}]") for index in range(max(size, len(by_id)))]
+    merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in content["model"]["merges"]]
+    is_bytes = any(part["type"] == "ByteLevel" for part in parts)
+    kinds = _kinds(tokenizer, tokens, by_id)
+    if is_bytes:
+        joined = [" ".join(merge) for merge in merges]
+        return Vocabulary("gpt2", _split_name(parts), tokens, kinds, joined, [], adds_space=False)
+    rank: dict[str, int] = {}
+    for number, (left, right) in enumerate(merges):
+        rank.setdefault(left + right, number)
+    scores = [-float(rank[token]) if token in rank else _NO_SCORE for token in tokens]
+    adds_space = any(
+        part["type"] == "Prepend" or (part["type"] == "Metaspace" and part.get("prepend_scheme") != "never")
+        for part in parts
+    )
+    notes = []
+    if any(part["type"] not in ("Prepend", "Metaspace") and not _is_space_mark(part) for part in parts):
+        notes.append("the tokenizer rewrites text (e.g. runs of spaces) before it splits it, which GGUF does not hold")
+    if _BYTE_KIND not in kinds:
+        notes.append("the vocabulary has no byte tokens: llama.cpp cannot take characters that are not in it")
+    return Vocabulary("llama", "default", tokens, kinds, [], scores, adds_space, tuple(notes))
+
+
+def _flat(part: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, sequences opened."""
+    if part is None:
+        return []
+    return [step for inner in part.get("pretokenizers", part.get("normalizers", [])) for step in _flat(inner)] or [part]
+
+
+def _is_space_mark(part: dict[str, Any]) -> bool:
+    return bool(part["type"] == "Replace" and part["pattern"] == {"String": " "} and part["content"] == "\u2581")
+
+
+def says_alike(text: str, tokenizer: Any) -> bool:
+    """Whether a text is one that a tokenizer of sentencepiece's kind does not rewrite and whose words it all knows."""
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    if normalizer is None:
+        return True
+    plain = normalizer.normalize_str(text).lstrip("\u2581").rstrip("\u2581")
+    same = bool(plain == text.strip().replace(" ", "\u2581"))
+    return same and tokenizer.unk_token_id not in list(tokenizer(text).input_ids)
+
+
+def _split_name(parts: Sequence[dict[str, Any]]) -> str:
+    patterns = [part["pattern"].get("Regex", "") for part in parts if part["type"] == "Split"]
+    name = _SPLITS.get(patterns[0] if patterns else "")
+    if name is None or len(patterns) > 1:
+        raise ModelError(
+            f"GGUF export does not know how this tokenizer splits text ({str(patterns)[:120]}); it knows that of "
+            "GPT-2, Llama-3 and Qwen-2"
+        )
+    return name
+
+
+def _kinds(tokenizer: Any, tokens: Sequence[str], by_id: dict[int, str]) -> list[int]:
+    added = tokenizer.added_tokens_decoder
+    kinds = []
+    for index, token in enumerate(tokens):
+        if index not in by_id:
+            kinds.append(_UNUSED)
+        elif index == tokenizer.unk_token_id:
+            kinds.append(_UNKNOWN)
+        elif index in added:
+            kinds.append(_CONTROL if added[index].special else _USER_DEFINED)
+        else:
+            kinds.append(_BYTE_KIND if _BYTE.fullmatch(token) else _NORMAL)
+    return kinds

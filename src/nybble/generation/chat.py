@@ -1,0 +1,191 @@
+"""A chat: several turns, answers as they come, the adapter on and off, one KV cache for the whole conversation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nybble.data import Turn, encode_chat, encode_follow_up, encode_prompt
+from nybble.errors import InputError
+from nybble.generation.questions import add_adapters, form_of
+from nybble.hardware import detect_device
+from nybble.models import find_tuned, load_tuned
+from nybble.training import evaluation_mode, stop_at
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer."""
+
+    text: str
+    n_tokens: int
+    stopped: bool  # ended by itself, not by max_new_tokens or the context's end
+    first_token_seconds: float
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the tokens after the first."""
+        rest = self.seconds - self.first_token_seconds
+        return (self.n_tokens - 1) / rest if self.n_tokens > 1 and rest > 0 else 0.0
+
+
+class Chat:
+    """A conversation with a run, an adapter or a whole model."""
+
+    def __init__(
+        self,
+        tuned: Path | str,
+        device: str | None = None,
+        *,
+        others: Sequence[Path | str] = (),
+        system: str = "",
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+    ) -> None:
+        """Load once; `others` are adapters of the same base, to switch to. Temperature 0 is greedy.
+
+        Raises:
+            InputError: there is nothing of the kind; ModelError: a base is gone, or another one.
+        """
+        on = {"device": device} if device else None
+        self._first = find_tuned(str(tuned), on)
+        more = [find_tuned(str(other), on) for other in others]
+        self._model, self._tokenizer, self._dtype = load_tuned(self._first, detect_device(self._first.base.device))
+        stop_at(self._model, [*self._first.stop_tokens, self._tokenizer.eos_token_id])
+        added = add_adapters(self._model, self._first, more)
+        self._adapters = {self._first.name: "default"} if self._first.is_adapter else {}
+        self._adapters |= {other.name: name for other, name in zip(more, added, strict=True)}
+        self._form = form_of(self._first, self._tokenizer)
+        self._system, self._max_new_tokens, self._temperature = system, max_new_tokens, temperature
+        self._is_on = True
+        self._cache: Any = None
+        self._cached: list[int] = []  # the tokens whose keys and values the cache holds
+        self.reset()
+
+    @property
+    def adapters(self) -> list[str]:
+        """What can be switched to, by what the user named."""
+        return list(self._adapters)
+
+    def reset(self, system: str | None = None) -> None:
+        """Begin anew, with another system text if one is given."""
+        self._system = self._system if system is None else system
+        self._turns: list[Turn] = []
+        self._ids: list[int] = []  # the conversation as the model has seen it
+        self._forget()
+
+    def use(self, adapter: str | None) -> None:
+        """Go on with this adapter, or with None: the conversation stays.
+
+        Raises:
+            InputError: there is none of that name, or no base without it.
+        """
+        if adapter is None and (not self._adapters or self._first.init == "pissa"):
+            raise InputError(f"{self._first.name} has no base to answer without its adapter")
+        if adapter is not None and adapter not in self._adapters:
+            raise InputError(f"no adapter {adapter!r}; there is {', '.join(self._adapters) or 'none'}")
+        self._is_on = adapter is not None
+        if adapter is not None:
+            self._model.set_adapter(self._adapters[adapter])
+        self._forget()  # keys and values were made by other weights
+
+    def reply(self, question: str, say: Callable[[str], None] = lambda text: None) -> Reply:
+        """The answer to `question`; `say` is called with each piece of text as it comes.
+
+        Raises:
+            InputError: the conversation has filled the model's context.
+        """
+        ids = self._asked(question)
+        room = self._room(len(ids))
+        reuse = self._cached and self._cached == ids[: len(self._cached)] and len(ids) > len(self._cached)
+        if not reuse:
+            self._forget()
+        cache, self._cache, self._cached = self._cache, None, []  # should the reply be cut short, it is worth nothing
+        stream = _Stream(self._tokenizer, say)
+        device = next(self._model.parameters()).device
+        off = nullcontext() if self._is_on or not self._adapters else self._model.disable_adapter()
+        sampled = {"do_sample": True, "temperature": self._temperature} if self._temperature > 0 else {}
+        with off, evaluation_mode(self._model, self._dtype):
+            produced = self._model.generate(
+                input_ids=torch.tensor([ids], device=device),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=device),
+                past_key_values=cache or self._new_cache(),
+                max_new_tokens=room,
+                pad_token_id=self._tokenizer.pad_token_id,
+                streamer=stream,
+                return_dict_in_generate=True,
+                **(sampled or {"do_sample": False}),
+            )
+        self._cache, whole = produced.past_key_values, [int(i) for i in produced.sequences[0]]
+        self._cached = whole[:-1]  # the last token has not been through the model yet
+        stops = self._model.generation_config.eos_token_id
+        stopped = whole[-1] in (stops if isinstance(stops, list) else [stops])
+        self._ids = whole if stopped else [*whole, self._tokenizer.eos_token_id]
+        self._turns += [Turn("user", question), Turn("assistant", stream.text.strip())]
+        return Reply(stream.text.strip(), len(whole) - len(ids), stopped, stream.first_seconds, stream.seconds)
+
+    def _asked(self, question: str) -> list[int]:
+        if self._form == "template":
+            head = [Turn("system", self._system)] if self._system else []
+            return encode_chat([*head, *self._turns, Turn("user", question)], self._tokenizer)
+        if not self._ids:
+            return encode_prompt(question, self._tokenizer, self._form, self._system)
+        return [*self._ids, *encode_follow_up(question, self._tokenizer, self._form)]
+
+    def _room(self, used: int) -> int:
+        limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        room = self._max_new_tokens if limit is None else min(self._max_new_tokens, limit - used)
+        if room <= 0:
+            raise InputError(f"the conversation has {used:,} tokens, the model's context is {limit:,}: begin anew")
+        return room
+
+    def _forget(self) -> None:
+        self._cache, self._cached = None, []
+
+    def _new_cache(self) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self._model.config)
+
+
+class _Stream:
+    """What transformers' generate is to call with each token."""
+
+    def __init__(self, tokenizer: Any, say: Callable[[str], None]) -> None:
+        self._tokenizer, self._say = tokenizer, say
+        self._ids: list[int] = []
+        self._is_prompt = True
+        self._started = time.monotonic()
+        self.text = ""
+        self.first_seconds = self.seconds = 0.0
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt, then one token at a time."""
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        self.seconds = time.monotonic() - self._started
+        self.first_seconds = self.first_seconds or self.seconds
+        self._ids += value.view(-1).tolist()
+        text = self._decoded()
+        if not text.endswith("\ufffd"):  # a character may take several tokens
+            self._tell(text)
+
+    def end(self) -> None:
+        """Say what is left."""
+        self._tell(self._decoded())
+
+    def _decoded(self) -> str:
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=True)).lstrip()
+
+    def _tell(self, text: str) -> None:
+        if len(text) > len(self.text):
+            self._say(text[len(self.text) :])
+            self.text = text

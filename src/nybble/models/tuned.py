@@ -1,0 +1,194 @@
+"""What training left, found again: a run, an adapter folder, or a folder with a whole model.
+
+Beside trained weights lies `nybble.json`: how the base was packed, what it was (its fingerprint), how prompts were put
+and which tokens end an answer. So an adapter or a merged model that was copied elsewhere is still asked as it was
+trained. Folders by other tools lack it; they are loaded and asked by what their own files say.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from nybble.errors import InputError, ModelError
+from nybble.hardware import Device
+from nybble.models.adapters import load_adapter
+from nybble.models.load import compute_dtype, load_model
+from nybble.models.source import ModelSource, find_model
+from nybble.models.tokenizer import load_tokenizer
+from nybble.recipe import LoraSection, ModelSection, QuantizationSection, Recipe, load_recipe
+from nybble.runs import RunDirectory, read_record, to_json, write_text
+
+NOTE = "nybble.json"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Trained weights and what they stand on."""
+
+    name: str  # what the user named
+    folder: Path  # holds the adapter or the whole model, and its tokenizer
+    is_adapter: bool
+    method: str  # how the base, or the whole model, is loaded
+    base: ModelSection  # what the adapter was trained on; of a whole model, itself
+    original: ModelSection  # the model that training began with
+    quantization: QuantizationSection  # with the compute type that training took, which a CPU may have chosen
+    init: str  # how the adapter started, `LoraSection.init_lora_weights`
+    form: str  # how prompts are put, see `nybble.data.encode_prompt`; "" where nobody noted it
+    stop_tokens: tuple[int, ...]
+    fingerprint: str | None  # of the original
+
+    @property
+    def is_repaired(self) -> bool:
+        """The adapter holds a part of the original, or of what packing lost: it fits its own 4-bit base alone."""
+        return self.init != "default"
+
+
+def write_note(folder: Path, recipe: Recipe, ledger: Mapping[str, Any], loaded: Mapping[str, Any]) -> None:
+    """Write `nybble.json` beside the weights that a run has trained; `loaded` is the record's `model`."""
+    note = {
+        "method": recipe.method,
+        "quantization": as_trained(recipe.quantization, loaded).model_dump(mode="json"),
+        "init_lora_weights": recipe.lora.init_lora_weights,
+        "prompt_form": ledger["prompt_form"],
+        "stop_tokens": list(ledger["stop_tokens"]),
+        "base_fingerprint": loaded.get("fingerprint"),
+    }
+    write_text(folder / NOTE, to_json(note, indent=1) + "\n")
+
+
+def as_trained(quantization: QuantizationSection, loaded: Mapping[str, Any]) -> QuantizationSection:
+    """The settings with the compute type that training took in place of the one that was asked for."""
+    return quantization.model_copy(
+        update={"bnb_4bit_compute_dtype": loaded.get("compute_dtype", quantization.bnb_4bit_compute_dtype)}
+    )
+
+
+def find_tuned(name: str, overrides: Mapping[str, Any] | None = None) -> Tuned:
+    """What `name` is: the folder of a run, of an adapter or of a model, or a hub id of a model.
+
+    `overrides` are settings that have changed since, e.g. the device or where the base is now.
+
+    Raises:
+        InputError: there is nothing of the kind, or a run has no trained weights yet.
+    """
+    folder = Path(name).expanduser()
+    if (folder / "run.json").is_file():
+        return _of_run(name, folder, overrides)
+    if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise InputError(f"{name} does not exist: no run directory, adapter folder or model folder; give one of them")
+    on = load_recipe(None, overrides).model
+    if (folder / "adapter_config.json").is_file():
+        return _of_adapter(name, folder, on)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise InputError(
+            f"{name} is neither a run (run.json) nor an adapter (adapter_config.json) nor a model (config.json); "
+            "give the folder of one of them"
+        )
+    section = on.model_copy(update={"model_name_or_path": name})
+    source = find_model(section)
+    return _noted(name, source.folder, section, section, "qlora" if source.is_4bit else "lora", is_adapter=False)
+
+
+def check_original(tuned: Tuned, source: ModelSource) -> None:
+    """Refuse a model in the place of another one.
+
+    Raises:
+        ModelError: `source` is not the model that `tuned` was trained on.
+    """
+    if tuned.fingerprint and source.fingerprint != tuned.fingerprint:
+        raise ModelError(
+            f"{tuned.name} was trained on a model of fingerprint {tuned.fingerprint[:12]}, {source.name} has "
+            f"{source.fingerprint[:12]}: another model; name the right one with --model_name_or_path"
+        )
+
+
+def load_tuned(tuned: Tuned, device: Device) -> tuple[Any, Any, torch.dtype]:
+    """Model (with the adapter on it), tokenizer and compute type, ready to answer.
+
+    Raises:
+        ModelError: the base is gone, is another one, or does not fit.
+    """
+    dtype, _notes = compute_dtype(tuned.quantization.bnb_4bit_compute_dtype, device)
+    source = find_model(tuned.base)
+    if tuned.is_adapter and tuned.base == tuned.original:
+        check_original(tuned, source)
+    tokenizer = tokenizer_of(tuned, source)
+    model, _report = load_model(source, tuned.method, tuned.base, tuned.quantization, device)
+    return (load_adapter(model, tuned.folder) if tuned.is_adapter else model), tokenizer, dtype
+
+
+def tokenizer_of(tuned: Tuned, source: ModelSource) -> Any:
+    """The tokenizer beside the weights, which carries the chat template that was trained with; else the base's."""
+    try:
+        return load_tokenizer(source, tuned.base.model_copy(update={"tokenizer_name_or_path": str(tuned.folder)}))
+    except ModelError:
+        return load_tokenizer(source, tuned.base)
+
+
+def _of_run(name: str, folder: Path, overrides: Mapping[str, Any] | None) -> Tuned:
+    record, run = read_record(folder), RunDirectory(folder)
+    trained = Recipe.model_validate(record["recipe"])
+    recipe = load_recipe(folder / "recipe.yaml", overrides) if overrides else trained
+    is_adapter = recipe.method != "full"
+    weights = run.adapter if is_adapter else run.full_model
+    if not weights.is_dir():
+        raise InputError(f"{name} holds no trained weights yet ({weights.name}/); wait for the run, or --resume it")
+    ledger = record["rows"]["ledger"]
+    base = str(weights) if not is_adapter else str(run.base) if run.base.is_dir() else None
+    return Tuned(
+        name=name,
+        folder=weights,
+        is_adapter=is_adapter,
+        method=recipe.method if is_adapter else "lora",
+        base=recipe.model.model_copy(update={"model_name_or_path": base}) if base else recipe.model,
+        original=recipe.model,
+        quantization=as_trained(trained.quantization, record["model"]),
+        init=trained.lora.init_lora_weights,
+        form=ledger["prompt_form"],
+        stop_tokens=tuple(ledger.get("stop_tokens", ())),
+        fingerprint=record["model"].get("fingerprint"),
+    )
+
+
+def _of_adapter(name: str, folder: Path, on: ModelSection) -> Tuned:
+    try:
+        named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder}/adapter_config.json is damaged ({type(error).__name__}: {error})") from error
+    base = on.model_name_or_path or named
+    if not base:
+        raise ModelError(f"{folder}/adapter_config.json names no base model (base_model_name_or_path); fill it in")
+    section = on.model_copy(update={"model_name_or_path": base})
+    return _noted(name, folder, section, section, "qlora", is_adapter=True)
+
+
+def _noted(
+    name: str, folder: Path, base: ModelSection, original: ModelSection, method: str, *, is_adapter: bool
+) -> Tuned:
+    """What `nybble.json` adds to what the folder is."""
+    file = folder / NOTE
+    try:
+        note = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        quantization = QuantizationSection.model_validate(note.get("quantization", {}))
+    except (ValueError, ValidationError, AttributeError) as error:
+        raise ModelError(f"{file} is damaged ({' '.join(str(error).split())[:200]}); remove it") from error
+    return Tuned(
+        name=name,
+        folder=folder,
+        is_adapter=is_adapter,
+        method=note.get("method", method) if is_adapter else method,
+        base=base,
+        original=original,
+        quantization=quantization,
+        init=note.get("init_lora_weights", LoraSection().init_lora_weights),
+        form=note.get("prompt_form", ""),
+        stop_tokens=tuple(note.get("stop_tokens", ())),
+        fingerprint=note.get("base_fingerprint") if is_adapter else None,
+    )

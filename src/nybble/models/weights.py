@@ -1,0 +1,125 @@
+"""A base's tensors read from its files one at a time, as training saw them or as they are stored.
+
+Memory holds one tensor; a model is never built. A packed weight comes decoded to float32: read from a 4-bit checkpoint,
+or packed anew from the 16-bit one by the same encoder, which gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble.errors import ModelError
+from nybble.kernels import dequantize, quantize
+from nybble.models.load import cached_source, packing_config
+from nybble.models.plugin import linears_to_pack
+from nybble.models.source import ModelSource
+from nybble.quant import SUFFIXES, from_bnb
+from nybble.recipe import QuantizationSection
+
+_COMPANIONS = tuple(f".weight.{suffix}" for suffix in SUFFIXES)
+
+
+class BaseWeights:
+    """Tensors by their names in the checkpoint, without the companions of packed ones. Use as a context manager."""
+
+    def __init__(
+        self, source: ModelSource, packing: QuantizationSection | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Open the files of `source`.
+
+        Args:
+            source: where the tensors lie.
+            packing: how training packed the linears; None: as they are stored.
+            dtype: the type that training kept unpacked tensors in and packed from; None: as they are stored.
+        """
+        self._packing, self._dtype = packing, dtype
+        if packing is not None and dtype is not None and not source.is_4bit:
+            source = cached_source(source, packing, dtype)
+        self.source = source
+        self._to_pack: set[str] = set()
+        if packing is not None and dtype is not None and not source.is_4bit:
+            modules = linears_to_pack(source.config, packing_config(packing, dtype))
+            # Checkpoints of a bare decoder lack the model's own first name.
+            self._to_pack = {f"{name}.weight" for module in modules for name in (module, module.partition(".")[2])}
+        self._files: dict[str, Any] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> BaseWeights:
+        from safetensors import safe_open
+
+        for shard in _shards(self.source.folder):
+            file = self._stack.enter_context(safe_open(shard, framework="pt"))
+            self._files |= dict.fromkeys(file.keys(), file)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        self._files = {}
+
+    def names(self) -> list[str]:
+        """Every tensor, in the order of the files."""
+        return [name for name in self._files if not name.endswith(_COMPANIONS)]
+
+    def name_of(self, module: str) -> str | None:
+        """The name of a module's weight."""
+        return next((name for name in (f"{module}.weight", f"{module.partition('.')[2]}.weight") if name in self), None)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, of a packed one as it was before."""
+        states = [key for key in self._companions(name) if "quant_state" in key]
+        if not states:
+            return tuple(self._files[name].get_slice(name).get_shape())
+        state = json.loads(bytes(self._files[states[0]].get_tensor(states[0]).tolist()))
+        return tuple(state["shape"])
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; a packed one, or one that training packed, decoded to float32.
+
+        Raises:
+            ModelError: it cannot be unpacked or packed.
+        """
+        tensor: Tensor = self._files[name].get_tensor(name)
+        companions = self._companions(name)
+        try:
+            if companions:
+                prefix = f"{name}."
+                found = {key.removeprefix(prefix): self._files[key].get_tensor(key) for key in companions}
+                return dequantize(from_bnb(tensor, found), torch.float32)
+            if self._dtype is not None and tensor.is_floating_point():
+                tensor = tensor.to(self._dtype)
+            if name in self._to_pack and self._packing is not None:
+                form = packing_config(self._packing, tensor.dtype)
+                packed = quantize(
+                    tensor,
+                    form.bnb_4bit_quant_type,
+                    form.bnb_4bit_blocksize,
+                    form.bnb_4bit_use_double_quant,
+                    form.encoder,
+                    form.signed_scales,
+                )
+                return dequantize(packed, torch.float32)
+        except ValueError as error:
+            raise ModelError(f"{self.source.folder}: {name}: {error}; the checkpoint is damaged") from error
+        return tensor
+
+    def _companions(self, name: str) -> list[str]:
+        return [key for key in (f"{name}.{suffix}" for suffix in SUFFIXES) if key in self._files]
+
+
+def _shards(folder: Path) -> Iterable[Path]:
+    """The files that the index names, or all: a folder may hold the same weights in other forms too."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    whole = folder / "model.safetensors"
+    return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))

@@ -1,0 +1,250 @@
+"""Exports by the command line: files are read back by another reader, and what differs is said."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, normalizers, processors, trainers
+from tokenizers import models as words
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from nybble.bundled import base_path
+from nybble.data import encode_prompt
+from nybble.exporting import gguf as module
+from nybble.exporting.ollama import modelfile, ollama_template
+
+gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`models(family)` -> a random model of it, with more query than key heads and a tokenizer of its kind."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            from transformers import AutoConfig, AutoModelForCausalLM
+
+            sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+            config = AutoConfig.for_model(
+                family,
+                **sizes,
+                vocab_size=1024,
+                num_key_value_heads=2,
+                max_position_embeddings=256,
+                head_dim=16,
+                initializer_range=0.1,
+                tie_word_embeddings=family == "qwen2",
+            )
+            model = AutoModelForCausalLM.from_config(config)
+            for name, parameter in model.named_parameters():
+                if name.endswith(("bias", "norm.weight")):
+                    torch.nn.init.normal_(parameter, 1.0, 0.3)
+            made[family] = tmp_path_factory.mktemp(family)
+            model.save_pretrained(made[family])
+            write_tokenizer(made[family], family)
+        return made[family]
+
+    return make
+
+
+def write_tokenizer(folder: Path, family: str) -> None:
+    """Byte-level BPE for the Qwens, sentencepiece's kind with byte tokens for the Llamas."""
+    if family.startswith("qwen"):
+        AutoTokenizer.from_pretrained(base_path()).save_pretrained(folder)
+        return
+    text = ["Once upon a time there was a little girl. She went to the park. Hello, how are you today? It's 3.14."]
+    learner = Tokenizer(words.BPE())
+    learner.normalizer = marks()
+    learner.train_from_iterator(text * 3, trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    learned = json.loads(learner.to_str())["model"]
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {token: index for index, token in enumerate([*special, *learned["vocab"]])}
+    merges = [tuple(merge) for merge in learned["merges"]]
+    model = words.BPE(vocabulary, merges, unk_token=special[0], byte_fallback=True, fuse_unk=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = marks()
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+
+
+def marks() -> Any:
+    """Sentencepiece's way to write spaces."""
+    return normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+
+
+@pytest.mark.parametrize("family", sorted(module.ARCHITECTURES))
+def test_every_known_family_is_read_back_as_the_same_model(
+    family: str, nybble: Callable[..., Any], models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "model.gguf"
+    done = nybble("export", models(family), "--gguf", file, "--json")
+    assert done.code == 0, done.err
+    assert done.json["mean_kl"] < 1e-6
+    assert done.json["max_logit_difference"] < 0.02
+    assert done.json["texts_with_other_ids"] == []
+    assert done.json["texts"] > 0
+
+
+def test_8_bits_take_half_and_differ_a_little(nybble: Callable[..., Any], models: Any, tmp_path: Path) -> None:
+    sizes, kl = {}, {}
+    for kind in ("bf16", "q8_0"):
+        done = nybble("export", models("llama"), "--gguf", tmp_path / kind, "--gguf_type", kind, "--json")
+        assert done.code == 0, done.err
+        sizes[kind], kl[kind] = done.json["file_bytes"], done.json["mean_kl"]
+    assert sizes["q8_0"] < 0.75 * sizes["bf16"]
+    assert kl["q8_0"] > 0
+
+
+def test_rows_in_the_wrong_order_are_found_out(
+    nybble: Callable[..., Any], models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_ordered", lambda weight, _name, _config: weight)
+    file = tmp_path / "model.gguf"
+    done = nybble("export", models("llama"), "--gguf", file, "--json")
+    assert done.code == 1
+    assert done.json["verified"] is False
+    assert "mean KL" in (tmp_path / "model.gguf.UNVERIFIED").read_text()
+
+
+def test_settings_and_vocabulary_are_in_the_file(nybble: Callable[..., Any], models: Any, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    assert nybble("export", models("llama"), "--gguf", file).code == 0
+    fields = gguf.GGUFReader(file).fields
+    seen = {name: fields[name].contents() for name in fields}
+    assert seen["general.architecture"] == "llama"
+    assert seen["llama.attention.head_count_kv"] == 2
+    assert seen["tokenizer.ggml.eos_token_id"] == 2
+    assert len(seen["tokenizer.ggml.tokens"]) == 1024
+    assert seen["tokenizer.ggml.token_type"][:4] == [2, 3, 3, 6]  # unknown, two control tokens, the first byte
+    assert seen["tokenizer.ggml.token_type"][-1] == 5  # a place that no token takes
+
+
+def test_llama3_factors_divide_the_frequencies_as_transformers_does() -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    config = LlamaConfig(hidden_size=512, num_attention_heads=4, head_dim=128, rope_parameters=rope)
+    factors = module._rotary_factors(config)
+    assert factors is not None
+    expected, _scale = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 1 / 500000.0 ** (torch.arange(0, 128, 2) / 128)
+    torch.testing.assert_close(plain / torch.from_numpy(factors), expected.float(), rtol=1e-5, atol=0)
+
+
+def test_the_adapter_alone_has_the_places_and_the_scale(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    flags = {"model_name_or_path": tiny_llama(), "dataset_name": rows_file, "output_dir": tmp_path / "run", "r": 4}
+    flags |= {"lora_alpha": 8, "use_rslora": "true", "max_steps": 2, "device": "cpu", "report_to": "none"}
+    assert nybble("train", *(word for name, value in flags.items() for word in (f"--{name}", value))).code == 0
+    file = tmp_path / "adapter.gguf"
+    assert nybble("export", tmp_path / "run", "--gguf", file, "--gguf_type", "adapter").code == 0
+    reader = gguf.GGUFReader(file)
+    assert reader.fields["adapter.lora.alpha"].contents() == pytest.approx(8 / 4**0.5 * 4)  # llama.cpp divides by r
+    tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    stored = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    prefix = "base_model.model.model.layers.0"
+    assert torch.equal(tensors["blk.0.ffn_down.weight.lora_b"], stored[f"{prefix}.mlp.down_proj.lora_B.weight"])
+    assert torch.equal(tensors["blk.0.attn_q.weight.lora_a"], stored[f"{prefix}.self_attn.q_proj.lora_A.weight"])
+    halves = stored[f"{prefix}.self_attn.q_proj.lora_B.weight"].view(4, 2, 8, 4)
+    assert torch.equal(tensors["blk.0.attn_q.weight.lora_b"], halves.transpose(1, 2).reshape(64, 4))
+
+
+def go(template: str, system: str, prompt: str, response: str) -> str:
+    """What Ollama makes of one exchange."""
+    text = re.sub(r"{{ if .System }}(.*?){{ end }}", r"\1" if system else "", template, flags=re.DOTALL)
+    for name, value in (("System", system), ("Prompt", prompt), ("Response", response)):
+        text = text.replace(f"{{{{ .{name} }}}}", value)
+    return text
+
+
+def templates() -> dict[str, str]:
+    from nybble.data.templates import CHATML, INST
+
+    llama3 = (
+        "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|end|>\n\n' + m['content'] | trim + "
+        "'<|eot|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n\n' }}{% endif %}"
+    )
+    return {"chatml": CHATML, "inst": INST, "llama3": llama3}
+
+
+@pytest.mark.parametrize("name", ["chatml", "inst", "llama3"])
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_ollama_puts_a_chat_as_the_tokenizer_does(name: str, system: str, tiny_llama: Callable[..., Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama())
+    tokenizer.chat_template = templates()[name]
+    template = ollama_template(tokenizer, "template")
+    turns = [{"role": "system", "content": system}] if system else []
+    turns += [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "Yes."}]
+    expected = tokenizer.apply_chat_template(turns, tokenize=False).removeprefix(tokenizer.bos_token)
+    answer = " Yes. " if name == "inst" else "Yes."  # there the spaces are for the model to say
+    assert go(template, system, "Is it?", answer) == expected
+
+
+@pytest.mark.parametrize("form", ["inst", "chatml", "llama3", "gemma", "phi3", "alpaca", "plain"])
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_ollama_puts_a_question_as_the_rows_did(form: str, system: str, tiny_llama: Callable[..., Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama())
+    asked = go(ollama_template(tokenizer, form).partition("{{ .Response }}")[0], system, "Is it?", "")
+    assert tokenizer(asked).input_ids == encode_prompt("Is it?", tokenizer, form, system)
+
+
+def test_the_modelfile_stops_at_every_end_token(tiny_llama: Callable[..., Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama())
+    lines = modelfile(tokenizer, "inst", (3,), "model.gguf").splitlines()
+    assert lines[0] == "FROM ./model.gguf"
+    assert [line for line in lines if "stop" in line] == ['PARAMETER stop "<pad>"', 'PARAMETER stop "</s>"']
+
+
+def test_ollama_folder_is_whole(nybble: Callable[..., Any], models: Any, tmp_path: Path) -> None:
+    done = nybble("export", models("llama"), "--ollama", tmp_path / "ollama", "--json")
+    assert done.code == 0, done.err
+    assert {file.name for file in (tmp_path / "ollama").iterdir()} == {"model.gguf", "Modelfile"}
+
+
+def test_wrong_input_is_one_line(
+    nybble: Callable[..., Any], models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models("llama")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=128)).save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "gpt2")
+    file = tmp_path / "x.gguf"
+    cases = [
+        ([tmp_path / "gpt2", "--gguf", file], 2, "'gpt2'; it knows llama, mistral, qwen2, qwen3"),
+        ([model], 2, "--gguf FILE, --ollama DIR or --hub NAME"),
+        ([model, "--gguf", file, "--gguf_type", "q2_k"], 2, "allowed: f16, bf16, q8_0, adapter"),
+        ([model, "--gguf", file, "--gguf_type", "adapter"], 2, "without an adapter"),
+        ([tmp_path / "none", "--gguf", file], 2, "does not exist"),
+        ([model, "--gguf", tmp_path / "gpt2"], 2, "exists already"),
+        ([model, "--hub", "some/name"], 3, "log in with"),
+    ]
+    for arguments, code, says in cases:
+        done = nybble("export", *arguments)
+        assert (done.code, says in done.err.splitlines()[-1]) == (code, True), done.err
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    done = nybble("export", model, "--gguf", file)
+    assert (done.code, "nybble[gguf]" in done.err) == (3, True)
+    assert not file.exists()
+    assert json.loads((tmp_path / "gpt2/config.json").read_text())["model_type"] == "gpt2"
