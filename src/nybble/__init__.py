@@ -19,6 +19,7 @@ _HOMES = {
     "export": "nybble.exporting",
     "merge": "nybble.exporting",
     "inspect_rows": "nybble.pipeline",
+    "plan": "nybble.planning",
     "quantize": "nybble.pipeline",
     "report": "nybble.pipeline",
     "train": "nybble.pipeline",

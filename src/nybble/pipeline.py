@@ -38,10 +38,10 @@ from nybble.models import (
     save_whole,
     write_note,
 )
-from nybble.planning import make_plan
-from nybble.recipe import Plan, Recipe, load_recipe, save_recipe
+from nybble.planning import Batches, plan_training
+from nybble.recipe import Plan, Recipe, in_micro_batches, load_recipe, refusal, save_recipe
 from nybble.reporting import model_card, write_report
-from nybble.runs import Observer, RunDirectory, RunRecord, Sample, Silent, write_text
+from nybble.runs import Observer, RunDirectory, RunRecord, Sample, Silent, read_record, write_text
 from nybble.training import Setup, Witness, check_training, evaluate, generate_answers, stop_at, train_model
 
 
@@ -77,15 +77,20 @@ def train(
     *,
     overwrite: bool = False,
     resume: bool = False,
+    force: bool = False,
     observer: Observer | None = None,
 ) -> RunRecord:
     """Fine-tune as `recipe` says (a Recipe or a YAML file, with `overrides` on top); everything lands in output_dir.
+
+    What the plan says cannot fit is only tried with `force`.
 
     Raises:
         InputError, CannotRunError, StoppedError: see `nybble.errors`; nothing is written before model, tokenizer and
             rows are known to be usable.
     """
     job = _prepare(_as_recipe(recipe, overrides), overwrite, resume, observer or Silent())
+    if not (job.plan.fits or force):
+        raise refusal(job.plan)
     job.run.create(overwrite=overwrite)
     write_text(job.run.path / "recipe.yaml", save_recipe(job.recipe))
     with Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
@@ -116,9 +121,13 @@ def _prepare(recipe: Recipe, overwrite: bool, resume: bool, watch: Observer) -> 
     prepared = prepare_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed, _cache(recipe), watch)
     _tell_ledger(prepared, watch)
     lengths = prepared.train.column("length").tolist() if recipe.data.packing else []
-    groups = Groups(prepared.train, pack_rows(lengths, recipe.data.max_length) if recipe.data.packing else None)
-    plan = make_plan(recipe.training, len(groups))
-    return _Job(recipe, run, device, source, tokenizer, prepared, groups, plan, watch)
+    packs = pack_rows(lengths, recipe.data.max_length) if recipe.data.packing else None
+    former = read_record(run.path) if resume else None
+    watch.stage("plan")
+    plan = plan_training(recipe, source.config, device, Batches.of(prepared, packs, recipe), former)
+    for line in (*plan.lines(), *plan.notes):
+        watch.note(line)
+    return _Job(recipe, run, device, source, tokenizer, prepared, Groups(prepared.train, packs), plan, watch)
 
 
 def _load(job: _Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
@@ -195,10 +204,12 @@ def _train(
 
     job.watch.stage("train")
     every = section.eval_steps if job.prepared.held_out else 0
-    setup = Setup(job.run, job.device, dtype, job.watch, check, every, job.plan.optimizer_steps, resume)
+    steps, memory = job.plan.optimizer_steps, job.plan.step_memory
+    setup = Setup(job.run, job.device, dtype, job.watch, check, every, steps, resume, memory)
+    training = in_micro_batches(job.recipe.training, job.plan.micro_batch)
     before = sum(phase.seconds for phase in witness.record.phases.values())
     with witness.phase("train"):
-        result = train_model(model, job.tokenizer, job.groups, job.recipe.training, setup)
+        result = train_model(model, job.tokenizer, job.groups, training, setup)
     witness.phase_peak("train", result.peak_bytes)
     witness.record.notes += result.notes
     witness.record.train_loss = result.train_loss

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from nybble.cli import ask, chat, data, demo, doctor, export, merge, quantize, report, settings, train
+from nybble.cli import ask, chat, data, demo, doctor, export, merge, plan, quantize, report, settings, train
 from nybble.errors import NybbleError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ _UsageError: type[Any] = typer.BadParameter.__mro__[2]
 _FREE_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("demo", context_settings=_FREE_FLAGS)(demo.demo)
 app.command("train", context_settings=_FREE_FLAGS)(train.train)
+app.command("plan", context_settings=_FREE_FLAGS)(plan.plan)
 app.command("data", context_settings=_FREE_FLAGS)(data.data)
 app.command("ask")(ask.ask)
 app.command("chat")(chat.chat)

@@ -10,6 +10,7 @@ from nybble.units import format_bytes, format_number, format_seconds
 
 _STAGES = {
     "rows": "reading rows",
+    "plan": "planning",
     "load": "loading the base",
     "evaluate base": "evaluating the base",
     "train": "training",

@@ -14,6 +14,7 @@ def train(
     assignments: Annotated[list[str] | None, typer.Option("--set", help="name=value, may be repeated")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the former run in output_dir")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in output_dir")] = False,
+    force: Annotated[bool, typer.Option("--force", help="try even what the plan says cannot fit")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print run.json on stdout")] = False,
 ) -> None:
     """Fine-tune a model. Every setting (see nybble settings) is a flag: --learning_rate 2e-4."""
@@ -32,6 +33,7 @@ def train(
             load_recipe(Path(recipe) if recipe else None, overrides),
             overwrite=overwrite,
             resume=resume,
+            force=force,
             observer=live,
         )
     finally:

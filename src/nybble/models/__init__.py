@@ -6,7 +6,7 @@ from nybble.models.families import SwapReport, blocks_of, go_lean, swap_blocks
 from nybble.models.hub import push_folder
 from nybble.models.load import LoadReport, compute_dtype, count_parameters, load_model, save_whole
 from nybble.models.plugin import NybbleConfig, register
-from nybble.models.source import ModelSource, find_folder, find_model
+from nybble.models.source import ModelSource, find_folder, find_model, read_config
 from nybble.models.tokenizer import find_tokenizer, load_tokenizer
 from nybble.models.tuned import NOTE, Tuned, check_original, find_tuned, load_tuned, tokenizer_of, write_note
 from nybble.models.weights import BaseWeights
@@ -38,6 +38,7 @@ __all__ = [
     "load_tuned",
     "needs_calibration",
     "push_folder",
+    "read_config",
     "register",
     "save_adapter",
     "save_whole",

@@ -68,7 +68,7 @@ def find_model(section: ModelSection) -> ModelSource:
     if not name:
         raise ModelError("no model given; set --model_name_or_path to a folder or a hub id")
     folder = find_folder(name, section.model_revision)
-    config = _read_config(folder, section.trust_remote_code)
+    config = read_config(folder, section.trust_remote_code)
     _check_shards(folder)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and not isinstance(quantization, dict):
@@ -113,7 +113,12 @@ def _download(name: str, revision: str | None, files: list[str]) -> Path:
         ) from error
 
 
-def _read_config(folder: Path, trust_remote_code: bool) -> Any:
+def read_config(folder: Path, trust_remote_code: bool) -> Any:
+    """transformers' config of a folder.
+
+    Raises:
+        ModelError: there is none, or it is not that of a causal language model.
+    """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

@@ -32,6 +32,10 @@ class Scratch(threading.local):
             held = self._held[like.device, dtype, kind] = torch.empty(size, dtype=dtype, device=like.device)
         return held[:size].view(shape)
 
+    def pieces(self) -> list[Tensor]:
+        """What is held now."""
+        return list(self._held.values())
+
     def clear(self) -> None:
         """Let all memory go."""
         self._held.clear()

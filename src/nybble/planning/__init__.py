@@ -1,25 +1,27 @@
-"""The plan of a run: steps and sizes that follow from recipe and rows."""
+"""Planning: the real step on fake tensors, and the fastest neutral settings within a budget.
 
-from __future__ import annotations
+live      bytes of live tensors, by what they are
+step      one training step with its memory counted
+curve     the same at any depth of recomputation, from a few layers
+forecast  every phase of a run
+choose    depth and split within a budget; what to change where nothing fits
+make      the plan of a run
+"""
 
-import math
+from nybble.planning.devices import PROFILES, Profile, named_profile, profile_of
+from nybble.planning.forecast import Batches
+from nybble.planning.make import find_config, make_plan, plan, plan_training
+from nybble.planning.shapes import SHAPES
 
-from nybble.recipe import Plan, TrainingSection
-
-
-def make_plan(training: TrainingSection, n_rows: int) -> Plan:
-    """What the run will do with `n_rows` training rows.
-
-    A last, smaller batch of an epoch is a step too, as in transformers.
-    """
-    rows_per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    micro_batches = math.ceil(n_rows / training.per_device_train_batch_size)
-    steps_per_epoch = max(1, math.ceil(micro_batches / training.gradient_accumulation_steps))
-    by_epochs = math.ceil(training.num_train_epochs * steps_per_epoch)
-    return Plan(
-        rows=n_rows,
-        rows_per_step=rows_per_step,
-        optimizer_steps=training.max_steps if training.max_steps > 0 else by_epochs,
-        gradient_checkpointing=training.gradient_checkpointing,
-        predicted_bytes={},
-    )
+__all__ = [
+    "PROFILES",
+    "SHAPES",
+    "Batches",
+    "Profile",
+    "find_config",
+    "make_plan",
+    "named_profile",
+    "plan",
+    "plan_training",
+    "profile_of",
+]

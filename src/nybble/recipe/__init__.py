@@ -1,7 +1,7 @@
 """Recipes: the schema (one definition per setting), reading them, and the plan that is made from one."""
 
 from nybble.recipe.load import Setting, all_settings, json_schema, load_recipe, save_recipe
-from nybble.recipe.plan import Plan
+from nybble.recipe.plan import Change, PhasePlan, Plan, StepMemory, in_micro_batches, refusal
 from nybble.recipe.schema import (
     DataSection,
     EvaluationSection,
@@ -13,17 +13,22 @@ from nybble.recipe.schema import (
 )
 
 __all__ = [
+    "Change",
     "DataSection",
     "EvaluationSection",
     "LoraSection",
     "ModelSection",
+    "PhasePlan",
     "Plan",
     "QuantizationSection",
     "Recipe",
     "Setting",
+    "StepMemory",
     "TrainingSection",
     "all_settings",
+    "in_micro_batches",
     "json_schema",
     "load_recipe",
+    "refusal",
     "save_recipe",
 ]

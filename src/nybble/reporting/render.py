@@ -83,9 +83,14 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
-def _phases(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _phases(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return [
-        (name, format_bytes(phase["measured_bytes"]), format_seconds(phase["seconds"]))
+        (
+            name,
+            format_bytes(phase.get("predicted_bytes")),
+            format_bytes(phase["measured_bytes"]),
+            format_seconds(phase["seconds"]),
+        )
         for name, phase in record.get("phases", {}).items()
     ]
 

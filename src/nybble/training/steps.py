@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Trainer
 
+from nybble.nn.scratch import scratch
 from nybble.nn.seeds import Seeds
 from nybble.training.depth import Recomputation
 from nybble.training.parity import Parity, check, compare
 
 _MICRO_STEPS = 1 << 20  # of one optimizer step, at most
+_SMALL_SHARE = 0.1  # trained parameters below this share: gradients are copied so that a batch can be taken again
 
 
 class StepTrainer(Trainer):
-    """Before each micro-step: the seed of its dropout, and how many layers it recomputes."""
+    """Before each micro-step: the seed of its dropout, and how many layers it recomputes.
+
+    A batch that runs out of memory is taken again with more layers recomputed, from the same gradients and seeds: what
+    is learned is the same.
+    """
 
     def __init__(
-        self, seeds: Seeds, recomputation: Recomputation | None, parity_steps: int = 0, **settings: Any
+        self,
+        seeds: Seeds,
+        recomputation: Recomputation | None,
+        note: Callable[[str], None],
+        parity_steps: int = 0,
+        **settings: Any,
     ) -> None:
         super().__init__(**settings)
         self._seeds = seeds
         self._recomputation = recomputation
+        self._note = note
+        self._told = False
         self._parity_steps = parity_steps
         self.parities: list[Parity] = []
         self._last = (-1, 0)  # optimizer step, micro-steps of it that are done
@@ -36,9 +50,28 @@ class StepTrainer(Trainer):
         self._seeds.micro_step = step * _MICRO_STEPS + done
         if step < self._parity_steps and "lengths" in inputs:
             self._compare(model, inputs, num_items_in_batch)
-        if self._recomputation is not None:
-            self._recomputation.prepare(inputs["input_ids"].numel())
-        return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
+        if self._recomputation is None:
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
+        n_tokens = inputs["input_ids"].numel()
+        self._recomputation.prepare(n_tokens)
+        before = _Gradients(model)
+        while True:
+            try:
+                return super().training_step(model, dict(inputs), num_items_in_batch)  # type: ignore[no-any-return]
+            except torch.OutOfMemoryError:
+                if not before.kept or not self._recomputation.deepen(n_tokens):
+                    raise
+            # Only here, outside the handler, are the failed pass's tensors gone.
+            before.restore()
+            scratch.clear()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if not self._told:
+                self._told = True
+                self._note(
+                    f"memory ran out at step {step + 1}: the batch is taken again with "
+                    f"{self._recomputation.depth} layers recomputed, later ones with less room; the result is the same"
+                )
 
     def notes(self) -> tuple[str, ...]:
         """What people should know of the steps."""
@@ -61,3 +94,22 @@ class StepTrainer(Trainer):
         self.parities.append(parity)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
         check(parity, self.state.global_step + 1, dtype)
+
+
+class _Gradients:
+    """Gradients of the micro-batches before this one."""
+
+    def __init__(self, model: Any) -> None:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        n_trained, n_all = (sum(p.numel() for p in ps) for ps in (trained, model.parameters()))
+        self._trained = trained
+        self._values: list[Tensor | None] = [None] * len(trained)
+        self.kept = all(p.grad is None for p in trained)
+        if not self.kept and n_trained < _SMALL_SHARE * n_all:
+            self._values = [None if p.grad is None else p.grad.clone() for p in trained]
+            self.kept = True
+
+    def restore(self) -> None:
+        """Put them back."""
+        for parameter, value in zip(self._trained, self._values, strict=True):
+            parameter.grad = None if value is None else value.clone()

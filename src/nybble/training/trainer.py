@@ -12,7 +12,7 @@ from nybble.data import Groups
 from nybble.errors import CannotRunError, InputError, StoppedError
 from nybble.hardware import Device, PeakMemory
 from nybble.nn.seeds import Seeds
-from nybble.recipe import TrainingSection
+from nybble.recipe import StepMemory, TrainingSection
 from nybble.runs import Observer, RunDirectory
 from nybble.training.arguments import trackers, training_arguments
 from nybble.training.callbacks import Checks, CountingBatch, Logbook, StopOnSignal
@@ -50,6 +50,7 @@ class Setup:
     check_every: int  # steps; 0: never
     max_steps: int
     resume: bool
+    memory: StepMemory | None = None  # what a step takes at each depth of recomputation; None: all is recomputed
 
 
 def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSection, setup: Setup) -> TrainResult:
@@ -74,7 +75,8 @@ def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSec
     share_seeds(model, seeds)
     trainer = StepTrainer(
         seeds,
-        recomputation_for(model, section, setup.device, setup.compute_dtype),
+        recomputation_for(model, section, setup.device, setup.memory),
+        setup.observer.note,
         section.parity_steps,
         model=model,
         args=training_arguments(section, run.checkpoints, setup.device, setup.compute_dtype, setup.max_steps),

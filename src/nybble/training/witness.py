@@ -37,7 +37,7 @@ class Witness:
             versions=software_versions(),
             device=asdict(device),
             rows={"ledger": asdict(prepared.ledger), "sha256": prepared.fingerprint},
-            plan=asdict(plan),
+            plan=plan.to_json(),
             model={},
             started=datetime.now(UTC).isoformat(timespec="seconds"),
         )
@@ -71,7 +71,7 @@ class Witness:
         memory = PeakMemory(self._device)
         started = time.monotonic()
         yield
-        predicted = self._plan.predicted_bytes.get(name)
+        predicted = self._plan.predicted_bytes(name)
         self.record.phases[name] = Phase(predicted, memory.peak_bytes(), time.monotonic() - started)
         self.write()
 

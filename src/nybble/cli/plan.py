@@ -1,0 +1,84 @@
+"""`nybble plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from nybble.recipe import Plan
+
+
+def plan(
+    context: typer.Context,
+    recipe: Annotated[str | None, typer.Argument(help="a YAML recipe; flags alone will do")] = None,
+    assignments: Annotated[list[str] | None, typer.Option("--set", help="name=value, may be repeated")] = None,
+    memory: Annotated[str | None, typer.Option("--memory", help="budget, e.g. 8GiB; default: what is free")] = None,
+    profile: Annotated[
+        str | None, typer.Option("--device-profile", help="plan for a device that is not here, e.g. mi300x")
+    ] = None,
+    largest: Annotated[
+        bool, typer.Option("--largest", help="also find the largest max_length and the largest known model that fit")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the plan on stdout as JSON")] = False,
+) -> None:
+    """Say what a run will take in every phase, and how fast it will be. No weights are read, nothing is trained."""
+    from nybble.cli.flags import print_json, quiet_libraries, read_flags, split_recipe
+
+    recipe, words = split_recipe(recipe, context.args)
+    overrides = read_flags(words, assignments)
+    if memory is not None:
+        overrides["memory_budget"] = memory
+    quiet_libraries()
+    from nybble import planning
+    from nybble.recipe import refusal
+
+    made = planning.plan(Path(recipe) if recipe else None, overrides, profile=profile, largest=largest)
+    if as_json:
+        print_json(made.to_json())
+    else:
+        _print(made)
+    if not made.fits:
+        raise refusal(made)
+
+
+def _print(made: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from nybble.units import format_bytes, format_count, format_seconds
+
+    console = Console(highlight=False)
+    unit, size = ("GB", 1e9) if made.peak_bytes >= 1e9 else ("MB", 1e6)
+    parts = list(dict.fromkeys(part for phase in made.phases for part in phase.parts))
+    table = Table(f"{unit} in", "peak", *parts, box=None, pad_edge=False, padding=(0, 1))
+    for column in table.columns:
+        column.no_wrap = True
+        column.justify = "right" if column is not table.columns[0] else "left"
+    for phase in made.phases:
+        figures = (phase.peak_bytes, *(phase.parts.get(part) for part in parts))
+        table.add_row(phase.name, *("–" if n is None else f"{n / size:.2f}" for n in figures))
+    console.width = max(console.width, 110)
+    console.print(table)
+    console.print()
+    estimate = " (estimate)" if made.device["is_estimate"] else ""
+    for line in made.lines():
+        console.print(line, soft_wrap=True, markup=False)
+    if made.total_seconds:
+        console.print(f"{format_count(made.optimizer_steps)} steps: {format_seconds(made.total_seconds)}{estimate}")
+    if made.largest_length is not None:
+        console.print(f"largest max_length that fits: {format_count(made.largest_length)}")
+    if made.largest_model is not None:
+        name, peak = made.largest_model
+        console.print(f"largest known model that fits: {name} ({format_bytes(peak)})")
+    if made.cheapest_changes:
+        changes: Any = Table("change", "peak", "fits", "what it means", box=None, pad_edge=False)
+        for c in made.cheapest_changes:
+            changes.add_row(
+                f"--{c.setting} {c.value}", format_bytes(c.peak_bytes), "yes" if c.fits else "no", c.meaning
+            )
+        console.print(changes)
+    for note in made.notes:
+        console.print(note, soft_wrap=True, markup=False)

@@ -1,0 +1,145 @@
+"""How fast a device is and what it takes before the first tensor: measured on this machine, or published figures.
+
+A step's time is predicted as products / their rate + everything else's traffic / bandwidth. The machine's own rates
+are measured in about two seconds and kept in the cache folder. Of a named device the makers' peak figures are known; a
+training reaches a share of them that is assumed, so what follows from them is an estimate and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from nybble.cache import default_folder
+from nybble.errors import InputError
+from nybble.hardware import Device
+from nybble.runs import write_text
+from nybble.training.depth import free_bytes, used_bytes
+
+_SUSTAINED_PRODUCTS, _SUSTAINED_TRAFFIC = 0.5, 0.7  # assumed shares of the published peaks
+_CONTEXT = {"cuda": 500_000_000, "hip": 600_000_000}  # driver context, kernels, library workspaces; estimates
+# On a CPU the context is this process as it is, and what its libraries add before the first tensor of a phase: measured
+# on the bundled model (torch 2.13, transformers 5.23): 36 MB by loading, 340 MB by generation, the trainer, oneDNN.
+_LIBRARIES_LOADING, _LIBRARIES = 36_000_000, 340_000_000
+_ALLOCATOR_SHARE = 0.03  # of the live tensors, lost between the pieces of a GPU's caching allocator; estimate
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A device as a plan sees it."""
+
+    name: str
+    backend: str  # cpu, cuda or hip
+    flops_per_second: float  # of bfloat16 products
+    bytes_per_second: float
+    memory_bytes: int  # that a run may take, what it takes already included
+    context_bytes: int  # taken before the first tensor
+    is_estimate: bool
+
+    def context_in(self, phase: str) -> int:
+        """Taken besides tensors and their allocator."""
+        later = _LIBRARIES_LOADING if phase == "load" else _LIBRARIES
+        return self.context_bytes + (later if self.backend == "cpu" else 0)
+
+    @property
+    def rounding(self) -> int:
+        """Each tensor takes a multiple of so many bytes."""
+        return 1 if self.backend == "cpu" else 512
+
+    def allocator_bytes(self, live_bytes: int) -> int:
+        """What the allocator holds beyond live tensors."""
+        return 0 if self.backend == "cpu" else int(_ALLOCATOR_SHARE * live_bytes)
+
+    def seconds(self, flops: float, moved_bytes: float) -> float:
+        """Predicted time of a step."""
+        return flops / self.flops_per_second + moved_bytes / self.bytes_per_second
+
+
+def _published(name: str, backend: str, tflops: float, gigabytes_per_second: float, gigabytes: float) -> Profile:
+    rates = (1e12 * tflops * _SUSTAINED_PRODUCTS, 1e9 * gigabytes_per_second * _SUSTAINED_TRAFFIC)
+    return Profile(name, backend, *rates, int(1e9 * gigabytes), _CONTEXT[backend], True)
+
+
+# Dense bfloat16 (or float16) products and bandwidth as the makers give them.
+PROFILES = {
+    "mi250-gcd": _published("MI250, one GCD", "hip", 181.0, 1638, 64),
+    "mi300x": _published("MI300X", "hip", 1307.4, 5300, 192),
+    "rx7900xtx": _published("RX 7900 XTX", "hip", 122.8, 960, 24),
+    "strix-halo": _published("Strix Halo", "hip", 59.4, 256, 96),
+    "rtx4090": _published("RTX 4090", "cuda", 165.2, 1008, 24),
+    "h200": _published("H200", "cuda", 989.0, 4800, 141),
+}
+
+
+def named_profile(name: str) -> Profile:
+    """The profile of a device that is not here.
+
+    Raises:
+        InputError: a name that is not in the list.
+    """
+    key = name.lower().replace("_", "-").replace(" ", "-")
+    if key not in PROFILES:
+        raise InputError(f"--device-profile {name!r} is not known; known: {', '.join(PROFILES)}")
+    return PROFILES[key]
+
+
+def profile_of(device: Device) -> Profile:
+    """The device of this machine; its rates are measured once and kept."""
+    where = device.torch_device
+    used = used_bytes(where)
+    context = used if device.type == "cpu" else _CONTEXT[device.backend]
+    rates = _rates(device)
+    return Profile(device.name, device.backend, *rates, free_bytes(where) + used, context, False)
+
+
+def _rates(device: Device) -> tuple[float, float]:
+    threads = torch.get_num_threads() if device.type == "cpu" else 0
+    key = f"{device.name}|{torch.__version__}|{threads}"
+    file = default_folder() / "devices.json"
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        found = tuple(float(rate) for rate in known[key])
+        if len(found) == 2:
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        known = {}
+    rates = (_product_rate(device), _traffic_rate(device))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps({**(known if isinstance(known, dict) else {}), key: rates}))
+    except OSError:
+        return rates  # a cache that cannot be written costs the next plan two seconds
+    return rates
+
+
+def _product_rate(device: Device) -> float:
+    n = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.ones(n, n, dtype=torch.bfloat16, device=device.torch_device) for _ in range(2))
+    return 2 * n**3 / _seconds_of(lambda: torch.mm(a, b), device)
+
+
+def _traffic_rate(device: Device) -> float:
+    """Of an addition in place, which reads two numbers and writes one."""
+    n = 1 << (23 if device.type == "cpu" else 26)
+    a, b = (torch.ones(n, dtype=torch.bfloat16, device=device.torch_device) for _ in range(2))
+    return 3 * 2 * n / _seconds_of(lambda: a.add_(b), device)
+
+
+def _seconds_of(work: Callable[[], object], device: Device) -> float:
+    """The median of many, over half a second."""
+    taken: list[float] = []
+    work()
+    started = time.perf_counter()
+    while len(taken) < 5 or time.perf_counter() - started < 0.5:
+        before = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - before)
+    return sorted(taken)[len(taken) // 2]

@@ -1,0 +1,202 @@
+"""The phases of a run and what each takes, for one recipe on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from nybble.data import Prepared
+from nybble.data.store import Examples
+from nybble.planning.curve import Curve, Setting, evaluation
+from nybble.planning.devices import Profile
+from nybble.planning.formula import Formula, evaluation_by_formula
+from nybble.planning.live import Peak
+from nybble.planning.step import Rows, Work
+from nybble.recipe import PhasePlan, Recipe, StepMemory
+
+_SMALL = Rows((16,))  # where the curve over tokens begins
+# Bytes of optimizer state for a trained parameter, by a word in the optimizer's name; AdamW has 8.
+_STATES = {"8bit": 2.03, "4bit": 1.06, "adafactor": 0.05, "lion": 4.0, "sgd": 0.0, "rmsprop": 4.0, "adagrad": 4.0}
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches that a plan looks at."""
+
+    average: Rows
+    longest: Rows
+    evaluation: Rows
+    n_rows: int | None = None  # rows to train on; None: not known
+
+    @classmethod
+    def full(cls, recipe: Recipe) -> Batches:
+        """Every row as long as allowed."""
+        length, section = recipe.data.max_length, recipe.training
+        batch = Rows((length,) * section.per_device_train_batch_size)
+        return cls(batch, batch, Rows((length,) * recipe.evaluation.per_device_eval_batch_size))
+
+    @classmethod
+    def of(cls, prepared: Prepared, packs: Sequence[Sequence[int]] | None, recipe: Recipe) -> Batches:
+        """Of the rows themselves: their mean, the longest that could meet in a batch, the longest held out.
+
+        Rows that are packed together count as one.
+        """
+        drawn = _drawn(prepared.train, packs)
+        size = min(recipe.training.per_device_train_batch_size, len(drawn))
+        longest = _together(sorted(drawn, reverse=True)[:size])
+        tokens, learned = (sum(part) / len(drawn) for part in zip(*drawn, strict=True))
+        lengths = tuple(round(tokens * (i + 1)) - round(tokens * i) for i in range(size))
+        held = sorted(_drawn(prepared.held_out, None), reverse=True)
+        checked = held[: recipe.evaluation.per_device_eval_batch_size]
+        return cls(
+            Rows(lengths, round(learned * size)), longest, _together(checked) if checked else longest, len(drawn)
+        )
+
+    def split(self, n: int) -> Batches:
+        """With batches in n parts of equal row counts."""
+
+        def part(rows: Rows) -> Rows:
+            size = -(-len(rows.lengths) // n)
+            learned = None if rows.learned is None else min(-(-rows.learned // n), sum(rows.lengths[:size]))
+            return Rows(rows.lengths[:size], learned)
+
+        return replace(self, average=part(self.average), longest=part(self.longest))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one recipe takes on one device."""
+
+    setting: Setting
+    batches: Batches
+    profile: Profile
+    traced: bool = True  # else by formula
+
+    def curve(self, rows: Rows) -> Curve | Formula:
+        """A step over `rows`."""
+        return Curve(self.setting, rows) if self.traced else Formula(self.setting, rows)
+
+    @cached_property
+    def longest(self) -> Curve | Formula:
+        """A step over the longest batch."""
+        return self.curve(self.batches.longest)
+
+    @cached_property
+    def average(self) -> Curve | Formula:
+        """A step over the average batch."""
+        return self.longest if self.batches.average == self.batches.longest else self.curve(self.batches.average)
+
+    def step_memory(self, budget_bytes: int) -> StepMemory:
+        """Peaks by tokens and depth, for the training.
+
+        Where even the longest batch takes less than half of the budget, deeper ones are not worth tracing: they count
+        as the shallowest, which is no less.
+        """
+        n = self.setting.n_layers
+        rest = self.average.steady(0).rest
+        base = rest["weights"] + rest["adapters"]
+        ample = 2 * self.total(self.longest.steady(0).peak) < budget_bytes
+        curves = (self.average, self.longest)
+        found = {
+            self.setting.laid_out(c.rows): (c.steady(0).peak.total_bytes,) * (n + 1) if ample else c.peaks
+            for c in curves
+        }
+        if not ample:
+            small = self.curve(_SMALL).steady(0).peak.total_bytes  # of so few tokens the depth does not matter
+            found.setdefault(_SMALL.tokens, (small,) * (n + 1))
+        tokens = tuple(sorted(found))
+        return StepMemory(tokens, tuple(found[size] for size in tokens), base)
+
+    def total(self, peak: Peak) -> int:
+        """With context and allocator."""
+        return sum(self.whole("", peak).parts.values())
+
+    def whole(self, name: str, peak: Peak) -> PhasePlan:
+        """A phase with what the device and its allocator add."""
+        scale = _state_bytes(self.setting.recipe) / 8
+        parts = {part: n for part, n in peak.parts.items() if n}
+        if "optimizer" in parts:
+            parts["optimizer"] = int(scale * parts["optimizer"])
+        parts["allocator"] = self.profile.allocator_bytes(sum(parts.values()))
+        parts["context"] = self.profile.context_in(name)
+        return PhasePlan(name, sum(parts.values()), parts)
+
+    def depth_for(self, curve: Curve | Formula, budget_bytes: int) -> int | None:
+        """The fewest recomputed layers that fit; None where none does."""
+        n, choice = self.setting.n_layers, self.setting.recipe.training.gradient_checkpointing
+        depths = {"never": [0], "always": [n]}.get(choice, range(n + 1))
+        return next((d for d in depths if self.total(curve.steady(d).peak) <= budget_bytes), None)
+
+    def deepest(self) -> int:
+        """Recomputed layers at most."""
+        return 0 if self.setting.recipe.training.gradient_checkpointing == "never" else self.setting.n_layers
+
+    def phases(self, average_depth: int, longest_depth: int) -> tuple[PhasePlan, ...]:
+        """Every phase of the run, in order."""
+        rest = self.average.steady(average_depth).rest
+        resting = Peak(sum(rest.values()), {**rest, "workspace": 0, "activations": 0})
+        saved = rest["adapters"] or rest["weights"]
+        copied = saved if self.profile.backend == "cpu" else 0  # the file is written from host memory
+        return (
+            self.whole("load", self._load(rest)),
+            self.whole("first step", self.average.first(average_depth).peak),
+            self.whole("steady step", self.average.steady(average_depth).peak),
+            self.whole("longest batch", self.longest.steady(longest_depth).peak),
+            self.whole("evaluation", self._evaluation(rest).peak),
+            self.whole("checkpoint", _with(resting, "workspace", copied)),
+            self.whole("merge", self._merge()),
+        )
+
+    def _evaluation(self, rest: dict[str, int]) -> Work:
+        work = (evaluation if self.traced else evaluation_by_formula)(self.setting, self.batches.evaluation)
+        # After training the optimizer's state is there still.
+        name, peak = next(iter(work.peaks.items()))
+        return replace(work, peaks={name: _with(peak, "optimizer", rest["optimizer"])})
+
+    def _load(self, rest: dict[str, int]) -> Peak:
+        """The base, and the largest weight in 16 bits with its scales while it is packed."""
+        text = self.setting.config.get_text_config()
+        inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+        largest = max(text.hidden_size * inner, text.hidden_size**2)
+        n_blocks = largest // self.setting.recipe.quantization.bnb_4bit_blocksize
+        working = 2 * largest + 16 * n_blocks if self.setting.recipe.method == "qlora" else 0
+        return _with(Peak(rest["weights"], {"weights": rest["weights"]}), "workspace", working)
+
+    def _merge(self) -> Peak:
+        """One weight at a time: itself in 16 bits, what is added in float32, the sum in float32."""
+        text = self.setting.config.get_text_config()
+        inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+        trained = 0 if self.setting.recipe.method == "full" else 10 * text.hidden_size * inner
+        return _with(Peak(), "workspace", trained)
+
+
+def _drawn(examples: Examples, packs: Sequence[Sequence[int]] | None) -> list[tuple[int, int]]:
+    """Tokens and learned tokens of what is drawn at a time."""
+    if not len(examples):
+        return []
+    pairs = list(zip(examples.column("length").tolist(), examples.column("n_trained").tolist(), strict=True))
+    if packs is None:
+        return pairs
+    return [(sum(pairs[row][0] for row in pack), sum(pairs[row][1] for row in pack)) for pack in packs]
+
+
+def _together(pairs: Sequence[tuple[int, int]]) -> Rows:
+    return Rows(tuple(length for length, _ in pairs), sum(learned for _, learned in pairs))
+
+
+def compute_dtype_of(recipe: Recipe, backend: str) -> torch.dtype:
+    """The type of the arithmetic; float16 becomes bfloat16 on a CPU, as in loading."""
+    wanted = recipe.quantization.bnb_4bit_compute_dtype
+    return torch.bfloat16 if wanted == "float16" and backend == "cpu" else getattr(torch, wanted)
+
+
+def _state_bytes(recipe: Recipe) -> float:
+    return next((n for word, n in _STATES.items() if word in recipe.training.optim), 8.0)
+
+
+def _with(peak: Peak, part: str, n_bytes: int) -> Peak:
+    parts = {**peak.parts, part: peak.parts.get(part, 0) + n_bytes}
+    return Peak(sum(parts.values()), parts)

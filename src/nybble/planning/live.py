@@ -1,0 +1,184 @@
+"""How many bytes of tensors are alive, and what they are.
+
+A tensor's memory is its storage; a storage is counted from the operator that makes it until nothing refers to it. Real
+tensors and fake ones (shapes without data) are counted alike, so one definition serves prediction and measurement.
+What an operator of ours needs inside itself is not seen; on the fast paths that is nothing of size.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+from nybble.kernels import attention  # noqa: F401 - defines the operators that are counted
+from nybble.nn.scratch import scratch
+
+PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "loss", "workspace")
+
+
+@dataclass
+class Peak:
+    """The highest moment of a part of the step."""
+
+    total_bytes: int = 0
+    parts: dict[str, int] = field(default_factory=dict)  # of PARTS, adding up to the total
+    tensors: list[tuple[int, str]] = field(default_factory=list)  # bytes and origin, largest first; where asked for
+
+
+@dataclass
+class _Entry:
+    reference: weakref.ref[torch.UntypedStorage]
+    n_bytes: int
+    part: str
+    origin: str
+
+
+def _attention_flops(share: float, q: Tensor, lengths: Sequence[int]) -> float:
+    return share * q.shape[1] * q.shape[2] * sum(length * length for length in lengths)
+
+
+def _forward_flops(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], *_: Any, out_val: Any) -> float:
+    """Two products of T x T, of which the causal half is computed."""
+    return _attention_flops(2.0, q, lengths)
+
+
+def _backward_flops(grad: Tensor, saved: Sequence[Tensor], lengths: Sequence[int], *_: Any, out_val: Any) -> float:
+    """Five products."""
+    return _attention_flops(5.0, grad, lengths)
+
+
+def _matrix_flops(into: Tensor, a: Tensor, b: Tensor, *_: Any, out_val: Any) -> int:
+    return 2 * a.shape[0] * a.shape[1] * b.shape[1]
+
+
+_FLOPS: dict[Any, Callable[..., float]] = {
+    torch.ops.nybble.attend: _forward_flops,
+    torch.ops.nybble.attend_backward: _backward_flops,
+    torch.ops.aten.addmm_: _matrix_flops,
+    torch.ops.aten.mm: lambda a, b, *_, out_val: 2 * a.shape[0] * a.shape[1] * b.shape[1],
+}
+
+
+class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts while it is entered; `section` names the part of the step that a moment belongs to."""
+
+    def __init__(self, rounding: int = 1, detailed: bool = False) -> None:
+        """Each storage counts as a multiple of `rounding` bytes; `detailed` peaks list the largest tensors (slow)."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0  # of products and attention
+        self.moved_bytes = 0  # read and written by everything else
+        self._rounding = rounding
+        self.peaks: dict[str, Peak] = {}
+        self.total_bytes = 0
+        self.making = "activations"  # part that a new storage belongs to
+        self._section = ""
+        self._detailed = detailed
+        self._entries: dict[int, _Entry] = {}
+        self._parts = dict.fromkeys(PARTS, 0)
+
+    def start(self, section: str) -> None:
+        """Forget peaks and work so far; what is alive stays counted."""
+        self.peaks, self.flops, self.moved_bytes = {}, 0, 0
+        self.section(section)
+
+    def section(self, name: str) -> None:
+        """What comes now belongs to `name`."""
+        self._section = name
+        self._note()
+
+    def adopt(self, tensors: Iterable[Tensor], part: str) -> None:
+        """Count `tensors` as `part`, whether or not they were counted before."""
+        for tensor in tensors:
+            self._count(tensor, part, part)
+
+    def parts(self) -> dict[str, int]:
+        """Bytes alive now, by part."""
+        return self._split()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """New storages within belong to `name`."""
+        before, self.making = self.making, name
+        try:
+            yield
+        finally:
+            self.making = before
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._work(func, args, result)
+        for value in (result,) if isinstance(result, Tensor) else tree_iter(result):
+            if isinstance(value, Tensor):
+                self._count(value, None, str(func))
+        return result
+
+    def _work(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+        packet = func.overloadpacket
+        formula = _FLOPS.get(packet) or flop_registry.get(packet)
+        if formula is not None:
+            self.flops += int(formula(*args, out_val=result))
+        elif not getattr(func, "is_view", False):
+            tensors = [
+                t for t in (*args, *(result if isinstance(result, tuple) else (result,))) if isinstance(t, Tensor)
+            ]
+            self.moved_bytes += sum(t.numel() * t.element_size() for t in tensors)
+
+    def _count(self, tensor: Tensor, part: str | None, origin: str) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        found = self._entries.get(key)
+        if found is not None:
+            if part is not None and part != found.part:
+                self._parts[found.part] -= found.n_bytes
+                self._parts[part] += found.n_bytes
+                found.part = part
+            return
+        n_bytes = -(-storage.nbytes() // self._rounding) * self._rounding
+        if n_bytes == 0:
+            return
+        entry = _Entry(
+            weakref.ref(storage, lambda _: self._forget(key)),
+            n_bytes,
+            part or self.making,
+            f"{origin} {tuple(tensor.shape)} {tensor.dtype} in {self._section}" if self._detailed else "",
+        )
+        self._entries[key] = entry
+        self._parts[entry.part] += n_bytes
+        self.total_bytes += n_bytes
+        self._note()
+
+    def _forget(self, key: int) -> None:
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self._parts[entry.part] -= entry.n_bytes
+            self.total_bytes -= entry.n_bytes
+
+    def _note(self) -> None:
+        peak = self.peaks.get(self._section)
+        if peak is not None and peak.total_bytes >= self.total_bytes:
+            return
+        self.peaks[self._section] = Peak(self.total_bytes, self._split(), self._largest() if self._detailed else [])
+
+    def _split(self) -> dict[str, int]:
+        parts = dict(self._parts)
+        for piece in scratch.pieces():
+            entry = self._entries.get(piece.untyped_storage()._cdata)
+            if entry is not None and entry.part != "workspace":
+                parts[entry.part] -= entry.n_bytes
+                parts["workspace"] += entry.n_bytes
+        return parts
+
+    def _largest(self) -> list[tuple[int, str]]:
+        found = [(e.n_bytes, f"{e.part}: {e.origin}") for e in self._entries.values()]
+        return sorted(found, reverse=True)[:60]

@@ -1,0 +1,321 @@
+"""One training step with its memory counted: the code that trains, on fake tensors or on real ones.
+
+    build       the model of a config, packed and with adapters, without weights; `fill` makes its tensors
+    run_steps   forward, backward, clipping, optimizer; twice, since the first makes the optimizer's state
+    run_evaluation
+
+Tensors are on the CPU, whatever the device that is planned for: shapes and types are the same. A step falls into
+sections; the highest moment of each is kept. Sections are named for what they compute and for the run of layers they
+lie in, counted from both ends: `backward kept 0`, `backward kept -1`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nybble.data import FlatBatch, PadBatch
+from nybble.data.batches import Group
+from nybble.models import attach, blocks_of
+from nybble.models.families import swap_blocks
+from nybble.models.lora import share_seeds
+from nybble.nn import Linear4bit
+from nybble.nn.recompute import recomputed, recomputing
+from nybble.nn.scratch import scratch
+from nybble.nn.seeds import Seeds
+from nybble.planning.live import LiveTensors, Peak
+from nybble.quant import PackedWeight
+from nybble.quant.packed import NESTED_BLOCK_SIZE
+from nybble.recipe import Recipe
+from nybble.training.depth import decoder_layers
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The batch of a step: what memory depends on, not its tokens."""
+
+    lengths: tuple[int, ...]  # tokens of each row
+    learned: int | None = None  # tokens that are learned; None: all that can be
+
+    @property
+    def tokens(self) -> int:
+        """Of all rows."""
+        return sum(self.lengths)
+
+    def groups(self) -> list[Group]:
+        """As a collator takes them, each row by itself; learned tokens lie at the rows' ends."""
+        left = self.tokens if self.learned is None else self.learned
+        made: list[Group] = []
+        for length in self.lengths:
+            n = min(left, length)
+            left -= n
+            made.append([{"input_ids": [0] * length, "labels": [-100] * (length - n) + [0] * n}])
+        return made
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step took."""
+
+    peaks: dict[str, Peak]  # of each section
+    flops: int
+    moved_bytes: int
+    rest: dict[str, int]  # bytes alive afterwards, by part
+
+    @property
+    def peak(self) -> Peak:
+        """The highest moment of all."""
+        return max(self.peaks.values(), key=lambda peak: peak.total_bytes)
+
+
+def config_with(config: Any, n_layers: int) -> Any:
+    """`config` with so many decoder layers, of every kind that it has."""
+    cut = copy.deepcopy(config)
+    cut.num_hidden_layers = n_layers
+    cut.__dict__.pop("quantization_config", None)  # a packed folder's: `build` packs itself
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        # The last layer's kind may differ; memory does not, but each kind brings rotary tables of its own.
+        rare = list(dict.fromkeys(kinds))
+        cut.layer_types = [*rare, *([kinds[0]] * n_layers)][:n_layers]
+    return cut
+
+
+def build(config: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
+    """The model that `recipe` trains, as loading and attaching make it, on the meta device; not under a fake mode.
+
+    Raises what transformers or PEFT raise for a config they cannot build.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=torch.float32 if recipe.method == "full" else dtype,
+            attn_implementation=recipe.model.attn_implementation,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+        if recipe.method == "qlora":
+            _pack(model, recipe, dtype)
+        model.eval()
+        swap_blocks(model)
+        if recipe.method != "full":
+            model = attach(model, recipe.lora, "planned")
+    return model
+
+
+def fill(model: nn.Module) -> None:
+    """Give every tensor of a model on the meta device memory (under a fake mode none), shared ones once; all zero."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                found = made.get(id(parameter))
+                if found is None:
+                    value = torch.zeros(parameter.shape, dtype=parameter.dtype)
+                    found = made[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+                module._parameters[name] = found  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                found = made.setdefault(id(buffer), torch.zeros(buffer.shape, dtype=buffer.dtype))
+                module._buffers[name] = found
+
+
+def _pack(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
+    """Swap linears as `nybble.models.plugin` does while loading."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    section = recipe.quantization
+    head = model.get_output_embeddings()
+    skip = [name for name, module in model.named_modules() if module is head] + list(section.skip_modules)
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and should_convert_module(name, skip):
+            layer = Linear4bit(module.in_features, module.out_features, module.bias is not None, compute_dtype=dtype)
+            if module.bias is not None:
+                layer.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
+            shape = (module.out_features, module.in_features)
+            layer.set_packed(_packed(shape, section.bnb_4bit_blocksize, section.bnb_4bit_use_double_quant, dtype))
+            model.set_submodule(name, layer)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def _packed(shape: tuple[int, int], block_size: int, is_nested: bool, dtype: torch.dtype) -> PackedWeight:
+    n = shape[0] * shape[1]
+    n_blocks = -(-n // block_size)
+    codes = torch.zeros(-(-n // 2), 1, dtype=torch.uint8)
+    if not is_nested:
+        return PackedWeight(codes, torch.ones(n_blocks), shape, block_size, "nf4", dtype)
+    nested = (torch.ones(-(-n_blocks // NESTED_BLOCK_SIZE)), torch.zeros(()))
+    scales = torch.zeros(n_blocks, dtype=torch.uint8)
+    return PackedWeight(codes, scales, shape, block_size, "nf4", dtype, *nested)
+
+
+def adopt(live: LiveTensors, model: Any) -> None:
+    """Count the model's own tensors."""
+    live.adopt([*model.parameters(), *model.buffers()], "weights")
+    # A tied or packed tensor counts once; adapters are what PEFT added.
+    live.adopt([p for name, p in model.named_parameters() if "lora_" in name], "adapters")
+
+
+def batch_of(model: Any, rows: Rows) -> dict[str, Any]:
+    """What the collator makes of `rows`, on real tensors: not to be called under a fake mode."""
+    return (FlatBatch() if blocks_of(model).flattened else PadBatch(0))(rows.groups())
+
+
+def _like(batch: dict[str, Any]) -> dict[str, Any]:
+    """The same shapes, on the device and in the mode of now."""
+    return {k: torch.zeros(v.shape, dtype=v.dtype) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def run_steps(
+    live: LiveTensors,
+    model: Any,
+    recipe: Recipe,
+    batch: dict[str, Any],
+    n_recomputed: int,
+    dtype: torch.dtype,
+    n_steps: int = 2,
+) -> list[Work]:
+    """So many steps over `batch`; the first makes the optimizer's state and the reused memory, unless they are there.
+
+    With one step the state is made beforehand, and `scratch` should hold what earlier steps left there.
+    """
+    share_seeds(model, Seeds(0, 0))
+    model.train()
+    layers = decoder_layers(model)
+    for number, layer in enumerate(layers):
+        layer._gradient_checkpointing_func = recomputed  # type: ignore[assignment]
+        layer.gradient_checkpointing = number < n_recomputed  # type: ignore[assignment]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    done = []
+    with live, _sections(live, layers, n_recomputed), _gradients(live, trained):
+        if n_steps == 1:
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
+            _update(live, optimizer, trained, recipe)
+        for _ in range(n_steps):
+            live.start("forward")
+            inputs = _like(batch)
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                loss = model(**inputs, num_items_in_batch=1).loss
+            loss.backward()
+            del loss
+            live.section("update")
+            _update(live, optimizer, trained, recipe)
+            del inputs
+            done.append(Work(live.peaks, live.flops, live.moved_bytes, live.parts()))
+    return done
+
+
+def _update(live: LiveTensors, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], recipe: Recipe) -> None:
+    with live.part("workspace"):
+        torch.nn.utils.clip_grad_norm_(trained, recipe.training.max_grad_norm or 1.0)
+    with live.part("optimizer"):
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+@contextmanager
+def _gradients(live: LiveTensors, trained: list[nn.Parameter]) -> Iterator[None]:
+    """Count gradients as such once they are there."""
+
+    def made(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            live.adopt([parameter.grad], "gradients")
+
+    handles = [p.register_post_accumulate_grad_hook(made) for p in trained]  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_evaluation(live: LiveTensors, model: Any, batch: dict[str, Any], dtype: torch.dtype) -> Work:
+    """One evaluated batch."""
+    model.eval()
+    with live, torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        live.start("evaluate")
+        model(**_like(batch))
+    return Work(live.peaks, live.flops, live.moved_bytes, live.parts())
+
+
+@contextmanager
+def _sections(live: LiveTensors, layers: Sequence[nn.Module], n_recomputed: int) -> Iterator[None]:
+    """Tell `live` which layer is at work, forward and backward."""
+    handles = []
+    for number, (layer, name) in enumerate(zip(layers, _names(len(layers), n_recomputed), strict=True)):
+        handles.append(layer.register_forward_pre_hook(_enters(live, name)))
+        handles.append(layer.register_forward_hook(_leaves(live, name, number == len(layers) - 1)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _enters(live: LiveTensors, name: str) -> Callable[..., None]:
+    def hook(_module: nn.Module, _inputs: Any) -> None:
+        if not recomputing():
+            live.section(f"forward {name}")
+
+    return hook
+
+
+def _leaves(live: LiveTensors, name: str, is_last: bool) -> Callable[..., None]:
+    """Behind the last layer comes the loss; a layer's backward pass begins when its output's gradient is there."""
+
+    def turned(_grad: Tensor) -> None:
+        live.section(f"backward {name}")
+        live.making = "activations"
+
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        if recomputing():
+            return
+        if is_last:
+            live.section("loss")
+            live.making = "loss"
+        hidden = output[0] if isinstance(output, tuple) else output
+        if isinstance(hidden, Tensor) and hidden.requires_grad:
+            hidden.register_hook(turned)  # type: ignore[no-untyped-call]
+
+    return hook
+
+
+def _names(n_layers: int, n_recomputed: int) -> list[str]:
+    """The place of each layer in its run: 0 the first, -1 the last, mid between."""
+
+    def place(number: int, size: int) -> str:
+        return "-1" if number == size - 1 else "0" if number == 0 else "mid"
+
+    first = [f"recomputed {place(n, n_recomputed)}" for n in range(n_recomputed)]
+    n_kept = n_layers - n_recomputed
+    return first + [f"kept {place(n, n_kept)}" for n in range(n_kept)]
+
+
+Reused = tuple[tuple[int, torch.dtype], ...]  # elements and type of each piece of reused memory
+
+
+def reused() -> Reused:
+    """What `scratch` holds."""
+    return tuple((piece.numel(), piece.dtype) for piece in scratch.pieces())
+
+
+@contextmanager
+def reusing(pieces: Reused = ()) -> Iterator[None]:
+    """Reused memory begins with `pieces` and ends empty."""
+    scratch.clear()
+    for n, dtype in pieces:
+        scratch.take((n,), torch.empty(0), dtype)
+    try:
+        yield
+    finally:
+        scratch.clear()

@@ -1,0 +1,156 @@
+"""`nybble plan` as it is typed, and what `train` makes of a plan."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KEYS = {
+    "device",
+    "budget_bytes",
+    "fits",
+    "phases",
+    "recompute_layers",
+    "micro_batch",
+    "flops_per_step",
+    "step_seconds",
+    "total_seconds",
+    "trainable_parameters",
+    "total_parameters",
+    "cheapest_changes",
+}
+SMALL = ("--model", "qwen2.5-0.5b", "--max_length", "256", "--device-profile", "rtx4090")
+
+
+def train_words(base: Path, rows: Path, out: Path) -> list[object]:
+    flags = {"model": base, "dataset": rows, "output_dir": out, "max_steps": 2, "device": "cpu", "max_new_tokens": 8}
+    return [word for name, value in flags.items() for word in (f"--{name}", value)]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_a_known_shape_is_planned_without_network_or_weights(nybble: Callable[..., Any]) -> None:
+    done = nybble("plan", *SMALL, "--max_steps", "10", "--json")
+    assert done.code == 0, done.err
+    plan = done.json
+    assert plan.keys() >= KEYS
+    assert plan["total_parameters"] - plan["trainable_parameters"] == 494_032_768  # as its model card says
+    names = [phase["name"] for phase in plan["phases"]]
+    assert names == ["load", "first step", "steady step", "longest batch", "evaluation", "checkpoint", "merge"]
+    for phase in plan["phases"]:
+        assert sum(phase["parts"].values()) == phase["peak_bytes"] <= plan["budget_bytes"] == 24_000_000_000
+    assert plan["fits"]
+    assert plan["recompute_layers"] == 0
+    assert plan["micro_batch"] == 4
+    assert plan["total_seconds"] == pytest.approx(10 * plan["step_seconds"])
+    assert plan["device"]["is_estimate"]
+    assert any("rows are not known" in note for note in plan["notes"])
+
+
+def test_a_smaller_budget_means_more_recomputation_and_more_time(nybble: Callable[..., Any]) -> None:
+    ample, tight = (nybble("plan", *SMALL, "--memory", memory, "--json").json for memory in ("8GB", "1600MB"))
+    assert max(phase["peak_bytes"] for phase in tight["phases"]) <= 1_600_000_000
+    assert tight["recompute_layers"] > ample["recompute_layers"] == 0 or tight["micro_batch"] < ample["micro_batch"]
+    assert tight["step_seconds"] > ample["step_seconds"]
+
+
+def test_what_does_not_fit_ends_with_3_and_the_cheapest_changes(nybble: Callable[..., Any]) -> None:
+    words = ("plan", "--model", "qwen2.5-0.5b", "--method", "full", "--device-profile", "rtx4090", "--memory", "4GB")
+    done = nybble(*words, "--json")
+    assert done.code == 3
+    assert "4.00 GB" in done.err
+    assert "--method" in done.err
+    plan = json.loads(done.out)
+    assert not plan["fits"]
+    changes = {(c["setting"], c["value"]): c for c in plan["cheapest_changes"]}
+    assert changes["method", "qlora"]["fits"]
+    assert changes["method", "qlora"]["peak_bytes"] <= 4_000_000_000
+    peak = max(phase["peak_bytes"] for phase in plan["phases"])
+    assert all(c["peak_bytes"] < peak for c in plan["cheapest_changes"])
+    # What is promised holds: with the change it does fit.
+    assert nybble(*words[:3], "--method", "qlora", *words[5:]).code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "text"),
+    [
+        (("--memory", "lots"), 2, "no amount of memory"),
+        (("--model", "llama-2-8b"), 2, "llama-2-7b?"),
+        (("--model", "{tmp}/lacking"), 2, "cannot be"),
+        (("--device-profile", "h9000"), 2, "known: mi250-gcd"),
+        (("--target_modules", "nothing"), 2, "nothing"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    nybble: Callable[..., Any], tmp_path: Path, words: tuple[str, str], code: int, text: str
+) -> None:
+    (tmp_path / "lacking").mkdir()
+    (tmp_path / "lacking" / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 0}')
+    done = nybble("plan", *SMALL, *(word.format(tmp=tmp_path) for word in words))
+    assert done.code == code
+    assert text in done.err
+    assert len(done.err.strip().splitlines()) == 1
+
+
+def test_rows_that_cannot_be_read_are_said_and_max_length_is_planned_for(
+    nybble: Callable[..., Any], tmp_path: Path, tiny_llama: Callable[..., Path]
+) -> None:
+    words = ("--model", tiny_llama(), "--dataset", tmp_path / "none.jsonl", "--max_length", "64", "--device", "cpu")
+    done = nybble("plan", *words, "--json")
+    assert done.code == 0, done.err
+    assert any("the rows cannot be read" in note for note in done.json["notes"])
+    assert any("64 tokens" in note for note in done.json["notes"])
+
+
+def test_a_model_that_cannot_be_traced_is_counted_and_said(
+    nybble: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nybble.planning import curve
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("data-dependent control flow")
+
+    traced = nybble("plan", *SMALL, "--json").json
+    monkeypatch.setattr(curve, "run_steps", fail)
+    counted = nybble("plan", *SMALL, "--json").json
+    assert any("cannot be traced (data-dependent control flow)" in note for note in counted["notes"])
+    load = [plan["phases"][0]["peak_bytes"] for plan in (traced, counted)]
+    assert load[1] == pytest.approx(load[0], rel=0.05)
+
+
+def test_train_refuses_what_cannot_fit_unless_forced(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    words = train_words(tiny_llama(), rows_file, tmp_path / "run")
+    refused = nybble("train", *words, "--memory_budget", "1MB")
+    assert refused.code == 3
+    assert "--force" in refused.err
+    assert not (tmp_path / "run").exists()
+    forced = nybble("train", *words, "--memory_budget", "1MB", "--force", "--json")
+    assert forced.code == 0, forced.err
+    record = forced.json
+    assert not record["plan"]["fits"]
+    assert record["plan"]["recompute_layers"] == record["plan"]["n_layers"] == 2
+
+
+def test_a_run_keeps_predicted_beside_measured(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    done = nybble("train", *train_words(tiny_llama(), rows_file, tmp_path / "run"), "--json")
+    assert done.code == 0, done.err
+    assert "fits:" in done.err
+    assert "recomputed" in done.err
+    for name, phase in done.json["phases"].items():
+        assert phase["predicted_bytes"], name
+    assert done.json["plan"].keys() >= KEYS
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "| phase | predicted |" in report
+    shutil.rmtree(tmp_path / "run")

@@ -1,0 +1,246 @@
+"""Predicted against measured live tensors: the definition of a right plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from nybble.data import Example, Groups
+from nybble.hardware import detect_device
+from nybble.models import attach, find_model, load_model
+from nybble.nn.scratch import scratch
+from nybble.planning.choose import choose, largest_length, smallest_peak
+from nybble.planning.curve import Curve, Setting
+from nybble.planning.devices import named_profile
+from nybble.planning.forecast import Batches, Forecast
+from nybble.planning.live import LiveTensors
+from nybble.planning.step import Rows, adopt, batch_of, build, fill, reusing, run_steps
+from nybble.recipe import Recipe, StepMemory, load_recipe
+from nybble.runs import RunDirectory, Silent
+from nybble.training import Setup, train_model
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "head_dim": 16,
+}
+ROWS = Rows((40, 24, 33), 60)
+
+
+def setting_of(kind: str = "llama", method: str = "qlora", **changes: Any) -> Setting:
+    lora = {"r": 4, "lora_dropout": 0.1, "target_modules": "q_proj,down_proj"} if method != "full" else {}
+    recipe = load_recipe(None, {"method": method, **lora})
+    return Setting(AutoConfig.for_model(kind, **{**SIZES, **changes}), recipe, torch.bfloat16)
+
+
+def measured(setting: Setting, rows: Rows, depth: int) -> tuple[int, int]:
+    """Peaks of the first and a later step of the whole model on real tensors."""
+    model = build(setting.config, setting.recipe, setting.dtype)
+    batch = batch_of(model, rows)
+    fill(model)
+    with reusing():
+        live = LiveTensors()
+        adopt(live, model)
+        first, later = run_steps(live, model, setting.recipe, batch, depth, setting.dtype)
+    return first.peak.total_bytes, later.peak.total_bytes
+
+
+@pytest.mark.parametrize("depth", [0, 4, 7])
+@pytest.mark.parametrize(
+    ("kind", "method", "changes"),
+    [
+        ("llama", "qlora", {}),
+        ("llama", "full", {"tie_word_embeddings": True}),
+        ("qwen2", "lora", {"vocab_size": 4096, "tie_word_embeddings": True}),
+        ("gemma3_text", "qlora", {"sliding_window": 16}),
+        ("gpt_neox", "lora", {}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_predicted_peak_is_that_of_real_tensors(
+    kind: str, method: str, changes: dict[str, Any], depth: int
+) -> None:
+    if kind == "gpt_neox":  # a family without our blocks, padded
+        names = {"target_modules": "all-linear"}
+        sizes = {name: value for name, value in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
+        recipe = load_recipe(None, {"method": method, **names})
+        setting = Setting(AutoConfig.for_model(kind, **sizes), recipe, torch.bfloat16)
+    else:
+        setting = setting_of(kind, method, **changes)
+    first, later = measured(setting, ROWS, depth)
+    curve = Curve(setting, ROWS)
+    assert curve.steady(depth).peak.total_bytes == pytest.approx(later, rel=0.01)
+    assert curve.first(depth).peak.total_bytes == pytest.approx(first, rel=0.01)
+
+
+def test_parts_add_up_and_are_what_they_are_called() -> None:
+    setting = setting_of()
+    work = Curve(setting, ROWS).steady(3)
+    for peak in work.peaks.values():
+        assert sum(peak.parts.values()) == peak.total_bytes
+    trainable, _ = setting.parameters
+    assert work.rest["adapters"] == 4 * trainable
+    assert work.rest["optimizer"] == pytest.approx(8 * trainable, rel=0.01)
+    assert work.peaks["update"].parts["gradients"] == 4 * trainable
+
+
+def test_recomputation_costs_work_and_saves_memory() -> None:
+    curve = Curve(setting_of(), Rows((512,) * 2))
+    works = [curve.steady(depth) for depth in range(8)]
+    peaks = [work.peak.total_bytes for work in works]
+    assert peaks == sorted(peaks, reverse=True)
+    flops = [work.flops for work in works]
+    assert flops == sorted(flops)
+    assert flops[7] > 1.2 * flops[0]
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+def test_the_prediction_holds_for_the_trainer(tiny_llama: Callable[..., Path], tmp_path: Path, recompute: str) -> None:
+    folder = tiny_llama()
+    recipe = load_recipe(None, _training(folder, tmp_path))
+    source = find_model(recipe.model)
+    setting = Setting(source.config, recipe, torch.bfloat16)
+    depth = setting.n_layers if recompute == "all" else 0
+    rows = Rows((60, 60), 2 * 59)
+    expected = Curve(setting, rows).steady(depth).peak.total_bytes
+    model = _model(recipe)
+    live = LiveTensors()
+    adopt(live, model)
+    with live:
+        live.start("train")
+        _train(model, recipe, tmp_path, [60] * 4, _at_depth(depth, setting.n_layers))
+    scratch.clear()
+    assert expected == pytest.approx(live.peaks["train"].total_bytes, rel=0.01)
+
+
+def test_a_batch_that_runs_out_of_memory_is_taken_again_and_learns_the_same(
+    tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    results, notes = [], []
+    for fails in (False, True):
+        recipe = load_recipe(None, {**_training(tiny_llama(), tmp_path / str(fails)), "gradient_accumulation_steps": 2})
+        torch.manual_seed(1)
+        model = _model(recipe)
+        layers = model.get_base_model().model.layers
+        fault = _FaultOnce()
+        if fails:
+            layers[0].register_forward_hook(fault)
+        observer = _Notes()
+        memory = _at_depth(0, len(layers))
+        _train(model, recipe, tmp_path / str(fails), [60, 50, 40, 30] * 2, memory, observer)
+        notes.append(observer.notes)
+        results.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
+        assert fault.happened == fails
+    assert notes[0] == []
+    assert len(notes[1]) == 1
+    assert "memory ran out at step 1" in notes[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_batch_that_never_fits_ends_in_one_line(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    from nybble.errors import CannotRunError
+
+    recipe = load_recipe(None, _training(tiny_llama(), tmp_path))
+    model = _model(recipe)
+    model.get_base_model().model.layers[0].register_forward_hook(lambda *_: _out_of_memory(None))
+    with pytest.raises(CannotRunError, match="out of memory"):
+        _train(model, recipe, tmp_path, [60] * 4, _at_depth(0, 2))
+
+
+def test_depth_follows_the_room_and_lines_lie_above_the_curve() -> None:
+    memory = StepMemory((10, 110), ((1000, 1000, 1000), (5000, 3000, 1500)), 500)
+    assert memory.above_base(110, 0) == 4500
+    assert memory.above_base(60, 0) == 2500
+    assert memory.above_base(210, 0) == 8500  # the last line goes on
+    assert memory.above_base(1, 0) == 500  # fewer tokens than any batch seen count as that
+    assert [memory.depth_for(110, room) for room in (4500, 4499, 2500, 2499, 0)] == [0, 1, 1, 2, 2]
+    curve = Curve(setting_of(), Rows((128,) * 2))
+    ends = {n: Curve(curve.setting, Rows((n,) * 2)).peaks[2] for n in (16, 256)}
+    line = StepMemory((32, 512), ((ends[16],), (ends[256],)), 0).above_base(256, 0)
+    assert curve.peaks[2] <= line <= 1.02 * curve.peaks[2]
+
+
+def test_a_choice_is_within_the_budget_and_no_shallower_one_is() -> None:
+    setting, profile = setting_of(), named_profile("rtx4090")
+    batch = Rows((256,) * 2)
+    forecast = Forecast(setting, Batches(batch, batch, Rows((256,))), profile)
+    none, every = (forecast.total(forecast.longest.steady(depth).peak) for depth in (0, 7))
+    budget = (none + every) // 2
+    chosen = choose(forecast, budget, 1)
+    assert chosen.fits
+    assert 0 < chosen.longest_depth < 7
+    assert max(phase.peak_bytes for phase in chosen.phases) <= budget
+    assert forecast.total(forecast.longest.steady(chosen.longest_depth - 1).peak) > budget
+    assert choose(forecast, none, 1).longest_depth == 0
+    assert not choose(forecast, profile.context_bytes, 1).fits
+
+
+def test_the_largest_length_fits_and_a_longer_one_does_not() -> None:
+    setting, profile = setting_of(max_position_embeddings=4096), named_profile("rtx4090")
+    batch = Rows((1024,) * 2)
+    forecast = Forecast(setting, Batches(batch, batch, batch), profile)
+    length = largest_length(forecast, smallest_peak(forecast))
+    assert length is not None
+    assert 960 <= length <= 1024
+
+
+def _out_of_memory(_: Any) -> None:
+    raise torch.OutOfMemoryError("injected")
+
+
+class _FaultOnce:
+    """A layer's hook: memory runs out in the second micro-batch's backward pass, where gradients are half made."""
+
+    def __init__(self) -> None:
+        self.calls, self.happened = 0, False
+
+    def __call__(self, _module: Any, _inputs: Any, output: Any) -> None:
+        self.calls += 1
+        if self.calls == 2:
+            (output[0] if isinstance(output, tuple) else output).register_hook(_out_of_memory)
+            self.happened = True
+
+
+class _Notes(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def _training(folder: Path, out: Path) -> dict[str, Any]:
+    names = {"model_name_or_path": str(folder), "output_dir": str(out), "device": "cpu", "report_to": "none"}
+    lora = {"lora_dropout": 0.1, "r": 4, "target_modules": "q_proj"}
+    return {**names, **lora, "per_device_train_batch_size": 2, "max_steps": 2}
+
+
+def _model(recipe: Recipe) -> Any:
+    source = find_model(recipe.model)
+    base, _ = load_model(source, recipe.method, recipe.model, recipe.quantization, detect_device("cpu"))
+    return attach(base, recipe.lora, source.name)
+
+
+def _at_depth(depth: int, n_layers: int) -> StepMemory:
+    """By which just this depth is the first that fits."""
+    row = tuple(0 if d >= depth else 1 << 60 for d in range(n_layers + 1))
+    return StepMemory((1, 2), (row, row), 0)
+
+
+def _train(
+    model: Any, recipe: Recipe, out: Path, lengths: list[int], memory: StepMemory, observer: Silent | None = None
+) -> None:
+    rows = [Example([5] * n, [5] * n, 1, 1, 0, (2,), 0, 0, False) for n in lengths]
+    out.mkdir(exist_ok=True)
+    device = detect_device("cpu")
+    setup = Setup(RunDirectory(out), device, torch.bfloat16, observer or Silent(), lambda _: 0.0, 0, 2, False, memory)
+    train_model(model, None, Groups(rows), recipe.training, setup)
