@@ -213,6 +213,8 @@ def _evaluate_tuned(job: _Job, witness: Witness, model: Any, dtype: torch.dtype,
         tuned = evaluate(model, job.tokenizer, job.prepared.held_out, job.recipe.evaluation, dtype)
         for sample in _answer(job, model, dtype, base_answers):
             job.run.append_sample(sample)
+    if tuned and witness.record.evaluation_base:
+        job.run.write_held_out(witness.record.evaluation_base, tuned)
     witness.record.evaluation_tuned = tuned
     witness.record.eval_loss = tuned.loss if tuned else None
 

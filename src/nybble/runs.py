@@ -3,6 +3,7 @@
     run.json          resolved recipe, versions, device, rows, plan, figures, status
     recipe.yaml       the resolved recipe alone; `nybble train` of it repeats the run
     events.jsonl      a line per logged step
+    held_out.jsonl    a line per held-out row: its loss before and after
     samples.jsonl     prompts with the answers of base and tuned model
     checkpoints/      checkpoint-N, transformers' layout
     adapter/          PEFT's two files (method full: model/)
@@ -42,6 +43,16 @@ class StepEvent:
 
 
 @dataclass(frozen=True)
+class RowLoss:
+    """One held-out row (or a part of a split one); a line of held_out.jsonl."""
+
+    row: int  # its number in the rows, from 1
+    n_tokens: int  # learned ones
+    loss: float  # their sum, in nats
+    is_right: bool | None  # whether the answer was exact, where the row carries one
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Figures over held-out rows."""
 
@@ -51,6 +62,7 @@ class Evaluation:
     n_tokens: int
     exact_match: float | None  # share of rows answered exactly, where rows carry an answer
     seconds: float
+    rows: tuple[RowLoss, ...] = ()  # lie in held_out.jsonl, not in run.json
 
 
 @dataclass(frozen=True)
@@ -102,7 +114,11 @@ class RunRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return asdict(self)
+        content = asdict(self)
+        for evaluation in (content["evaluation_base"], content["evaluation_tuned"]):
+            if evaluation is not None:
+                del evaluation["rows"]
+        return content
 
 
 class Observer(Protocol):
@@ -224,6 +240,12 @@ class RunDirectory:
     def append_sample(self, sample: Sample) -> None:
         """Add a line to samples.jsonl."""
         self._append("samples.jsonl", asdict(sample))
+
+    def write_held_out(self, base: Evaluation, tuned: Evaluation) -> None:
+        """Write held_out.jsonl: each held-out row before and after training."""
+        pairs = zip(base.rows, tuned.rows, strict=True)
+        lines = ({"base": asdict(before), "tuned": asdict(after)} for before, after in pairs)
+        write_text(self.path / "held_out.jsonl", "".join(f"{to_json(line)}\n" for line in lines))
 
     def drop_events_after(self, step: int) -> tuple[int, float]:
         """Forget logged steps beyond `step`, which a resumed run will log again; tokens and seconds up to there."""
