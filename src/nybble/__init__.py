@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ask": "nybble.pipeline",
+    "compare": "nybble.comparison",
     "demo": "nybble.pipeline",
     "inspect_rows": "nybble.pipeline",
     "quantize": "nybble.pipeline",

@@ -36,9 +36,11 @@ from nybble.models import (
 )
 from nybble.planning import make_plan
 from nybble.recipe import Plan, Recipe, load_recipe, save_recipe
-from nybble.reporting import model_card, write_report
+from nybble.reporting import model_card, rewrite_report, write_report
 from nybble.runs import Observer, RunDirectory, RunRecord, Sample, Silent, read_record, write_text
 from nybble.training import Setup, Witness, check_training, evaluate, generate_answers, stop_at, train_model
+
+_ROWS_IN_REPORT = 3  # whose mask is shown
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def train(
     job = _prepare(_as_recipe(recipe, overrides), overwrite, resume, observer or Silent())
     job.run.create(overwrite=overwrite)
     write_text(job.run.path / "recipe.yaml", save_recipe(job.recipe))
+    job.run.write_mask([asdict(row) for row in show_rows(job.prepared, job.tokenizer, _ROWS_IN_REPORT)])
     with Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
         base, dtype, starts = _load(job, witness)
         model = _attach(job, witness, base, starts)
@@ -336,8 +339,8 @@ def demo(
 
 
 def report(run_dir: Path | str) -> Path:
-    """Write report.html, report.md and report.json of a run anew from what lies on disk."""
-    return write_report(Path(run_dir))
+    """Write report.html, report.md and report.json of a run or comparison anew from what lies on disk."""
+    return rewrite_report(Path(run_dir))
 
 
 def _as_recipe(recipe: Recipe | Path | str | None, overrides: Mapping[str, Any] | None) -> Recipe:

@@ -2,6 +2,7 @@
 
     run.json          resolved recipe, versions, device, rows, plan, figures, status
     recipe.yaml       the resolved recipe alone; `nybble train` of it repeats the run
+    mask.jsonl        some rows, and what is learned in them
     events.jsonl      a line per logged step
     held_out.jsonl    a line per held-out row: its loss before and after
     samples.jsonl     prompts with the answers of base and tuned model
@@ -20,6 +21,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -201,7 +203,7 @@ class RunDirectory:
 
     def discard(self) -> None:
         """Remove a run that came to nothing: wrong input found while loading must not block the next try."""
-        for name in ("run.json", "recipe.yaml"):
+        for name in ("run.json", "recipe.yaml", "mask.jsonl"):
             (self.path / name).unlink(missing_ok=True)
         if not any(self.path.iterdir()):
             self.path.rmdir()
@@ -246,6 +248,10 @@ class RunDirectory:
         pairs = zip(base.rows, tuned.rows, strict=True)
         lines = ({"base": asdict(before), "tuned": asdict(after)} for before, after in pairs)
         write_text(self.path / "held_out.jsonl", "".join(f"{to_json(line)}\n" for line in lines))
+
+    def write_mask(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write mask.jsonl: some rows, in stretches that are learned or masked."""
+        write_text(self.path / "mask.jsonl", "".join(f"{to_json(row)}\n" for row in rows))
 
     def drop_events_after(self, step: int) -> tuple[int, float]:
         """Forget logged steps beyond `step`, which a resumed run will log again; tokens and seconds up to there."""
@@ -324,18 +330,24 @@ def read_record(path: Path | str) -> dict[str, Any]:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file; a line cut short by a crash is skipped."""
+    return read_whole_lines(path)[0]
+
+
+def read_whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a .jsonl file, and how many lines were skipped because they hold none."""
     if not path.is_file():
-        return []
-    found = []
+        return [], 0
+    found: list[dict[str, Any]] = []
     # Not splitlines(): text inside a line may hold other separators.
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+    for line in lines:
         try:
             value = json.loads(line)
         except json.JSONDecodeError:
             continue
         if isinstance(value, dict):
             found.append(value)
-    return found
+    return found, len(lines) - len(found)
 
 
 def sha256_of(file: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from nybble.cli import ask, data, demo, quantize, report, settings, train
+from nybble.cli import ask, compare, data, demo, quantize, report, settings, train
 from nybble.errors import NybbleError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ _FREE_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("demo", context_settings=_FREE_FLAGS)(demo.demo)
 app.command("train", context_settings=_FREE_FLAGS)(train.train)
 app.command("data", context_settings=_FREE_FLAGS)(data.data)
+app.command("compare", context_settings=_FREE_FLAGS)(compare.compare)
 app.command("ask")(ask.ask)
 app.command("quantize", context_settings=_FREE_FLAGS)(quantize.quantize)
 app.command("report")(report.report)

@@ -104,7 +104,7 @@ def _row_losses(model: Any, examples: Sequence[Example], batch_size: int, collat
 def _by_row(model: Any, batch: dict[str, Any], n_learned: Sequence[int]) -> list[float]:
     if "lengths" in batch:
         losses = model(**batch).token_losses.double()
-        return torch.stack([part.sum() for part in losses.split(list(n_learned))]).tolist()  # type: ignore[no-any-return]
+        return torch.stack([part.sum() for part in losses.split(list(n_learned))]).tolist()
     labels = batch.pop("labels")[:, 1:]
     logits = model(**batch).logits[:, :-1]
     # One row after the other: the float32 logits of a whole batch would be the peak of the run.
