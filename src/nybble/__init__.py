@@ -16,6 +16,7 @@ _HOMES = {
     "compare": "nybble.comparison",
     "demo": "nybble.pipeline",
     "inspect_rows": "nybble.pipeline",
+    "probe": "nybble.pipeline",
     "quantize": "nybble.pipeline",
     "report": "nybble.pipeline",
     "train": "nybble.pipeline",

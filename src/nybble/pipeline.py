@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -38,7 +39,18 @@ from nybble.planning import make_plan
 from nybble.recipe import Plan, Recipe, load_recipe, save_recipe
 from nybble.reporting import model_card, rewrite_report, write_report
 from nybble.runs import Observer, RunDirectory, RunRecord, Sample, Silent, read_record, write_text
-from nybble.training import Setup, Witness, check_training, evaluate, generate_answers, stop_at, train_model
+from nybble.training import (
+    Judge,
+    Probe,
+    Setup,
+    Witness,
+    check_training,
+    evaluate,
+    generate_answers,
+    probe_rates,
+    stop_at,
+    train_model,
+)
 
 _ROWS_IN_REPORT = 3  # whose mask is shown
 
@@ -112,7 +124,8 @@ def _prepare(recipe: Recipe, overwrite: bool, resume: bool, watch: Observer) -> 
     tokenizer = load_tokenizer(source, recipe.model)
     recipe = _within_context(recipe, getattr(source.config, "max_position_embeddings", None), watch)
     prepared = prepare_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed)
-    _tell_ledger(prepared, watch)
+    for line in prepared.ledger.in_words:
+        watch.note(line)
     lengths = [len(example.input_ids) for example in prepared.train] if recipe.data.packing else []
     groups = Groups(prepared.train, pack_rows(lengths, recipe.data.max_length) if recipe.data.packing else None)
     plan = make_plan(recipe.training, len(groups))
@@ -195,17 +208,32 @@ def _train(
         measured = evaluate(model, job.tokenizer, unchecked, section, dtype)
         return measured.loss if measured else math.nan
 
-    job.watch.stage("train")
     every = section.eval_steps if job.prepared.held_out else 0
     setup = Setup(job.run, job.device, dtype, job.watch, check, every, job.plan.optimizer_steps, resume)
+    training = job.recipe.training
+    if training.learning_rate == "probe":
+        training = training.model_copy(update={"learning_rate": _probe(job, witness, model, setup).learning_rate})
+    job.watch.stage("train")
     before = sum(phase.seconds for phase in witness.record.phases.values())
     with witness.phase("train"):
-        result = train_model(model, job.tokenizer, job.groups, job.recipe.training, setup)
+        result = train_model(model, job.tokenizer, job.groups, training, setup)
     witness.phase_peak("train", result.peak_bytes)
     witness.record.notes += result.notes
     witness.record.train_loss = result.train_loss
     witness.record.tokens_per_second = result.tokens_per_second
     witness.record.seconds_to_first_step = before + (result.seconds_to_first_step or 0.0)
+
+
+def _probe(job: _Job, witness: Witness, model: Any, setup: Setup) -> Probe:
+    job.watch.stage("probe")
+    section, rows = job.recipe.evaluation, job.prepared.held_out
+    judge = Judge(job.recipe.method, rows, lambda r: evaluate(model, job.tokenizer, r, section, setup.compute_dtype))
+    with witness.phase("probe"):
+        found = probe_rates(model, job.tokenizer, job.groups, job.recipe.training, setup, judge)
+    job.watch.note(found.in_words)
+    witness.record.notes.append(found.in_words)
+    witness.record.probe = asdict(found)
+    return found
 
 
 def _evaluate_tuned(job: _Job, witness: Witness, model: Any, dtype: torch.dtype, base_answers: Sequence[str]) -> None:
@@ -319,6 +347,25 @@ def quantize(
     return {"out": str(folder), "file_bytes": file_bytes, "bits_per_weight": report.bits_per_weight, **asdict(report)}
 
 
+def probe(
+    recipe: Recipe | Path | str | None, overrides: Mapping[str, Any] | None = None, *, observer: Observer | None = None
+) -> Probe:
+    """The learning rate that `training.learning_rate: probe` would choose, with its curve; nothing is kept.
+
+    Raises:
+        InputError, CannotRunError, StoppedError: as `train`; RecipeError where the run is too short to probe.
+    """
+    resolved = _as_recipe(recipe, overrides)
+    with TemporaryDirectory() as folder:
+        training = resolved.training.model_copy(update={"output_dir": folder})
+        job = _prepare(resolved.model_copy(update={"training": training}), False, False, observer or Silent())
+        with Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
+            base, dtype, starts = _load(job, witness)
+            model = _attach(job, witness, base, starts)
+            setup = Setup(job.run, job.device, dtype, job.watch, lambda _: 0.0, 0, job.plan.optimizer_steps, False)
+            return _probe(job, witness, model, setup)
+
+
 def demo(
     output_dir: Path | str = "runs/demo",
     overrides: Mapping[str, Any] | None = None,
@@ -357,22 +404,3 @@ def _within_context(recipe: Recipe, limit: int | None, watch: Observer) -> Recip
         return recipe
     watch.note(f"max_length {recipe.data.max_length} is above the model's context: {limit} is used")
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": limit})})
-
-
-def _tell_ledger(prepared: Prepared, watch: Observer) -> None:
-    ledger = prepared.ledger
-    watch.note(
-        f"{ledger.rows_used:,} rows ({ledger.shape}) to train, {ledger.rows_held_out:,} held out, "
-        f"{ledger.rows_truncated:,} cut, {ledger.rows_dropped:,} dropped"
-    )
-    watch.note(
-        f"{ledger.tokens_trained:,} of {ledger.tokens_total:,} tokens are learned; "
-        f"{100 * ledger.stop_token_trained_fraction:.1f} % of the answers keep their end token"
-    )
-    if ledger.rows_over_max_length:
-        watch.note(
-            f"{ledger.rows_over_max_length:,} rows are longer than max_length, {ledger.rows_split:,} were split; "
-            f"{ledger.stop_tokens_cut:,} end tokens are lost; max_length {ledger.length_p99:,} keeps 99 % whole"
-        )
-    if ledger.stop_tokens_trained == 0:
-        watch.note("no end token is learned, as allow_no_stop permits: the model will not learn to stop")

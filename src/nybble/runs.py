@@ -107,6 +107,7 @@ class RunRecord:
     seconds_to_first_step: float | None = None
     tokens_per_second: float | None = None
     train_loss: float | None = None
+    probe: dict[str, Any] | None = None  # how the learning rate was found, where it was probed
     evaluation_base: Evaluation | None = None
     evaluation_tuned: Evaluation | None = None
     eval_loss: float | None = None

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from nybble.cli import ask, compare, data, demo, quantize, report, settings, train
+from nybble.cli import ask, compare, data, demo, probe, quantize, report, settings, train
 from nybble.errors import NybbleError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("demo", context_settings=_FREE_FLAGS)(demo.demo)
 app.command("train", context_settings=_FREE_FLAGS)(train.train)
 app.command("data", context_settings=_FREE_FLAGS)(data.data)
 app.command("compare", context_settings=_FREE_FLAGS)(compare.compare)
+app.command("probe", context_settings=_FREE_FLAGS)(probe.probe)
 app.command("ask")(ask.ask)
 app.command("quantize", context_settings=_FREE_FLAGS)(quantize.quantize)
 app.command("report")(report.report)

@@ -12,6 +12,7 @@ _STAGES = {
     "rows": "reading rows",
     "load": "loading the base",
     "evaluate base": "evaluating the base",
+    "probe": "probing learning rates",
     "train": "training",
     "evaluate": "evaluating the tuned model",
     "save": "saving",

@@ -95,7 +95,7 @@ def _rate(recipe: Recipe, method: str, given: str) -> tuple[float | str, str]:
     if given:
         return given, "given"
     own = recipe.training.learning_rate
-    if (method == "full") == (recipe.method == "full"):
+    if own == "probe" or (method == "full") == (recipe.method == "full"):
         return own, "the recipe's"
     if method == "full":
         return FULL_RATE * own, "a tenth of the recipe's, which is for adapters"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nybble.comparison.figures import Arm, Comparison, Difference
-from nybble.comparison.intervals import Interval
+from nybble.intervals import Interval
 from nybble.units import format_bytes, format_count, format_number, format_share
 
 

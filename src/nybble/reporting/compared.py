@@ -98,8 +98,9 @@ def comparison_lines(arms: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]
         ("to the first step", [format_seconds(arm["seconds_to_first_step"]) for arm in arms]),
         ("on disk", [format_bytes(arm["produced_bytes"]) for arm in arms]),
         ("seeds", [str(len(arm["seeds"])) for arm in arms]),
-        ("device", [arm["device"] or "–" for arm in arms]),
     ]
+    if len({arm["device"] for arm in arms if arm["device"]}) > 1:
+        rows.append(("device", [arm["device"] or "–" for arm in arms]))
     always = ("status", "method", "held-out loss")
     return [(what, *values) for what, values in rows if what in always or any(value != "–" for value in values)]
 
