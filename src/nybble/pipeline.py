@@ -52,8 +52,6 @@ from nybble.training import (
     train_model,
 )
 
-_ROWS_IN_REPORT = 3  # whose mask is shown
-
 
 @dataclass(frozen=True)
 class _Job:
@@ -98,7 +96,7 @@ def train(
     job = _prepare(_as_recipe(recipe, overrides), overwrite, resume, observer or Silent())
     job.run.create(overwrite=overwrite)
     write_text(job.run.path / "recipe.yaml", save_recipe(job.recipe))
-    job.run.write_mask([asdict(row) for row in show_rows(job.prepared, job.tokenizer, _ROWS_IN_REPORT)])
+    job.run.write_mask([asdict(row) for row in show_rows(job.prepared, job.tokenizer, 3)])
     with Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
         base, dtype, starts = _load(job, witness)
         model = _attach(job, witness, base, starts)
@@ -160,7 +158,7 @@ def _load(job: _Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
 def _calibrate(job: _Job, witness: Witness, model: Any) -> Starts:
     """Pack anew, fitted to the rows; the base is kept in the run, since loading would not give it again."""
     recipe, section = job.recipe, job.recipe.quantization
-    rows = _calibration_rows(job.prepared, section.calibration_rows)
+    rows = job.prepared.spread(section.calibration_rows)
     with witness.phase("calibrate"):
         done = calibrate(model, job.source, rows, section, recipe.lora, partial(job.watch.progress, "calibrating"))
         save_whole(job.run.base, model, job.tokenizer)
@@ -168,12 +166,6 @@ def _calibrate(job: _Job, witness: Witness, model: Any) -> Starts:
     on = f"calibrated on {done.n_rows:,} rows ({done.n_tokens:,} tokens)" if done.n_rows else "adapters started"
     job.watch.note(f"{on}; the base is kept in {job.run.base}")
     return done.starts
-
-
-def _calibration_rows(prepared: Prepared, most: int) -> list[list[int]]:
-    """Token ids of at most so many rows, evenly spaced: files are often sorted by kind."""
-    step = max(1, len(prepared.train) // most)
-    return [example.input_ids for example in prepared.train[::step][:most]]
 
 
 def _evaluate_base(job: _Job, witness: Witness, model: Any, dtype: torch.dtype) -> list[str]:
@@ -338,7 +330,7 @@ def quantize(
     if section.encoder == "calibrated":
         recipe = _within_context(recipe, getattr(source.config, "max_position_embeddings", None), watch)
         prepared = prepare_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed)
-        rows = _calibration_rows(prepared, section.calibration_rows)
+        rows = prepared.spread(section.calibration_rows)
     packed, report = load_model(source, "qlora", recipe.model, section, detect_device(recipe.model.device))
     if needs_calibration(section, recipe.lora):
         calibrate(packed, source, rows, section, recipe.lora, partial(watch.progress, "calibrating"))

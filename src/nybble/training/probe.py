@@ -104,7 +104,8 @@ def probe_rates(
     steps, rows = _within_share(groups, section, setup.max_steps, judge)
     began = time.monotonic()
     start = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
-    branches, judged = [], []
+    branches: list[Branch] = []
+    judged: list[Sums | None] = []
     for number, rate in enumerate(judge.rates):
         setup.observer.progress("probing learning rates", number, len(judge.rates))
         own = section.model_copy(
