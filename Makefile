@@ -39,6 +39,7 @@ bench: install
 	$(BIN)/python bench/seven_b.py
 	$(BIN)/python bench/loading.py
 	$(if $(DATA),$(BIN)/python bench/real_rows.py --data $(DATA))
+	$(if $(DATA),$(BIN)/python bench/comparison.py --data $(DATA))
 	$(if $(DATA),$(BIN)/python bench/encoders.py --data $(DATA) damage)
 
 docs: install
