@@ -44,7 +44,7 @@ def one(arguments: argparse.Namespace, model: str, rows: str, folder: Path) -> d
 def table(results: list[dict[str, Any]]) -> list[str]:
     """A line an arm."""
     lines = [
-        "| model | rows | arm | learning rate | held-out loss | 95 % interval | less lora | peak memory, MB | tokens/s |",
+        "| model | rows | arm | learning rate | held-out loss | 95 % interval | less lora | peak, MB | tokens/s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:

@@ -96,7 +96,8 @@ def train(
     job = _prepare(_as_recipe(recipe, overrides), overwrite, resume, observer or Silent())
     job.run.create(overwrite=overwrite)
     write_text(job.run.path / "recipe.yaml", save_recipe(job.recipe))
-    job.run.write_mask([asdict(row) for row in show_rows(job.prepared, job.tokenizer, 3)])
+    learned = replace(job.prepared, held_out=[], dropped=[])
+    job.run.write_mask([asdict(row) for row in show_rows(learned, job.tokenizer, 3)])
     with Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
         base, dtype, starts = _load(job, witness)
         model = _attach(job, witness, base, starts)

@@ -212,9 +212,10 @@ def test_a_prediction_is_drawn_and_tabled_beside_what_was_measured(run: RunDirec
 def test_what_is_learned_of_some_rows_is_shown(run: RunDirectory) -> None:
     parts = [{"text": HOSTILE, "is_learned": False, "is_control": False}]
     parts += [{"text": "Yes.", "is_learned": True, "is_control": False}]
-    run.write_mask([{"parts": parts}])
+    run.write_mask([{"row": 7, "trained": 2, "tokens": 9, "truncated": True, "parts": parts}])
     text = write(run, finished(), 2)
     assert '<span class="learned ">Yes.</span>' in text
+    assert "row 7: 2 of 9 tokens learned, cut" in text
     assert "<script" not in text.lower()
 
 
