@@ -55,7 +55,7 @@ def student_t(degrees: int) -> float:
 def interval(seeds: Sequence[Sums]) -> Interval | None:
     """The mean over seeds of sum(totals) / sum(weights), with noise of rows and of seeds; None below two rows.
 
-    All seeds are judged on the same rows, or on draws of one set, so more seeds do not make the noise of rows smaller.
+    All seeds are judged on the same rows, so more seeds do not make the noise of rows smaller.
     """
     if not seeds or any(len(sums.totals) < 2 for sums in seeds):
         return None

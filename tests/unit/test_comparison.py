@@ -88,6 +88,9 @@ def test_seeds_are_runs_of_their_own(tmp_path: Path) -> None:
     (plan,) = methods(tmp_path, "qlora", seeds=3, seed=7)
     assert [trial.recipe.training.seed for trial in plan.trials] == [7, 8, 9]
     assert len({trial.run_dir for trial in plan.trials}) == 3
+    assert {trial.recipe.data.eval_seed for trial in plan.trials} == {7}  # judged on the same rows
+    (given,) = methods(tmp_path, "qlora", seeds=2, eval_seed=3)
+    assert {trial.recipe.data.eval_seed for trial in given.trials} == {3}
 
 
 @pytest.mark.parametrize(

@@ -104,9 +104,11 @@ def _rate(recipe: Recipe, method: str, given: str) -> tuple[float | str, str]:
 
 def _plan(name: str, source: str, recipe: Recipe, seeds: int, folder: Path) -> Plan:
     trials = []
-    for seed in range(recipe.training.seed, recipe.training.seed + seeds):
+    first = recipe.training.seed
+    held_out_by = first if recipe.data.eval_seed is None else recipe.data.eval_seed  # the same rows for every seed
+    for seed in range(first, first + seeds):
         label = name if seeds == 1 else f"{name}-seed{seed}"
-        changes = {"seed": seed, "output_dir": str(folder / label), "push_to_hub": False}
+        changes = {"seed": seed, "eval_seed": held_out_by, "output_dir": str(folder / label), "push_to_hub": False}
         own = load_recipe(None, _flat(recipe) | changes)
         trials.append(Trial(seed, folder / label, folder / "recipes" / f"{label}.yaml", own))
     return Plan(name, source, recipe, tuple(trials))

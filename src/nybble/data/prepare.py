@@ -62,7 +62,8 @@ def examine_rows(data: DataSection, evaluation: EvaluationSection, tokenizer: An
         held = list(_encode_all(held_rows, held_forms, data, evaluation, tokenizer))
         fingerprint = f"{fingerprint}+{held_rows.fingerprint()}"
     else:
-        held = _hold_out(read, data.eval_fraction, seed, evaluation.max_eval_rows)
+        drawn_by = seed if data.eval_seed is None else data.eval_seed
+        held = _hold_out(read, data.eval_fraction, drawn_by, evaluation.max_eval_rows)
     held_ids = _ids(held)
     used = [row for row in read if _is_useful(row) and held_ids.isdisjoint(_ids([row]))]
     held = [row for row in held if _is_useful(row)]

@@ -173,6 +173,7 @@ class DataSection(Section):
         ge=0,
         lt=1,
     )
+    eval_seed: int | None = setting(None, "seed that draws the held-out rows; default: that of training", ge=0)
     max_train_rows: int | None = setting(None, "use only the first rows", unit="rows", aliases=("max_samples",), ge=1)
 
 

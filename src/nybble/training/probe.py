@@ -159,7 +159,7 @@ def _tokens_per_step(groups: Groups, section: TrainingSection) -> float:
 
 def _branch(model: Any, tokenizer: Any, groups: Groups, section: TrainingSection, setup: Setup) -> bool:
     """Train a branch in place, leaving nothing on disk; False where its loss is no number."""
-    forward = vars(model).get("forward")
+    before = dict(vars(model))
     with tempfile.TemporaryDirectory() as folder:
         own = replace(
             setup, run=RunDirectory(Path(folder)), observer=Silent(), check_every=0, resume=False, saves=False
@@ -171,10 +171,9 @@ def _branch(model: Any, tokenizer: Any, groups: Groups, section: TrainingSection
         except InputError:
             return False
         finally:
-            # accelerate has put its autocast around the model's forward; the next trainer would put another around it.
-            vars(model).pop("forward", None)
-            if forward is not None:
-                model.forward = forward
+            # accelerate puts its autocast around the model's forward, and never a second time on one that it marked.
+            vars(model).clear()
+            vars(model).update(before)
             model.zero_grad(set_to_none=True)
     return True
 
