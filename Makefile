@@ -44,6 +44,7 @@ bench: install
 	$(BIN)/python bench/merge_memory.py
 	$(if $(DATA),$(BIN)/python bench/merging.py --data $(DATA))
 	$(if $(DATA),$(BIN)/python bench/real_rows.py --data $(DATA))
+	$(if $(DATA),$(BIN)/python bench/comparison.py --data $(DATA))
 	$(if $(DATA),$(BIN)/python bench/encoders.py --data $(DATA) damage)
 	$(if $(DATA),$(BIN)/python bench/rows.py --data $(DATA) large)
 	$(if $(DATA),$(BIN)/python bench/rows.py --data $(DATA) trl)

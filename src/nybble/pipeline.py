@@ -11,15 +11,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from nybble import bundled
-from nybble.cache import Cache
-from nybble.data import Example, Groups, Ledger, Prepared, ShownRow, examine_rows, pack_rows, prepare_rows, show_rows
+from nybble.data import (
+    Example,
+    Groups,
+    Ledger,
+    Prepared,
+    ShownRow,
+    examine_rows,
+    pack_rows,
+    prepare_rows,
+    rows_cache,
+    show_rows,
+)
 from nybble.diagnostics import settle
-from nybble.errors import InputError, RecipeError
+from nybble.errors import RecipeError
 from nybble.hardware import Device, detect_device
 from nybble.kernels import path_reasons, paths_taken
 from nybble.models import (
@@ -39,10 +50,21 @@ from nybble.models import (
     write_note,
 )
 from nybble.planning import Batches, plan_training
-from nybble.recipe import Plan, Recipe, in_micro_batches, load_recipe, refusal, save_recipe
-from nybble.reporting import model_card, write_report
+from nybble.recipe import Plan, Recipe, in_micro_batches, load_recipe, refusal, save_recipe, within_context
+from nybble.reporting import model_card, rewrite_report, write_report
 from nybble.runs import Observer, RunDirectory, RunRecord, Sample, Silent, read_record, write_text
-from nybble.training import Setup, Witness, check_training, evaluate, generate_answers, stop_at, train_model
+from nybble.training import (
+    Judge,
+    Probe,
+    Setup,
+    Witness,
+    check_training,
+    evaluate,
+    generate_answers,
+    probe_rates,
+    stop_at,
+    train_model,
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +115,9 @@ def train(
         raise refusal(job.plan)
     job.run.create(overwrite=overwrite)
     write_text(job.run.path / "recipe.yaml", save_recipe(job.recipe))
+    nothing = job.prepared.train[:0]
+    learned = replace(job.prepared, held_out=nothing, dropped=nothing)
+    job.run.write_mask([asdict(row) for row in show_rows(learned, job.tokenizer, 3)])
     with Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
         base, dtype, starts = _load(job, witness)
         model = _attach(job, witness, base, starts)
@@ -117,9 +142,12 @@ def _prepare(recipe: Recipe, overwrite: bool, resume: bool, watch: Observer) -> 
     watch.stage("rows")
     source = find_model(recipe.model)
     tokenizer = load_tokenizer(source, recipe.model)
-    recipe = _within_context(recipe, getattr(source.config, "max_position_embeddings", None), watch)
-    prepared = prepare_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed, _cache(recipe), watch)
-    _tell_ledger(prepared, watch)
+    recipe = within_context(recipe, getattr(source.config, "max_position_embeddings", None), watch.note)
+    prepared = prepare_rows(
+        recipe.data, recipe.evaluation, tokenizer, recipe.training.seed, rows_cache(recipe.quantization), watch
+    )
+    for line in prepared.ledger.in_words:
+        watch.note(line)
     lengths = prepared.train.column("length").tolist() if recipe.data.packing else []
     packs = pack_rows(lengths, recipe.data.max_length) if recipe.data.packing else None
     former = read_record(run.path) if resume else None
@@ -202,11 +230,13 @@ def _train(
         measured = evaluate(model, job.tokenizer, unchecked, section, dtype)
         return measured.loss if measured else math.nan
 
-    job.watch.stage("train")
     every = section.eval_steps if job.prepared.held_out else 0
     steps, memory = job.plan.optimizer_steps, job.plan.step_memory
     setup = Setup(job.run, job.device, dtype, job.watch, check, every, steps, resume, memory)
     training = in_micro_batches(job.recipe.training, job.plan.micro_batch)
+    if training.learning_rate == "probe":
+        training = training.model_copy(update={"learning_rate": _probe(job, witness, model, setup).learning_rate})
+    job.watch.stage("train")
     before = sum(phase.seconds for phase in witness.record.phases.values())
     with witness.phase("train"):
         result = train_model(model, job.tokenizer, job.groups, training, setup)
@@ -217,6 +247,18 @@ def _train(
     witness.record.seconds_to_first_step = before + (result.seconds_to_first_step or 0.0)
 
 
+def _probe(job: _Job, witness: Witness, model: Any, setup: Setup) -> Probe:
+    job.watch.stage("probe")
+    section, rows = job.recipe.evaluation, job.prepared.held_out
+    judge = Judge(job.recipe.method, rows, lambda r: evaluate(model, job.tokenizer, r, section, setup.compute_dtype))
+    with witness.phase("probe"):
+        found = probe_rates(model, job.tokenizer, job.groups, job.recipe.training, setup, judge)
+    job.watch.note(found.in_words)
+    witness.record.notes.append(found.in_words)
+    witness.record.probe = asdict(found)
+    return found
+
+
 def _evaluate_tuned(job: _Job, witness: Witness, model: Any, dtype: torch.dtype, base_answers: Sequence[str]) -> None:
     job.watch.stage("evaluate")
     if job.recipe.method == "full":
@@ -225,6 +267,8 @@ def _evaluate_tuned(job: _Job, witness: Witness, model: Any, dtype: torch.dtype,
         tuned = evaluate(model, job.tokenizer, job.prepared.held_out, job.recipe.evaluation, dtype)
         for sample in _answer(job, model, dtype, base_answers):
             job.run.append_sample(sample)
+    if tuned and witness.record.evaluation_base:
+        job.run.write_held_out(witness.record.evaluation_base, tuned)
     witness.record.evaluation_tuned = tuned
     witness.record.eval_loss = tuned.loss if tuned else None
 
@@ -278,44 +322,31 @@ def inspect_rows(
     """
     resolved, watch = _as_recipe(recipe, overrides), observer or Silent()
     tokenizer, context = find_tokenizer(resolved.model)
-    resolved = _within_context(resolved, context, watch)
+    resolved = within_context(resolved, context, watch.note)
     prepared = examine_rows(
-        resolved.data, resolved.evaluation, tokenizer, resolved.training.seed, _cache(resolved), watch
+        resolved.data, resolved.evaluation, tokenizer, resolved.training.seed, rows_cache(resolved.quantization), watch
     )
     shown = show_rows(prepared, tokenizer, show, find)
     return Inspection(resolved.data.dataset_name, prepared.ledger, shown, prepared.fault)
 
 
-def quantize(
-    model: str, out: Path | str, overrides: Mapping[str, Any] | None = None, *, observer: Observer | None = None
-) -> dict[str, Any]:
-    """Write `model` as a 4-bit checkpoint in bitsandbytes' layout to the new folder `out`; returns what was done.
+def probe(
+    recipe: Recipe | Path | str | None, overrides: Mapping[str, Any] | None = None, *, observer: Observer | None = None
+) -> Probe:
+    """The learning rate that `training.learning_rate: probe` would choose, with its curve; nothing is kept.
 
     Raises:
-        InputError: `out` exists, or the model cannot be used.
+        InputError, CannotRunError, StoppedError: as `train`; RecipeError where the run is too short to probe.
     """
-    recipe = load_recipe(None, {**(overrides or {}), "model_name_or_path": model})
-    folder = Path(out).expanduser()
-    if folder.exists():
-        raise InputError(f"{folder} exists already; choose a new folder")
-    source, watch = find_model(recipe.model), observer or Silent()
-    if source.is_4bit:
-        raise RecipeError(f"{model} is stored in 4 bits already; give the 16-bit model")
-    if recipe.lora.init_lora_weights != "default":
-        raise RecipeError("init_lora_weights makes an adapter, quantize makes none; leave it away, or use nybble train")
-    tokenizer = load_tokenizer(source, recipe.model)
-    section = recipe.quantization
-    rows: list[list[int]] = []
-    if section.encoder == "calibrated":
-        recipe = _within_context(recipe, getattr(source.config, "max_position_embeddings", None), watch)
-        prepared = prepare_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed, _cache(recipe), watch)
-        rows = prepared.calibration_rows(section.calibration_rows)
-    packed, report = load_model(source, "qlora", recipe.model, section, detect_device(recipe.model.device))
-    if needs_calibration(section, recipe.lora):
-        calibrate(packed, source, rows, section, recipe.lora, partial(watch.progress, "calibrating"))
-    save_whole(folder, packed, tokenizer)
-    file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return {"out": str(folder), "file_bytes": file_bytes, "bits_per_weight": report.bits_per_weight, **asdict(report)}
+    resolved = _as_recipe(recipe, overrides)
+    with TemporaryDirectory() as folder:
+        training = resolved.training.model_copy(update={"output_dir": folder})
+        job = _prepare(resolved.model_copy(update={"training": training}), False, False, observer or Silent())
+        with Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
+            base, dtype, starts = _load(job, witness)
+            model = _attach(job, witness, base, starts)
+            setup = Setup(job.run, job.device, dtype, job.watch, lambda _: 0.0, 0, job.plan.optimizer_steps, False)
+            return _probe(job, witness, model, setup)
 
 
 def demo(
@@ -338,8 +369,8 @@ def demo(
 
 
 def report(run_dir: Path | str) -> Path:
-    """Write report.html, report.md and report.json of a run anew from what lies on disk."""
-    return write_report(Path(run_dir))
+    """Write report.html, report.md and report.json of a run or comparison anew from what lies on disk."""
+    return rewrite_report(Path(run_dir))
 
 
 def _as_recipe(recipe: Recipe | Path | str | None, overrides: Mapping[str, Any] | None) -> Recipe:
@@ -348,36 +379,3 @@ def _as_recipe(recipe: Recipe | Path | str | None, overrides: Mapping[str, Any] 
     if overrides:
         raise RecipeError("overrides go with a recipe file; a Recipe is already resolved")
     return recipe
-
-
-def _cache(recipe: Recipe) -> Cache | None:
-    """Where tokenized rows are kept, if they are."""
-    section = recipe.quantization
-    return Cache("rows", int(section.cache_limit * 2**30)) if section.cache else None
-
-
-def _within_context(recipe: Recipe, limit: int | None, watch: Observer) -> Recipe:
-    """Rows cannot be longer than the positions that the model knows."""
-    if limit is None or recipe.data.max_length <= limit:
-        return recipe
-    watch.note(f"max_length {recipe.data.max_length} is above the model's context: {limit} is used")
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": limit})})
-
-
-def _tell_ledger(prepared: Prepared, watch: Observer) -> None:
-    ledger = prepared.ledger
-    watch.note(
-        f"{ledger.rows_used:,} rows ({ledger.shape}) to train, {ledger.rows_held_out:,} held out, "
-        f"{ledger.rows_truncated:,} cut, {ledger.rows_dropped:,} dropped"
-    )
-    watch.note(
-        f"{ledger.tokens_trained:,} of {ledger.tokens_total:,} tokens are learned; "
-        f"{100 * ledger.stop_token_trained_fraction:.1f} % of the answers keep their end token"
-    )
-    if ledger.rows_over_max_length:
-        watch.note(
-            f"{ledger.rows_over_max_length:,} rows are longer than max_length, {ledger.rows_split:,} were split; "
-            f"{ledger.stop_tokens_cut:,} end tokens are lost; max_length {ledger.length_p99:,} keeps 99 % whole"
-        )
-    if ledger.stop_tokens_trained == 0:
-        watch.note("no end token is learned, as allow_no_stop permits: the model will not learn to stop")

@@ -2,7 +2,9 @@
 
     run.json          resolved recipe, versions, device, rows, plan, figures, status
     recipe.yaml       the resolved recipe alone; `nybble train` of it repeats the run
+    mask.jsonl        some rows, and what is learned in them
     events.jsonl      a line per logged step
+    held_out.jsonl    a line per held-out row: its loss before and after
     samples.jsonl     prompts with the answers of base and tuned model
     checkpoints/      checkpoint-N, transformers' layout
     adapter/          PEFT's two files (method full: model/)
@@ -19,6 +21,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,6 +45,16 @@ class StepEvent:
 
 
 @dataclass(frozen=True)
+class RowLoss:
+    """One held-out row (or a part of a split one); a line of held_out.jsonl."""
+
+    row: int  # its number in the rows, from 1
+    n_tokens: int  # learned ones
+    loss: float  # their sum, in nats
+    is_right: bool | None  # whether the answer was exact, where the row carries one
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Figures over held-out rows."""
 
@@ -51,6 +64,7 @@ class Evaluation:
     n_tokens: int
     exact_match: float | None  # share of rows answered exactly, where rows carry an answer
     seconds: float
+    rows: tuple[RowLoss, ...] = ()  # lie in held_out.jsonl, not in run.json
 
 
 @dataclass(frozen=True)
@@ -93,6 +107,7 @@ class RunRecord:
     seconds_to_first_step: float | None = None
     tokens_per_second: float | None = None
     train_loss: float | None = None
+    probe: dict[str, Any] | None = None  # how the learning rate was found, where it was probed
     evaluation_base: Evaluation | None = None
     evaluation_tuned: Evaluation | None = None
     eval_loss: float | None = None
@@ -102,7 +117,11 @@ class RunRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return asdict(self)
+        content = asdict(self)
+        for evaluation in (content["evaluation_base"], content["evaluation_tuned"]):
+            if evaluation is not None:
+                del evaluation["rows"]
+        return content
 
 
 class Observer(Protocol):
@@ -185,7 +204,7 @@ class RunDirectory:
 
     def discard(self) -> None:
         """Remove a run that came to nothing: wrong input found while loading must not block the next try."""
-        for name in ("run.json", "recipe.yaml"):
+        for name in ("run.json", "recipe.yaml", "mask.jsonl"):
             (self.path / name).unlink(missing_ok=True)
         if not any(self.path.iterdir()):
             self.path.rmdir()
@@ -224,6 +243,16 @@ class RunDirectory:
     def append_sample(self, sample: Sample) -> None:
         """Add a line to samples.jsonl."""
         self._append("samples.jsonl", asdict(sample))
+
+    def write_held_out(self, base: Evaluation, tuned: Evaluation) -> None:
+        """Write held_out.jsonl: each held-out row before and after training."""
+        pairs = zip(base.rows, tuned.rows, strict=True)
+        lines = ({"base": asdict(before), "tuned": asdict(after)} for before, after in pairs)
+        write_text(self.path / "held_out.jsonl", "".join(f"{to_json(line)}\n" for line in lines))
+
+    def write_mask(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write mask.jsonl: some rows, in stretches that are learned or masked."""
+        write_text(self.path / "mask.jsonl", "".join(f"{to_json(row)}\n" for row in rows))
 
     def drop_events_after(self, step: int) -> tuple[int, float]:
         """Forget logged steps beyond `step`, which a resumed run will log again; tokens and seconds up to there."""
@@ -302,18 +331,24 @@ def read_record(path: Path | str) -> dict[str, Any]:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file; a line cut short by a crash is skipped."""
+    return read_whole_lines(path)[0]
+
+
+def read_whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The objects of a .jsonl file, and how many lines were skipped because they hold none."""
     if not path.is_file():
-        return []
-    found = []
+        return [], 0
+    found: list[dict[str, Any]] = []
     # Not splitlines(): text inside a line may hold other separators.
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
+    for line in lines:
         try:
             value = json.loads(line)
         except json.JSONDecodeError:
             continue
         if isinstance(value, dict):
             found.append(value)
-    return found
+    return found, len(lines) - len(found)
 
 
 def sha256_of(file: Path) -> str:

@@ -21,6 +21,7 @@ LIGHT_MODULES = (
     "nybble.runs",
     "nybble.recipe",
     "nybble.reporting",
+    "nybble.comparison",
     "nybble.cli.main",
     "nybble.diagnostics",
 )

@@ -229,3 +229,13 @@ def test_real_rows_need_no_configuration(shared_data: Path, name: str, read: int
     ledger = prepare_rows(data, EvaluationSection(), llama2, 0).ledger
     assert (ledger.rows_read, ledger.turns, ledger.rows_multi_turn) == (read, turns, multi)
     assert ledger.stop_token_trained_fraction == 1.0
+
+
+def test_the_held_out_rows_are_drawn_by_a_seed_of_their_own(prepare: Callable[..., Prepared]) -> None:
+    rows = [{"text": f"[INST] {i} [/INST] {i}"} for i in range(40)]
+
+    def drawn(**settings: Any) -> list[int]:
+        return [example.row for example in prepare(rows, eval_fraction=0.25, **settings).held_out]
+
+    assert drawn(seed=1) != drawn(seed=2)
+    assert drawn(seed=1, eval_seed=3) == drawn(seed=2, eval_seed=3) == drawn(seed=3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 import yaml
@@ -45,7 +45,7 @@ def other_value(item: Setting) -> Any:
         return not item.default
     if kind is int or kind == int | None:
         return 7 + (item.default or 8)
-    if kind is float:
+    if kind is float or isinstance(item.default, float):
         return 0.125
     return ["one", "two"] if get_origin(kind) is tuple else "other"
 
@@ -157,6 +157,7 @@ def test_flag_beats_set() -> None:
     ("name", "text", "value"),
     [
         ("learning_rate", "2e-4", 2e-4),
+        ("learning_rate", "probe", "probe"),
         ("use_dora", "true", True),
         ("max_train_rows", "null", None),
         ("max_steps", "-1", -1),
@@ -291,6 +292,9 @@ def values(kind: Any, limits: dict[str, float]) -> st.SearchStrategy[Any]:
         return st.sampled_from(get_args(kind))
     if get_origin(kind) in (Union, types.UnionType):
         return st.one_of([values(one, limits) for one in get_args(kind)])
+    if get_origin(kind) is Annotated:
+        own = get_args(kind)[1].metadata
+        return values(get_args(kind)[0], {k: getattr(m, k) for m in own for k in LIMITS if hasattr(m, k)})
     if get_origin(kind) is tuple:
         return st.lists(st.text(), max_size=3)
     if kind is float:

@@ -192,6 +192,33 @@ def test_a_line_cut_short_does_not_stop_the_report(run: RunDirectory) -> None:
     assert "<svg" in write_report(run.path).read_text(encoding="utf-8")
 
 
+def test_damaged_lines_are_skipped_and_counted(run: RunDirectory) -> None:
+    write(run, record(), 3)
+    with (run.path / "events.jsonl").open("a") as file:
+        file.write('{"step": 4, "los\n[1, 2]\n{"step": "x", "loss": 1}\n\n')
+    assert "3 damaged lines of events.jsonl skipped" in write_report(run.path).read_text(encoding="utf-8")
+    assert "3 damaged lines" in (run.path / "report.md").read_text(encoding="utf-8")
+    summary = json.loads((run.path / "report.json").read_text(encoding="utf-8"))
+    assert (len(summary["events"]), summary["events_skipped"]) == (3, 3)
+
+
+def test_a_prediction_is_drawn_and_tabled_beside_what_was_measured(run: RunDirectory) -> None:
+    text = write(run, finished(phases={"train": Phase(7_000_000, 9_000_000, 75.0)}), 5)
+    assert ">predicted</text>" in text
+    assert "7.00 MB" in text
+    assert ">predicted</text>" not in write(run, finished(phases={"train": Phase(None, 9_000_000, 75.0)}), 5)
+
+
+def test_what_is_learned_of_some_rows_is_shown(run: RunDirectory) -> None:
+    parts = [{"text": HOSTILE, "is_learned": False, "is_control": False}]
+    parts += [{"text": "Yes.", "is_learned": True, "is_control": False}]
+    run.write_mask([{"row": 7, "trained": 2, "tokens": 9, "truncated": True, "parts": parts}])
+    text = write(run, finished(), 2)
+    assert '<span class="learned ">Yes.</span>' in text
+    assert "row 7: 2 of 9 tokens learned, cut" in text
+    assert "<script" not in text.lower()
+
+
 def test_a_loss_that_is_not_a_number_does_not_stop_the_report(run: RunDirectory) -> None:
     run.append_event(StepEvent(1, 9, float("nan"), 1e-4, float("inf"), 100, 0.5, 1))
     assert "<svg" in write(run, record(status="failed", notes=["the loss is not a number"]), 3)

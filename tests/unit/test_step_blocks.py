@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.nn.attention import Span, attend_rows
-from nybble.nn.loss import Head, next_token_loss
+from nybble.nn.loss import Head, next_token_loss, token_losses
 from nybble.nn.mlp import GatedMlp
 from nybble.nn.norm import rms_norm
 from nybble.nn.projection import Adapter, Projection, project, projection_of
@@ -148,6 +148,8 @@ def test_loss_gradients_and_value(softcap: float, piece: int, monkeypatch: pytes
     logits = hidden @ weight.t() + bias
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     expected = nn.functional.cross_entropy(logits, targets, reduction="sum") / 7
+    each = nn.functional.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(token_losses(hidden, targets, Head(weight, bias, softcap)), each.float())
     grads = torch.autograd.grad(expected, (hidden, weight))
     value = run(hidden, weight)
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)

@@ -13,31 +13,42 @@ def demo(
     output_dir: Annotated[
         str, typer.Option("--output_dir", "--output-dir", help="folder of the run; a former demo is replaced")
     ] = "runs/demo",
+    with_comparison: Annotated[
+        bool, typer.Option("--compare/--no-compare", help="end with QLoRA, LoRA and full training side by side")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="print the figures on stdout")] = False,
 ) -> None:
-    """The whole story in a few minutes, offline: quantize, train, evaluate, answer, report."""
+    """The whole story in a few minutes, offline: quantize, train, evaluate, answer, report, compare."""
     from nybble.cli.flags import print_json, quiet_libraries, read_flags
 
     overrides = read_flags(list(context.args))
     quiet_libraries()
     from nybble import pipeline
     from nybble.cli.progress import Live
+    from nybble.comparison import compare
 
     live = Live()
     try:
         record = pipeline.demo(output_dir, overrides, observer=live)
+        run_dir = Path(record.run_dir)
+        found = (
+            compare([run_dir / "recipe.yaml"], out=run_dir / "comparison", observer=live) if with_comparison else None
+        )
     finally:
         live.close()
     if as_json:
-        print_json(_figures(record.to_json()))
+        print_json(_figures(record.to_json()) | ({"comparison": found.to_json()} if found else {}))
         return
     from nybble.cli.ask import print_samples
+    from nybble.cli.compare import print_comparison
     from nybble.cli.train import print_outcome
     from nybble.runs import read_lines
 
-    shown = [s for s in read_lines(Path(record.run_dir) / "samples.jsonl") if s.get("step") is None]
+    shown = [s for s in read_lines(run_dir / "samples.jsonl") if s.get("step") is None]
     print_samples(shown)
     print_outcome(record.run_dir)
+    if found:
+        print_comparison(found)
 
 
 def _figures(record: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,22 @@ from typing import Any
 
 import typer
 
-from nybble.cli import ask, chat, data, demo, doctor, export, merge, plan, quantize, report, settings, train
+from nybble.cli import (
+    ask,
+    chat,
+    compare,
+    data,
+    demo,
+    doctor,
+    export,
+    merge,
+    plan,
+    probe,
+    quantize,
+    report,
+    settings,
+    train,
+)
 from nybble.errors import NybbleError
 
 app = typer.Typer(
@@ -29,6 +44,8 @@ app.command("demo", context_settings=_FREE_FLAGS)(demo.demo)
 app.command("train", context_settings=_FREE_FLAGS)(train.train)
 app.command("plan", context_settings=_FREE_FLAGS)(plan.plan)
 app.command("data", context_settings=_FREE_FLAGS)(data.data)
+app.command("compare", context_settings=_FREE_FLAGS)(compare.compare)
+app.command("probe", context_settings=_FREE_FLAGS)(probe.probe)
 app.command("ask")(ask.ask)
 app.command("chat")(chat.chat)
 app.command("export", context_settings=_FREE_FLAGS)(export.export)

@@ -13,6 +13,7 @@ _STAGES = {
     "plan": "planning",
     "load": "loading the base",
     "evaluate base": "evaluating the base",
+    "probe": "probing learning rates",
     "train": "training",
     "evaluate": "evaluating the tuned model",
     "save": "saving",

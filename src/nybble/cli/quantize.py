@@ -18,13 +18,13 @@ def quantize(
 
     overrides = read_flags(list(context.args))
     quiet_libraries()
-    from nybble import pipeline
     from nybble.cli.progress import Live
+    from nybble.models.checkpoint import quantize as write_checkpoint
     from nybble.units import format_bytes
 
     live = Live()
     try:
-        done = pipeline.quantize(model, out, overrides, observer=live)
+        done = write_checkpoint(model, out, overrides, observer=live)
     finally:
         live.close()
     if as_json:

@@ -3,7 +3,7 @@
 from nybble.data.batches import FlatBatch, Groups, PadBatch, pack_rows
 from nybble.data.encode import IGNORED, Example, encode_chat, encode_follow_up, encode_prompt, question_form
 from nybble.data.ledger import Ledger
-from nybble.data.prepare import Prepared, examine_rows, prepare_rows
+from nybble.data.prepare import Prepared, examine_rows, prepare_rows, rows_cache
 from nybble.data.rows import Rows, read_rows
 from nybble.data.shapes import Turn
 from nybble.data.show import ShownRow, Stretch, show_rows
@@ -32,5 +32,6 @@ __all__ = [
     "prepare_rows",
     "question_form",
     "read_rows",
+    "rows_cache",
     "show_rows",
 ]

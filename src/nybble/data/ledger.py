@@ -42,6 +42,24 @@ class Ledger:
     length_p99: int  # the max_length that keeps 99 % of the rows whole
     length_max: int
 
+    @property
+    def in_words(self) -> list[str]:
+        """What people should know before training."""
+        lines = [
+            f"{self.rows_used:,} rows ({self.shape}) to train, {self.rows_held_out:,} held out, "
+            f"{self.rows_truncated:,} cut, {self.rows_dropped:,} dropped",
+            f"{self.tokens_trained:,} of {self.tokens_total:,} tokens are learned; "
+            f"{100 * self.stop_token_trained_fraction:.1f} % of the answers keep their end token",
+        ]
+        if self.rows_over_max_length:
+            lines.append(
+                f"{self.rows_over_max_length:,} rows are longer than max_length, {self.rows_split:,} were split; "
+                f"{self.stop_tokens_cut:,} end tokens are lost; max_length {self.length_p99:,} keeps 99 % whole"
+            )
+        if self.stop_tokens_trained == 0:
+            lines.append("no end token is learned, as allow_no_stop permits: the model will not learn to stop")
+        return lines
+
 
 def count_rows(read: Examples, is_used: NDArray[np.bool_], n_held_out: int, max_length: int, shape: str) -> Ledger:
     """The ledger of the examples `read`, of which those where `is_used` is true are trained on."""

@@ -18,7 +18,7 @@ from nybble.data.shapes import detect_shape
 from nybble.data.store import Examples
 from nybble.data.templates import find_template
 from nybble.errors import RowsError
-from nybble.recipe import DataSection, EvaluationSection
+from nybble.recipe import DataSection, EvaluationSection, QuantizationSection
 from nybble.runs import Observer, Silent
 
 
@@ -84,7 +84,8 @@ def examine_rows(
     if other is not None:
         held, held_useful, chosen = other, _useful(other), np.zeros_like(useful)
     else:
-        chosen = _hold_out(len(rows), data.eval_fraction, seed, evaluation.max_eval_rows)
+        drawn_by = seed if data.eval_seed is None else data.eval_seed
+        chosen = _hold_out(len(rows), data.eval_fraction, drawn_by, evaluation.max_eval_rows)
         held, held_useful = _of_rows(read, chosen), useful
     leaks = np.logical_or.reduceat(np.isin(read.column("key"), held.column("key")), first_of_rows(read))
     used = useful & ~leaks
@@ -146,3 +147,8 @@ def _fault(ledger: Ledger, source: str, data: DataSection) -> str | None:
             "learn to stop; raise --max_length, or set --allow_no_stop"
         )
     return None
+
+
+def rows_cache(section: QuantizationSection) -> Cache | None:
+    """Where tokenized rows are kept, if they are; packed bases lie beside them under the same limit."""
+    return Cache("rows", int(section.cache_limit * 2**30)) if section.cache else None

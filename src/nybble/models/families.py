@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from nybble.nn.attention import Span, attend_rows
 from nybble.nn.lean import HostEmbedding, HostStore
-from nybble.nn.loss import Head, next_token_loss
+from nybble.nn.loss import Head, next_token_loss, token_losses
 from nybble.nn.mlp import GatedMlp
 from nybble.nn.norm import rms_norm
 from nybble.nn.projection import project, projection_of
@@ -54,6 +54,14 @@ class SwapReport:
     flattened: bool  # rows may lie behind each other in one sequence; else they are padded
     blocks: dict[str, int] = field(default_factory=dict)  # kind -> how many
     reason: str | None = None  # why not all of it, in words
+
+
+@dataclass
+class NextTokenOutput(ModelOutput):  # transformers' kind of result: Trainer and PEFT hand it on
+    """What a model with our blocks returns for a flattened batch."""
+
+    loss: Tensor | None = None  # float32 scalar
+    token_losses: Tensor | None = None  # (n,) float32, of each learned token; in evaluation only
 
 
 def swap_blocks(model: Any) -> SwapReport:
@@ -203,4 +211,7 @@ def _next_token(
     softcap = getattr(model.config, "final_logit_softcapping", None) or 0.0
     n_items = num_items_in_batch if num_items_in_batch is not None else max(1, len(targets))
     head = Head(weights.weight, weights.bias, softcap)
-    return CausalLMOutputWithPast(loss=next_token_loss(hidden[learned], targets, head, n_items))
+    if torch.is_grad_enabled():
+        return NextTokenOutput(loss=next_token_loss(hidden[learned], targets, head, n_items))
+    losses = token_losses(hidden[learned], targets, head)
+    return NextTokenOutput(loss=losses.sum() / n_items, token_losses=losses)

@@ -8,6 +8,7 @@ device.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,27 +46,46 @@ def next_token_loss(
     return total / n_items  # type: ignore[no-any-return]
 
 
+def token_losses(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
+    """-log p(target) of each learned row, `(n,) float32`; without gradients, for evaluation."""
+    dtype = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        pieces = _pieces(hidden.detach().to(dtype), head.weight.detach().to(dtype), targets, head)
+        found = [losses.float() for *_, losses in pieces]
+    return torch.cat(found) if found else torch.zeros(0, device=hidden.device)
+
+
+def _pieces(hidden: Tensor, low: Tensor, targets: Tensor, head: Head) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some rows at a time: which, their logits, which have become their own gradient, and their losses."""
+    vocabulary = len(low)
+    step = max(_LEAST_ROWS, _PIECE_BYTES // (vocabulary * hidden.element_size()))
+    for first in range(0, len(hidden), step):
+        chosen = slice(first, first + step)
+        piece = hidden[chosen]
+        logits = scratch.take((len(piece), vocabulary), hidden, hidden.dtype)
+        torch.mm(piece, low.t(), out=logits)
+        if head.bias is not None:
+            logits += head.bias.to(logits.dtype)
+        losses = rows.cross_entropy_(logits, targets[chosen], head.softcap)
+        yield chosen, logits, losses
+
+
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: Head) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         low = weight.detach().to(hidden.dtype)
-        vocabulary, n = len(low), len(hidden)
-        step = max(_LEAST_ROWS, _PIECE_BYTES // (vocabulary * hidden.element_size()))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight = torch.zeros_like(weight) if wants_weight else None
-        for first in range(0, n, step):
-            piece = hidden[first : first + step]
-            logits = scratch.take((len(piece), vocabulary), hidden, hidden.dtype)
-            torch.mm(piece, low.t(), out=logits)
-            if head.bias is not None:
-                logits += head.bias.to(logits.dtype)
-            total += rows.cross_entropy_(logits, targets[first : first + step], head.softcap).sum()
+        for chosen, logits, losses in _pieces(hidden, low, targets, head):
+            total += losses.sum()
             if d_hidden is not None:
-                torch.mm(logits, low, out=d_hidden[first : first + step])
+                torch.mm(logits, low, out=d_hidden[chosen])
             if d_weight is not None:
-                d_weight += logits.t() @ piece
+                d_weight += logits.t() @ hidden[chosen]
         ctx.save_for_backward(*(t for t in (d_hidden, d_weight) if t is not None))
         return total
 

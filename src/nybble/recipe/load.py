@@ -7,7 +7,7 @@ Precedence: flag > `--set` > file > default. Keys may be flat (`learning_rate`),
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -204,3 +204,11 @@ def _one_line(error: ValidationError) -> str:
         return f"{path}: {message}"
     allowed = message[0].lower() + message[1:]
     return f"{setting.path}: got {first['input']!r}; {allowed} ({setting.meaning}; default {setting.default!r})"
+
+
+def within_context(recipe: Recipe, limit: int | None, note: Callable[[str], None]) -> Recipe:
+    """Rows cannot be longer than the positions that the model knows; `note` is told where they were."""
+    if limit is None or recipe.data.max_length <= limit:
+        return recipe
+    note(f"max_length {recipe.data.max_length} is above the model's context: {limit} is used")
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": limit})})

@@ -22,6 +22,9 @@ def _split_names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+Rate = Annotated[float, Field(gt=0)] | Literal["probe"]
+
+
 class Section(BaseModel):
     """A group of settings that one stage takes; frozen, and unknown names are errors."""
 
@@ -32,7 +35,7 @@ class Section(BaseModel):
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Pydantic reads true as 1; a flag without its value must not become one."""
         wanted = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and wanted in (int, float, int | None):
+        if isinstance(value, bool) and wanted in (int, float, int | None, Rate):
             raise ValueError(f"input should be a number, not {str(value).lower()}")
         return value
 
@@ -202,6 +205,7 @@ class DataSection(Section):
         ge=0,
         lt=1,
     )
+    eval_seed: int | None = setting(None, "seed that draws the held-out rows; default: that of training", ge=0)
     max_train_rows: int | None = setting(None, "use only the first rows", unit="rows", aliases=("max_samples",), ge=1)
 
 
@@ -215,7 +219,9 @@ class TrainingSection(Section):
         4, "rows a step and micro-batch", unit="rows", aliases=("micro_batch_size", "batch_size"), ge=1
     )
     gradient_accumulation_steps: int = setting(1, "micro-batches an optimizer step", aliases=("grad_accum",), ge=1)
-    learning_rate: float = setting(2e-4, "peak learning rate", aliases=("lr",), gt=0)
+    learning_rate: Rate = setting(
+        2e-4, "peak learning rate; probe: the best of five, each tried in a small part of the run", aliases=("lr",)
+    )
     lr_scheduler_type: str = setting("linear", "schedule, by its transformers name", aliases=("lr_scheduler",))
     warmup_ratio: float = setting(0.03, "share of the steps that warm up", ge=0, lt=1)
     weight_decay: float = setting(0.0, "decoupled weight decay", ge=0)

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#777777"
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, GREY)
+DASHES = ("-", "--", "-.", ":")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,39 @@ def draw(lines: Sequence[Line], x_label: str, y_label: str, *, from_zero: bool =
     lines = [line for line in lines if line.x]
     if not lines:
         return ""
+    with _figure(name) as (figure, axes):
+        for line in lines:
+            axes.plot(line.x, line.y, line.style, color=line.color, label=line.label, marker=line.marker, linewidth=1.8)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.grid(alpha=0.25)
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        labelled = [line.label for line in lines if not line.label.startswith("_")]
+        if len(labelled) > 1:  # above the curves, never on them
+            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0, fontsize=9)
+        return _svg(figure, name)
+
+
+def draw_intervals(
+    names: Sequence[str], spans: Sequence[tuple[float, float, float]], label: str, *, name: str = "intervals"
+) -> str:
+    """An SVG element with a point and its interval (value, low, high) for each name; empty where there is none."""
+    if not names:
+        return ""
+    with _figure(name, height=0.9 + 0.42 * len(names)) as (figure, axes):
+        for place, (value, low, high) in enumerate(spans):
+            color = COLORS[place % len(COLORS)]
+            axes.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color=color, capsize=4, lw=1.8)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_xlabel(label)
+        axes.grid(axis="x", alpha=0.25)
+        return _svg(figure, name)
+
+
+@contextmanager
+def _figure(name: str, height: float = 2.9) -> Iterator[tuple[Any, Any]]:
     # The object interface with the SVG canvas: no global figure, no display.
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -37,21 +74,16 @@ def draw(lines: Sequence[Line], x_label: str, y_label: str, *, from_zero: bool =
 
     # A fixed salt and no date make the same figures give the same bytes.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10}):
-        figure = Figure(figsize=(6.4, 3.0), layout="constrained")
+        figure = Figure(figsize=(4.8, height), layout="constrained")  # legible when a phone shrinks it
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
-        for line in lines:
-            axes.plot(line.x, line.y, line.style, color=line.color, label=line.label, marker=line.marker, linewidth=1.8)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        if from_zero:
-            axes.set_ylim(bottom=0)
-        if len(lines) > 1:
-            axes.legend(frameon=False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        yield figure, axes
+
+
+def _svg(figure: Any, name: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     # Ids are unique in the page, and text takes the page's colour in the light as in the dark.

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from nybble.reporting.events import (
+    held_out_points,
+    loss_points,
+    memory_points,
+    predicted_line,
+    read_events,
+    speed_points,
+)
 from nybble.reporting.ledger import ledger_lines
 from nybble.reporting.pages import fill
 from nybble.reporting.plots import BLUE, GREY, ORANGE, Line, draw
@@ -24,7 +31,7 @@ def write_report(run_dir: Path) -> Path:
         InputError: it is no run directory.
     """
     record = read_record(run_dir)
-    events = read_lines(run_dir / "events.jsonl")
+    events, n_skipped = read_events(run_dir)
     samples = [s for s in read_lines(run_dir / "samples.jsonl") if s.get("step") is None]
     content = {
         "title": _title(record),
@@ -35,12 +42,14 @@ def write_report(run_dir: Path) -> Path:
         "phases": _phases(record),
         "samples": samples,
         "plots": _plots(record, events),
-        "recipe": _recipe_lines(record["recipe"]),
-        "versions": record.get("versions", {}),
+        "recipe": recipe_lines(record["recipe"]),
+        "mask": read_lines(run_dir / "mask.jsonl"),
+        "environment": environment(record),
+        "skipped": skipped_note(n_skipped),
     }
     for name in ("report.html", "report.md"):
         write_text(run_dir / name, fill(name, content))
-    summary = {"record": record, "events": events, "samples": samples}
+    summary = {"record": record, "events": events, "samples": samples, "events_skipped": n_skipped}
     write_text(run_dir / "report.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     return run_dir / "report.html"
 
@@ -83,6 +92,21 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return facts
 
 
+def environment(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Device and versions."""
+    device = dict(record["device"])
+    if "total_bytes" in device:
+        device["total_bytes"] = format_bytes(device["total_bytes"])
+    facts = {**device, **record.get("versions", {})}
+    return [(name.removesuffix("_bytes").replace("_", " "), str(value)) for name, value in facts.items()]
+
+
+def skipped_note(n_lines: int) -> str:
+    """What to say of lines that could not be read; empty where all could."""
+    what = "1 damaged line" if n_lines == 1 else f"{n_lines} damaged lines"
+    return f"{what} of events.jsonl skipped" if n_lines else ""
+
+
 def _phases(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return [
         (
@@ -96,18 +120,10 @@ def _phases(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def _plots(record: Mapping[str, Any], events: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    trained = [event for event in events if event.get("loss") is not None]
-    steps = [event["step"] for event in trained]
-    checked = [event for event in events if event.get("eval_loss") is not None]
-    base, tuned = record.get("evaluation_base"), record.get("evaluation_tuned")
-    held = [(e["step"], e["eval_loss"]) for e in checked]
-    if base:
-        held.insert(0, (0, base["loss"]))
-    if tuned and steps:
-        held.append((steps[-1], tuned["loss"]))
+    held = held_out_points(record, events)
     loss = draw(
         [
-            Line("training rows", steps, [event["loss"] for event in trained], BLUE),
+            Line("training rows", *loss_points(events), BLUE),
             Line("held-out rows", [x for x, _ in held], [y for _, y in held], ORANGE, "--", "o"),
         ],
         "step",
@@ -115,24 +131,18 @@ def _plots(record: Mapping[str, Any], events: list[dict[str, Any]]) -> list[tupl
         name="loss",
     )
     memory = draw(
-        [Line("peak since the last line", steps, [event["peak_bytes"] / 1e6 for event in trained], BLUE)],
+        [Line("peak since the last line", *memory_points(events), BLUE), *predicted_line("predicted", record, events)],
         "step",
         "memory (MB)",
         from_zero=True,
         name="memory",
     )
-    speeds = [
-        (b["tokens"] - a["tokens"]) / (b["seconds"] - a["seconds"])
-        for a, b in pairwise(trained)
-        if b["seconds"] > a["seconds"]
-    ]
-    speed = draw(
-        [Line("tokens/s", steps[1 : len(speeds) + 1], speeds, GREY)], "step", "tokens/s", from_zero=True, name="speed"
-    )
+    speed = draw([Line("tokens/s", *speed_points(events), GREY)], "step", "tokens/s", from_zero=True, name="speed")
     return [(title, svg) for title, svg in (("Loss", loss), ("Memory", memory), ("Speed", speed)) if svg]
 
 
-def _recipe_lines(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+def recipe_lines(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Every setting and its value, as JSON."""
     flat: list[tuple[str, str]] = []
     for key, value in recipe.items():
         if isinstance(value, dict):

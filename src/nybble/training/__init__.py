@@ -2,10 +2,13 @@
 
 from nybble.training.arguments import check_training
 from nybble.training.evaluate import evaluate, evaluation_mode, generate_answers, stop_at
+from nybble.training.probe import Judge, Probe, probe_rates
 from nybble.training.trainer import Setup, TrainResult, train_model
 from nybble.training.witness import Witness, software_versions
 
 __all__ = [
+    "Judge",
+    "Probe",
     "Setup",
     "TrainResult",
     "Witness",
@@ -13,6 +16,7 @@ __all__ = [
     "evaluate",
     "evaluation_mode",
     "generate_answers",
+    "probe_rates",
     "software_versions",
     "stop_at",
     "train_model",

@@ -70,13 +70,16 @@ def trackers(section: TrainingSection) -> list[str]:
 
 
 def training_arguments(
-    section: TrainingSection, folder: Path, device: Device, compute_dtype: torch.dtype, max_steps: int
+    section: TrainingSection, checkpoints: Path | None, device: Device, compute_dtype: torch.dtype, max_steps: int
 ) -> Any:
-    """TrainingArguments for `section`; transformers' own bars and evaluation stay off: ours do that."""
+    """TrainingArguments for `section`; transformers' own bars and evaluation stay off: ours do that.
+
+    Without a folder for `checkpoints` none are written.
+    """
     from transformers import TrainingArguments
 
     return TrainingArguments(
-        output_dir=str(folder),
+        output_dir=str(checkpoints),
         num_train_epochs=section.num_train_epochs,
         max_steps=max_steps,
         per_device_train_batch_size=section.per_device_train_batch_size,
@@ -92,7 +95,7 @@ def training_arguments(
         logging_steps=section.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # a NaN must be seen
-        save_strategy="steps",
+        save_strategy="steps" if checkpoints else "no",
         save_steps=section.save_steps,
         save_total_limit=section.save_total_limit,
         seed=section.seed,

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from nybble.data import IGNORED, Example, FlatBatch, Groups, PadBatch
 from nybble.models import blocks_of
 from nybble.recipe import EvaluationSection
-from nybble.runs import Evaluation
+from nybble.runs import Evaluation, RowLoss
 
 
 @contextmanager
@@ -42,18 +43,22 @@ def evaluate(
     started = time.monotonic()
     collate = batches_for(model, tokenizer)
     with evaluation_mode(model, compute_dtype):
-        total, n_tokens = _summed_loss(model, examples, section.per_device_eval_batch_size, collate)
-        checkable = [example for example in examples if example.answer is not None and example.prompt_ids]
-        answers = _generate(model, tokenizer, [e.prompt_ids for e in checkable], section) if checkable else []
-    right = [a == (e.answer or "").strip() for a, e in zip(answers, checkable, strict=True)]
-    loss = total / n_tokens
+        losses = _row_losses(model, examples, section.per_device_eval_batch_size, collate)
+        checkable = [i for i, e in enumerate(examples) if e.answer is not None and e.prompt_ids]
+        prompts = [examples[i].prompt_ids for i in checkable]
+        answers = _generate(model, tokenizer, prompts, section) if checkable else []
+    right = {i: a == (examples[i].answer or "").strip() for i, a in zip(checkable, answers, strict=True)}
+    n_tokens = sum(example.n_trained for example in examples)
+    loss = math.fsum(losses) / n_tokens
+    rows = (RowLoss(e.row, e.n_trained, losses[i], right.get(i)) for i, e in enumerate(examples))
     return Evaluation(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
         n_rows=len(examples),
         n_tokens=n_tokens,
-        exact_match=sum(right) / len(right) if right else None,
+        exact_match=sum(right.values()) / len(right) if right else None,
         seconds=time.monotonic() - started,
+        rows=tuple(rows),
     )
 
 
@@ -80,22 +85,33 @@ def batches_for(model: Any, tokenizer: Any) -> FlatBatch | PadBatch:
     return FlatBatch() if blocks_of(model).flattened else PadBatch(tokenizer.pad_token_id)
 
 
-def _summed_loss(
-    model: Any, examples: Sequence[Example], batch_size: int, collate: FlatBatch | PadBatch
-) -> tuple[float, int]:
+def _row_losses(model: Any, examples: Sequence[Example], batch_size: int, collate: FlatBatch | PadBatch) -> list[float]:
+    """The summed loss of each example, in nats."""
     device = next(model.parameters()).device
-    # Rows of like length share a batch: the sum does not depend on it, the padding does.
-    ordered = sorted(examples, key=lambda example: len(example.input_ids))
-    total, n_tokens = 0.0, 0
-    for first in range(0, len(ordered), batch_size):
-        batch = collate(Groups(ordered[first : first + batch_size]))
-        n = int((batch["labels"][:, 1:] != IGNORED).sum())
-        if n:
-            moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-            loss = model(**moved).loss
-            total += float(loss) * n
-            n_tokens += n
-    return total, n_tokens
+    # Rows of like length share a batch: the sums do not depend on it, the padding does.
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+    found = [0.0] * len(examples)
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        batch = collate(Groups([examples[i] for i in chosen]))
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        totals = _by_row(model, moved, [examples[i].n_trained for i in chosen])
+        for i, total in zip(chosen, totals, strict=True):
+            found[i] = total
+    return found
+
+
+def _by_row(model: Any, batch: dict[str, Any], n_learned: Sequence[int]) -> list[float]:
+    if "lengths" in batch:
+        losses = model(**batch).token_losses.double()
+        return torch.stack([part.sum() for part in losses.split(list(n_learned))]).tolist()
+    labels = batch.pop("labels")[:, 1:]
+    logits = model(**batch).logits[:, :-1]
+    # One row after the other: the float32 logits of a whole batch would be the peak of the run.
+    return [
+        float(cross_entropy(x.float(), y, ignore_index=IGNORED, reduction="sum"))
+        for x, y in zip(logits, labels, strict=True)
+    ]
 
 
 def _generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], section: EvaluationSection) -> list[str]:

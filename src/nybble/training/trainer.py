@@ -51,6 +51,7 @@ class Setup:
     max_steps: int
     resume: bool
     memory: StepMemory | None = None  # what a step takes at each depth of recomputation; None: all is recomputed
+    saves: bool = True  # whether checkpoints are written
 
 
 def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSection, setup: Setup) -> TrainResult:
@@ -79,7 +80,9 @@ def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSec
         setup.observer.note,
         section.parity_steps,
         model=model,
-        args=training_arguments(section, run.checkpoints, setup.device, setup.compute_dtype, setup.max_steps),
+        args=training_arguments(
+            section, run.checkpoints if setup.saves else None, setup.device, setup.compute_dtype, setup.max_steps
+        ),
         train_dataset=groups,
         data_collator=batches,
         callbacks=[logbook, checks, stop, *_tensorboard(section, run)],
@@ -117,7 +120,7 @@ def _check_ending(
     if logbook.diverged_at is not None:
         last = run.last_checkpoint()
         raise InputError(
-            f"the loss is not a number at step {logbook.diverged_at}; lower --learning_rate ({section.learning_rate:g})"
+            f"the loss is not a number at step {logbook.diverged_at}; lower --learning_rate ({section.learning_rate})"
             f" or --max_grad_norm; kept: events.jsonl and {last.name if last else 'no checkpoint (none was due)'}"
         )
     if stop.received is not None:

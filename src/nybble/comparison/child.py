@@ -1,0 +1,92 @@
+"""One run in a process of its own, so that no arm inherits another's memory, caches or compiled code."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nybble.comparison.arms import Trial
+from nybble.errors import StoppedError
+from nybble.runs import Observer, RunDirectory, read_record
+
+_STOPPED = (4, 130)  # `nybble train` ended by a signal
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run's process ended."""
+
+    code: int
+    error: str | None  # its last line, where it failed
+
+
+def is_done(trial: Trial) -> bool:
+    """Whether the run is finished and need not be run again."""
+    return (trial.run_dir / "run.json").is_file() and read_record(trial.run_dir)["status"] == "done"
+
+
+def run_trial(trial: Trial, log: Path, watch: Observer) -> Ending:
+    """Start the run, or go on with it where it was interrupted.
+
+    Raises:
+        StoppedError: a signal came; it was handed on, and what the run has is saved.
+    """
+    command = [sys.executable, "-m", "nybble", "train", str(trial.recipe_file)]
+    if RunDirectory(trial.run_dir).last_checkpoint() is not None:
+        command.append("--resume")
+    elif (trial.run_dir / "run.json").is_file():
+        command.append("--overwrite")
+    last = ""
+    # A session of its own: Ctrl+C in a terminal reaches this process alone, which hands it on once.
+    with (
+        log.open("a", encoding="utf-8") as file,
+        subprocess.Popen(  # noqa: S603
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        ) as child,
+        _handing_on_signals(child),
+    ):
+        for line in child.stderr or ():
+            file.write(line)
+            file.flush()
+            last = line.strip() or last
+            watch.note(line.strip())
+    if child.returncode in _STOPPED:
+        raise StoppedError(f"stopped in {trial.run_dir.name}: saved; the same command again goes on from there")
+    return Ending(child.returncode, _reason(child.returncode, last))
+
+
+def _reason(code: int, last: str) -> str | None:
+    if code == 0:
+        return None
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
+    return last.removeprefix("nybble: ") or f"ended with exit code {code}"
+
+
+@contextmanager
+def _handing_on_signals(child: subprocess.Popen[str]) -> Iterator[None]:
+    def hand_on(_number: int, _frame: object) -> None:
+        child.send_signal(signal.SIGINT)
+
+    former: dict[signal.Signals, Any] = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                former[number] = signal.signal(number, hand_on)
+            except ValueError:  # not in the main thread: the host program owns the signals
+                break
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)

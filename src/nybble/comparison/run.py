@@ -1,0 +1,100 @@
+"""`nybble compare`: arms one after the other, each in a fresh process; what is on disk is never run again.
+
+comparison.json   figures of every arm, differences, verdict
+recipes/          what each run was started with
+NAME/             the run of an arm (NAME-seedN where there are several seeds)
+NAME.log          what it said
+report.html       also report.md and report.json
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nybble.comparison.arms import METHODS, Plan, arms_of_methods, arms_of_recipes, check_folder
+from nybble.comparison.child import Ending, is_done, run_trial
+from nybble.comparison.figures import Comparison, collect
+from nybble.comparison.verdict import verdict
+from nybble.errors import CannotRunError, InputError, NybbleError
+from nybble.recipe import load_recipe, save_recipe
+from nybble.reporting import write_comparison_report
+from nybble.runs import Observer, Silent, to_json, write_text
+
+
+def compare(
+    recipes: Sequence[Path | str],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    methods: Sequence[str] = (),
+    seeds: int = 1,
+    out: Path | str | None = None,
+    overwrite: bool = False,
+    observer: Observer | None = None,
+) -> Comparison:
+    """Run one recipe under several `methods` (default: qlora, lora, full), or several recipes, and compare.
+
+    All arms get the same rows, order, seeds, tokens and held-out rows; a method may be given its learning rate, as
+    "full=2e-5" or "full=probe". A comparison that was interrupted goes on at its unfinished run. An arm that fails or
+    does not fit is reported, and the others are kept.
+
+    Raises:
+        InputError, CannotRunError: the recipes or the folder cannot be used, or no arm at all could be run.
+        StoppedError: a signal came; the run under way is saved.
+    """
+    watch = observer or Silent()
+    folder, plans = _plan(recipes, overrides or {}, methods, seeds, out)
+    if overwrite and (folder / "comparison.json").is_file():
+        shutil.rmtree(folder)
+    check_folder(folder, plans)
+    (folder / "recipes").mkdir(parents=True, exist_ok=True)
+    endings: dict[Path, Ending] = {}
+    _write(folder, plans, endings)
+    for plan in plans:
+        for trial in plan.trials:
+            rate = trial.recipe.training.learning_rate
+            watch.stage(f"{trial.run_dir.name}: learning rate {rate} ({plan.rate_source})")
+            write_text(trial.recipe_file, save_recipe(trial.recipe))
+            if is_done(trial):
+                watch.note("finished before")
+                continue
+            endings[trial.run_dir] = run_trial(trial, folder / f"{trial.run_dir.name}.log", watch)
+            _write(folder, plans, endings)
+    found = _write(folder, plans, endings)
+    if not any(arm.measured for arm in found.arms):
+        _refuse(list(endings.values()))
+    return found
+
+
+def _plan(
+    recipes: Sequence[Path | str], overrides: Mapping[str, Any], methods: Sequence[str], seeds: int, out: Any
+) -> tuple[Path, list[Plan]]:
+    if not recipes and not overrides:
+        raise InputError("no recipe given; e.g. nybble compare recipe.yaml --methods qlora,lora,full")
+    if seeds < 1:
+        raise InputError(f"--seeds {seeds}: at least 1")
+    if len(recipes) > 1 and methods:
+        raise InputError(f"--methods goes with one recipe, {len(recipes)} were given; leave it away to compare them")
+    first = load_recipe(recipes[0] if recipes else None, overrides)
+    folder = Path(out).expanduser() if out else Path(f"{Path(first.training.output_dir).expanduser()}-compare")
+    if len(recipes) > 1:
+        return folder, arms_of_recipes(recipes, overrides, seeds, folder)
+    return folder, arms_of_methods(first, methods or METHODS, seeds, folder)
+
+
+def _write(folder: Path, plans: Sequence[Plan], endings: Mapping[Path, Ending]) -> Comparison:
+    found = collect(folder, plans, endings)
+    found = replace(found, verdict=verdict(found))
+    write_text(folder / "comparison.json", f"{to_json(found.to_json(), indent=2)}\n")
+    write_comparison_report(folder)
+    return found
+
+
+def _refuse(endings: Sequence[Ending]) -> None:
+    """No arm gave a figure: the reason of the first is the reason of all, more often than not."""
+    kinds: dict[int, type[NybbleError]] = {2: InputError, 3: CannotRunError}
+    first = endings[0]
+    raise kinds.get(first.code, NybbleError)(f"no arm could be run; the first: {first.error}")

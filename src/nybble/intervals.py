@@ -1,0 +1,73 @@
+"""How sure a held-out figure is: 95 % intervals over rows, and over seeds where there are several.
+
+A loss is a ratio, nats over tokens, and rows are what was drawn: its variance is that of a ratio estimator (Cochran,
+Sampling Techniques, 3rd ed., 2.11), s^2 = n / (n - 1) * sum (x_i - R w_i)^2 / (sum w_i)^2. Two arms saw the same rows,
+so their difference is taken row by row: what makes a row hard for both cancels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+# Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom.
+_T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure and where it lies with 95 % confidence."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether it cannot be told from 0."""
+        return self.low <= 0 <= self.high
+
+
+@dataclass(frozen=True)
+class Sums:
+    """One figure of one run, row by row: the totals, and what they are divided by."""
+
+    totals: Sequence[float]
+    weights: Sequence[float]
+
+    def minus(self, other: Sums) -> Sums:
+        """The difference row by row; both are of the same rows."""
+        pairs = zip(self.totals, other.totals, strict=True)
+        return Sums([mine - theirs for mine, theirs in pairs], self.weights)
+
+
+def student_t(degrees: int) -> float:
+    """The two-sided 95 % quantile of Student's t."""
+    return _T[degrees - 1] if degrees <= len(_T) else 1.960 + 2.45 / degrees
+
+
+def interval(seeds: Sequence[Sums]) -> Interval | None:
+    """The mean over seeds of sum(totals) / sum(weights), with noise of rows and of seeds; None below two rows.
+
+    All seeds are judged on the same rows, so more seeds do not make the noise of rows smaller.
+    """
+    if not seeds or any(len(sums.totals) < 2 for sums in seeds):
+        return None
+    values = [math.fsum(sums.totals) / math.fsum(sums.weights) for sums in seeds]
+    value = fmean(values)
+    of_rows = fmean(_half_width(sums, own) ** 2 for sums, own in zip(seeds, values, strict=True))
+    of_seeds = student_t(len(seeds) - 1) * stdev(values) / math.sqrt(len(seeds)) if len(seeds) > 1 else 0.0
+    half = math.sqrt(of_rows + of_seeds**2)
+    return Interval(value, value - half, value + half)
+
+
+def _half_width(sums: Sums, ratio: float) -> float:
+    n = len(sums.totals)
+    squares = math.fsum((x - ratio * w) ** 2 for x, w in zip(sums.totals, sums.weights, strict=True))
+    return student_t(n - 1) * math.sqrt(n / (n - 1) * squares) / math.fsum(sums.weights)

@@ -1,0 +1,53 @@
+"""A 4-bit checkpoint of a model, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nybble.data import prepare_rows, rows_cache
+from nybble.errors import InputError, RecipeError
+from nybble.hardware import detect_device
+from nybble.models.calibrate import calibrate, needs_calibration
+from nybble.models.load import load_model, save_whole
+from nybble.models.source import find_model
+from nybble.models.tokenizer import load_tokenizer
+from nybble.recipe import load_recipe, within_context
+from nybble.runs import Observer, Silent
+
+
+def quantize(
+    model: str, out: Path | str, overrides: Mapping[str, Any] | None = None, *, observer: Observer | None = None
+) -> dict[str, Any]:
+    """Write `model` as a 4-bit checkpoint in bitsandbytes' layout to the new folder `out`; returns what was done.
+
+    Raises:
+        InputError: `out` exists, or the model cannot be used.
+    """
+    recipe = load_recipe(None, {**(overrides or {}), "model_name_or_path": model})
+    folder = Path(out).expanduser()
+    if folder.exists():
+        raise InputError(f"{folder} exists already; choose a new folder")
+    source, watch = find_model(recipe.model), observer or Silent()
+    if source.is_4bit:
+        raise RecipeError(f"{model} is stored in 4 bits already; give the 16-bit model")
+    if recipe.lora.init_lora_weights != "default":
+        raise RecipeError("init_lora_weights makes an adapter, quantize makes none; leave it away, or use nybble train")
+    tokenizer = load_tokenizer(source, recipe.model)
+    section = recipe.quantization
+    rows: list[list[int]] = []
+    if section.encoder == "calibrated":
+        recipe = within_context(recipe, getattr(source.config, "max_position_embeddings", None), watch.note)
+        prepared = prepare_rows(
+            recipe.data, recipe.evaluation, tokenizer, recipe.training.seed, rows_cache(section), watch
+        )
+        rows = prepared.calibration_rows(section.calibration_rows)
+    packed, report = load_model(source, "qlora", recipe.model, section, detect_device(recipe.model.device))
+    if needs_calibration(section, recipe.lora):
+        calibrate(packed, source, rows, section, recipe.lora, partial(watch.progress, "calibrating"))
+    save_whole(folder, packed, tokenizer)
+    file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return {"out": str(folder), "file_bytes": file_bytes, "bits_per_weight": report.bits_per_weight, **asdict(report)}

@@ -1,0 +1,219 @@
+"""A comparison's report from what lies on disk: HTML (one file, no network), Markdown, JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nybble.errors import InputError
+from nybble.reporting.events import loss_points, memory_points, predicted_line, read_events, speed_points
+from nybble.reporting.ledger import ledger_lines
+from nybble.reporting.pages import fill
+from nybble.reporting.plots import COLORS, DASHES, Line, draw, draw_intervals
+from nybble.reporting.render import environment, recipe_lines, skipped_note, write_report
+from nybble.runs import read_lines, read_record, to_json, write_text
+from nybble.units import format_bytes, format_count, format_number, format_seconds, format_share
+
+_OWN = ("training.output_dir", "training.seed")  # settings that differ from run to run by design
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One run of an arm, begun or done."""
+
+    arm: int
+    label: str
+    folder: Path
+    record: dict[str, Any]
+    events: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    n_skipped: int
+
+
+def write_comparison_report(folder: Path) -> Path:
+    """Write report.html, report.md and report.json into a comparison's folder; also while it is under way.
+
+    Raises:
+        InputError: it is no comparison, or comparison.json is damaged.
+    """
+    comparison = _read(folder)
+    arms = comparison["arms"]
+    runs = [run for number, arm in enumerate(arms) for run in _runs(folder, number, arm)]
+    first = runs[0].record if runs else None
+    content = {
+        "title": f"{', '.join(arm['name'] for arm in arms)} compared",
+        "lead": _lead(comparison, first),
+        "verdict": comparison["verdict"],
+        "arms": [arm["name"] for arm in arms],
+        "lines": comparison_lines(arms),
+        "failures": [(arm["name"], arm["error"]) for arm in arms if arm["error"]],
+        "plots": _plots(arms, runs),
+        "samples": _side_by_side(runs),
+        "ledger": ledger_lines(first["rows"]["ledger"]) if first else [],
+        "mask": read_lines(runs[0].folder / "mask.jsonl") if runs else [],
+        "environment": environment(first) if first else [],
+        "differing": _differing(runs),
+        "recipe": recipe_lines(first["recipe"]) if first else [],
+        "skipped": skipped_note(sum(run.n_skipped for run in runs)),
+    }
+    for name in ("report.html", "report.md"):
+        write_text(folder / name, fill(f"comparison.{name.rpartition('.')[2]}", content))
+    own = {run.label: {"record": run.record, "events": run.events, "samples": run.samples} for run in runs}
+    write_text(folder / "report.json", to_json({"comparison": comparison, "runs": own}, indent=1) + "\n")
+    return folder / "report.html"
+
+
+def rewrite_report(folder: Path) -> Path:
+    """Write the report of a run or a comparison anew.
+
+    Raises:
+        InputError: it is neither.
+    """
+    return write_comparison_report(folder) if (folder / "comparison.json").is_file() else write_report(folder)
+
+
+def comparison_lines(arms: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """The table: what a figure is, and the figure of each arm (see `nybble.comparison.Arm`)."""
+    rows = [
+        ("status", [_status(arm) for arm in arms]),
+        ("method", [arm["method"] for arm in arms]),
+        ("learning rate", [", ".join(dict.fromkeys(_rate(r) for r in arm["learning_rates"])) for arm in arms]),
+        ("held-out loss before", [format_number(arm["base_loss"]) for arm in arms]),
+        ("held-out loss", [format_number(arm["eval_loss"]) for arm in arms]),
+        ("95 % interval", [_span(arm["eval_loss_interval"], format_number) for arm in arms]),
+        ("perplexity", [format_number(arm["perplexity"], 2) for arm in arms]),
+        ("exact match", [format_share(arm["exact_match"]) for arm in arms]),
+        ("its 95 % interval", [_span(arm["exact_match_interval"], format_share) for arm in arms]),
+        ("training loss", [format_number(arm["train_loss"]) for arm in arms]),
+        ("peak memory", [format_bytes(arm["peak_bytes"]) for arm in arms]),
+        ("peak memory, predicted", [format_bytes(arm["predicted_bytes"]) for arm in arms]),
+        ("4-bit weights, bits each", [format_number(arm["bits_per_weight"], 3) for arm in arms]),
+        ("trained parameters", [format_count(arm["trainable_parameters"]) for arm in arms]),
+        ("share of all", [_share_trained(arm) for arm in arms]),
+        ("tokens/s", [format_count(arm["tokens_per_second"]) for arm in arms]),
+        ("wall time", [format_seconds(arm["seconds"]) for arm in arms]),
+        ("to the first step", [format_seconds(arm["seconds_to_first_step"]) for arm in arms]),
+        ("on disk", [format_bytes(arm["produced_bytes"]) for arm in arms]),
+        ("seeds", [str(len(arm["seeds"])) for arm in arms]),
+    ]
+    if len({arm["device"] for arm in arms if arm["device"]}) > 1:
+        rows.append(("device", [arm["device"] or "–" for arm in arms]))
+    always = ("status", "method", "held-out loss")
+    return [(what, *values) for what, values in rows if what in always or any(value != "–" for value in values)]
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    file = folder / "comparison.json"
+    if not file.is_file():
+        raise InputError(f"{folder} is no comparison (no comparison.json); give the folder of a `nybble compare`")
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        is_whole = isinstance(found["verdict"], str) and all(isinstance(arm["run_dirs"], list) for arm in found["arms"])
+    except (ValueError, KeyError, TypeError):
+        is_whole = False
+    if not is_whole:
+        raise InputError(f"{file}: damaged; run the same `nybble compare` again, which writes it anew")
+    return found
+
+
+def _runs(folder: Path, number: int, arm: Mapping[str, Any]) -> list[_Run]:
+    found = []
+    for name in arm["run_dirs"]:
+        own = folder / name
+        if (own / "run.json").is_file():
+            events, n_skipped = read_events(own)
+            samples = [s for s in read_lines(own / "samples.jsonl") if s.get("step") is None]
+            found.append(_Run(number, name, own, read_record(own), events, samples, n_skipped))
+    return found
+
+
+def _lead(comparison: Mapping[str, Any], first: Mapping[str, Any] | None) -> str:
+    if first is None:
+        return "not begun"
+    model = Path(first["recipe"]["model"]["model_name_or_path"]).name
+    held_out = comparison["n_held_out"]
+    judged = f" · {format_count(held_out)} held-out rows" if held_out else ""
+    return f"{model} · {first['started']} · {first['device']['name']}{judged}"
+
+
+def _status(arm: Mapping[str, Any]) -> str:
+    if arm["status"] == "done":
+        return "measured"
+    return "predicted, not run" if arm["status"] == "does not fit" else str(arm["status"])
+
+
+def _rate(rate: float | str) -> str:
+    return rate if isinstance(rate, str) else f"{rate:.3g}"
+
+
+def _span(interval: Mapping[str, float] | None, show: Any) -> str:
+    return f"{show(interval['low'])} – {show(interval['high'])}" if interval else "–"
+
+
+def _share_trained(arm: Mapping[str, Any]) -> str:
+    trained, total = arm["trainable_parameters"], arm["total_parameters"]
+    return f"{100 * trained / total:.2f} %" if trained and total else "–"
+
+
+def _plots(arms: Sequence[Mapping[str, Any]], runs: Sequence[_Run]) -> list[tuple[str, str]]:
+    judged = [arm for arm in arms if arm["eval_loss_interval"]]
+    spans = [tuple(arm["eval_loss_interval"][key] for key in ("value", "low", "high")) for arm in judged]
+    names = [arm["name"] for arm in judged]
+    intervals = draw_intervals(names, spans, "held-out loss (nats a token), 95 % interval")
+
+    def lines(points: Any) -> list[Line]:
+        seen: set[int] = set()
+        found = []
+        for run in runs:
+            label = arms[run.arm]["name"] if run.arm not in seen else "_again"  # one entry an arm in the legend
+            seen.add(run.arm)
+            x, y = points(run.events)
+            found.append(Line(label, x, y, COLORS[run.arm % len(COLORS)], DASHES[run.arm % len(DASHES)]))
+        return found
+
+    predicted = [
+        line for run in runs for line in predicted_line(f"{arms[run.arm]['name']}, predicted", run.record, run.events)
+    ]
+    drawn = (
+        ("Held-out loss", intervals),
+        ("Training loss", draw(lines(loss_points), "step", "loss (nats a token)", name="loss")),
+        (
+            "Peak memory since the line before",
+            draw([*lines(memory_points), *predicted], "step", "memory (MB)", from_zero=True, name="memory"),
+        ),
+        ("Speed", draw(lines(speed_points), "step", "tokens/s", from_zero=True, name="speed")),
+    )
+    return [(title, svg) for title, svg in drawn if svg]
+
+
+def _side_by_side(runs: Sequence[_Run]) -> list[dict[str, Any]]:
+    """The prompts of the first run, with the answers of its base and of the first run of each arm."""
+    firsts = {run.arm: run for run in reversed(runs) if run.samples}
+    chosen = [firsts[arm] for arm in sorted(firsts)]
+    if not chosen:
+        return []
+    found = []
+    for sample in chosen[0].samples:
+        answers = [(f"base, as {chosen[0].label} loads it", sample["base"])]
+        for run in chosen:
+            own = next((s for s in run.samples if s["prompt"] == sample["prompt"]), None)
+            if own is not None:
+                answers.append((run.label, own["tuned"]))
+        if sample.get("expected"):
+            answers.append(("the row's answer", sample["expected"]))
+        found.append({"prompt": sample["prompt"], "answers": answers})
+    return found
+
+
+def _differing(runs: Sequence[_Run]) -> list[tuple[str, ...]]:
+    """Settings in which the arms differ: name, then the value of each run's arm."""
+    firsts = {run.arm: run for run in reversed(runs)}
+    tables = [dict(recipe_lines(firsts[arm].record["recipe"])) for arm in sorted(firsts)]
+    if len(tables) < 2:
+        return []
+    names = [name for name in tables[0] if name not in _OWN and len({table.get(name) for table in tables}) > 1]
+    head = ("", *(firsts[arm].label for arm in sorted(firsts)))
+    return [head, *((name, *(table.get(name, "–") for table in tables)) for name in names)] if names else []

@@ -1,0 +1,72 @@
+"""What the lines of events.jsonl say, as points of curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from nybble.reporting.plots import GREY, Line
+from nybble.runs import read_whole_lines
+
+_NUMBERS = ("step", "tokens", "seconds", "peak_bytes")
+_MAY_BE_NONE = ("loss", "eval_loss")
+Events = Sequence[Mapping[str, Any]]
+Points = tuple[list[float], list[float]]
+
+
+def read_events(run_dir: Path) -> tuple[list[dict[str, Any]], int]:
+    """The logged steps of a run, and how many lines hold none and were skipped."""
+    lines, n_skipped = read_whole_lines(run_dir / "events.jsonl")
+    events = [line for line in lines if _is_event(line)]
+    return events, n_skipped + len(lines) - len(events)
+
+
+def _is_event(line: Mapping[str, Any]) -> bool:
+    return all(isinstance(line.get(name), int | float) for name in _NUMBERS) and all(
+        isinstance(line.get(name), int | float | None) for name in _MAY_BE_NONE
+    )
+
+
+def held_out_points(record: Mapping[str, Any], events: Events) -> list[tuple[float, float]]:
+    """Step and held-out loss: before training, on the way, at the end."""
+    base, tuned = record.get("evaluation_base"), record.get("evaluation_tuned")
+    held = [(e["step"], e["eval_loss"]) for e in events if e.get("eval_loss") is not None]
+    steps = [e["step"] for e in events if e.get("loss") is not None]
+    if base:
+        held.insert(0, (0, base["loss"]))
+    if tuned and steps:
+        held.append((steps[-1], tuned["loss"]))
+    return held
+
+
+def memory_points(events: Events) -> Points:
+    """Step and peak since the line before, in MB."""
+    trained = [event for event in events if event.get("loss") is not None]
+    return [e["step"] for e in trained], [e["peak_bytes"] / 1e6 for e in trained]
+
+
+def speed_points(events: Events) -> Points:
+    """Step and tokens/s since the line before."""
+    trained = [event for event in events if event.get("loss") is not None]
+    pairs = [(a, b) for a, b in pairwise(trained) if b["seconds"] > a["seconds"]]
+    return [b["step"] for _, b in pairs], [
+        (b["tokens"] - a["tokens"]) / (b["seconds"] - a["seconds"]) for a, b in pairs
+    ]
+
+
+def predicted_line(label: str, record: Mapping[str, Any], events: Events) -> list[Line]:
+    """The predicted peak of training over the steps, where there is a prediction."""
+    steps = memory_points(events)[0]
+    predicted = (record.get("phases", {}).get("train") or {}).get("predicted_bytes")
+    predicted = predicted or (record.get("plan") or {}).get("predicted_bytes", {}).get("train")
+    if not predicted or not steps:
+        return []
+    return [Line(label, [steps[0], steps[-1]], [predicted / 1e6] * 2, GREY, ":")]
+
+
+def loss_points(events: Events) -> Points:
+    """Step and training loss."""
+    trained = [event for event in events if event.get("loss") is not None]
+    return [event["step"] for event in trained], [event["loss"] for event in trained]

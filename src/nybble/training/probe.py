@@ -1,0 +1,199 @@
+"""The learning-rate probe: small runs from one start, judged by held-out loss.
+
+The rate moves the result more than method, rank or initialisation do, and each kind of training has its own. A branch
+is the run in small: as many steps as the budget allows, with the run's own schedule shrunk to them. Of the rates that
+cannot be told from the best (95 %, over the same rows), the lowest is taken: short runs favour high rates. Nothing of
+a branch stays: weights go back to the start, and the run then is what it would be with that rate given.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nybble.data import Example, Groups
+from nybble.errors import InputError, RecipeError, StoppedError
+from nybble.intervals import Sums, interval
+from nybble.recipe import TrainingSection
+from nybble.runs import Evaluation, RunDirectory, Silent, to_json, write_text
+from nybble.training.trainer import Setup, train_model
+from nybble.units import format_seconds
+
+_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of adapters
+_SHARE = 0.15  # of the run's work, at most
+_SHARE_JUDGING = 0.03  # of that, for the held-out rows
+_LEAST_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One rate, tried."""
+
+    learning_rate: float
+    loss: float | None  # on the held-out rows used, nats a learned token; None: no longer a number
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a probe found; `probe` in run.json, and probe.json."""
+
+    learning_rate: float
+    branches: tuple[Branch, ...]
+    steps: int  # of a branch
+    n_rows: int  # held-out rows that judged
+    share: float  # of the run's work, a forward pass counted as a third of a step
+    seconds: float
+
+    @property
+    def in_words(self) -> str:
+        """The curve and what it cost."""
+        curve = ", ".join(
+            f"{b.learning_rate:g}: {'diverged' if b.loss is None else f'{b.loss:.4f}'}" for b in self.branches
+        )
+        edge = "; the best may lie beyond what was tried" if self.is_at_edge else ""
+        return (
+            f"learning rate {self.learning_rate:g} by probe ({curve}){edge}; {self.steps} steps each, "
+            f"{self.n_rows} held-out rows, {100 * self.share:.1f} % of the run's work, {format_seconds(self.seconds)}"
+        )
+
+    @property
+    def is_at_edge(self) -> bool:
+        """Whether the best rate may lie outside those that were tried."""
+        return self.learning_rate in (self.branches[0].learning_rate, self.branches[-1].learning_rate)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What decides between rates."""
+
+    method: str
+    held_out: Sequence[Example]
+    evaluate: Callable[[Sequence[Example]], Evaluation | None]
+
+    @property
+    def rates(self) -> Sequence[float]:
+        """What is tried: all parameters learn best at about a tenth of the adapters' rate."""
+        return tuple(rate / 10 for rate in _RATES) if self.method == "full" else _RATES
+
+
+def probe_rates(
+    model: Any, tokenizer: Any, groups: Groups, section: TrainingSection, setup: Setup, judge: Judge
+) -> Probe:
+    """Try each rate from the weights that `model` has now; they are the same afterwards.
+
+    What is found is kept in probe.json: a resumed run goes on with the rate that it began with.
+
+    Raises:
+        RecipeError: the run is too short to probe, or nothing is held out.
+        InputError: the loss is no number at any rate.
+    """
+    kept = setup.run.path / "probe.json"
+    if setup.resume and kept.is_file():
+        former = json.loads(kept.read_text(encoding="utf-8"))
+        return Probe(**{**former, "branches": tuple(Branch(**branch) for branch in former["branches"])})
+    steps, rows = _within_share(groups, section, setup.max_steps, judge)
+    began = time.monotonic()
+    start = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
+    branches: list[Branch] = []
+    judged: list[Sums | None] = []
+    for number, rate in enumerate(judge.rates):
+        setup.observer.progress("probing learning rates", number, len(judge.rates))
+        own = section.model_copy(
+            update={"learning_rate": rate, "logging_steps": 1, "parity_steps": 0, "report_to": "none"}
+        )
+        is_finite = _branch(model, tokenizer, groups, own, replace(setup, max_steps=steps))
+        found = judge.evaluate(rows) if is_finite else None
+        _put_back(model, start)
+        if found is None or not math.isfinite(found.loss):
+            branches.append(Branch(rate, None))
+            judged.append(None)
+        else:
+            branches.append(Branch(rate, found.loss))
+            judged.append(Sums([row.loss for row in found.rows], [row.n_tokens for row in found.rows]))
+    setup.observer.progress("probing learning rates", len(judge.rates), len(judge.rates))
+    chosen = _lowest_of_the_best(branches, judged)
+    tokens = len(judge.rates) * (steps * _tokens_per_step(groups, section) + sum(len(e.input_ids) for e in rows) / 3)
+    share = tokens / (setup.max_steps * _tokens_per_step(groups, section))
+    probe = Probe(chosen, tuple(branches), steps, len(rows), share, time.monotonic() - began)
+    write_text(kept, to_json(asdict(probe)))
+    return probe
+
+
+def _within_share(groups: Groups, section: TrainingSection, n_steps: int, judge: Judge) -> tuple[int, list[Example]]:
+    """Steps of a branch and the rows that judge it."""
+    if not judge.held_out:
+        raise RecipeError("learning_rate: probe judges by held-out rows and there are none; raise --eval_fraction")
+    n_rates = len(judge.rates)
+    steps = int((_SHARE - _SHARE_JUDGING) * n_steps / n_rates)
+    if steps < _LEAST_STEPS:
+        needed = math.ceil(_LEAST_STEPS * n_rates / (_SHARE - _SHARE_JUDGING))
+        raise RecipeError(
+            f"learning_rate: probe would take more than {_SHARE:.0%} of a run of {n_steps} steps; "
+            f"give a rate, or train {needed} steps or more"
+        )
+    room = 3 * _SHARE_JUDGING * n_steps * _tokens_per_step(groups, section) / n_rates  # forward: a third of a step
+    chosen: list[Example] = []
+    for example in random.Random(section.seed).sample(list(judge.held_out), len(judge.held_out)):
+        room -= len(example.input_ids)
+        if room < 0 and len(chosen) >= 2:
+            break
+        # Answers are not generated: that would cost more than the branch.
+        chosen.append(replace(example, answer=None))
+    return steps, chosen
+
+
+def _tokens_per_step(groups: Groups, section: TrainingSection) -> float:
+    total = sum(len(example["input_ids"]) for group in groups for example in group)
+    return total / len(groups) * section.per_device_train_batch_size * section.gradient_accumulation_steps
+
+
+def _branch(model: Any, tokenizer: Any, groups: Groups, section: TrainingSection, setup: Setup) -> bool:
+    """Train a branch in place, leaving nothing on disk; False where its loss is no number."""
+    before = dict(vars(model))
+    with tempfile.TemporaryDirectory() as folder:
+        own = replace(
+            setup, run=RunDirectory(Path(folder)), observer=Silent(), check_every=0, resume=False, saves=False
+        )
+        try:
+            train_model(model, tokenizer, groups, section, own)
+        except StoppedError as error:
+            raise StoppedError("stopped while probing learning rates; begin anew with --overwrite") from error
+        except InputError:
+            return False
+        finally:
+            # accelerate puts its autocast around the model's forward, and never a second time on one that it marked.
+            vars(model).clear()
+            vars(model).update(before)
+            model.zero_grad(set_to_none=True)
+    return True
+
+
+def _put_back(model: Any, start: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in start:
+                parameter.copy_(start[name])
+
+
+def _lowest_of_the_best(branches: Sequence[Branch], judged: Sequence[Sums | None]) -> float:
+    known = [(b.loss, number) for number, b in enumerate(branches) if b.loss is not None]
+    if not known:
+        raise InputError("the loss is not a number at any probed learning rate; look at the rows, or give a rate")
+    best = judged[min(known)[1]]
+    for branch, sums in zip(branches, judged, strict=True):
+        if sums is None or best is None:
+            continue
+        apart = interval([sums.minus(best)])
+        if sums is best or (apart is not None and apart.within_noise):
+            return branch.learning_rate
+    raise AssertionError("the best is among them")
