@@ -220,6 +220,11 @@ def trl_arm(case: Case, base: Path, rows: Path, folder: Path) -> Iterator[tuple[
 def run_arm(case: Case, base: Path, rows: Path, folder: Path) -> dict[str, Any]:
     """One arm in this process: what it measured."""
     import psutil
+
+    if case.arm == "nybble":  # as the command line does
+        from nybble.cli.process import own_process
+
+        own_process()
     import torch
     import transformers
 

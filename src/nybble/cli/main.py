@@ -27,6 +27,7 @@ from nybble.cli import (
     settings,
     train,
 )
+from nybble.cli.process import own_process
 from nybble.errors import NybbleError
 
 app = typer.Typer(
@@ -58,6 +59,7 @@ app.command("settings")(settings.settings)
 
 def main() -> None:
     """Run the command line and exit: 0 done, 2 wrong input, 3 cannot run here, 4 stopped and saved, 1 our fault."""
+    own_process()
     sys.exit(run(sys.argv[1:]))
 
 
