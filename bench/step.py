@@ -84,6 +84,7 @@ def nybble_arm(case: Case, base: Path, rows: Path, folder: Path) -> Iterator[tup
     from nybble.data import Groups, prepare_rows
     from nybble.hardware import detect_device
     from nybble.models import attach, find_model, load_model, load_tokenizer
+    from nybble.planning import Batches, plan_training
     from nybble.recipe import load_recipe
     from nybble.runs import RunDirectory, Silent
     from nybble.training import Setup, train_model, trainer
@@ -117,7 +118,8 @@ def nybble_arm(case: Case, base: Path, rows: Path, folder: Path) -> Iterator[tup
     import torch
 
     dtype = getattr(torch, loaded.compute_dtype)
-    setup = Setup(run, device, dtype, Silent(), lambda _: 0.0, 0, case.steps, False)
+    plan = plan_training(recipe, source.config, device, Batches.of(prepared, None, recipe), None)
+    setup = Setup(run, device, dtype, Silent(), lambda _: 0.0, 0, case.steps, False, plan.step_memory)
     result = train_model(model, tokenizer, Groups(prepared.train), recipe.training, setup)
     yield "tokens", sum(len(example.input_ids) for example in prepared.train)
     yield "loss", result.train_loss

@@ -340,3 +340,16 @@ def test_a_path_with_a_wrong_result_is_not_taken(name: str, monkeypatch: pytest.
     path, reason = row_paths._path_of_kind.__wrapped__("cpu")
     assert path is plain_rows
     assert f"failed: {name} in torch." in reason
+
+
+def test_the_path_is_chosen_rightly_in_the_middle_of_a_step() -> None:
+    """Autocast and the backward pass of a step do not reach into the self-test."""
+    native = row_paths.path_named("native") if cpu_is_fast() else row_paths.path_named("torch")
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        assert row_paths.self_test(native, torch.device("cpu")) is None
+
+
+def cpu_is_fast() -> bool:
+    from nybble.kernels import cpu
+
+    return cpu.unavailable() is None

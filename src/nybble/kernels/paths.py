@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -99,6 +100,12 @@ def self_test(path: Path, device: torch.device, operator: str) -> str | None:
 
     Small weights with a short last block are encoded and decoded: a path is only taken where it has been seen to work.
     """
+    # In a thread of its own: autocast and other modes of the caller, such as a training step, do not reach there.
+    with ThreadPoolExecutor(1) as alone:
+        return alone.submit(_self_test, path, device, operator).result()
+
+
+def _self_test(path: Path, device: torch.device, operator: str) -> str | None:
     flat = torch.sin(torch.arange(64 * 21 + 37, dtype=torch.float32, device="cpu") ** 1.5).to(device)
     try:
         for quant_type in ("nf4", "fp4"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -113,6 +114,12 @@ def _path_of_kind(kind: str) -> tuple[RowPath, str | None]:
 
 def self_test(path: RowPath, device: torch.device) -> str | None:
     """What is wrong with `path` on `device`, in words; None if it gives the plain one's results (see TOLERANCES)."""
+    # In a thread of its own: autocast and other modes of the caller, such as a training step, do not reach there.
+    with ThreadPoolExecutor(1) as alone:
+        return alone.submit(_self_test, path, device).result()
+
+
+def _self_test(path: RowPath, device: torch.device) -> str | None:
     plainest = cast(RowPath, plain_rows)
     try:
         for dtype, tolerance in TOLERANCES.items():
