@@ -49,6 +49,19 @@ def test_recomputation_changes_nothing(adapter_after: Callable[..., Any]) -> Non
     assert largest_difference(plain, recomputed) == 0.0
 
 
+def test_the_lean_way_changes_nothing(adapter_after: Callable[..., Any]) -> None:
+    plain = adapter_after(lora_dropout="0.1")
+    lean = adapter_after(lora_dropout="0.1", lean="true")
+    assert largest_difference(plain, lean) < 5e-5  # the same sums in another order, as in splitting a batch
+
+
+def test_packing_trains_on_the_same_tokens(adapter_after: Callable[..., Any]) -> None:
+    """All rows in one step: how they are grouped cannot matter."""
+    rows = adapter_after(per_device_train_batch_size=64, max_steps=2)
+    packed = adapter_after(per_device_train_batch_size=64, max_steps=2, packing="true")
+    assert largest_difference(rows, packed) < 5e-5
+
+
 def test_the_seed_decides_everything(adapter_after: Callable[..., Any]) -> None:
     first = adapter_after(seed=1, lora_dropout="0.1")
     again = adapter_after(lora_dropout="0.1", seed=1)

@@ -235,6 +235,11 @@ class TrainingSection(Section):
     memory_budget: str | None = setting(
         None, "memory that training may take, e.g. 8GiB; default: what the device has free"
     )
+    lean: bool = setting(
+        False,
+        "for a device that recomputing every layer does not fit: layer inputs and the embedding table wait on the "
+        "host, the MLP runs in tiles; slower, and nothing that is learned changes",
+    )
     parity_steps: int = setting(
         0, "run so many first steps on the plain path too, and stop if the fast one computes something else", ge=0
     )
