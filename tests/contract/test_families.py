@@ -141,6 +141,20 @@ def test_loss_and_gradients_are_those_of_peft_on_padded_rows(family: str, target
     assert largest_relative(expected, found) < 1e-5  # measured 1e-6 to 4e-6
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.filterwarnings("ignore:It is strongly recommended to train Gemma:UserWarning")
+def test_an_adapter_on_the_head_is_part_of_the_loss(family: str) -> None:
+    model = build(family, tie_word_embeddings=False)
+    targets = "q_proj,lm_head"
+    ours = ours_of(model)  # before PEFT changes the stock one
+    stock, mine = adapt(model, target_modules=targets), adapt(ours, target_modules=targets)
+    loss, expected = gradients(stock, PadBatch(0)([rows()]))
+    got, found = gradients(mine, FlatBatch()([rows()]))
+    assert any("lm_head" in name for name in found)
+    assert got == pytest.approx(loss, rel=1e-6)
+    assert largest_relative(expected, found) < 1e-5
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_full_training_has_the_gradients_of_transformers(family: str) -> None:
     model = build(family).train()

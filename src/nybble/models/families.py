@@ -210,8 +210,18 @@ def _next_token(
     weights = model.lm_head
     softcap = getattr(model.config, "final_logit_softcapping", None) or 0.0
     n_items = num_items_in_batch if num_items_in_batch is not None else max(1, len(targets))
+    if type(weights) is not nn.Linear:  # a head with an adapter, or a copy that is trained in its place
+        losses = _losses_of_logits(weights(hidden[learned]), targets, softcap)
+        return NextTokenOutput(loss=losses.sum() / n_items, token_losses=losses.detach())
     head = Head(weights.weight, weights.bias, softcap)
     if torch.is_grad_enabled():
         return NextTokenOutput(loss=next_token_loss(hidden[learned], targets, head, n_items))
     losses = token_losses(hidden[learned], targets, head)
     return NextTokenOutput(loss=losses.sum() / n_items, token_losses=losses)
+
+
+def _losses_of_logits(logits: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """-log p(target) of each row, `(n,) float32`, through autograd."""
+    wide = logits.float()
+    capped = softcap * torch.tanh(wide / softcap) if softcap else wide
+    return nn.functional.cross_entropy(capped, targets, reduction="none")
