@@ -66,6 +66,20 @@ def test_projection_gradients(dropout: float, bias: bool) -> None:
     check(run, inputs)
 
 
+def test_a_rank_that_is_filled_up_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on RDNA4, whose library reads past narrow products."""
+    layer, x = frozen(IN, OUT), rand(ROWS, IN, grad=True)
+    a, b = rand(R, IN, grad=True), rand(OUT, R, grad=True)
+    cotangent = rand(ROWS, OUT)
+    results = []
+    for multiple in (1, 64):
+        monkeypatch.setattr("nybble.nn.projection._rank_multiple", lambda _kind, m=multiple: m)
+        (y,) = project(x, [with_adapter(layer, a, b, 0.3)])
+        results.append([y, *torch.autograd.grad(y, [x, a, b], cotangent)])
+    for narrow, filled in zip(*results, strict=True):
+        torch.testing.assert_close(filled, narrow)
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("adapted", [(), ("gate",), ("down",), ("gate", "up", "down")])
 @pytest.mark.parametrize("merged", [False, True])

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from nybble.kernels import rows
 from nybble.kernels.plain_rows import seed_from
@@ -122,6 +123,9 @@ def product(x: Tensor, p: Projection, generating: bool = False) -> tuple[Tensor,
 def kept_of(x: Tensor, adapter: Adapter) -> Kept:
     """What the backward of `adapter` needs, made of its input."""
     a, b = adapter.a.to(x.dtype), adapter.b.to(x.dtype)
+    spare = -len(a) % _rank_multiple(x.device.type)
+    if spare:
+        a, b = functional.pad(a, (0, 0, 0, spare)), functional.pad(b, (0, spare))
     return Kept(a, b, _dropped(x, adapter) @ a.t())
 
 
@@ -143,7 +147,8 @@ def adapter_gradients(
         rows.dropout_add_(dx, torch.mm(dxa, kept.a, out=spread), adapter.dropout, adapter.seed)
     elif dx is not None:
         dx.addmm_(dxa, kept.a)
-    return da, db
+    r = len(adapter.a)
+    return da[:r], db[:, :r]
 
 
 class _Project(torch.autograd.Function):
@@ -193,6 +198,17 @@ def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.dtype != dtype == torch.float32 and type(a) is Tensor and _widens(a.device.type, a.dtype):
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)
+
+
+@cache
+def _rank_multiple(kind: str) -> int:
+    """What the rank of an adapter is filled up to with zeros, which changes no result.
+
+    hipBLASLt reads past narrow products on RDNA4 and ends the process (rocm-libraries PR 8909).
+    """
+    if kind != "cuda" or torch.version.hip is None:
+        return 1
+    return 64 if torch.cuda.get_device_properties(0).gcnArchName.startswith("gfx12") else 1
 
 
 @cache
