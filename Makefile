@@ -35,6 +35,7 @@ fix: install
 # The measurements on real models need a folder with models/ and rows/: make bench DATA=FOLDER
 bench: install
 	$(BIN)/python bench/engine.py
+	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/attention.py
 	$(BIN)/python bench/kernel_code.py
 	$(BIN)/python bench/doctor_tolerances.py
@@ -43,6 +44,8 @@ bench: install
 	$(BIN)/python bench/generate.py
 	$(BIN)/python bench/merge_memory.py
 	$(if $(DATA),$(BIN)/python bench/merging.py --data $(DATA))
+	$(if $(DATA),$(BIN)/python bench/step.py --data $(DATA))
+	$(if $(DATA),$(BIN)/python bench/curve.py --data $(DATA))
 	$(if $(DATA),$(BIN)/python bench/real_rows.py --data $(DATA))
 	$(if $(DATA),$(BIN)/python bench/comparison.py --data $(DATA))
 	$(if $(DATA),$(BIN)/python bench/encoders.py --data $(DATA) damage)
