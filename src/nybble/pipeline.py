@@ -7,6 +7,7 @@ export, ask, chat) lies in `nybble.exporting` and `nybble.generation`. Start rea
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from nybble import bundled
+from nybble.checkpoints import list_checkpoints
 from nybble.data import (
     Example,
     Groups,
@@ -31,6 +33,7 @@ from nybble.data import (
 )
 from nybble.diagnostics import settle
 from nybble.errors import RecipeError
+from nybble.files import write_text
 from nybble.hardware import Device, detect_device
 from nybble.kernels import path_reasons, paths_taken
 from nybble.models import (
@@ -41,6 +44,7 @@ from nybble.models import (
     count_parameters,
     find_model,
     find_tokenizer,
+    hash_of,
     load_model,
     load_tokenizer,
     needs_calibration,
@@ -52,15 +56,20 @@ from nybble.models import (
 from nybble.planning import Batches, plan_training
 from nybble.recipe import Plan, Recipe, in_micro_batches, load_recipe, refusal, save_recipe, within_context
 from nybble.reporting import model_card, rewrite_report, write_report
-from nybble.runs import Observer, RunDirectory, RunRecord, Sample, Silent, read_record, write_text
+from nybble.runs import Observer, RunDirectory, RunRecord, Sample, Silent
 from nybble.training import (
+    Checkpointing,
     Judge,
     Probe,
     Setup,
     Witness,
     check_training,
+    checkpointing,
     evaluate,
+    find_checkpoint,
+    folders_of,
     generate_answers,
+    identify,
     probe_rates,
     stop_at,
     train_model,
@@ -79,6 +88,8 @@ class _Job:
     prepared: Prepared
     groups: Groups
     plan: Plan
+    checkpointing: Checkpointing
+    deadline: float | None  # by the monotonic clock
     watch: Observer
 
     @property
@@ -104,16 +115,17 @@ def train(
 ) -> RunRecord:
     """Fine-tune as `recipe` says (a Recipe or a YAML file, with `overrides` on top); everything lands in output_dir.
 
-    What the plan says cannot fit is only tried with `force`.
+    `resume` goes on from the newest undamaged checkpoint; a run that has none yet begins anew. With `force`, what the
+    plan says cannot fit is tried, and a run is resumed although what it learns from has changed.
 
     Raises:
         InputError, CannotRunError, StoppedError: see `nybble.errors`; nothing is written before model, tokenizer and
             rows are known to be usable.
     """
-    job = _prepare(_as_recipe(recipe, overrides), overwrite, resume, observer or Silent())
+    job = _prepare(_as_recipe(recipe, overrides), overwrite, resume, force, observer or Silent())
     if not (job.plan.fits or force or job.recipe.training.lean):  # the plan does not know what the host takes
         raise refusal(job.plan)
-    job.run.create(overwrite=overwrite)
+    job.run.create(overwrite=overwrite or (resume and job.checkpointing.resumed is None))
     write_text(job.run.path / "recipe.yaml", save_recipe(job.recipe))
     nothing = job.prepared.train[:0]
     learned = replace(job.prepared, held_out=nothing, dropped=nothing)
@@ -122,7 +134,7 @@ def train(
         base, dtype, starts = _load(job, witness)
         model = _attach(job, witness, base, starts)
         base_answers = _evaluate_base(job, witness, model, dtype)
-        _train(job, witness, model, dtype, base_answers, resume)
+        _train(job, witness, model, dtype, base_answers)
         _evaluate_tuned(job, witness, model, dtype, base_answers)
         _save(job, witness, model)
     job.watch.stage("report")
@@ -134,9 +146,15 @@ def train(
     return witness.record
 
 
-def _prepare(recipe: Recipe, overwrite: bool, resume: bool, watch: Observer) -> _Job:
-    run = RunDirectory.check(recipe.training.output_dir, overwrite=overwrite, resume=resume)
+def _prepare(recipe: Recipe, overwrite: bool, resume: bool, force: bool, watch: Observer) -> _Job:
+    limit, began = recipe.training.max_seconds, time.monotonic()
+    parents = folders_of(RunDirectory(Path(recipe.training.output_dir).expanduser()), recipe.training)
+    elsewhere = resume and bool(list_checkpoints(parents[1:]))
+    run = RunDirectory.check(recipe.training.output_dir, overwrite=overwrite, resume=resume, elsewhere=elsewhere)
     check_training(recipe.training)
+    found = find_checkpoint(parents, watch.note) if resume else None
+    if resume and found is None:
+        watch.note("no checkpoint was written yet: the run begins anew")
     device = detect_device(recipe.model.device)
     settle(device, recipe.model.paths, recipe.training.optim, watch.note)
     watch.stage("rows")
@@ -150,12 +168,15 @@ def _prepare(recipe: Recipe, overwrite: bool, resume: bool, watch: Observer) -> 
         watch.note(line)
     lengths = prepared.train.column("length").tolist() if recipe.data.packing else []
     packs = pack_rows(lengths, recipe.data.max_length) if recipe.data.packing else None
-    former = read_record(run.path) if resume else None
     watch.stage("plan")
-    plan = plan_training(recipe, source.config, device, Batches.of(prepared, packs, recipe), former)
+    batches = Batches.of(prepared, packs, recipe)
+    plan = plan_training(recipe, source.config, device, batches, found.micro_batch if found else None)
     for line in (*plan.lines(), *plan.notes):
         watch.note(line)
-    return _Job(recipe, run, device, source, tokenizer, prepared, Groups(prepared.train, packs), plan, watch)
+    identity = partial(identify, recipe, source.folder, tokenizer, prepared, hash_of(recipe.quantization))
+    saving = checkpointing(recipe, parents, identity, found, force, watch.note)
+    groups, deadline = Groups(prepared.train, packs), began + limit if limit else None
+    return _Job(recipe, run, device, source, tokenizer, prepared, groups, plan, saving, deadline, watch)
 
 
 def _load(job: _Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
@@ -218,9 +239,7 @@ def _attach(job: _Job, witness: Witness, model: Any, starts: Starts) -> Any:
     return model
 
 
-def _train(
-    job: _Job, witness: Witness, model: Any, dtype: torch.dtype, base_answers: Sequence[str], resume: bool
-) -> None:
+def _train(job: _Job, witness: Witness, model: Any, dtype: torch.dtype, base_answers: Sequence[str]) -> None:
     section = job.recipe.evaluation
 
     def check(step: int) -> float:
@@ -232,7 +251,8 @@ def _train(
 
     every = section.eval_steps if job.prepared.held_out else 0
     steps, memory = job.plan.optimizer_steps, job.plan.step_memory
-    setup = Setup(job.run, job.device, dtype, job.watch, check, every, steps, resume, memory)
+    saving, deadline = job.checkpointing, job.deadline
+    setup = Setup(job.run, job.device, dtype, job.watch, check, every, steps, memory, saving, deadline)
     training = in_micro_batches(job.recipe.training, job.plan.micro_batch)
     if training.learning_rate == "probe":
         training = training.model_copy(update={"learning_rate": _probe(job, witness, model, setup).learning_rate})
@@ -242,7 +262,7 @@ def _train(
         result = train_model(model, job.tokenizer, job.groups, training, setup)
     witness.phase_peak("train", result.peak_bytes)
     witness.record.notes += result.notes
-    witness.record.train_loss = result.train_loss
+    witness.record.train_loss, witness.record.skipped_steps = result.train_loss, result.skipped_steps
     witness.record.tokens_per_second = result.tokens_per_second
     witness.record.seconds_to_first_step = before + (result.seconds_to_first_step or 0.0)
 
@@ -341,11 +361,11 @@ def probe(
     resolved = _as_recipe(recipe, overrides)
     with TemporaryDirectory() as folder:
         training = resolved.training.model_copy(update={"output_dir": folder})
-        job = _prepare(resolved.model_copy(update={"training": training}), False, False, observer or Silent())
+        job = _prepare(resolved.model_copy(update={"training": training}), False, False, False, observer or Silent())
         with Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
             base, dtype, starts = _load(job, witness)
             model = _attach(job, witness, base, starts)
-            setup = Setup(job.run, job.device, dtype, job.watch, lambda _: 0.0, 0, job.plan.optimizer_steps, False)
+            setup = Setup(job.run, job.device, dtype, job.watch, lambda _: 0.0, 0, job.plan.optimizer_steps)
             return _probe(job, witness, model, setup)
 
 

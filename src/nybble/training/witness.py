@@ -52,7 +52,7 @@ class Witness:
         else:
             self.record.status = "stopped" if isinstance(error, StoppedError | KeyboardInterrupt) else "failed"
             self.record.notes.append(str(error) if isinstance(error, NybbleError) else type(error).__name__)
-        if isinstance(error, InputError) and not self._began:
+        if isinstance(error, InputError) and not self._began and self._run.last_checkpoint() is None:
             self._run.discard()
         else:
             self.write()
