@@ -147,10 +147,10 @@ def train(
 
 
 def _prepare(recipe: Recipe, overwrite: bool, resume: bool, force: bool, watch: Observer) -> _Job:
-    limit, began = recipe.training.max_seconds, time.monotonic()
-    parents = folders_of(RunDirectory(Path(recipe.training.output_dir).expanduser()), recipe.training)
+    limit, began, output = recipe.training.max_seconds, time.monotonic(), recipe.training.output_dir
+    parents = folders_of(Path(output).expanduser(), recipe.training)
     elsewhere = resume and bool(list_checkpoints(parents[1:]))
-    run = RunDirectory.check(recipe.training.output_dir, overwrite=overwrite, resume=resume, elsewhere=elsewhere)
+    run = RunDirectory.check(output, overwrite=overwrite, resume=resume, elsewhere=elsewhere)
     check_training(recipe.training)
     found = find_checkpoint(parents, watch.note) if resume else None
     if resume and found is None:

@@ -43,11 +43,10 @@ class Found:
         return size if isinstance(size, int) and size > 0 else None
 
 
-def folders_of(run: RunDirectory, section: TrainingSection) -> tuple[Path, ...]:
+def folders_of(run_dir: Path, section: TrainingSection) -> tuple[Path, ...]:
     """Where checkpoints of a run lie, by preference."""
-    if section.spare_dir is None:
-        return (run.checkpoints,)
-    return (run.checkpoints, Path(section.spare_dir).expanduser() / run.path.absolute().name)
+    own = RunDirectory(run_dir).checkpoints
+    return (own, Path(section.spare_dir).expanduser() / run_dir.absolute().name) if section.spare_dir else (own,)
 
 
 def find_checkpoint(parents: tuple[Path, ...], note: Callable[[str], None]) -> Found | None:

@@ -59,8 +59,9 @@ class ResumableTrainer(Trainer):
         self._resumed = resumed
         self._former: dict[str, Any] = {}  # the checkpoint's state, until training begins
         self._done = (-1, 0)  # optimizer step, micro-batches of it that are done
-        self._to_skip = 0  # micro-batches that were done before
-        self._generators: Any = None  # to be put back before the next micro-batch is computed
+        self._done_before = (-1, 0)  # the same when the run was resumed
+        self._generators: Any = None  # to be put back
+        self._at_epoch_begin = False
         self.add_callback(_PutBack(self))
 
     def next_micro_batch(self) -> tuple[int, bool]:
@@ -68,8 +69,7 @@ class ResumableTrainer(Trainer):
         step = self.state.global_step
         number = self._done[1] if self._done[0] == step else 0
         self._done = (step, number + 1)
-        if self._to_skip:
-            self._to_skip -= 1
+        if self._done_before[0] == step and number < self._done_before[1]:
             return number, True
         if number == 0:
             self.step_loss.zero_()
@@ -105,13 +105,13 @@ class ResumableTrainer(Trainer):
     def _snapshot(self) -> Snapshot:
         tensors: dict[str, Tensor] = {}
         step = self.state.global_step
-        done = self._done[1] if self._done[0] == step else 0
+        done = max(done for at, done in (self._done, self._done_before, (step, 0)) if at == step)
         state = {
             "cursor": self._cursor(step, done),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
-            "generators": generator_states(self.args.device),
+            "generators": self._generators or generator_states(self.args.device),
             "gradients": {name: p.grad for name, p in self._trained() if p.grad is not None} if done else {},
             "loss": {
                 "since_log": self._tr_loss,
@@ -181,9 +181,10 @@ class ResumableTrainer(Trainer):
             self.accelerator.scaler.load_state_dict(self._former["scaler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Before an epoch's batches are drawn where it begins, and behind the first step's where it is under way."""
-        if self._generators is not None:
+        """At the beginning of an epoch, whose batches draw a number first; elsewhere `next_micro_batch` does it."""
+        if self._at_epoch_begin and self._generators is not None:
             set_generator_states(self._generators, self.args.device)
+            self._generators = None
 
     def _check_order(self, cursor: Mapping[str, Any]) -> None:
         here = order_sha256(len(self.train_dataset), self.args.data_seed, cursor["epoch"])
@@ -211,13 +212,13 @@ class ResumableTrainer(Trainer):
         self._initial_global_step = 0  # the mean loss is that of the whole run
         for name, counter in self._counters.items():
             counter.restore(former["counters"][name])
-        self._generators = former["generators"]
+        self._generators, self._at_epoch_begin = former["generators"], cursor["groups"] == 0
         groups = cursor["micro_batches"] * cursor["groups_a_micro_batch"]
-        self._to_skip, rest = divmod(groups, self.args.per_device_train_batch_size)
+        done, rest = divmod(groups, self.args.per_device_train_batch_size)
         if rest:  # split in another way now: the step begins anew
-            self._to_skip = 0
             self._tr_loss.copy_(self._before_step)
             return
+        self._done_before = (cursor["step"], done)
         gradients = former["gradients"]
         for name, parameter in self._trained():
             if name in gradients:
