@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,17 +178,6 @@ def remove_checkpoint(path: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
         path.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
-
-
-def remove_left_overs(parent: Path) -> None:
-    """Remove what a process that was killed while writing left; only for the process that holds the run."""
-    for path in _left_overs(parent):
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _left_overs(parent: Path) -> Iterator[Path]:
-    if parent.is_dir():
-        yield from (path for path in parent.glob(".checkpoint-*.partial") if path.is_dir())
 
 
 def _write(file: Path, content: bytes) -> dict[str, Any]:

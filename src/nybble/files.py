@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,6 +43,39 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def append_lines(file: Path, lines: Sequence[bytes]) -> None:
+    """Add whole lines to a file, or none.
+
+    Raises:
+        OSError: the system refuses; the file is as it was, unless it refuses that too: then a line may be cut short.
+    """
+    with file.open("a+b", buffering=0) as stream:
+        before = stream.tell()
+        # A line cut short by a crash is ended first, so that it does not swallow this one.
+        is_cut = before and (stream.seek(-1, os.SEEK_END) or True) and stream.read(1) != b"\n"
+        content = memoryview((b"\n" if is_cut else b"") + b"".join(lines))
+        try:
+            while content:
+                content = content[stream.write(content) :]
+        except OSError:
+            stream.truncate(before)
+            raise
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether a killed process may have left it while it wrote."""
+    return path.name.startswith(".") and path.suffix in (".tmp", ".partial", ".old")
+
+
+def remove_left_overs(folder: Path) -> None:
+    """Remove them; only for a process that alone writes into `folder`."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if is_left_over(path) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif is_left_over(path):
+            path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -16,18 +16,25 @@ Files are written under a temporary name, synced, then renamed (`nybble.files`):
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
 from nybble.checkpoints import list_checkpoints
 from nybble.errors import InputError
-from nybble.files import sha256_of, write_text
+from nybble.files import append_lines, is_left_over, remove_left_overs, sha256_of, write_text
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -163,6 +170,8 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.warn: Callable[[str], None] = lambda _text: None  # is told of lines that could not be written
+        self._waiting: dict[str, list[bytes]] = {}  # file -> lines
 
     @classmethod
     def check(
@@ -181,7 +190,7 @@ class RunDirectory:
                 be written.
         """
         run = cls(Path(path).expanduser())
-        taken = run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir()))
+        taken = run.path.exists() and not (run.path.is_dir() and all(is_left_over(path) for path in run.path.iterdir()))
         if resume and run.last_checkpoint() is None and not (elsewhere or run.is_begun):
             raise InputError(f"{run.path} holds no checkpoint to resume from; leave --resume away to start anew")
         if overwrite and resume:
@@ -209,8 +218,38 @@ class RunDirectory:
                     else:
                         entry.unlink()
             self.path.mkdir(parents=True, exist_ok=True)
+            remove_left_overs(self.path)
         except OSError as error:
-            raise InputError(f"output_dir {self.path} cannot be written ({error.strerror}); choose another") from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> InputError:
+        return InputError(f"output_dir {self.path} cannot be written ({error.strerror}); choose another")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Only one process writes a run; where the system or its file system knows no locks, nobody is kept out.
+
+        Raises:
+            InputError: another process does, or the folder cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            folder = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
+            if fcntl is not None:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(folder)
+            raise InputError(f"{self.path} is being written by another process; wait for it or stop it") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+                raise
+        try:
+            yield
+        finally:
+            os.close(folder)
 
     def discard(self) -> None:
         """Remove a run that came to nothing: wrong input found while loading must not block the next try."""
@@ -287,11 +326,16 @@ class RunDirectory:
         write_text(self.path / "manifest.json", json.dumps(files, indent=1) + "\n")
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        with (self.path / name).open("a+b") as file:
-            # A line cut short by a crash is ended first, so that it does not swallow this one.
-            if file.tell() and (file.seek(-1, os.SEEK_END) or True) and file.read(1) != b"\n":
-                file.write(b"\n")
-            file.write(f"{to_json(line)}\n".encode())
+        """Add a line; if the system refuses, it waits for the next one, and training does not stop for it."""
+        waiting = self._waiting.setdefault(name, [])
+        waiting.append(f"{to_json(line)}\n".encode())
+        try:
+            append_lines(self.path / name, waiting)
+        except OSError as error:
+            if len(waiting) == 1:
+                self.warn(f"{self.path / name}: {error.strerror or error}; its lines wait until it can be written")
+        else:
+            waiting.clear()
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -1,7 +1,7 @@
 """Training and evaluation on transformers' Trainer, and the witness of a run."""
 
 from nybble.training.arguments import check_training
-from nybble.training.continuation import Checkpointing, checkpointing, find_checkpoint, folders_of
+from nybble.training.continuation import Checkpointing, checkpointing, find_checkpoint, folders_of, refused_writes
 from nybble.training.evaluate import evaluate, evaluation_mode, generate_answers, stop_at
 from nybble.training.identity import identify
 from nybble.training.probe import Judge, Probe, probe_rates
@@ -24,6 +24,7 @@ __all__ = [
     "generate_answers",
     "identify",
     "probe_rates",
+    "refused_writes",
     "software_versions",
     "stop_at",
     "train_model",

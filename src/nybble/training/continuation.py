@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nybble.checkpoints import STATE, DamagedError, Place, newest_checkpoint, read_json
-from nybble.errors import InputError
+from safetensors import SafetensorError
+
+from nybble.checkpoints import STATE, DamagedError, Place, list_checkpoints, newest_checkpoint, read_json
+from nybble.errors import CannotRunError, InputError
 from nybble.recipe import Recipe, TrainingSection
 from nybble.runs import RunDirectory
 from nybble.training.identity import Identity
@@ -47,6 +50,21 @@ def folders_of(run_dir: Path, section: TrainingSection) -> tuple[Path, ...]:
     """Where checkpoints of a run lie, by preference."""
     own = RunDirectory(run_dir).checkpoints
     return (own, Path(section.spare_dir).expanduser() / run_dir.absolute().name) if section.spare_dir else (own,)
+
+
+@contextmanager
+def refused_writes(parents: tuple[Path, ...]) -> Iterator[None]:
+    """A file that cannot be written ends a run in one line, with the way on."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # Not every OSError is the system's: transformers raises them with a text alone.
+        if isinstance(error, OSError) and error.errno is None:
+            raise
+        why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        last = next(iter(list_checkpoints(parents)), None)
+        way_on = f"; what was learned is in {last}: make room and go on with --resume" if last else ""
+        raise CannotRunError(f"cannot write: {why}{way_on}") from error
 
 
 def find_checkpoint(parents: tuple[Path, ...], note: Callable[[str], None]) -> Found | None:

@@ -80,6 +80,7 @@ def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSec
     from nybble.training.steps import StepTrainer
 
     run = setup.run
+    run.warn = setup.observer.note
     batches = CountingBatch(batches_for(model, tokenizer))
     logbook = Logbook(run, setup.observer, PeakMemory(setup.device), batches)
     health = Health(section, batches, groups.rows, setup.observer.note)
