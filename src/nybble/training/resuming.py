@@ -170,11 +170,11 @@ class ResumableTrainer(Trainer):
         self.optimizer.load_state_dict(self._former["optimizer"])
         self.lr_scheduler.load_state_dict(self._former["scheduler"])
         if self._resumed is not None and self._resumed.forced and rates:
-            self.lr_scheduler.base_lrs = rates
-            for group, settings, rate in zip(
-                self.optimizer.param_groups, fresh, self.lr_scheduler.get_lr(), strict=True
+            for group, settings, new, old in zip(
+                self.optimizer.param_groups, fresh, rates, self.lr_scheduler.base_lrs, strict=True
             ):
-                group.update(settings, lr=rate)
+                group.update(settings, lr=group["lr"] * new / old)
+            self.lr_scheduler.base_lrs = rates
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if self.accelerator.scaler is not None and self._former.get("scaler"):
