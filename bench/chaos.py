@@ -89,7 +89,8 @@ def main() -> int:
             if arguments.kills is not None and figures["kills"] >= arguments.kills:
                 break
             out = folder / f"run-{number}"
-            disturb(out, rng, length, figures)
+            while not disturb(out, rng, length, figures):
+                shutil.rmtree(out)  # done before its first kill
             figures["runs"] += 1
             found = everything(out)
             if found != expected:
@@ -121,15 +122,15 @@ def here() -> dict[str, Any]:
     }
 
 
-def disturb(out: Path, rng: random.Random, length: float, figures: Counter[str]) -> None:
-    """Kill and resume a run until it is done."""
-    kills = rng.randint(1, MOST_KILLS)
+def disturb(out: Path, rng: random.Random, length: float, figures: Counter[str]) -> int:
+    """Kill and resume a run until it is done; how often it was killed."""
+    wanted, kills = rng.randint(1, MOST_KILLS), 0
     while True:
         process = train(out, (out / "run.json").is_file())
-        if kills:
+        if kills < wanted:
             time.sleep(rng.uniform(0.0, length))
             if process.kill():
-                kills -= 1
+                kills += 1
                 figures["kills"] += 1
                 figures["kills_within_a_checkpoint"] += any(out.glob("checkpoints/.*.partial"))
                 figures["kills_before_the_first_checkpoint"] += not list_checkpoints([out / "checkpoints"])
@@ -137,7 +138,7 @@ def disturb(out: Path, rng: random.Random, length: float, figures: Counter[str])
         code = process.wait()
         if code != 0:
             raise SystemExit(f"{out.name} ended with {code}: {out.with_suffix('.err').read_text()}")
-        return
+        return kills
 
 
 class Process:

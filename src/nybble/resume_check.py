@@ -141,10 +141,8 @@ def _wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes]) -> 
 
 def _finish(process: subprocess.Popen[bytes], out: Path) -> None:
     if process.wait() != 0:
-        said = out.with_suffix(".log").read_text(errors="replace").strip().splitlines()
-        raise CannotRunError(
-            f"the training ended with code {process.returncode}: {said[-1] if said else 'nothing said'}"
-        )
+        said = out.with_suffix(".log").read_text(errors="replace").strip().splitlines() or ["nothing said"]
+        raise CannotRunError(f"the training ended with code {process.returncode}: {said[-1]}")
 
 
 def _compare(straight: Path, disturbed: Path) -> tuple[list[str], int, float]:
@@ -156,8 +154,11 @@ def _compare(straight: Path, disturbed: Path) -> tuple[list[str], int, float]:
         if not torch.equal(ours[name], theirs[name]):
             different.append(name)
             largest = max(largest, float((ours[name].double() - theirs[name].double()).abs().max()))
-    for step, pair in enumerate(zip(*(read_lines(out / "events.jsonl") for out in (disturbed, straight))), 1):
-        different += [f"{key} of step {step}" for key in _COMPARED if pair[0].get(key) != pair[1].get(key)]
+    logged = [read_lines(out / "events.jsonl") for out in (disturbed, straight)]
+    different += [] if len(logged[0]) == len(logged[1]) else ["the number of logged steps"]
+    for ours_then, theirs_then in zip(*logged, strict=False):
+        keys = (key for key in _COMPARED if ours_then.get(key) != theirs_then.get(key))
+        different += [f"{key} of step {theirs_then.get('step')}" for key in keys]
     return different, len(theirs), largest
 
 
