@@ -75,13 +75,15 @@ def run(arguments: list[str]) -> int:
     except NybbleError as error:
         return _fail(str(error), error.exit_code, debug)
     except typer.Exit as error:
-        return _stopped(debug) if error.exit_code == _INTERRUPTED else error.exit_code
+        return error.exit_code
     except _UsageError as error:
         return _fail(f"{error.format_message()} (see nybble --help)", 2, debug)
     except (KeyboardInterrupt, typer.Abort):
         return _stopped(debug)
     except Exception as error:  # noqa: BLE001 - the one catch-all: a fault of ours still ends in one line
         return _fail(f"fault of nybble: {type(error).__name__}: {error}; --debug shows where", 1, debug)
+    if result == _INTERRUPTED:
+        return _stopped(debug)
     return result if isinstance(result, int) else 0
 
 
