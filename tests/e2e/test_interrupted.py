@@ -64,6 +64,24 @@ def test_the_command_line_resumes_refuses_and_goes_on_by_force(
     assert forced.json["status"] == "done"
 
 
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_a_base_that_was_fitted_to_the_rows_is_kept_for_the_resumed_run(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path, init: str
+) -> None:
+    settings = {"encoder": "calibrated", "init_lora_weights": init, "max_steps": 6, "eval_fraction": 0.2}
+    straight, out = tmp_path / "straight", tmp_path / "run"
+    undisturbed = nybble(*words(tiny_llama(), rows_file, straight, **settings), "--json")
+    assert undisturbed.code == 0, undisturbed.err
+    assert nybble(*words(tiny_llama(), rows_file, out, **settings, max_seconds=0.001)).code == 4
+    done = nybble(*words(tiny_llama(), rows_file, out, **settings), "--resume", "--json")
+    assert done.code == 0, done.err
+    for name in ("loss", "n_tokens"):
+        assert done.json["evaluation_base"][name] == undisturbed.json["evaluation_base"][name]
+    adapter = Path("adapter") / "adapter_model.safetensors"
+    assert (out / adapter).read_bytes() == (straight / adapter).read_bytes()
+    assert done.json["eval_loss"] == undisturbed.json["eval_loss"]
+
+
 def test_resume_before_the_first_checkpoint_begins_anew(
     nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
 ) -> None:
