@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nybble.data import IGNORED, FlatBatch, PadBatch, pack_rows
+from nybble.data.batches import filled
 
 ROWS = [
     {"input_ids": [5, 6, 7], "labels": [5, IGNORED, 7]},
@@ -33,13 +34,19 @@ def test_packs_are_nearly_full() -> None:
 
 def test_a_flat_batch_worked_by_hand() -> None:
     batch = FlatBatch()([ROWS[:2], ROWS[2:]])
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
-    assert batch["lengths"] == (3, 1, 2)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 0, 0]]
+    assert batch["lengths"] == (3, 1, 4)  # filled up to a length that more batches have
     # A row's first token is never a target: in one sequence another row would stand before it.
-    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7, IGNORED, IGNORED, 10]]
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7, IGNORED, IGNORED, 10, IGNORED, IGNORED]]
     assert batch["learned"].tolist() == [1, 4]
     assert batch["targets"].tolist() == [7, 10]
+
+
+def test_filling_up_costs_a_sixteenth_at_most_and_leaves_few_lengths() -> None:
+    sizes = {filled(n) for n in range(128, 4097)}
+    assert all(n <= filled(n) <= n + max(7, n / 16) for n in range(1, 4097))
+    assert len(sizes) == 1 + 5 * 16  # sixteen to each doubling
 
 
 def test_a_padded_batch_worked_by_hand() -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Trainer
 
 from nybble.nn.scratch import scratch
@@ -41,6 +41,10 @@ class StepTrainer(Trainer):
         self._parity_steps = parity_steps
         self.parities: list[Parity] = []
         self._last = (-1, 0)  # optimizer step, micro-steps of it that are done
+        # Walking over a model's modules takes as long as a small layer: once will do.
+        self._trained = [p for p in self.model.parameters() if p.requires_grad]
+        n_trained, n_all = (sum(p.numel() for p in ps) for ps in (self._trained, self.model.parameters()))
+        self._is_small = n_trained < _SMALL_SHARE * n_all
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch."""
@@ -54,7 +58,7 @@ class StepTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
         n_tokens = inputs["input_ids"].numel()
         self._recomputation.prepare(n_tokens)
-        before = _Gradients(model)
+        before = _Gradients(self._trained, self._is_small)
         while True:
             try:
                 return super().training_step(model, dict(inputs), num_items_in_batch)  # type: ignore[no-any-return]
@@ -99,13 +103,11 @@ class StepTrainer(Trainer):
 class _Gradients:
     """Gradients of the micro-batches before this one."""
 
-    def __init__(self, model: Any) -> None:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        n_trained, n_all = (sum(p.numel() for p in ps) for ps in (trained, model.parameters()))
+    def __init__(self, trained: Sequence[nn.Parameter], may_copy: bool) -> None:
         self._trained = trained
         self._values: list[Tensor | None] = [None] * len(trained)
         self.kept = all(p.grad is None for p in trained)
-        if not self.kept and n_trained < _SMALL_SHARE * n_all:
+        if not self.kept and may_copy:
             self._values = [None if p.grad is None else p.grad.clone() for p in trained]
             self.kept = True
 
