@@ -24,7 +24,7 @@ from nybble.data import (
     Prepared,
     ShownRow,
     examine_rows,
-    pack_rows,
+    packs_of,
     prepare_rows,
     rows_cache,
     show_rows,
@@ -148,8 +148,7 @@ def _prepare(recipe: Recipe, overwrite: bool, resume: bool, watch: Observer) -> 
     )
     for line in prepared.ledger.in_words:
         watch.note(line)
-    lengths = prepared.train.column("length").tolist() if recipe.data.packing else []
-    packs = pack_rows(lengths, recipe.data.max_length) if recipe.data.packing else None
+    packs = packs_of(prepared.train, recipe.data)
     former = read_record(run.path) if resume else None
     watch.stage("plan")
     plan = plan_training(recipe, source.config, device, Batches.of(prepared, packs, recipe), former)

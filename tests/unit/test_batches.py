@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nybble.data import IGNORED, FlatBatch, PadBatch, pack_rows
+from nybble.data import IGNORED, FlatBatch, PadBatch, pack_rows, packs_of
 from nybble.data.batches import filled
+from nybble.data.encode import EncodedRow, Example
+from nybble.data.store import Examples, to_records
+from nybble.recipe import DataSection
 
 ROWS = [
     {"input_ids": [5, 6, 7], "labels": [5, IGNORED, 7]},
@@ -54,3 +58,13 @@ def test_a_padded_batch_worked_by_hand() -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["labels"].tolist() == [[5, IGNORED, 7], [8, IGNORED, IGNORED]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_rows_are_drawn_together_as_the_recipe_says() -> None:
+    made = [Example(list(range(n)), list(range(n)), 1, 1, 0, (2,), 0, 0, False) for n in (60, 30, 20)]
+    examples = Examples([to_records(EncodedRow([one], len(one.input_ids), 1, 0, "") for one in made)])
+    assert packs_of(examples, DataSection(max_length=64)) is None
+    assert packs_of(examples, DataSection(max_length=64, packing=True)) == [[0], [1, 2]]
+    assert packs_of(examples, DataSection(max_length=64, packing=128)) == [[0, 1, 2]]
+    with pytest.raises(ValueError, match="greater than or equal to 8"):
+        DataSection(packing=4)

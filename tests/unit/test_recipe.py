@@ -41,7 +41,7 @@ def other_value(item: Setting) -> Any:
     kind = field_of(item).annotation
     if get_origin(kind) is Literal:
         return next(choice for choice in get_args(kind) if choice != item.default)
-    if kind is bool:
+    if kind is bool or isinstance(item.default, bool):
         return not item.default
     if kind is int or kind == int | None:
         return 7 + (item.default or 8)

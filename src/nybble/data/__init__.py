@@ -1,6 +1,6 @@
 """Rows: read, recognise their shape, mark what is learned, count it, batch it."""
 
-from nybble.data.batches import FlatBatch, Groups, PadBatch, pack_rows
+from nybble.data.batches import FlatBatch, Groups, PadBatch, pack_rows, packs_of
 from nybble.data.encode import IGNORED, Example, encode_chat, encode_follow_up, encode_prompt, question_form
 from nybble.data.ledger import Ledger
 from nybble.data.prepare import Prepared, examine_rows, prepare_rows, rows_cache
@@ -29,6 +29,7 @@ __all__ = [
     "encode_prompt",
     "examine_rows",
     "pack_rows",
+    "packs_of",
     "prepare_rows",
     "question_form",
     "read_rows",

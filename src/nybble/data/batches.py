@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from nybble.data.encode import IGNORED, Example
+from nybble.data.store import Examples
+from nybble.recipe import DataSection
 
 Group = Sequence[dict[str, list[int]]]  # rows that are drawn together
 
@@ -97,6 +99,15 @@ class Groups(Sequence[Group]):
         places = (index,) if self._packs is None else self._packs[index]
         chosen = (self._examples[place] for place in places)
         return [{"input_ids": example.input_ids, "labels": example.labels} for example in chosen]
+
+
+def packs_of(examples: Examples, section: DataSection) -> list[list[int]] | None:
+    """Rows, by number, that are drawn together; None: each by itself."""
+    if section.packing is False:
+        return None
+    return pack_rows(
+        examples.column("length").tolist(), section.max_length if section.packing is True else section.packing
+    )
 
 
 def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:

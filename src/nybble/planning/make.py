@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from nybble.data import examine_rows, pack_rows
+from nybble.data import examine_rows, packs_of
 from nybble.errors import ModelError, NybbleError
 from nybble.hardware import Device, detect_device
 from nybble.models import find_folder, find_tokenizer, read_config
@@ -89,9 +89,7 @@ def _batches(recipe: Recipe) -> tuple[Batches | None, str | None]:
         return None, f"the rows cannot be read: {error}"
     if not len(prepared.train):
         return None, f"the rows cannot be used: {prepared.fault}"
-    lengths = prepared.train.column("length").tolist()
-    packs = pack_rows(lengths, recipe.data.max_length) if recipe.data.packing else None
-    return Batches.of(prepared, packs, recipe), None
+    return Batches.of(prepared, packs_of(prepared.train, recipe.data), recipe), None
 
 
 def plan_training(

@@ -202,7 +202,8 @@ def _one_line(error: ValidationError) -> str:
     setting = next((s for s in all_settings() if f"{path}.".startswith(f"{s.path}.")), None)
     if setting is None:
         return f"{path}: {message}"
-    allowed = message[0].lower() + message[1:]
+    same = [e["msg"] for e in error.errors() if ".".join(map(str, e["loc"])).startswith(setting.path)]  # one a choice
+    allowed = " or ".join(m[0].lower() + m[1:] for m in (text.removeprefix("Value error, ") for text in same))
     return f"{setting.path}: got {first['input']!r}; {allowed} ({setting.meaning}; default {setting.default!r})"
 
 

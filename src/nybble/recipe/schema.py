@@ -23,6 +23,7 @@ def _split_names(text: str) -> tuple[str, ...]:
 
 
 Rate = Annotated[float, Field(gt=0)] | Literal["probe"]
+Tokens = Annotated[int, Field(ge=8)]
 
 
 class Section(BaseModel):
@@ -187,9 +188,9 @@ class DataSection(Section):
         aliases=("max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"),
         ge=8,
     )
-    packing: bool = setting(
+    packing: bool | Tokens = setting(
         False,
-        "fill each row's place with as many rows as max_length takes; none sees another",
+        "fill each row's place with as many rows as max_length takes, or as this many tokens take; none sees another",
         aliases=("sample_packing",),
     )
     eval_dataset_name: str | None = setting(None, "held-out rows of their own", aliases=("eval_dataset", "eval_file"))
