@@ -50,7 +50,16 @@ from nybble.models import (
     write_note,
 )
 from nybble.planning import Batches, plan_training
-from nybble.recipe import Plan, Recipe, in_micro_batches, load_recipe, refusal, save_recipe, within_context
+from nybble.recipe import (
+    EvaluationSection,
+    Plan,
+    Recipe,
+    in_micro_batches,
+    load_recipe,
+    refusal,
+    save_recipe,
+    within_context,
+)
 from nybble.reporting import model_card, rewrite_report, write_report
 from nybble.runs import Observer, RunDirectory, RunRecord, Sample, Silent, read_record, write_text
 from nybble.training import (
@@ -87,6 +96,11 @@ class _Job:
         return self.run.full_model if self.recipe.method == "full" else self.run.adapter
 
     @property
+    def evaluation(self) -> EvaluationSection:
+        """The recipe's, with as many rows at a time as fit."""
+        return self.recipe.evaluation.model_copy(update={"per_device_eval_batch_size": self.plan.eval_batch})
+
+    @property
     def shown(self) -> list[Example]:
         """The held-out rows whose answers are shown."""
         asked = [example for example in self.prepared.held_out if example.prompt_ids]
@@ -111,7 +125,7 @@ def train(
             rows are known to be usable.
     """
     job = _prepare(_as_recipe(recipe, overrides), overwrite, resume, observer or Silent())
-    if not (job.plan.fits or force or job.recipe.training.lean):  # the plan does not know what the host takes
+    if not (job.plan.fits or force):
         raise refusal(job.plan)
     job.run.create(overwrite=overwrite)
     write_text(job.run.path / "recipe.yaml", save_recipe(job.recipe))
@@ -199,7 +213,7 @@ def _calibrate(job: _Job, witness: Witness, model: Any) -> Starts:
 
 def _evaluate_base(job: _Job, witness: Witness, model: Any, dtype: torch.dtype) -> list[str]:
     job.watch.stage("evaluate base")
-    section = job.recipe.evaluation
+    section = job.evaluation
     with witness.phase("evaluate_base"):
         witness.record.evaluation_base = evaluate(model, job.tokenizer, job.prepared.held_out, section, dtype)
         prompts = [example.prompt_ids for example in job.shown]
@@ -220,7 +234,7 @@ def _attach(job: _Job, witness: Witness, model: Any, starts: Starts) -> Any:
 def _train(
     job: _Job, witness: Witness, model: Any, dtype: torch.dtype, base_answers: Sequence[str], resume: bool
 ) -> None:
-    section = job.recipe.evaluation
+    section = job.evaluation
 
     def check(step: int) -> float:
         for sample in _answer(job, model, dtype, base_answers):
@@ -248,7 +262,7 @@ def _train(
 
 def _probe(job: _Job, witness: Witness, model: Any, setup: Setup) -> Probe:
     job.watch.stage("probe")
-    section, rows = job.recipe.evaluation, job.prepared.held_out
+    section, rows = job.evaluation, job.prepared.held_out
     judge = Judge(job.recipe.method, rows, lambda r: evaluate(model, job.tokenizer, r, section, setup.compute_dtype))
     with witness.phase("probe"):
         found = probe_rates(model, job.tokenizer, job.groups, job.recipe.training, setup, judge)
@@ -263,7 +277,7 @@ def _evaluate_tuned(job: _Job, witness: Witness, model: Any, dtype: torch.dtype,
     if job.recipe.method == "full":
         model.to(dtype)  # what is saved is what is measured
     with witness.phase("evaluate"):
-        tuned = evaluate(model, job.tokenizer, job.prepared.held_out, job.recipe.evaluation, dtype)
+        tuned = evaluate(model, job.tokenizer, job.prepared.held_out, job.evaluation, dtype)
         for sample in _answer(job, model, dtype, base_answers):
             job.run.append_sample(sample)
     if tuned and witness.record.evaluation_base:
@@ -274,7 +288,7 @@ def _evaluate_tuned(job: _Job, witness: Witness, model: Any, dtype: torch.dtype,
 
 def _answer(job: _Job, model: Any, dtype: torch.dtype, base_answers: Sequence[str]) -> list[Sample]:
     prompts = [example.prompt_ids for example in job.shown]
-    tuned = generate_answers(model, job.tokenizer, prompts, job.recipe.evaluation, dtype)
+    tuned = generate_answers(model, job.tokenizer, prompts, job.evaluation, dtype)
     return [
         Sample(job.tokenizer.decode(e.prompt_ids, skip_special_tokens=True), before, after, e.answer)
         for e, before, after in zip(job.shown, base_answers, tuned, strict=True)

@@ -2,8 +2,9 @@
 
 from nybble.models.adapters import attach, load_adapter, save_adapter
 from nybble.models.calibrate import Calibration, Starts, calibrate, needs_calibration
-from nybble.models.families import SwapReport, blocks_of, go_lean, swap_blocks
+from nybble.models.families import SwapReport, blocks_of, swap_blocks
 from nybble.models.hub import push_folder
+from nybble.models.lean import RUNGS, Ladder
 from nybble.models.load import LoadReport, compute_dtype, count_parameters, load_model, save_whole
 from nybble.models.plugin import NybbleConfig, register
 from nybble.models.source import ModelSource, find_folder, find_model, read_config
@@ -13,8 +14,10 @@ from nybble.models.weights import BaseWeights
 
 __all__ = [
     "NOTE",
+    "RUNGS",
     "BaseWeights",
     "Calibration",
+    "Ladder",
     "LoadReport",
     "ModelSource",
     "NybbleConfig",
@@ -31,7 +34,6 @@ __all__ = [
     "find_model",
     "find_tokenizer",
     "find_tuned",
-    "go_lean",
     "load_adapter",
     "load_model",
     "load_tokenizer",

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from nybble.nn.attention import Span, attend_rows
-from nybble.nn.lean import HostEmbedding, HostStore
 from nybble.nn.loss import Head, next_token_loss, token_losses
 from nybble.nn.mlp import GatedMlp
 from nybble.nn.norm import rms_norm
@@ -43,7 +42,8 @@ FAMILIES = {
     "gemma3_text": Family(one_plus=True, norm_behind_mlp=True),
     "phi3": Family(window_of_config=True),
 }
-_TILE_ROWS = 1024  # a product with as many rows is as fast as a larger one
+_TILE_ROWS = 1024  # of an MLP in tiles, at least: a product with as many rows is as fast as a larger one
+_TILES = 8  # at most
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -103,27 +103,6 @@ def _swap(model: Any) -> SwapReport:
     return SwapReport(True, counts, reason)
 
 
-def go_lean(model: Any) -> list[str]:
-    """For a device that full recomputation does not fit: what can wait goes to the host, and the MLP runs in tiles.
-
-    `nybble.nn.lean` says how; nothing that is learned changes. Returns what was done, in words.
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    done = ["layer inputs wait on the host"]
-    store = HostStore()
-    for layer in base.model.layers:
-        layer._gradient_checkpointing_func = store.recomputed
-        if blocks_of(model).blocks.get("mlp"):
-            layer.mlp.nybble_tile_rows = _TILE_ROWS
-    if blocks_of(model).blocks.get("mlp"):
-        done.append(f"the MLP runs {_TILE_ROWS:,} tokens at a time")
-    table = base.get_input_embeddings()
-    if type(table) is nn.Embedding and not table.weight.requires_grad and not base.config.tie_word_embeddings:
-        _set(table, HostEmbedding(table))
-        done.append("the embedding table stays on the host")
-    return done
-
-
 def _set(module: nn.Module, forward: Callable[..., Any]) -> None:
     module.forward = MethodType(forward, module)
 
@@ -177,8 +156,9 @@ def _mlp(family: Family, activation: str, module: Any, x: Tensor) -> Tensor:
     plain = [p for p in projections if p is not None and not p.has_trained_bias]
     if len(plain) < len(projections) or len({p.dtype for p in plain}) != 1:
         return type(module).forward(module, x)  # type: ignore[no-any-return]
-    tile = getattr(module, "nybble_tile_rows", 0)
-    return GatedMlp(tuple(plain[:-1]), plain[-1], activation, family.norm_behind_mlp, tile)(x)
+    tile = max(_TILE_ROWS, -(-x.numel() // (x.shape[-1] * _TILES))) if getattr(module, "nybble_tiles", False) else 0
+    # x is what the norm before has made, and nothing else keeps it.
+    return GatedMlp(tuple(plain[:-1]), plain[-1], activation, family.norm_behind_mlp, tile, takes_x=True)(x)
 
 
 def _norm(family: Family, module: Any, x: Tensor) -> Tensor:

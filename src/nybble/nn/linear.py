@@ -8,6 +8,7 @@ outlive the forward pass (Dettmers et al. 2023, section 3). The weight never get
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class Linear4bit(nn.Linear):
         self.quant_type = "nf4"
         self.block_size = 64
         self.source_dtype = compute_dtype
+        self.slice_elements = 0  # above 0: products decode about so many weights at a time
         self.weight.requires_grad_(False)
         for name in _SCALES:
             self.register_buffer(name, None)
@@ -93,12 +95,20 @@ class Linear4bit(nn.Linear):
         """The weight as numbers, `(out_features, in_features)` in `dtype` (default: the compute type)."""
         return dequantize(self.packed, dtype or self.compute_dtype)
 
-    def decoded(self, dtype: torch.dtype) -> Tensor:
-        """The weight in `dtype`, in memory that is used again: good until the next product of this thread."""
+    def decoded(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in `dtype`, some of its rows at a time: which, and they, good until the next of this thread.
+
+        All at once, unless `slice_elements` says otherwise. The memory is used again.
+        """
         if torch.compiler.is_compiling():  # traced code gets memory of its own
-            return self.dequantize(dtype)
-        out = scratch.take((self.out_features, self.in_features), self.weight, dtype)
-        return dequantize(self.packed, dtype, out)
+            yield slice(None), self.dequantize(dtype)
+            return
+        packed = self.packed
+        if not 0 < self.slice_elements < packed.n_elements:
+            yield slice(None), dequantize(packed, dtype, scratch.take(packed.shape, self.weight, dtype))
+            return
+        for rows, part in packed.slices(self.slice_elements):
+            yield rows, dequantize(part, dtype, scratch.take(part.shape, self.weight, dtype))
 
     def few_rows(self, x: Tensor) -> Tensor | None:
         """x W^T for a few rows `(n, in_features)`, where that is faster than decoding; the weight is never written."""

@@ -11,7 +11,7 @@ pass, so no mask is stored. Adapters' gradients have the type of their masters; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, cast
@@ -56,10 +56,13 @@ class Projection:
         seed = seed_from(self.adapter.seed, first * self.layer.in_features)
         return replace(self, adapter=replace(self.adapter, seed=seed))
 
-    def weight(self) -> Tensor:
-        """W `(out_features, in_features)`; of a packed layer, good until the next product of this thread."""
+    def weights(self) -> Iterator[tuple[slice, Tensor]]:
+        """W, some of its rows at a time, mostly all: which, and they, good until the next of this thread."""
         decoded = getattr(self.layer, "decoded", None)
-        return cast(Tensor, decoded(self.dtype)) if decoded else self.layer.weight.detach()
+        if decoded:
+            yield from decoded(self.dtype)
+        else:
+            yield slice(None), self.layer.weight.detach()
 
 
 def projection_of(module: nn.Module) -> Projection | None:
@@ -110,7 +113,7 @@ def product(x: Tensor, p: Projection, generating: bool = False) -> tuple[Tensor,
     few_rows = getattr(layer, "few_rows", None) if generating else None
     y: Tensor | None = few_rows(x) if few_rows else None
     if y is None:
-        y = x @ p.weight().t()
+        y = _times_transposed(x, p)
     if layer.bias is not None and not p.has_trained_bias:
         y += layer.bias.to(y.dtype)
     if adapter is None:
@@ -118,6 +121,19 @@ def product(x: Tensor, p: Projection, generating: bool = False) -> tuple[Tensor,
     kept = kept_of(x, adapter)
     y.addmm_(kept.xa, kept.b.t(), alpha=adapter.scaling)
     return y, kept
+
+
+def _times_transposed(x: Tensor, p: Projection) -> Tensor:
+    """x W^T."""
+    y: Tensor | None = None
+    for chosen, weight in p.weights():
+        if len(weight) == p.layer.out_features:
+            y = x @ weight.t()
+        else:
+            y = x.new_empty(len(x), p.layer.out_features) if y is None else y
+            torch.mm(x, weight.t(), out=y[:, chosen])
+        del weight  # before the next slice comes
+    return cast(Tensor, y)
 
 
 def kept_of(x: Tensor, adapter: Adapter) -> Kept:
@@ -131,8 +147,11 @@ def kept_of(x: Tensor, adapter: Adapter) -> Kept:
 
 def input_gradient(grad: Tensor, p: Projection, into: Tensor | None) -> Tensor:
     """dy W, added to `into` where that is given; the base's part of dx."""
-    weight = p.weight()
-    return grad @ weight if into is None else into.addmm_(grad, weight)
+    for chosen, weight in p.weights():
+        part = grad[:, chosen]
+        into = part @ weight if into is None else into.addmm_(part, weight)
+        del weight
+    return cast(Tensor, into)
 
 
 def adapter_gradients(

@@ -39,6 +39,7 @@ class Profile:
     memory_bytes: int  # that a run may take, what it takes already included
     context_bytes: int  # taken before the first tensor
     is_estimate: bool
+    shares_memory: bool = False  # with the host
 
     def context_in(self, phase: str) -> int:
         """Taken besides tensors and their allocator."""
@@ -59,9 +60,11 @@ class Profile:
         return flops / self.flops_per_second + moved_bytes / self.bytes_per_second
 
 
-def _published(name: str, backend: str, tflops: float, gigabytes_per_second: float, gigabytes: float) -> Profile:
+def _published(
+    name: str, backend: str, tflops: float, gigabytes_per_second: float, gigabytes: float, shares_memory: bool = False
+) -> Profile:
     rates = (1e12 * tflops * _SUSTAINED_PRODUCTS, 1e9 * gigabytes_per_second * _SUSTAINED_TRAFFIC)
-    return Profile(name, backend, *rates, int(1e9 * gigabytes), _CONTEXT[backend], True)
+    return Profile(name, backend, *rates, int(1e9 * gigabytes), _CONTEXT[backend], True, shares_memory)
 
 
 # Dense bfloat16 (or float16) products and bandwidth as the makers give them.
@@ -69,7 +72,7 @@ PROFILES = {
     "mi250-gcd": _published("MI250, one GCD", "hip", 181.0, 1638, 64),
     "mi300x": _published("MI300X", "hip", 1307.4, 5300, 192),
     "rx7900xtx": _published("RX 7900 XTX", "hip", 122.8, 960, 24),
-    "strix-halo": _published("Strix Halo", "hip", 59.4, 256, 96),
+    "strix-halo": _published("Strix Halo", "hip", 59.4, 256, 96, shares_memory=True),
     "rtx4090": _published("RTX 4090", "cuda", 165.2, 1008, 24),
     "h200": _published("H200", "cuda", 989.0, 4800, 141),
 }
@@ -93,7 +96,7 @@ def profile_of(device: Device) -> Profile:
     used = used_bytes(where)
     context = used if device.type == "cpu" else _CONTEXT[device.backend]
     rates = _rates(device)
-    return Profile(device.name, device.backend, *rates, free_bytes(where) + used, context, False)
+    return Profile(device.name, device.backend, *rates, free_bytes(where) + used, context, False, device.shares_memory)
 
 
 def _rates(device: Device) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 """Recipes: the schema (one definition per setting), reading them, and the plan that is made from one."""
 
 from nybble.recipe.load import Setting, all_settings, json_schema, load_recipe, save_recipe, within_context
-from nybble.recipe.plan import Change, PhasePlan, Plan, StepMemory, in_micro_batches, refusal
+from nybble.recipe.plan import Change, PhasePlan, Plan, RungPlan, StepMemory, in_micro_batches, refusal
 from nybble.recipe.schema import (
     DataSection,
     EvaluationSection,
@@ -22,6 +22,7 @@ __all__ = [
     "Plan",
     "QuantizationSection",
     "Recipe",
+    "RungPlan",
     "Setting",
     "StepMemory",
     "TrainingSection",

@@ -236,10 +236,11 @@ class TrainingSection(Section):
     memory_budget: str | None = setting(
         None, "memory that training may take, e.g. 8GiB; default: what the device has free"
     )
-    lean: bool = setting(
-        False,
-        "for a device that recomputing every layer does not fit: layer inputs and the embedding table wait on the "
-        "host, the MLP runs in tiles; slower, and nothing that is learned changes",
+    lean: Literal["auto", "never", "always"] = setting(
+        "auto",
+        "below recomputing every layer: layer inputs and the embedding table wait on the host, the MLP runs in tiles, "
+        "weights are decoded in slices; as much of it as memory forces, none, or all; slower, and nothing that is "
+        "learned changes; true means always",
     )
     parity_steps: int = setting(
         0, "run so many first steps on the plain path too, and stop if the fast one computes something else", ge=0
@@ -255,7 +256,7 @@ class TrainingSection(Section):
     push_to_hub: bool = setting(False, "upload the adapter to the hub at the end")
     hub_model_id: str | None = setting(None, "repository for push_to_hub")
 
-    @field_validator("gradient_checkpointing", mode="before")
+    @field_validator("gradient_checkpointing", "lean", mode="before")
     @classmethod
     def _words(cls, value: Any) -> Any:
         return {"true": "always", "false": "never"}.get(str(value).lower(), value)

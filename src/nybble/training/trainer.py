@@ -9,15 +9,14 @@ from typing import Any
 import torch
 
 from nybble.data import Groups
-from nybble.errors import CannotRunError, InputError, RecipeError, StoppedError
+from nybble.errors import CannotRunError, InputError, StoppedError
 from nybble.hardware import Device, PeakMemory
-from nybble.models import blocks_of, go_lean
 from nybble.nn.seeds import Seeds
 from nybble.recipe import StepMemory, TrainingSection
 from nybble.runs import Observer, RunDirectory
 from nybble.training.arguments import trackers, training_arguments
 from nybble.training.callbacks import Checks, CountingBatch, Logbook, StopOnSignal
-from nybble.training.depth import Recomputation, recomputation_for
+from nybble.training.depth import recomputation_for
 from nybble.training.evaluate import batches_for
 
 
@@ -77,7 +76,7 @@ def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSec
     share_seeds(model, seeds)
     trainer = StepTrainer(
         seeds,
-        _recomputation(model, section, setup),
+        recomputation_for(model, section, setup.device, setup.memory),
         setup.observer.note,
         section.parity_steps,
         model=model,
@@ -129,18 +128,6 @@ def _check_ending(
             f"{stop.received.name} at step {trainer.state.global_step} of {trainer.state.max_steps}: saved; "
             "go on with --resume"
         )
-
-
-def _recomputation(model: Any, section: TrainingSection, setup: Setup) -> Recomputation | None:
-    """What decides how many layers are recomputed; under `lean` all are, and what can wait goes to the host."""
-    if not section.lean:
-        return recomputation_for(model, section, setup.device, setup.memory)
-    if not blocks_of(model).flattened:
-        raise RecipeError("training.lean works for the families that run through our blocks; set it to false")
-    every_layer = section.model_copy(update={"gradient_checkpointing": "always"})
-    recomputation = recomputation_for(model, every_layer, setup.device, setup.memory)
-    setup.observer.note("lean: " + ", ".join(go_lean(model)))
-    return recomputation
 
 
 def _tensorboard(section: TrainingSection, run: RunDirectory) -> list[Any]:
