@@ -243,7 +243,7 @@ def _train(
         measured = evaluate(model, job.tokenizer, unchecked, section, dtype)
         return measured.loss if measured else math.nan
 
-    every = section.eval_steps if job.prepared.held_out else 0
+    every = job.recipe.evaluation.eval_steps if job.prepared.held_out else 0
     steps, memory = job.plan.optimizer_steps, job.plan.step_memory
     setup = Setup(job.run, job.device, dtype, job.watch, check, every, steps, resume, memory)
     training = in_micro_batches(job.recipe.training, job.plan.micro_batch)
