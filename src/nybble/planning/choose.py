@@ -60,7 +60,7 @@ class Choice:
     def seconds(self) -> float:
         """Of one batch, all parts."""
         work = self.forecast.average.steady(self.average_level)
-        return self.n_parts * self.forecast.profile.seconds(work.flops, work.moved_bytes)
+        return self.n_parts * self.forecast.profile.seconds(work)
 
 
 def choose(forecast: Forecast, budget_bytes: int, n_parts: int | None = None) -> Choice:

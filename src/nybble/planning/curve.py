@@ -228,5 +228,10 @@ def _line(base: Work, steps: list[tuple[int, Work]]) -> Work:
             parts = each(lambda work, name=name: work.peaks[name].parts)  # type: ignore[misc]
             peaks[name] = Peak(sum(parts.values()), parts)
     return Work(
-        peaks, at(lambda w: w.flops), at(lambda w: w.moved_bytes), each(lambda w: w.rest), at(lambda w: w.host_bytes)
+        peaks,
+        at(lambda w: w.flops),
+        at(lambda w: w.moved_bytes),
+        at(lambda w: w.operators),
+        each(lambda w: w.rest),
+        at(lambda w: w.host_bytes),
     )

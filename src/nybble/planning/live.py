@@ -70,6 +70,11 @@ _FLOPS: dict[Any, Callable[..., float]] = {
 }
 
 
+# Operators that move nothing, and those that read no more of their input than they return.
+_UNTOUCHED = (torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided)
+_PICKING = (torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index_select)
+
+
 class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts while it is entered; `section` names the part of the step that a moment belongs to."""
 
@@ -78,6 +83,7 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0  # of products and attention
         self.moved_bytes = 0  # read and written by everything else
+        self.operators = 0  # that do work; views do none
         self._rounding = rounding
         self.peaks: dict[str, Peak] = {}
         self.total_bytes = 0
@@ -90,7 +96,7 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def start(self, section: str) -> None:
         """Forget peaks and work so far; what is alive stays counted."""
-        self.peaks, self.flops, self.moved_bytes = {}, 0, 0
+        self.peaks, self.flops, self.moved_bytes, self.operators = {}, 0, 0, 0
         self.host_peak_bytes = self._parts[HOST]
         self.section(section)
 
@@ -130,13 +136,14 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _work(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         packet = func.overloadpacket
         formula = _FLOPS.get(packet) or flop_registry.get(packet)
+        if getattr(func, "is_view", False) or func.namespace == "prim" or packet in _UNTOUCHED:
+            return
+        self.operators += 1
         if formula is not None:
             self.flops += int(formula(*args, out_val=result))
-        elif not getattr(func, "is_view", False):
-            tensors = [
-                t for t in (*args, *(result if isinstance(result, tuple) else (result,))) if isinstance(t, Tensor)
-            ]
-            self.moved_bytes += sum(t.numel() * t.element_size() for t in tensors)
+            return
+        seen = (result, result) if packet in _PICKING else (args, result)
+        self.moved_bytes += sum(t.numel() * t.element_size() for t in tree_iter(seen) if isinstance(t, Tensor))
 
     def _count(self, tensor: Tensor, part: str | None, origin: str) -> None:
         storage = tensor.untyped_storage()

@@ -66,6 +66,7 @@ class Work:
     peaks: dict[str, Peak]  # of each section
     flops: int
     moved_bytes: int
+    operators: int  # that do work: each costs the host some time
     rest: dict[str, int]  # bytes alive afterwards, by part
     host_bytes: int = 0  # of what waits on the host, at its highest
 
@@ -216,8 +217,31 @@ def run_steps(
             live.section("update")
             _update(live, optimizer, trained)
             del inputs
-            done.append(Work(live.peaks, live.flops, live.moved_bytes, live.parts(), live.host_peak_bytes))
+            done.append(
+                Work(live.peaks, live.flops, live.moved_bytes, live.operators, live.parts(), live.host_peak_bytes)
+            )
     return done
+
+
+def stepper(model: Any, batch: dict[str, Any], dtype: torch.dtype, n_recomputed: int = 0) -> Callable[[], None]:
+    """A step over `batch` on real tensors, to be timed; nothing is counted."""
+    share_seeds(model, Seeds(0, 0))
+    model.train()
+    for number, layer in enumerate(decoder_layers(model)):
+        layer._gradient_checkpointing_func = recomputed  # type: ignore[assignment]
+        layer.gradient_checkpointing = number < n_recomputed  # type: ignore[assignment]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model(**batch, num_items_in_batch=1).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def _update(live: LiveTensors, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
@@ -250,7 +274,7 @@ def run_evaluation(live: LiveTensors, model: Any, batch: dict[str, Any], dtype: 
     with live, torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         live.start("evaluate")
         model(**_like(batch))
-    return Work(live.peaks, live.flops, live.moved_bytes, live.parts())
+    return Work(live.peaks, live.flops, live.moved_bytes, live.operators, live.parts())
 
 
 @contextmanager
