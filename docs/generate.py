@@ -16,7 +16,8 @@ HEAD = """# Settings
 
 Every setting of a recipe. In a YAML file they may stand flat or in their section; on the command line each is a flag
 (`--learning_rate 2e-4`, dashes or underscores). `recipe.schema.json` beside this page lets an editor complete them.
-This page is written by `make docs` from the schema.
+Those with `=` are neutral: they decide nothing of what is learned, or name what counts by its content, so that
+`--resume` goes on with another value. This page is written by `make docs` from the schema.
 """
 DOCTOR = """# The doctor
 
@@ -101,7 +102,8 @@ def settings_page() -> str:
         default = "none" if item.default is None else json.dumps(item.default)
         unit = f" ({item.unit})" if item.unit else ""
         aliases = ", ".join(f"`{alias}`" for alias in item.aliases)
-        lines.append(f"| `{item.name}` | `{default}` | {item.meaning}{unit} | {aliases} |")
+        mark = " =" if item.is_neutral else ""
+        lines.append(f"| `{item.name}`{mark} | `{default}` | {item.meaning}{unit} | {aliases} |")
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
 
 

@@ -20,9 +20,10 @@ from nybble.comparison.child import Ending, is_done, run_trial
 from nybble.comparison.figures import Comparison, collect
 from nybble.comparison.verdict import verdict
 from nybble.errors import CannotRunError, InputError, NybbleError
+from nybble.files import write_text
 from nybble.recipe import load_recipe, save_recipe
 from nybble.reporting import write_comparison_report
-from nybble.runs import Observer, Silent, to_json, write_text
+from nybble.runs import Observer, Silent, to_json
 
 
 def compare(

@@ -25,6 +25,7 @@ from nybble.errors import CannotRunError, InputError, ModelError, RecipeError
 from nybble.exporting.arithmetic import AdapterDelta, merged_bytes, write_merged
 from nybble.exporting.card import merged_card
 from nybble.exporting.verify import Limits, Measured, Reference
+from nybble.files import write_text
 from nybble.hardware import Device, detect_device
 from nybble.models import (
     NOTE,
@@ -41,7 +42,7 @@ from nybble.models import (
     tokenizer_of,
 )
 from nybble.recipe import LoraSection, Recipe, load_recipe
-from nybble.runs import Observer, Silent, read_record, to_json, write_text
+from nybble.runs import Observer, Silent, read_record, to_json
 from nybble.training import stop_at
 from nybble.units import format_bytes
 

@@ -6,6 +6,7 @@ the folder that is saved loads in stock PEFT over the same base in 16 or 4 bits.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,40 @@ def _unmergeable(adapted: Any) -> Any:
 def save_adapter(model: Any, folder: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`; embeddings are not copied in."""
     model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def trained_weights(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What of `model` is trained, by name, and the files that go beside it.
+
+    Adapters have the names that PEFT gives them on disk, with its `adapter_config.json`; a model without adapters those
+    of its own parameters.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    if not isinstance(model, PeftModel):
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}, {}
+    config = {**model.peft_config["default"].to_dict(), "inference_mode": True}
+    text = json.dumps({k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}, indent=2, sort_keys=True)
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=False)), {"adapter_config.json": text}
+
+
+def put_weights_back(model: Any, weights: Mapping[str, Tensor]) -> None:
+    """Set what `trained_weights` gave.
+
+    Raises:
+        ModelError: they are not those of this model.
+    """
+    from peft import PeftModel, set_peft_model_state_dict
+
+    here = trained_weights(model)[0]
+    if {name: tensor.shape for name, tensor in here.items()} != {name: t.shape for name, t in weights.items()}:
+        raise ModelError("the checkpoint's weights are not those that are trained now; begin anew with --overwrite")
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, dict(weights))
+        return
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            here[name].copy_(tensor)
 
 
 def _check_targets(model: nn.Module, targets: list[str]) -> None:

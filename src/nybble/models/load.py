@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from nybble.errors import ModelError, RecipeError
+from nybble.files import sha256_of
 from nybble.hardware import Device
 from nybble.models import cache
 from nybble.models.families import swap_blocks
@@ -99,6 +101,11 @@ def load_model(
         notes=tuple(notes),
     )
     return loaded, report
+
+
+def hash_of(quantization: QuantizationSection) -> Callable[[Path], str]:
+    """SHA-256 of a file of weights; remembered in the cache while the file stays as it is, where one is kept."""
+    return cache.PackedCache(int(quantization.cache_limit * 2**30)).content if quantization.cache else sha256_of
 
 
 def cached_source(source: ModelSource, quantization: QuantizationSection, dtype: torch.dtype) -> ModelSource:

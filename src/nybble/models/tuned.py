@@ -17,13 +17,14 @@ import torch
 from pydantic import ValidationError
 
 from nybble.errors import InputError, ModelError
+from nybble.files import write_text
 from nybble.hardware import Device
 from nybble.models.adapters import load_adapter
 from nybble.models.load import compute_dtype, load_model
 from nybble.models.source import ModelSource, find_model
 from nybble.models.tokenizer import load_tokenizer
 from nybble.recipe import LoraSection, ModelSection, QuantizationSection, Recipe, load_recipe
-from nybble.runs import RunDirectory, read_record, to_json, write_text
+from nybble.runs import RunDirectory, read_record, to_json
 
 NOTE = "nybble.json"
 

@@ -46,6 +46,7 @@ class Setting:
     meaning: str
     aliases: tuple[str, ...]
     is_text: bool
+    is_neutral: bool  # a resumed run may change it
 
     @property
     def path(self) -> str:
@@ -80,6 +81,7 @@ def _describe(section: str, name: str, field: FieldInfo) -> Setting:
         meaning=field.description or "",
         aliases=tuple(aliases),
         is_text=annotation is str or str in kinds,
+        is_neutral=bool(extra.get("neutral", False)),
     )
 
 
