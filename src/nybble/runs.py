@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nybble.errors import InputError
+from nybble.guard import parse_object, read_object, redact
 
 
 @dataclass(frozen=True)
@@ -275,7 +276,7 @@ class RunDirectory:
             # A line cut short by a crash is ended first, so that it does not swallow this one.
             if file.tell() and (file.seek(-1, os.SEEK_END) or True) and file.read(1) != b"\n":
                 file.write(b"\n")
-            file.write(f"{to_json(line)}\n".encode())
+            file.write(redact(f"{to_json(line)}\n").encode())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -283,7 +284,7 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+            file.write(redact(text))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -318,14 +319,12 @@ def read_record(path: Path | str) -> dict[str, Any]:
     file = Path(path).expanduser() / "run.json"
     if not file.is_file():
         raise InputError(f"{path} is no run directory (no run.json); give the output_dir of a `nybble train`")
-    try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: damaged ({error})") from error
+    record = read_object(file, InputError, "give another run")
     needed = {f.name for f in fields(RunRecord) if f.default is MISSING and f.default_factory is MISSING}
-    missing = sorted(needed - record.keys()) if isinstance(record, dict) else ["everything"]
+    texts = {"status", "started"}
+    missing = sorted(name for name in needed if not isinstance(record.get(name), str if name in texts else dict))
     if missing:
-        raise InputError(f"{file}: damaged ({', '.join(missing)} missing)")
+        raise InputError(f"{file}: damaged ({', '.join(missing)} missing); give another run")
     return record
 
 
@@ -343,11 +342,9 @@ def read_whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
     for line in lines:
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError:
+            found.append(parse_object(line))
+        except ValueError:
             continue
-        if isinstance(value, dict):
-            found.append(value)
     return found, len(lines) - len(found)
 
 

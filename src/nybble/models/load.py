@@ -189,6 +189,7 @@ def _from_pretrained(
                 device_map={"": device.torch_device},
                 attn_implementation=model.attn_implementation,
                 trust_remote_code=model.trust_remote_code,
+                use_safetensors=True,
                 output_loading_info=True,
             )
     except (RuntimeError, ValueError, ImportError) as error:
