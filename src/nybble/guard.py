@@ -100,8 +100,13 @@ def library_faults(what: str, fault: type[InputError], advice: str) -> Iterator[
 
 
 def brief(error: BaseException) -> str:
-    """What an error says, on one line that is not endless; its type where it says nothing."""
+    """What an error says, on one line that is not endless; its type where it says nothing by itself."""
+    if isinstance(error, RecursionError):
+        return "nested too deep"
     said = " ".join(str(error).split())
+    if said.startswith("Exceeds the limit"):  # Python's own, which goes on with what a programmer could do
+        return "a number of more than 4,300 digits"
+    said = f"{type(error).__name__}: {said}" if isinstance(error, LookupError) else said
     return (said if len(said) <= _MOST_SHOWN else f"{said[:_MOST_SHOWN]}..").rstrip(". ") or type(error).__name__
 
 

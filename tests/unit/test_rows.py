@@ -190,7 +190,7 @@ def test_a_parquet_file_without_rows_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("x")
-    assert "holds no file of rows; endings that are read: .parquet, .json" in refusal(tmp_path)
+    assert "holds no file of rows; allowed endings: .parquet, .json" in refusal(tmp_path)
 
 
 def test_an_unknown_ending_is_refused_with_those_that_are_read(tmp_path: Path) -> None:
@@ -223,7 +223,9 @@ def test_what_is_not_json_is_named_by_line(tmp_path: Path, name: str, content: s
     ],
 )
 def test_a_row_that_is_no_object_is_named_by_number(tmp_path: Path, name: str, content: str, kind: str) -> None:
-    assert refusal(tmp_path / name, content) == f" row 2: is a {kind}, a row is an object with columns"
+    assert refusal(tmp_path / name, content) == (
+        f" row 2: is of type {kind}; a row is an object with columns: repair the file"
+    )
 
 
 @pytest.mark.parametrize("row", ["1,2,3", "1"])

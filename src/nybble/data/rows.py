@@ -72,7 +72,7 @@ def read_rows(name: str, split: str = "train", limit: int | None = None, config:
     elif path.is_dir():
         files = _files_of(path, split)
     elif path.is_absolute() or path.suffix.lower() in _READERS or name.startswith((".", "~")) or name.count("/") > 1:
-        raise RowsError(f"rows file {name!r} does not exist")
+        raise RowsError(f"rows file {name!r} does not exist; give a file, a folder of files, or a hub id")
     else:
         return _examine(name, partial(_read_hub, name, _load_hub(name, split, limit, config), limit))
     return _examine(name, partial(_read_files, files, limit))
@@ -84,7 +84,9 @@ def _examine(source: str, read: Callable[[], Iterator[Placed]]) -> Rows:
     n_rows = n_bytes = 0
     for where, row in read():
         if not isinstance(row, dict):
-            raise RowsError(f"{where}: is a {type(row).__name__}, a row is an object with columns")
+            raise RowsError(
+                f"{where}: is of type {type(row).__name__}; a row is an object with columns: repair the file"
+            )
         for value in row.values():
             if isinstance(value, str):
                 check_text(value, where)
@@ -95,7 +97,7 @@ def _examine(source: str, read: Callable[[], Iterator[Placed]]) -> Rows:
         n_rows += 1
         n_bytes += len(content)
     if first is None:
-        raise RowsError(f"{source} holds no rows")
+        raise RowsError(f"{source} holds no rows; give a file that does")
     return Rows(source, first, digest.hexdigest(), n_bytes, n_rows, read)
 
 
@@ -130,7 +132,7 @@ def _files_of(folder: Path, split: str) -> list[Path]:
             of = (name for name, own in _SPLITS.items() if not words.isdisjoint(own))
             found.setdefault(next(of, "train"), []).append(file)
     if not found:
-        raise RowsError(f"{folder} holds no file of rows; endings that are read: {', '.join(_READERS)}")
+        raise RowsError(f"{folder} holds no file of rows; allowed endings: {', '.join(_READERS)}")
     if wanted not in found:
         raise RowsError(f"{folder} has no split {split!r}; by the names of its files it has: {', '.join(found)}")
     return found[wanted]
@@ -259,7 +261,9 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
                 except json.JSONDecodeError as error:
                     raise RowsError(f"{path} line {number}: not JSON ({error.msg}); repair the line") from error
                 except (ValueError, RecursionError) as error:
-                    raise RowsError(f"{path} line {number}: JSON that cannot be read ({brief(error)})") from error
+                    raise RowsError(
+                        f"{path} line {number}: JSON that cannot be read ({brief(error)}); repair the line"
+                    ) from error
                 yield row
 
 

@@ -32,7 +32,7 @@ CHATML = (
     "{{ eos_token if turn['role'] == 'assistant' else '<|im_end|>' }}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-MOST_SECONDS = 5.0  # of this process' own time, for one rendering; a real one takes a thousandth of a second
+MOST_SECONDS = 1.0  # of this process' own time, for one rendering; a real one takes a thousandth of it
 _MOST_MEMORY = 1 << 30  # bytes beyond what the process has
 _MOST_CHARACTERS = 8 << 20
 _MOST_TEMPLATE_BYTES = 256 << 10
@@ -68,7 +68,7 @@ def render_chat(
     """
     if len(str(tokenizer.chat_template)) > _MOST_TEMPLATE_BYTES:
         raise RowsError(
-            f"{where}: the chat template has more than {_MOST_TEMPLATE_BYTES:,} characters; set --chat_template"
+            f"{where}: the chat template has more than {_MOST_TEMPLATE_BYTES:,} characters; set --chat_template to another one"
         )
     try:
         with _in_time(), _in_memory():
@@ -82,7 +82,9 @@ def render_chat(
             f"{where}: the chat template takes more than {_MOST_MEMORY:,} bytes; set --chat_template to another one"
         ) from error
     except Exception as error:
-        raise RowsError(f"{where}: the chat template refuses it: {brief(error)}") from error
+        raise RowsError(
+            f"{where}: the chat template refuses it: {brief(error)}; repair the row, or set --chat_template"
+        ) from error
     if len(text) > _MOST_CHARACTERS:
         raise RowsError(
             f"{where}: the chat template makes {len(text):,} characters; set --chat_template to another one"
@@ -101,7 +103,8 @@ def _in_time() -> Iterator[None]:
         yield
         return
     former = signal.signal(signal.SIGVTALRM, _stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, MOST_SECONDS)
+    # Again and again: jinja swallows what is raised while it folds constants.
+    signal.setitimer(signal.ITIMER_VIRTUAL, MOST_SECONDS, MOST_SECONDS / 10)
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ from torch import nn
 from nybble.errors import ModelError
 from nybble.guard import check_links, read_object, shown
 from nybble.models.limits import StoredTensor, read_header
+from nybble.recipe import first_fault
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -116,7 +117,10 @@ class AdapterFiles:
             a is not None and b is not None and None not in sizes and (b.shape[0], a.shape[1]) != sizes
         ):
             has = "which this base does not have" if layer is None else f"which is {sizes[0]} x {sizes[1]} in this base"
-            raise ModelError(f"{self.folder}: adapter does not fit this base: it changes {shown(module)}, {has}")
+            raise ModelError(
+                f"{self.folder}: adapter does not fit this base: it changes {shown(module)}, {has}; give the base that "
+                "it was trained on"
+            )
 
 
 def read_adapter(folder: Path) -> AdapterFiles:
@@ -151,6 +155,4 @@ def read_settings(folder: Path) -> Settings:
     try:
         return Settings.model_validate(read_object(file, ModelError, _ADVICE))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))[:100]
-        raise ModelError(f"{file}: {where}: got {shown(first['input'])}; {first['msg']}; {_ADVICE}") from error
+        raise ModelError(f"{file}: {first_fault(error)}; {_ADVICE}") from error

@@ -94,7 +94,7 @@ def find_folder(name: str, revision: str | None = None, *, with_weights: bool = 
     if path.exists():
         raise ModelError(f"{name} is a file; give the folder that holds config.json")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ModelError(f"model folder {name!r} does not exist")
+        raise ModelError(f"model folder {name!r} does not exist; give one that does, or a hub id")
     return _download(name, revision, [*_FILES, *([_WEIGHTS] * with_weights), *(["*.py"] * with_code)])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from nybble.errors import ModelError
 from nybble.guard import MOST_JSON_BYTES, library_faults, read_object, shown
-from nybble.models.limits import check_numbers, read_numbers
+from nybble.models.limits import read_numbers
 from nybble.models.source import ModelSource, find_folder
 from nybble.recipe import ModelSection
 
@@ -69,13 +69,15 @@ def _read(folder: Path, trust_remote_code: bool) -> Any:
         if file.name.startswith(_NAMES) and file.stat().st_size > most:
             raise ModelError(f"{file}: {file.stat().st_size:,} bytes; allowed are {most:,}; {advice}")
     settings = folder / "tokenizer_config.json"
-    if settings.is_file():
-        check_numbers(settings, read_object(settings, ModelError, advice))
+    if settings.is_file() and read_object(settings, ModelError, advice).get("auto_map") and not trust_remote_code:
+        advice = "it brings Python code along (auto_map): read that, then say --trust_remote_code"
     with library_faults(f"{folder}: no usable tokenizer", ModelError, advice):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     _check_growth(folder, tokenizer)
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"{folder}: the tokenizer has no end token (eos_token); a model could never learn to stop")
+        raise ModelError(
+            f"{folder}: the tokenizer has no end token, so a model could never learn to stop; set eos_token"
+        )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = _padding(tokenizer)
     tokenizer.padding_side = "right"

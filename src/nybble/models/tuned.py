@@ -16,14 +16,22 @@ import torch
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 
 from nybble.errors import InputError, ModelError
-from nybble.guard import brief, check_links, read_object
+from nybble.guard import check_links, read_object
 from nybble.hardware import Device
 from nybble.models.adapter_files import read_settings
 from nybble.models.adapters import load_adapter
 from nybble.models.load import compute_dtype, load_model
 from nybble.models.source import ModelSource, find_model
 from nybble.models.tokenizer import load_tokenizer
-from nybble.recipe import LoraSection, ModelSection, QuantizationSection, Recipe, load_recipe, stored_recipe
+from nybble.recipe import (
+    LoraSection,
+    ModelSection,
+    QuantizationSection,
+    Recipe,
+    first_fault,
+    load_recipe,
+    stored_recipe,
+)
 from nybble.runs import RunDirectory, read_record, to_json, write_text
 
 NOTE = "nybble.json"
@@ -158,7 +166,9 @@ def _of_run(name: str, folder: Path, overrides: Mapping[str, Any] | None) -> Tun
     weights = run.adapter if is_adapter else run.full_model
     if not weights.is_dir():
         raise InputError(f"{name} holds no trained weights yet ({weights.name}/); wait for the run, or --resume it")
-    note = _note(folder / "run.json", record["rows"].get("ledger"))
+    if not isinstance(record["rows"].get("ledger"), dict):
+        raise InputError(f"{folder}/run.json: damaged (no ledger); give another run")
+    note = _note(folder / "run.json", record["rows"]["ledger"])
     base = str(weights) if not is_adapter else str(run.base) if run.base.is_dir() else None
     return Tuned(
         name=name,
@@ -188,7 +198,7 @@ def _note(file: Path, content: Any) -> _Note:
     try:
         return _Note.model_validate(content)
     except ValidationError as error:
-        raise ModelError(f"{file}: damaged ({brief(error)}); remove it") from error
+        raise ModelError(f"{file}: damaged ({first_fault(error)}); repair or remove it") from error
 
 
 def _noted(

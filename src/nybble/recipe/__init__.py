@@ -3,6 +3,7 @@
 from nybble.recipe.load import (
     Setting,
     all_settings,
+    first_fault,
     json_schema,
     load_recipe,
     save_recipe,
@@ -34,6 +35,7 @@ __all__ = [
     "StepMemory",
     "TrainingSection",
     "all_settings",
+    "first_fault",
     "in_micro_batches",
     "json_schema",
     "load_recipe",

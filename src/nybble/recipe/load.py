@@ -153,7 +153,7 @@ def _read(path: Path | str) -> Mapping[str, Any]:
     except OSError as error:
         raise RecipeError(f"{file}: cannot be read ({error.strerror}); give a YAML file that can") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{file}: not YAML ({brief(error)}); repair it, see `nybble settings`") from error
+        raise RecipeError(f"{file}: not YAML ({_fault(error)}); repair it, see `nybble settings`") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -161,12 +161,20 @@ def _read(path: Path | str) -> Mapping[str, Any]:
     return content
 
 
+def _fault(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return brief(error)
+
+
 class _Loader(yaml.SafeLoader):
     """Plain data only, without aliases: a few lines of them stand for gigabytes, and a recipe has no use for them."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it holds an alias (*name); write the value itself")
+            raise yaml.YAMLError("an alias, *name: write the value itself")
         return super().compose_node(parent, index)
 
 
@@ -247,6 +255,13 @@ def _from_text(value: Any, setting: Setting) -> Any:
         return _parse(value)
     except (yaml.YAMLError, ValueError, RecursionError):
         return value
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first of what pydantic found, on one line."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))[:100]
+    return f"{where}: got {shown(first['input'])}; {first['msg']}" if where else first["msg"]
 
 
 def _one_line(error: ValidationError) -> str:

@@ -121,7 +121,7 @@ def _read(folder: Path) -> dict[str, Any]:
             raise TypeError("verdict is no text")
         for name in [name for arm in found["arms"] for name in arm["run_dirs"]]:
             if Path(name).name != name:
-                raise ValueError(f"a run lies elsewhere: {shown(name)}")
+                raise InputError(f"{file}: names the run {shown(name)}; allowed are folders beside it: {advice}")
     return found
 
 

@@ -11,7 +11,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 
 from nybble.errors import InputError
-from nybble.guard import brief
 from nybble.reporting.ledger import ledger_lines
 
 
@@ -65,7 +64,8 @@ def of_record(file: Path) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, TemplateError) as error:
-        raise InputError(f"{file}: damaged ({type(error).__name__}: {brief(error)}); give another folder") from error
+        what = f"no {error}" if isinstance(error, KeyError) else "a part is of another kind than it was written"
+        raise InputError(f"{file}: damaged ({what}); give another folder") from error
 
 
 def rows_page(source: str, ledger: Mapping[str, Any], rows: Sequence[Any]) -> str:
