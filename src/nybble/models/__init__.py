@@ -1,6 +1,14 @@
 """Base models and adapters: find, load (streamed, packed on the way), attach, save."""
 
-from nybble.models.adapters import attach, load_adapter, put_weights_back, save_adapter, trained_weights
+from nybble.models.adapter_files import PREFIX, AdapterFiles, read_adapter
+from nybble.models.adapters import (
+    add_adapter,
+    attach,
+    load_adapter,
+    put_weights_back,
+    save_adapter,
+    trained_weights,
+)
 from nybble.models.calibrate import Calibration, Starts, calibrate, needs_calibration
 from nybble.models.families import SwapReport, blocks_of, go_lean, swap_blocks
 from nybble.models.hub import push_folder
@@ -13,6 +21,8 @@ from nybble.models.weights import BaseWeights
 
 __all__ = [
     "NOTE",
+    "PREFIX",
+    "AdapterFiles",
     "BaseWeights",
     "Calibration",
     "LoadReport",
@@ -21,6 +31,7 @@ __all__ = [
     "Starts",
     "SwapReport",
     "Tuned",
+    "add_adapter",
     "attach",
     "blocks_of",
     "calibrate",
@@ -40,6 +51,7 @@ __all__ = [
     "needs_calibration",
     "push_folder",
     "put_weights_back",
+    "read_adapter",
     "read_config",
     "register",
     "save_adapter",

@@ -34,7 +34,7 @@ def find_config(model: ModelSection) -> tuple[Any, str | None]:
     if shape is not None:
         return config_of(shape), f"{name}: the known shape {shape}"
     try:
-        folder = find_folder(name, model.model_revision, with_weights=False)
+        folder = find_folder(name, model.model_revision, with_weights=False, with_code=model.trust_remote_code)
     except NybbleError as error:
         if "/" in name and Path(name).is_absolute():
             raise
