@@ -296,6 +296,19 @@ def probe(
             return _probe(job, witness, model, setup)
 
 
+def rehearse(recipe: Recipe, *, resume: bool = False, observer: Observer | None = None) -> RunRecord:
+    """The training of a run alone: nothing is measured on held-out rows, and only checkpoints are left.
+
+    Raises:
+        InputError, CannotRunError, StoppedError: as `train`.
+    """
+    job = prepare(recipe, False, resume, False, observer or Silent())
+    with job.run.held(), Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
+        base, dtype, starts = _load(job, witness)
+        _train(job, witness, _attach(job, witness, base, starts), dtype, [])
+    return witness.record
+
+
 def demo(
     output_dir: Path | str = "runs/demo",
     overrides: Mapping[str, Any] | None = None,

@@ -45,7 +45,7 @@ def other_value(item: Setting) -> Any:
         return not item.default
     if kind is int or kind == int | None:
         return 7 + (item.default or 8)
-    if kind is float or isinstance(item.default, float):
+    if kind in (float, float | None) or isinstance(item.default, float):
         return 0.125
     return ["one", "two"] if get_origin(kind) is tuple else "other"
 

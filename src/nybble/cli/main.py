@@ -24,6 +24,7 @@ from nybble.cli import (
     probe,
     quantize,
     report,
+    resume_check,
     settings,
     train,
 )
@@ -56,6 +57,7 @@ app.command("merge", context_settings=_FREE_FLAGS)(merge.merge)
 app.command("quantize", context_settings=_FREE_FLAGS)(quantize.quantize)
 app.command("doctor")(doctor.doctor)
 app.command("report")(report.report)
+app.command("resume-check")(resume_check.resume_check)
 app.command("settings")(settings.settings)
 
 

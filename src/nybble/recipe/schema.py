@@ -47,7 +47,7 @@ class Section(BaseModel):
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Pydantic reads true as 1; a flag without its value must not become one."""
         wanted = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and wanted in (int, float, int | None, Rate):
+        if isinstance(value, bool) and wanted in (int, float, int | None, float | None, Rate):
             raise ValueError(f"input should be a number, not {str(value).lower()}")
         return value
 
@@ -291,6 +291,9 @@ class TrainingSection(Section):
     )
     max_seconds: float | None = setting(
         None, "time the whole run may take: it saves and stops before", unit="seconds", neutral=True, gt=0
+    )
+    deterministic: bool = setting(
+        False, "on a GPU: only what adds in a fixed order, so that two runs have the same bits; slower", neutral=True
     )
     bad_batch: Literal["stop", "skip"] = setting(
         "stop", "what a loss or gradient that is no number, or a spike of the gradient, leads to", neutral=True

@@ -110,7 +110,7 @@ def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSec
         run.drop_lines_after(setup.resumed.step)
     logbook.accumulation = lambda: trainer.current_gradient_accumulation_steps
     checks.log = trainer.log
-    with stops, _said_plainly(setup.device, saver):
+    with stops, _said_plainly(setup.device, saver), _deterministic(section.deterministic):
         outcome = trainer.train(str(setup.resumed.path) if setup.resumed else None)
         saver.finish()
     _check_ending(trainer, health, stops, saver, section)
@@ -138,6 +138,18 @@ def _saver(section: TrainingSection, setup: Setup) -> Saver:
         done.resumed.path if done.resumed else None,
         done.damaged,
     )
+
+
+@contextmanager
+def _deterministic(is_wanted: bool) -> Iterator[None]:
+    """torch's deterministic algorithms where it has them, while training; cuBLAS needs a variable, too (docs)."""
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if is_wanted:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
 @contextmanager
