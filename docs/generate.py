@@ -88,8 +88,8 @@ one way (`tests/e2e/spoiled.py`); `…` stands for what differs between machines
 Weights are safetensors; a pickle is refused whatever its name. Python code that a model brings along is run only where
 `trust_remote_code` is said, and a run or adapter cannot say it for you. Links that lead out of an adapter's folder are
 refused. Names in an adapter are never matched as patterns, its ranks never believed, its modules never imported. A
-config's numbers are held against the files before anything is built. A chat template gets one second and a gigabyte of
-memory for a row (in the main thread; memory on Linux). Tokens of the hub, passwords in addresses and values of
+config's numbers are held against the files before anything is built. A chat template gets half a second and a gigabyte
+of memory for a row (in the main thread; memory on Linux). Tokens of the hub, passwords in addresses and values of
 variables called `..TOKEN`, `..SECRET`, `..PASSWORD`, `..API_KEY` or `..ACCESS_KEY` are written to no file and no
 message. `make fuzz` feeds every reader of foreign files with what is nearly right ([results](../bench/results)).
 """

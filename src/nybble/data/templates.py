@@ -32,7 +32,7 @@ CHATML = (
     "{{ eos_token if turn['role'] == 'assistant' else '<|im_end|>' }}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-MOST_SECONDS = 1.0  # of this process' own time, for one rendering; a real one takes a thousandth of it
+MOST_SECONDS = 0.5  # of this process' own time, for one rendering; a real one takes a thousandth of it
 _MOST_MEMORY = 1 << 30  # bytes beyond what the process has
 _MOST_CHARACTERS = 8 << 20
 _MOST_TEMPLATE_BYTES = 256 << 10
@@ -68,8 +68,8 @@ def render_chat(
     """
     if len(str(tokenizer.chat_template)) > _MOST_TEMPLATE_BYTES:
         raise RowsError(
-            f"{where}: the chat template has more than {_MOST_TEMPLATE_BYTES:,} characters; "
-            "set --chat_template to another one"
+            f"{where}: the chat template has more than {_MOST_TEMPLATE_BYTES:,} characters; set --chat_template to "
+            "another one"
         )
     try:
         with _in_time(), _in_memory():

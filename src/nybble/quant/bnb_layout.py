@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nybble.guard import shown
 from nybble.quant.codebooks import QUANT_TYPES, codebook, dynamic_codebook
 from nybble.quant.packed import NESTED_BLOCK_SIZE, PackedWeight
 
@@ -77,7 +78,7 @@ def from_bnb(packed: Tensor, tensors: Mapping[str, Tensor], shape: tuple[int, ..
     quant_type = states[0].removeprefix(STATE_PREFIX)
     stored_shape = tuple(state["shape"])
     if state["quant_type"] != quant_type:
-        raise ValueError(f"key says {quant_type}, state says {state['quant_type']!r}")
+        raise ValueError(f"key says {quant_type}, state says {shown(state['quant_type'])}")
     if shape is not None and stored_shape != tuple(shape):
         raise ValueError(f"shape {stored_shape} is stored, the layer has {tuple(shape)}")
     if "absmax" not in tensors:
@@ -92,7 +93,9 @@ def from_bnb(packed: Tensor, tensors: Mapping[str, Tensor], shape: tuple[int, ..
         if "nested_absmax" not in tensors or "nested_offset" not in state:
             raise ValueError("double quantization needs nested_absmax and a nested_offset in the state")
         if state.get("nested_blocksize") != NESTED_BLOCK_SIZE:
-            raise ValueError(f"nested_blocksize must be {NESTED_BLOCK_SIZE}, got {state.get('nested_blocksize')!r}")
+            raise ValueError(
+                f"nested_blocksize must be {NESTED_BLOCK_SIZE}, got {shown(state.get('nested_blocksize'))}"
+            )
         _check_table(tensors, "nested_quant_map", dynamic_codebook())
         offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32, device=packed.device)
         nested = {"nested_absmax": tensors["nested_absmax"], "nested_offset": offset}
@@ -126,15 +129,15 @@ def _read_state(encoded: Tensor) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"quant_type", "blocksize", "dtype", "shape"} <= state.keys():
         raise ValueError("quant_state must hold quant_type, blocksize, dtype and shape")
     if type(state["blocksize"]) is not int:
-        raise ValueError(f"blocksize must be a number, got {state['blocksize']!r}")
+        raise ValueError(f"blocksize must be a number, got {shown(state['blocksize'])}")
     offset = state.get("nested_offset", 0.0)
     if type(offset) not in (int, float) or not abs(offset) <= _MOST_OFFSET:  # NaN is none either
-        raise ValueError(f"nested_offset must be a finite number, got {offset!r}")
+        raise ValueError(f"nested_offset must be a finite number, got {shown(offset)}")
     if not isinstance(state["dtype"], str) or state["dtype"] not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {state['dtype']!r}")
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {shown(state['dtype'])}")
     shape = state["shape"]
     if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
-        raise ValueError(f"shape must be a list of positive numbers, got {shape!r}")
+        raise ValueError(f"shape must be a list of positive numbers, got {shown(shape)}")
     return state | {"dtype": _DTYPES[state["dtype"]]}
 
 

@@ -20,7 +20,8 @@ from nybble.errors import RecipeError
 from nybble.guard import brief, redact, shown
 from nybble.recipe.schema import Recipe, Section
 
-_MOST_BYTES = 64 << 10  # of a recipe; one with every setting has four thousand
+_MOST_BYTES = 16 << 10  # of a recipe; one with every setting has four thousand
+_MOST_BRACKETS = 16  # within each other; PyYAML takes the square of them in time
 # Settings of other tools that are not a renaming of one of ours.
 _HINTS = {
     "load_in_4bit": "method: qlora",
@@ -173,6 +174,11 @@ def _fault(error: Exception) -> str:
 
 class _Loader(yaml.SafeLoader):
     """Plain data only, without aliases: a few lines of them stand for gigabytes, and a recipe has no use for them."""
+
+    def fetch_flow_collection_start(self, token_class: Any) -> None:
+        if self.flow_level >= _MOST_BRACKETS:
+            raise yaml.YAMLError(f"brackets {self.flow_level + 1} deep: a recipe has two levels")
+        super().fetch_flow_collection_start(token_class)
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
