@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -22,13 +23,15 @@ from nybble.kernels import plain
 from nybble.quant import PackedWeight, codebook, dynamic_codebook
 from nybble.quant.search import FACTORS, NEIGHBOURS
 
-__all__ = ["NAME", "dequantize", "multiply", "nearest_codes", "nested_codes", "search_scales", "unavailable"]
+__all__ = ["NAME", "dequantize", "multiply", "multiply_dense", "nearest_codes", "nested_codes", "search_scales", "unavailable"]
 
 NAME = "native"
 INSTRUCTION_SETS = ("plain C", "AVX2", "AVX-512")  # by their number in the library
 MAX_ROWS = 8  # of `multiply`
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_MOVED = 1 << 22  # weights a thread should have to decode or multiply (0.3 ms): fewer are not worth waking it
+_GROUP = 128  # columns of x that its copy in the library's order is rounded up to
+_MOVED = 1 << 22  # weights a thread should have to decode (0.3 ms): fewer are not worth waking it
+_MULTIPLIED = 1 << 18  # the same for products, whose threads are awake
 _TRIED = 1 << 16  # the same for the encoder's loops
 _Pointer = ctypes.c_void_p
 _Size = ctypes.c_int64
@@ -75,11 +78,16 @@ class _Nested(ctypes.Structure):
 
 class _Product(ctypes.Structure):
     _fields_ = (
+        ("packed", _Pointer),
+        ("dense", _Pointer),
         ("x", _Pointer),
         ("out", _Pointer),
+        ("wide", _Pointer),
+        ("dtype", _Size),
         ("rows", _Size),
         ("in_features", _Size),
         ("out_features", _Size),
+        ("stride", _Size),
     )
 
 
@@ -104,18 +112,26 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
     """x W^T, `(rows, out_features)` in the type of x; W is decoded a few KiB at a time and never written out."""
     if x.dtype not in DTYPES or not 1 <= x.shape[0] <= MAX_ROWS:
         return plain.multiply(x, weight)
-    wide = x.float().contiguous()
-    out = x.new_zeros(x.shape[0], weight.shape[0], dtype=torch.float32)
     packed, kept = _packed(weight)
-    product = _Product(wide.data_ptr(), out.data_ptr(), *wide.shape, weight.shape[0])
-    library = load_library()
+    return _multiply(x, weight.shape[0], ctypes.addressof(packed), None)
 
-    def run(first: int, last: int) -> None:
-        library.nybble_gemv(ctypes.byref(packed), ctypes.byref(product), first, last)
 
-    split(run, weight.shape[0], weight.n_elements // _MOVED)
-    del kept
-    return out.to(x.dtype)
+def multiply_dense(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T, `(rows, out_features)`, x and W `(out_features, in_features)` of one type."""
+    if x.dtype not in DTYPES or weight.dtype != x.dtype or not 1 <= x.shape[0] <= MAX_ROWS:
+        return plain.multiply_dense(x, weight)
+    weight = weight.contiguous()
+    return _multiply(x, weight.shape[0], None, weight.data_ptr())
+
+
+def _multiply(x: Tensor, n: int, packed: int | None, dense: int | None) -> Tensor:
+    """x W^T by the library, for W at one of two addresses; its memory is alive in the caller."""
+    x, (rows, k) = x.contiguous(), x.shape
+    out, wide = x.new_empty(rows, n), x.new_empty(rows, -(-k // _GROUP) * _GROUP, dtype=torch.float32)
+    pointers = (packed, dense, x.data_ptr(), out.data_ptr(), wide.data_ptr())
+    product = _Product(*pointers, DTYPES[x.dtype], rows, k, n, wide.shape[1])
+    load_library().nybble_multiply(ctypes.byref(product), min(torch.get_num_threads(), 1 + n * k // _MULTIPLIED))
+    return out
 
 
 def search_scales(flat: Tensor, quant_type: str, block_size: int, signed: bool) -> Tensor:
@@ -211,14 +227,24 @@ def load_library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(found))
     pointer, size = _Pointer, _Size
     library.nybble_decode.argtypes = (pointer, size, pointer, size, size)
-    library.nybble_gemv.argtypes = (pointer, pointer, size, size)
+    library.nybble_multiply.argtypes = (pointer, size)
+    library.nybble_set_team.argtypes = (pointer,)
     library.nybble_search.argtypes = (pointer, pointer, size, pointer, size, size)
     library.nybble_nested.argtypes = (pointer, pointer, pointer, size, size)
     library.nybble_nearest.argtypes = (pointer, pointer, pointer, size, size)
-    for name in ("nybble_decode", "nybble_gemv", "nybble_search", "nybble_nested", "nybble_nearest"):
+    for name in ("nybble_decode", "nybble_multiply", "nybble_set_team", "nybble_search", "nybble_nested", "nybble_nearest"):
         getattr(library, name).restype = None
     library.nybble_set_isa(library.nybble_best_isa())
+    library.nybble_set_team(_team())
     return library
+
+
+def _team() -> int | None:
+    """Address of the function by which torch's own threads share a loop, where its OpenMP library shows it."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, _Pointer).value
+    except (AttributeError, TypeError, OSError):  # another OpenMP library, or Windows: one thread multiplies
+        return None
 
 
 def _source(flat: Tensor, quant_type: str, block_size: int) -> tuple[_Source, Tensor]:
@@ -228,8 +254,19 @@ def _source(flat: Tensor, quant_type: str, block_size: int) -> tuple[_Source, Te
     return _Source(flat.data_ptr(), flat.numel(), block_size, DTYPES[flat.dtype], tables), flat
 
 
+_views: WeakKeyDictionary[PackedWeight, tuple[tuple[int, int], tuple[_Packed, tuple[Tensor, ...]]]] = WeakKeyDictionary()
+
+
 def _packed(weight: PackedWeight) -> tuple[_Packed, tuple[Tensor, ...]]:
-    """The library's view of a packed weight, and what must live as long as it is used."""
+    """The library's view of a packed weight, and what must live as long as it is used; made once."""
+    where = (weight.packed.data_ptr(), weight.absmax.data_ptr())  # memory may be taken away and given anew
+    kept = _views.get(weight)
+    if kept is None or kept[0] != where:
+        kept = _views[weight] = (where, _view(weight))
+    return kept[1]
+
+
+def _view(weight: PackedWeight) -> tuple[_Packed, tuple[Tensor, ...]]:
     codes, absmax = weight.packed.contiguous(), weight.absmax.contiguous()
     tables = ctypes.addressof(_tables(weight.quant_type))
     sizes = (weight.n_elements, weight.block_size, tables)

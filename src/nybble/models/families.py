@@ -22,7 +22,7 @@ from nybble.nn.lean import HostEmbedding, HostStore
 from nybble.nn.loss import Head, next_token_loss, token_losses
 from nybble.nn.mlp import GatedMlp
 from nybble.nn.norm import rms_norm
-from nybble.nn.projection import project, projection_of
+from nybble.nn.projection import Projection, project, projection_of
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,8 @@ def _swap(model: Any) -> SwapReport:
             _set(module, partial(_norm, family))
             counts["norm"] += 1
     _set(model, _next_token)
+    if type(model.lm_head) is nn.Linear:
+        _set(model.lm_head, _head)
     reason = None if activation else f"activation {config.hidden_act}: the MLP runs on transformers' own path"
     return SwapReport(True, counts, reason)
 
@@ -181,8 +183,14 @@ def _mlp(family: Family, activation: str, module: Any, x: Tensor) -> Tensor:
     return GatedMlp(tuple(plain[:-1]), plain[-1], activation, family.norm_behind_mlp, tile)(x)
 
 
+def _head(module: nn.Linear, x: Tensor) -> Tensor:
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return type(module).forward(module, x)
+    return project(x, (Projection(module, module.weight.dtype),))[0]
+
+
 def _norm(family: Family, module: Any, x: Tensor) -> Tensor:
-    if module.weight.requires_grad:
+    if module.weight.requires_grad and torch.is_grad_enabled():
         return type(module).forward(module, x)  # type: ignore[no-any-return]
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     return rms_norm(x, module.weight, eps, family.one_plus)
