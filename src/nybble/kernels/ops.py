@@ -18,6 +18,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from nybble.kernels.eager import is_eager
 from nybble.kernels.paths import path_for
 from nybble.quant import PackedWeight, encode, encode_searched
 
@@ -44,7 +45,7 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = No
 
 def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
     """x W^T for up to 8 rows, `(rows, out_features)` in the type of x; sums in float32. No gradients."""
-    if _is_eager(x, weight.packed):
+    if is_eager(x, weight.packed):
         return path_for(x.device, "gemv_4bit").multiply(x.contiguous(), weight)
     result: Tensor = torch.ops.nybble.gemv_4bit(
         x, *_tensors(weight), weight.quant_type, weight.block_size, weight.shape[0]
@@ -54,7 +55,7 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
 
 def multiply_dense(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T for up to 8 rows and W `(out_features, in_features)` of the type of x. No gradients."""
-    if _is_eager(x, weight):
+    if is_eager(x, weight):
         return path_for(x.device, "gemv_4bit").multiply_dense(x.contiguous(), weight)
     return x @ weight.t()
 
@@ -184,11 +185,6 @@ def _(
     nested = weight.new_empty(-(-blocks // 256) if double_quant else 0, dtype=torch.float32)
     offset = weight.new_empty(int(double_quant), dtype=torch.float32)
     return weight.new_empty((n + 1) // 2, 1, dtype=torch.uint8), absmax, nested, offset
-
-
-def _is_eager(*tensors: Tensor) -> bool:
-    """Whether nobody traces: then a path is called directly, without the 40 us that torch takes to hand an operator on."""
-    return not torch.compiler.is_compiling() and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
 
 
 def _tensors(weight: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
