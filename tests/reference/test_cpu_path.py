@@ -143,7 +143,13 @@ def test_products_are_within_float32_of_the_exact_ones(shape: tuple[int, int], d
         product_ = cpu.multiply(x, weight)
         assert (product_.shape, product_.dtype) == (exact.shape, dtype)
         # Sums of n products in float32 lose under 4 bits here (worst seen: 1.2e-7); then one rounding to the type of x.
-        assert ((product_ - exact).abs() <= 5e-7 * magnitudes + torch.finfo(dtype).eps * exact.abs()).all()
+        # Values of weights in bfloat16 are up to .18 % off.
+        halves = dtype == torch.bfloat16 and cpu.instruction_set() == "AVX512-BF16"
+        lost = 2e-3 if halves else 5e-7
+        assert ((product_ - exact).abs() <= lost * magnitudes + torch.finfo(dtype).eps * exact.abs()).all()
+        if halves:  # and no further off than decoded weights in bfloat16 are
+            decoded = x.double() @ decode(weight, dtype).double().t()
+            assert (product_ - exact).norm() <= 1.5 * ((decoded - exact).norm() + exact.norm() * 2.0**-9)
 
 
 def test_rows_and_types_that_the_loops_do_not_take_go_the_plain_way() -> None:

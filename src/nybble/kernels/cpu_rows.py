@@ -212,6 +212,9 @@ def _readable(table: Tensor) -> Tensor:
 def _run(name: str, arguments: ctypes.Structure, n: int, elements: int) -> None:
     """The loop of this name over all of range(n); the tensors it was given are alive in the caller."""
     loop, address = getattr(_loops(), f"nybble_{name}"), ctypes.byref(arguments)
+    if elements < 2 * _MOVED:
+        loop(address, 0, n)
+        return
 
     def run(first: int, last: int) -> None:
         loop(address, first, last)

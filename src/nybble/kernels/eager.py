@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 
+_KINDS = (Tensor, torch.nn.Parameter)
+
+
 def is_eager(*tensors: Tensor) -> bool:
     """Whether these are plain tensors, no gradients are recorded and nobody traces."""
-    plain = all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
-    return plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    for tensor in tensors:  # noqa: SIM110 - a generator would take longer than all else here
+        if type(tensor) not in _KINDS:
+            return False
+    return True

@@ -7,21 +7,22 @@ Decoding is table look-up: a block has 16 different values, so these are multipl
 moved by code. Encoding finds the nearest value by a search tree over the 15 midpoints, node k's children 2k and 2k + 1:
 four steps lead from node 1 to node 16 + rank.
 
-Three sets of inner loops, chosen at run time: AVX-512 and AVX2 (native_x86.h), and plain C (native_plain.h). The
+Sets of inner loops, chosen at run time: AVX-512 and AVX2 (native_x86.h), and plain C (native_plain.h). The
 functions here walk over blocks [first, last) and call the chosen set. Loaded with ctypes: no Python header is needed,
 and there is no PyInit. */
 
 #include <stdatomic.h>
+#include <stdlib.h>
 
 #include "native_plain.h"
-#include "native_x86.h"
+#include "native_few.h"
 #include "native_rows.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
 /* ---- which set runs ---- */
 
-enum { ISA_PLAIN, ISA_AVX2, ISA_AVX512 };
+enum { ISA_PLAIN, ISA_AVX2, ISA_AVX512, ISA_BF16 };
 
 static const Kernels *active = &PLAIN;
 static const RowKernels *active_rows = &set_plain_rows;
@@ -33,9 +34,13 @@ EXPORT int nybble_best_isa(void)
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
         return ISA_PLAIN;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-        return ISA_AVX512;
-    return ISA_AVX2; /* every processor with AVX2 has F16C */
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl"))
+        return ISA_AVX2; /* every processor with AVX2 has F16C */
+#if defined(HAS_BF16)
+    if (__builtin_cpu_supports("avx512bf16"))
+        return ISA_BF16;
+#endif
+    return ISA_AVX512;
 #else
     return ISA_PLAIN;
 #endif
@@ -47,8 +52,11 @@ EXPORT int nybble_set_isa(int isa)
     if (isa < ISA_PLAIN || isa > nybble_best_isa())
         return -1;
 #if defined(__x86_64__)
-    active = isa == ISA_AVX512 ? &WITH_AVX512 : isa == ISA_AVX2 ? &WITH_AVX2 : &PLAIN;
-    active_rows = isa == ISA_AVX512 ? &set_avx512_rows : isa == ISA_AVX2 ? &set_avx2_rows : &set_plain_rows;
+    active = isa >= ISA_AVX512 ? &WITH_AVX512 : isa == ISA_AVX2 ? &WITH_AVX2 : &PLAIN;
+    active_rows = isa >= ISA_AVX512 ? &set_avx512_rows : isa == ISA_AVX2 ? &set_avx2_rows : &set_plain_rows;
+#if defined(HAS_BF16)
+    active = isa == ISA_BF16 ? &WITH_BF16 : active;
+#endif
 #endif
     return isa;
 }
@@ -132,12 +140,12 @@ typedef struct {
     const void *dense;    /* W as numbers, of the type of x */
     const void *x;        /* (rows, in_features) */
     void *out;            /* (rows, out_features), of the same type */
-    float *wide;          /* (rows, stride): room for x in float32, in the order that the loops want */
     int64_t dtype;
     int64_t rows;
     int64_t in_features;
     int64_t out_features;
-    int64_t stride; /* in_features rounded up to a multiple of 128 */
+    float *wide;    /* (rows, stride): x in float32, in the order that the loops want; set here */
+    int64_t stride; /* in_features rounded up to a multiple of 128; set here */
 } Product;
 
 static int64_t width_of(int64_t dtype)
@@ -151,7 +159,13 @@ static int is_even(const Product *product)
     return product->packed && active->lanes && product->in_features % product->packed->block == 0;
 }
 
-/* x as the loops want it: a register of codes is shifted by 4 j bits for its j-th values, lane by lane. */
+/* Whether codes are multiplied in bfloat16. */
+static int is_half(const Product *product)
+{
+    return is_even(product) && product->dtype == BFLOAT16 && active->multiply16;
+}
+
+/* x as the loops want it: the next of 8 codes that lie in a lane comes up with each shift. */
 static void widen(const Product *product)
 {
     int64_t k = product->in_features, group = 8 * active->lanes, width = width_of(product->dtype);
@@ -173,12 +187,30 @@ static void widen(const Product *product)
     }
 }
 
+/* The same in bfloat16, whose registers have two lanes where those of float32 have one, with 4 codes each. */
+static void order(const Product *product)
+{
+    enum { GROUP = 128 };
+    int64_t k = product->in_features;
+    for (int64_t row = 0; row < product->rows; row++) {
+        const uint16_t *x = (const uint16_t *)product->x + row * k;
+        uint16_t *ordered = (uint16_t *)product->wide + row * product->stride;
+        for (int64_t from = 0; from < k; from += GROUP, ordered += GROUP) {
+            uint16_t natural[GROUP] = {0};
+            memcpy(natural, x + from, (size_t)(k - from < GROUP ? k - from : GROUP) * 2);
+            for (int64_t lane = 0; lane < GROUP / 4; lane++)
+                for (int64_t j = 0; j < 4; j++)
+                    ordered[j * GROUP / 4 + lane] = natural[4 * lane + (j ^ 1)];
+        }
+    }
+}
+
 enum { STEP = 64 }; /* features that a thread takes at a time, about 5 us: all are done at about the same time */
 
-static void put(const Product *product, int64_t feature, const float *sums)
+static void put(const Product *product, int64_t feature, int64_t first, int64_t rows, const float *sums)
 {
-    for (int64_t row = 0; row < product->rows; row++) {
-        int64_t place = row * product->out_features + feature;
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t place = (first + row) * product->out_features + feature;
         if (product->dtype == FLOAT32)
             ((float *)product->out)[place] = sums[row];
         else
@@ -194,9 +226,17 @@ static void multiply_codes(const void *given, int64_t first, int64_t last)
     for (int64_t count; first < last; first += count) {
         count = last - first < STEP ? last - first : STEP;
         Piece piece = {product->packed, first, count, product->in_features};
-        active->multiply(&piece, product->wide, product->stride, product->rows, sums);
-        for (int64_t i = 0; i < count; i++)
-            put(product, first + i, sums + i * product->rows);
+        for (int64_t row = 0, rows; row < product->rows; row += rows) {
+            const float *x = product->wide + row * product->stride;
+            const uint16_t *halves = (const uint16_t *)product->wide + row * product->stride;
+            rows = product->rows - row < MAX_ROWS ? product->rows - row : MAX_ROWS;
+            if (is_half(product))
+                active->multiply16(&piece, halves, product->stride, rows, sums);
+            else
+                active->multiply(&piece, x, product->stride, rows, sums);
+            for (int64_t i = 0; i < count; i++)
+                put(product, first + i, row, rows, sums + i * rows);
+        }
     }
 }
 
@@ -218,7 +258,7 @@ static void multiply_decoded(const void *given, int64_t first, int64_t last)
             for (int64_t row = 0; row < product->rows; row++)
                 sums[row] += active->dot(values + from - block * p->block, x + row * product->stride, end - from);
         }
-        put(product, feature, sums);
+        put(product, feature, 0, product->rows, sums);
     }
 }
 
@@ -231,16 +271,29 @@ static void multiply_dense(const void *given, int64_t first, int64_t last)
         const char *weights = (const char *)product->dense + feature * row_bytes;
         active->dense(weights, product->dtype, product->in_features, product->wide, product->stride, product->rows,
                       sums);
-        put(product, feature, sums);
+        put(product, feature, 0, product->rows, sums);
     }
 }
 
-/* x W^T on `threads` threads; a feature is the work of one of them, so that their number changes no bit. */
-EXPORT void nybble_multiply(const Product *product, int64_t threads)
+/* x W^T on `threads` threads; a feature is the work of one of them, so that their number changes no bit. Returns 0, or -1
+where there is no memory. */
+EXPORT int nybble_multiply(Product *product, int64_t threads)
 {
+    static _Thread_local float *room; /* kept, as long as the thread lives and longer: asked for with every product */
+    static _Thread_local int64_t size;
     Loop loop = product->packed == 0 ? multiply_dense : is_even(product) ? multiply_codes : multiply_decoded;
-    widen(product);
+    product->stride = (product->in_features + 127) / 128 * 128;
+    if (size < product->rows * product->stride) {
+        free(room);
+        size = product->rows * product->stride;
+        room = malloc((size_t)size * sizeof *room);
+        if (!room)
+            return (int)(size = 0) - 1;
+    }
+    product->wide = room;
+    (is_half(product) ? order : widen)(product);
     share(loop, product, product->out_features, STEP, threads);
+    return 0;
 }
 
 /* ---- encoding ---- */

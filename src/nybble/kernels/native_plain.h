@@ -25,6 +25,8 @@ typedef struct {
     float tree[16];      /* the 15 midpoints as a search tree; [0] is not used */
     float midpoints[16]; /* ascending; [15] is not used */
     int32_t order[16];   /* codes in ascending order of their values */
+    uint16_t rounded[32]; /* values in bfloat16, times 1 / unit, twice */
+    float unit;
 } Tables;
 
 typedef struct {
@@ -84,6 +86,8 @@ typedef struct {
     int64_t lanes; /* of `multiply`; 0: there is none */
     /* sums[feature][row] = row of x times feature */
     void (*multiply)(const Piece *piece, const float *x, int64_t stride, int64_t rows, float *sums);
+    /* the same for x in bfloat16, with values in bfloat16; or null */
+    void (*multiply16)(const Piece *piece, const uint16_t *x, int64_t stride, int64_t rows, float *sums);
 } Kernels;
 
 static inline float inverse_of(float scale)
@@ -273,4 +277,4 @@ static float dot_plain(const float *a, const float *b, int64_t n)
 
 DENSE(, plain)
 
-static const Kernels PLAIN = {widen_plain, errors_plain, nearest_plain, decode_plain, dot_plain, dense_plain, 0, 0};
+static const Kernels PLAIN = {widen_plain, errors_plain, nearest_plain, decode_plain, dot_plain, dense_plain, 0, 0, 0};

@@ -218,7 +218,7 @@ EACH_NUMBER_OF_ROWS(AVX2, rows_avx2)
 DENSE(AVX2, avx2)
 
 static const Kernels WITH_AVX2 = {widen_avx2, errors_avx2, nearest_avx2, decode_avx2,        dot_avx2,
-                                  dense_avx2, 8,           rows_avx2_by_number};
+                                  dense_avx2, 8,           rows_avx2_by_number, 0};
 
 /* ---- AVX-512 ---- */
 
@@ -321,114 +321,6 @@ AVX512 static float dot_avx512(const float *a, const float *b, int64_t n)
     return _mm512_reduce_add_ps(sum) + dot_plain(a + i, b + i, n - i);
 }
 
-/* 128 codes, 8 a lane: the value of each is looked up once for all rows of x. x: as `nybble_widen` lays it. */
-AVX512 static inline __attribute__((always_inline)) void group_avx512(__m512i codes, __m512 lut, __m512 scale,
-                                                                      const float *x, int64_t stride, int rows,
-                                                                      __m512 *totals)
-{
-    __m512 lanes[MAX_ROWS];
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; j++, codes = _mm512_srli_epi32(codes, 4)) {
-        __m512 values = _mm512_permutexvar_ps(codes, lut);
-#pragma GCC unroll 8
-        for (int row = 0; row < rows; row++) {
-            __m512 columns = _mm512_loadu_ps(x + row * stride + 16 * j);
-            lanes[row] = j ? _mm512_fmadd_ps(values, columns, lanes[row]) : _mm512_mul_ps(values, columns);
-        }
-    }
-#pragma GCC unroll 8
-    for (int row = 0; row < rows; row++)
-        totals[row] = _mm512_fmadd_ps(lanes[row], scale, totals[row]);
-}
-
-/* Scales of `per_group` blocks beside each other, lane by lane. All by loads, which cost nothing beside permutations,
-and made while codes are under way from memory: read ahead for many rows, nothing would be under way meanwhile. */
-AVX512 static inline __attribute__((always_inline)) __m512 spread_avx512(const float *table, const int64_t *places,
-                                                                         int per_group)
-{
-    static const __mmask16 halves[] = {0xFFFF, 0xFF00}, quarters[] = {0xFFFF, 0x00F0, 0x0F00, 0xF000};
-    const __mmask16 *masks = per_group == 4 ? quarters : halves;
-    __m512 spread = _mm512_set1_ps(table[places[0]]);
-#pragma GCC unroll 4
-    for (int i = 1; i < per_group; i++)
-        spread = _mm512_mask_broadcastss_ps(spread, masks[i], _mm_load_ss(table + places[i]));
-    return spread;
-}
-
-/* `there`: how many of these blocks there are. */
-AVX512 static inline __attribute__((always_inline)) __m512 scales_avx512(const Packed *p, int64_t block, int there,
-                                                                         int per_group, int is_nested)
-{
-    int64_t places[4], codes[4], nested[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < per_group; i++) {
-        places[i] = block + (i < there ? i : there - 1);
-        codes[i] = is_nested ? p->absmax8[places[i]] : 0;
-        nested[i] = places[i] >> 8;
-    }
-    if (!is_nested)
-        return spread_avx512(p->absmax, places, per_group);
-    __m512 product = _mm512_mul_ps(spread_avx512(p->table8, codes, per_group),
-                                   spread_avx512(p->nested, nested, per_group));
-    return _mm512_add_ps(product, _mm512_set1_ps(p->offset));
-}
-
-AVX512 static inline __attribute__((always_inline)) void rows_avx512(const Piece *piece, const float *x,
-                                                                     int64_t stride, int rows, float *sums,
-                                                                     int per_group, int is_nested)
-{
-    enum { AHEAD = 4096 }; /* bytes; memory comes a quarter faster than by the processor's own prefetching */
-    const Packed p = *piece->packed;
-    __m512 lut = _mm512_loadu_ps(p.tables->lut), totals[MAX_ROWS];
-    int shift = __builtin_ctzll((uint64_t)p.block); /* a division would take as long as the rest */
-    for (int64_t feature = 0; feature < piece->features; feature++, sums += rows) {
-        int64_t start = (piece->first + feature) * piece->in_features, end = start + piece->in_features, at = start;
-#pragma GCC unroll 8
-        for (int row = 0; row < rows; row++)
-            totals[row] = _mm512_setzero_ps();
-        for (; at + 128 <= end; at += 128) {
-            __m512 scale = scales_avx512(&p, at >> shift, per_group, per_group, is_nested);
-            _mm_prefetch((const char *)p.codes + at / 2 + AHEAD, _MM_HINT_T0);
-            group_avx512(_mm512_loadu_si512(p.codes + at / 2), lut, scale, x + at - start, stride, rows, totals);
-        }
-        if (at < end) {
-            __m512 scale = scales_avx512(&p, at >> shift, (int)((end - at) >> shift), per_group, is_nested);
-            __m512i rest = _mm512_maskz_loadu_epi8((__mmask64)-1 >> (64 - (end - at) / 2), p.codes + at / 2);
-            group_avx512(rest, lut, scale, x + at - start, stride, rows, totals);
-        }
-#pragma GCC unroll 8
-        for (int row = 0; row < rows; row++)
-            sums[row] = _mm512_reduce_add_ps(totals[row]);
-    }
-}
-
-/* What is the same for a whole product is a constant in each copy. */
-#define COPY(per_group, is_nested)                                                                                   \
-    AVX512 static inline __attribute__((always_inline)) void rows_avx512_##per_group##is_nested(                      \
-        const Piece *piece, const float *x, int64_t stride, int rows, float *sums)                                   \
-    {                                                                                                                \
-        rows_avx512(piece, x, stride, rows, sums, per_group, is_nested);                                             \
-    }                                                                                                                \
-    EACH_NUMBER_OF_ROWS(AVX512, rows_avx512_##per_group##is_nested)
-
-COPY(1, 0)
-COPY(1, 1)
-COPY(2, 0)
-COPY(2, 1)
-COPY(4, 0)
-COPY(4, 1)
-
-AVX512 static void multiply_avx512(const Piece *piece, const float *x, int64_t stride, int64_t rows, float *sums)
-{
-    int is_nested = piece->packed->absmax == 0;
-    if (piece->packed->block == 64)
-        (is_nested ? rows_avx512_21_by_number : rows_avx512_20_by_number)(piece, x, stride, rows, sums);
-    else if (piece->packed->block == 32)
-        (is_nested ? rows_avx512_41_by_number : rows_avx512_40_by_number)(piece, x, stride, rows, sums);
-    else
-        (is_nested ? rows_avx512_11_by_number : rows_avx512_10_by_number)(piece, x, stride, rows, sums);
-}
-
 /* Sixteen numbers of any type. */
 AVX512 static inline __attribute__((always_inline)) __m512 wide_avx512(const char *from, int64_t dtype)
 {
@@ -487,8 +379,5 @@ AVX512 static void dense_avx512(const void *w, int64_t dtype, int64_t n, const f
             numbers_avx512(w, dtype, n, x, stride, 4, sums);
     }
 }
-
-static const Kernels WITH_AVX512 = {widen_avx2, errors_avx512, nearest_avx512, decode_avx512, dot_avx512, dense_avx512,
-                                    16,         multiply_avx512};
 
 #endif

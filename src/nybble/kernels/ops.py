@@ -46,7 +46,7 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = No
 def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
     """x W^T for up to 8 rows, `(rows, out_features)` in the type of x; sums in float32. No gradients."""
     if is_eager(x, weight.packed):
-        return path_for(x.device, "gemv_4bit").multiply(x.contiguous(), weight)
+        return path_for(x.device, "gemv_4bit").multiply(x, weight)
     result: Tensor = torch.ops.nybble.gemv_4bit(
         x, *_tensors(weight), weight.quant_type, weight.block_size, weight.shape[0]
     )
@@ -56,7 +56,7 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
 def multiply_dense(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T for up to 8 rows and W `(out_features, in_features)` of the type of x. No gradients."""
     if is_eager(x, weight):
-        return path_for(x.device, "gemv_4bit").multiply_dense(x.contiguous(), weight)
+        return path_for(x.device, "gemv_4bit").multiply_dense(x, weight)
     return x @ weight.t()
 
 

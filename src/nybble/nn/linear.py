@@ -69,7 +69,7 @@ class Linear4bit(nn.Linear):
     @property
     def packed(self) -> PackedWeight:
         """The weight as a value; shares memory with the layer. The same object as long as that memory is the same."""
-        weight, absmax, kept = self.weight, self.absmax, self._packed
+        weight, absmax, kept = self._parameters["weight"], self._buffers["absmax"], self._packed
         if kept is None or kept.absmax is not absmax or kept.packed.data_ptr() != weight.data_ptr():
             kept = self._packed = PackedWeight(
                 weight.data,

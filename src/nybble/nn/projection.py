@@ -87,6 +87,8 @@ def project(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
     flat = x.reshape(-1, x.shape[-1]).to(dtype)
     if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
         results = [product(flat, p, generating=True)[0] for p in projections]
+        if x.dim() == 2 and x.dtype == dtype:
+            return results
         return [y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype) for y in results]
     # Autocast would cast again what is already in the compute type.
     with torch.autocast(x.device.type, enabled=False):
@@ -114,9 +116,10 @@ class Kept:
 def product(x: Tensor, p: Projection, generating: bool = False) -> tuple[Tensor, Kept | None]:
     """y of x `(n, in_features)`, and what its backward needs; `generating`: a few rows may take the way for them."""
     layer, adapter = p.layer, p.adapter
-    y = _few_rows(x, layer) if generating and 0 < len(x) <= FEW_ROWS else x @ p.weight().t()
-    if layer.bias is not None and not p.has_trained_bias:
-        y += layer.bias.to(y.dtype)
+    y = _few_rows(x, layer) if generating and 0 < x.shape[0] <= FEW_ROWS else x @ p.weight().t()
+    bias = layer._parameters["bias"]  # torch's own way to it takes longer than a token has
+    if bias is not None and not bias.requires_grad:
+        y += bias.to(y.dtype)
     if adapter is None:
         return y, None
     kept = kept_of(x, adapter)
