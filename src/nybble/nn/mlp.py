@@ -46,7 +46,8 @@ class GatedMlp:
                 y = whole.apply(flat, self, *(master for a in adapters for master in (a.a, a.b)))
             else:
                 gate, up, _ = _gate_and_up(flat, self.inputs, generating=True)
-                y = product(rows.gated(gate, up, self.activation), self.down, generating=True)[0]
+                h = rows.direct(gate, up).gated(gate, up, self.activation)
+                y = product(h, self.down, generating=True)[0]
         return cast(Tensor, y.view(x.shape).to(x.dtype))
 
 
