@@ -95,9 +95,15 @@ class Groups(Sequence[Group]):
     def __len__(self) -> int:
         return len(self._examples if self._packs is None else self._packs)
 
+    def rows(self, index: int) -> list[int]:
+        """Numbers of the rows in a group, from 1."""
+        return [self._examples[place].row for place in self._places(index)]
+
+    def _places(self, index: int) -> Sequence[int]:
+        return (index,) if self._packs is None else self._packs[index]
+
     def __getitem__(self, index: Any) -> Any:
-        places = (index,) if self._packs is None else self._packs[index]
-        chosen = (self._examples[place] for place in places)
+        chosen = (self._examples[place] for place in self._places(index))
         return [{"input_ids": example.input_ids, "labels": example.labels} for example in chosen]
 
 

@@ -1,7 +1,7 @@
 """Operators with a schema, a fake and a reference; faster paths register on the same operators."""
 
 from nybble.kernels.choices import LADDERS, Choice, ladder, take
-from nybble.kernels.ops import ENCODERS, dequantize, multiply, quantize
+from nybble.kernels.ops import ENCODERS, dequantize, multiply, multiply_dense, quantize
 from nybble.kernels.paths import path_for, path_named, path_reasons, paths_taken, unavailable
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "dequantize",
     "ladder",
     "multiply",
+    "multiply_dense",
     "path_for",
     "path_named",
     "path_reasons",

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from nybble.kernels import gpu_kernels as kernels
+from nybble.kernels.plain import multiply_dense
 from nybble.quant import PackedWeight, codebook
 from nybble.quant.codebooks import dynamic_codebook
 from nybble.quant.search import FACTORS, NEIGHBOURS
 
-__all__ = ["NAME", "dequantize", "multiply", "nearest_codes", "nested_codes", "search_scales"]
+__all__ = ["NAME", "dequantize", "multiply", "multiply_dense", "nearest_codes", "nested_codes", "search_scales"]
 
 NAME = "triton"
 MAX_ROWS = 8

@@ -18,6 +18,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from nybble.kernels.eager import is_eager
 from nybble.kernels.paths import path_for
 from nybble.quant import PackedWeight, encode, encode_searched
 
@@ -43,11 +44,20 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = No
 
 
 def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
-    """x W^T for up to 8 rows, `(rows, out_features)` in the type of x; sums in float32."""
+    """x W^T for up to 8 rows, `(rows, out_features)` in the type of x; sums in float32. No gradients."""
+    if is_eager(x, weight.packed):
+        return path_for(x.device, "gemv_4bit").multiply(x, weight)
     result: Tensor = torch.ops.nybble.gemv_4bit(
         x, *_tensors(weight), weight.quant_type, weight.block_size, weight.shape[0]
     )
     return result
+
+
+def multiply_dense(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T for up to 8 rows and W `(out_features, in_features)` of the type of x. No gradients."""
+    if is_eager(x, weight):
+        return path_for(x.device, "gemv_4bit").multiply_dense(x, weight)
+    return x @ weight.t()
 
 
 def quantize(

@@ -33,6 +33,9 @@ class Path(Steps, Protocol):
     def multiply(self, x: Tensor, weight: PackedWeight) -> Tensor:
         """x W^T, `(rows, out_features)` in the type of x, for contiguous x of at most 8 rows."""
 
+    def multiply_dense(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x W^T for contiguous x of at most 8 rows and W of its type, not packed."""
+
 
 def choice(operator: str, device: torch.device) -> Choice:
     """The path that `operator` takes on `device`."""
@@ -143,8 +146,13 @@ def _decoding_differs(path: Path, flat: Tensor, quant_type: str) -> str | None:
 def _product_differs(path: Path, flat: Tensor, quant_type: str) -> str | None:
     square = _packed(flat[: 64 * 21], quant_type, (21, 64), torch.float32)
     x = flat[:128].view(2, 64)
-    same = torch.allclose(path.multiply(x, square), plain.multiply(x, square), rtol=1e-4, atol=1e-4)
-    return None if same else "multiply"
+    for ours, theirs, name in (
+        (path.multiply(x, square), plain.multiply(x, square), "multiply"),
+        (path.multiply_dense(x, flat[: 64 * 21].view(21, 64)), x @ flat[: 64 * 21].view(21, 64).t(), "multiply_dense"),
+    ):
+        if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4):
+            return name
+    return None
 
 
 def _packed(flat: Tensor, quant_type: str, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:

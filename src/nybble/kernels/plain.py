@@ -14,7 +14,7 @@ from torch import Tensor
 from nybble.quant import PackedWeight, codebook, decode_absmax
 from nybble.quant.search import nearest_codes, nested_codes, search_scales
 
-__all__ = ["NAME", "dequantize", "multiply", "nearest_codes", "nested_codes", "search_scales"]
+__all__ = ["NAME", "dequantize", "multiply", "multiply_dense", "nearest_codes", "nested_codes", "search_scales"]
 
 NAME = "torch"
 _PIECE = 1 << 20  # weights decoded at a time
@@ -42,6 +42,11 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
     decoded = torch.empty(weight.shape, dtype=x.dtype, device=x.device)
     dequantize(weight, decoded)
     return x @ decoded.t()
+
+
+def multiply_dense(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T."""
+    return x @ weight.t()
 
 
 def _pairs(table: Tensor, codes: Tensor) -> Tensor:

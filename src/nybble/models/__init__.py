@@ -1,11 +1,19 @@
 """Base models and adapters: find, load (streamed, packed on the way), attach, save."""
 
-from nybble.models.adapters import attach, load_adapter, save_adapter
+from nybble.models.adapter_files import PREFIX, AdapterFiles, read_adapter
+from nybble.models.adapters import (
+    add_adapter,
+    attach,
+    load_adapter,
+    put_weights_back,
+    save_adapter,
+    trained_weights,
+)
 from nybble.models.calibrate import Calibration, Starts, calibrate, needs_calibration
 from nybble.models.families import SwapReport, blocks_of, swap_blocks
 from nybble.models.hub import push_folder
 from nybble.models.lean import RUNGS, Ladder
-from nybble.models.load import LoadReport, compute_dtype, count_parameters, load_model, save_whole
+from nybble.models.load import LoadReport, compute_dtype, count_parameters, hash_of, load_model, save_whole
 from nybble.models.plugin import NybbleConfig, register
 from nybble.models.source import ModelSource, find_folder, find_model, read_config
 from nybble.models.tokenizer import find_tokenizer, load_tokenizer
@@ -14,7 +22,9 @@ from nybble.models.weights import BaseWeights
 
 __all__ = [
     "NOTE",
+    "PREFIX",
     "RUNGS",
+    "AdapterFiles",
     "BaseWeights",
     "Calibration",
     "Ladder",
@@ -24,6 +34,7 @@ __all__ = [
     "Starts",
     "SwapReport",
     "Tuned",
+    "add_adapter",
     "attach",
     "blocks_of",
     "calibrate",
@@ -34,17 +45,21 @@ __all__ = [
     "find_model",
     "find_tokenizer",
     "find_tuned",
+    "hash_of",
     "load_adapter",
     "load_model",
     "load_tokenizer",
     "load_tuned",
     "needs_calibration",
     "push_folder",
+    "put_weights_back",
+    "read_adapter",
     "read_config",
     "register",
     "save_adapter",
     "save_whole",
     "swap_blocks",
     "tokenizer_of",
+    "trained_weights",
     "write_note",
 ]

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from nybble.nn.attention import Span, attend_rows
+from nybble.nn.attention import Span, attend_cached, attend_rows
 from nybble.nn.loss import Head, next_token_loss, token_losses
 from nybble.nn.mlp import GatedMlp
 from nybble.nn.norm import rms_norm
-from nybble.nn.projection import project, projection_of
+from nybble.nn.projection import Projection, project, projection_of
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,8 @@ def _swap(model: Any) -> SwapReport:
             _set(module, partial(_norm, family))
             counts["norm"] += 1
     _set(model, _next_token)
+    if type(model.lm_head) is nn.Linear:
+        _set(model.lm_head, _head)
     reason = None if activation else f"activation {config.hidden_act}: the MLP runs on transformers' own path"
     return SwapReport(True, counts, reason)
 
@@ -116,12 +118,15 @@ def _attention(
     **settings: Any,
 ) -> tuple[Tensor, Tensor | None]:
     lengths = settings.pop("lengths", None)
+    heads, kv_heads = module.config.num_attention_heads, module.config.num_key_value_heads
+    if lengths is None and not others and _is_step(module, hidden_states, settings):
+        q, k, v = _queries_keys_values(module, hidden_states[:, 0], heads, kv_heads)
+        cos, sin = (part[:, 0].expand(len(q), -1) for part in position_embeddings)
+        remember = partial(settings["past_key_values"].update, layer_idx=module.layer_idx)
+        return module.o_proj(attend_cached(q, k, v, (cos, sin), module.scaling, remember))[:, None], None
     if lengths is None:
         return type(module).forward(module, hidden_states, position_embeddings, *others, **settings)  # type: ignore[no-any-return]
-    heads, kv_heads = module.config.num_attention_heads, module.config.num_key_value_heads
     q, k, v = _queries_keys_values(module, hidden_states[0], heads, kv_heads)
-    if hasattr(module, "q_norm"):
-        q, k = module.q_norm(q), module.k_norm(k)
     holder = module.config if family.window_of_config else module
     span = Span(
         module.scaling,
@@ -131,6 +136,18 @@ def _attention(
     cos, sin = (part[0] for part in position_embeddings)
     out = attend_rows(q, k, v, (cos, sin), lengths, span)
     return module.o_proj(out)[None], None
+
+
+def _is_step(module: Any, hidden_states: Tensor, settings: dict[str, Any]) -> bool:
+    """Whether each row has one token, which sees all that are cached: generation without padding."""
+    return (
+        not torch.is_grad_enabled()
+        and hidden_states.shape[1] == 1
+        and settings.get("attention_mask") is None
+        and settings.get("past_key_values") is not None
+        and not getattr(module, "attn_logit_softcapping", None)
+        and not torch.is_autocast_enabled(hidden_states.device.type)
+    )
 
 
 def _queries_keys_values(module: Any, x: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,7 +164,8 @@ def _queries_keys_values(module: Any, x: Tensor, heads: int, kv_heads: int) -> t
             q, k, v = project(x, plain)
         else:
             q, k, v = (layer(x) for layer in layers)
-    return q.view(-1, heads, width), k.view(-1, kv_heads, width), v.view(-1, kv_heads, width)
+    q, k, v = q.view(-1, heads, width), k.view(-1, kv_heads, width), v.view(-1, kv_heads, width)
+    return (module.q_norm(q), module.k_norm(k), v) if hasattr(module, "q_norm") else (q, k, v)
 
 
 def _mlp(family: Family, activation: str, module: Any, x: Tensor) -> Tensor:
@@ -161,8 +179,14 @@ def _mlp(family: Family, activation: str, module: Any, x: Tensor) -> Tensor:
     return GatedMlp(tuple(plain[:-1]), plain[-1], activation, family.norm_behind_mlp, tile, takes_x=True)(x)
 
 
+def _head(module: nn.Linear, x: Tensor) -> Tensor:
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return type(module).forward(module, x)
+    return project(x, (Projection(module, module.weight.dtype),))[0]
+
+
 def _norm(family: Family, module: Any, x: Tensor) -> Tensor:
-    if module.weight.requires_grad:
+    if module.weight.requires_grad and torch.is_grad_enabled():
         return type(module).forward(module, x)  # type: ignore[no-any-return]
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     return rms_norm(x, module.weight, eps, family.one_plus)

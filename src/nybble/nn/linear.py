@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nybble.kernels import dequantize, multiply
+from nybble.kernels import dequantize
 from nybble.nn.projection import Projection, project
 from nybble.nn.scratch import scratch
 from nybble.quant import SUFFIXES, PackedWeight, from_bnb, to_bnb
 
-_FEW_ROWS = 4  # from about 5 on, decoding and a 16-bit product are faster on a CPU (8 rows: 3.8 against 5.1 ms)
 _SCALES = ("absmax", "nested_absmax", "nested_offset")
 
 
@@ -47,6 +46,7 @@ class Linear4bit(nn.Linear):
         self.block_size = 64
         self.source_dtype = compute_dtype
         self.slice_elements = 0  # above 0: products decode about so many weights at a time
+        self._packed: PackedWeight | None = None
         self.weight.requires_grad_(False)
         for name in _SCALES:
             self.register_buffer(name, None)
@@ -66,20 +66,24 @@ class Linear4bit(nn.Linear):
         self.quant_type = packed.quant_type
         self.block_size = packed.block_size
         self.source_dtype = packed.dtype
+        self._packed = None
 
     @property
     def packed(self) -> PackedWeight:
-        """The weight as a value; shares memory with the layer."""
-        return PackedWeight(
-            self.weight.data,
-            self.absmax,
-            (self.out_features, self.in_features),
-            self.block_size,
-            self.quant_type,
-            self.source_dtype,
-            self.nested_absmax,
-            self.nested_offset,
-        )
+        """The weight as a value; shares memory with the layer. The same object as long as that memory is the same."""
+        weight, absmax, kept = self._parameters["weight"], self._buffers["absmax"], self._packed
+        if kept is None or kept.absmax is not absmax or kept.packed.data_ptr() != weight.data_ptr():
+            kept = self._packed = PackedWeight(
+                weight.data,
+                absmax,
+                (self.out_features, self.in_features),
+                self.block_size,
+                self.quant_type,
+                self.source_dtype,
+                self.nested_absmax,
+                self.nested_offset,
+            )
+        return kept
 
     @property
     def is_packed(self) -> bool:
@@ -109,10 +113,6 @@ class Linear4bit(nn.Linear):
             return
         for rows, part in packed.slices(self.slice_elements):
             yield rows, dequantize(part, dtype, scratch.take(part.shape, self.weight, dtype))
-
-    def few_rows(self, x: Tensor) -> Tensor | None:
-        """x W^T for a few rows `(n, in_features)`, where that is faster than decoding; the weight is never written."""
-        return multiply(x, self.packed) if 0 < len(x) <= _FEW_ROWS else None
 
     def projection(self) -> Projection:
         """What this layer computes, for blocks that do their own products."""

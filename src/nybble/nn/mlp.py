@@ -68,7 +68,7 @@ def _without_gradients(x: Tensor, block: GatedMlp) -> Tensor:
             y[part] = _without_gradients(x[part], tile)
         return y
     gate, up, _ = _gate_and_up(x, block.inputs, generating=True)
-    return product(rows.gated(gate, up, block.activation), block.down, generating=True)[0]
+    return product(rows.direct(gate, up).gated(gate, up, block.activation), block.down, generating=True)[0]
 
 
 class _GatedMlp(torch.autograd.Function):
