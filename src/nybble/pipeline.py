@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from nybble import bundled
 from nybble.data import (
@@ -38,6 +39,7 @@ from nybble.models import (
     load_model,
     needs_calibration,
     push_folder,
+    put_weights_back,
     save_adapter,
     save_whole,
     write_note,
@@ -161,6 +163,12 @@ def _attach(job: Job, witness: Witness, model: Any, starts: Starts) -> Any:
         torch.manual_seed(job.recipe.training.seed)  # the adapters' first values
         base_name = str(job.run.base.resolve()) if job.run.base.is_dir() else job.source.name
         model = attach(model, job.recipe.lora, base_name, starts)
+        kept = job.run.base / "start"  # what no other start gives again
+        if starts:
+            with whole_folder(kept) as folder:
+                save_adapter(model, folder)
+        elif kept.is_dir():
+            put_weights_back(model, load_file(kept / "adapter_model.safetensors"))
     trainable, total = count_parameters(model)
     witness.record.trainable_parameters, witness.record.total_parameters = trainable, total
     job.watch.note(f"trains {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)")
