@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: install demo test check fix bench bench-step docs
+.PHONY: install demo test check fix bench bench-step fuzz docs
 
 install: .venv/.installed
 
@@ -54,6 +54,10 @@ bench: install
 # Against the stacks people use, about ten minutes: make bench-step DATA=FOLDER
 bench-step: install
 	$(BIN)/python bench/step.py --data $(DATA)
+
+# Every reader of files by others, fed with what is nearly right: more than a million inputs, about an hour
+fuzz: install
+	$(BIN)/python bench/fuzz.py
 
 docs: install
 	$(BIN)/python docs/generate.py

@@ -124,25 +124,22 @@ def run_guided(name: str, share: float, result: Path) -> None:
     """Inputs that follow the branches of the code; atheris ends the process itself, so what was seen is written."""
     import atheris
 
-    with atheris.instrument_imports(include=["nybble", "yaml"], enable_loader_override=False):
-        import yaml  # noqa: F401
-    atheris.enabled_hooks.add("RegEx")
-    found = readers()[name]
     signal.signal(signal.SIGALRM, _hung)
+    with atheris.instrument_imports(include=["nybble", "yaml", "csv"]):
+        found = readers()[name]
+        folder = _prepared(found, result.parent)
     seen, wanted = Seen(name, "guided"), max(1, int(found.guided * share))
-    with tempfile.TemporaryDirectory(dir=_fast_folder()) as scratch:
-        folder = _prepared(found, Path(scratch))
-        (corpus := Path(scratch) / "corpus").mkdir()
-        for number, seed in enumerate(found.seeds):
-            (corpus / str(number)).write_bytes(seed)
+    (corpus := result.parent / "corpus").mkdir()
+    for number, seed in enumerate(found.seeds):
+        (corpus / str(number)).write_bytes(seed)
 
-        def one(data: bytes) -> None:
-            seen.take(found, folder, data)
-            if seen.inputs >= wanted:
-                result.write_text(json.dumps(asdict(seen)))
+    def one(data: bytes) -> None:
+        seen.take(found, folder, data)
+        if seen.inputs >= wanted:
+            result.write_text(json.dumps(asdict(seen)))
 
-        atheris.Setup([name, f"-runs={wanted}", "-seed=1", "-max_len=4096", "-verbosity=0", str(corpus)], one)
-        atheris.Fuzz()
+    atheris.Setup([name, f"-runs={wanted}", "-seed=1", "-max_len=4096", "-verbosity=0", str(corpus)], one)
+    atheris.Fuzz()
 
 
 def _prepared(reader: Reader, scratch: Path) -> Path:
@@ -181,7 +178,7 @@ def _child(engine: str, name: str, share: float, first: int, result: Path) -> No
 
 def run_apart(engine: str, name: str, share: float, first: int) -> Seen:
     """One reader in a process of its own, which a crash or a hang does not outlive."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=_fast_folder()) as scratch:
         result = Path(scratch) / "result.json"
         words = (engine, name, share, first, result)
         process = multiprocessing.get_context("spawn").Process(target=_child, args=words)
