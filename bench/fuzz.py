@@ -6,8 +6,9 @@ Two kinds of input: good files changed at random, and, with atheris, changes tha
 of the reader's code. Each reader runs in a process of its own, so that a crash is seen and named. An input is a
 failure if anything but a documented error comes out (`nybble.errors`), if it takes longer than a second of the
 processor, or if Python allocates more than ten times the file beyond what the reader needs itself (1 MiB; 6 MiB for a
-recipe, which has 16 KiB at most). Failing inputs are kept in `fuzz-failures`. Prints a line a reader and one JSON
-object last; exit code 1 if anything failed.
+recipe, which has 16 KiB at most; 4 MiB to draw a report). That is traced for every eighth input, since tracing takes
+most of the time; the process as a whole may not take more than 4 GiB. Failing inputs are kept in `fuzz-failures`.
+Prints a line a reader and one JSON object last; exit code 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import tempfile
@@ -33,7 +35,9 @@ from nybble.errors import NybbleError
 
 MOST_SECONDS = 1.0
 MOST_TIMES = 10  # the file's size
-HANG_SECONDS = 30  # an input is given up after it
+MOST_BYTES = 4 << 30  # of address space, whatever allocates it
+TRACED = 8  # of so many inputs one has its memory traced
+HANG_SECONDS = 60  # an input is given up after it
 FAILURES = Path("fuzz-failures")
 
 
@@ -44,6 +48,7 @@ class Seen:
     reader: str
     engine: str  # "changed" or "guided"
     inputs: int = 0
+    traced: int = 0
     refused: int = 0
     slowest_seconds: float = 0.0
     worst_bytes: int = 0  # allocated, of the input that took most beyond its allowance
@@ -53,10 +58,11 @@ class Seen:
 
     def take(self, reader: Reader, folder: Path, data: bytes) -> None:
         """One input."""
-        file = folder / reader.name
-        file.write_bytes(data)
-        tracemalloc.reset_peak()
-        before = tracemalloc.get_traced_memory()[0]
+        (folder / reader.name).write_bytes(data)
+        is_traced = self.inputs % TRACED == 0
+        if is_traced:
+            tracemalloc.start()
+            self.traced += 1
         started = time.process_time()
         fault = ""
         signal.alarm(HANG_SECONDS)
@@ -69,13 +75,15 @@ class Seen:
         except Exception as error:  # noqa: BLE001 - what this looks for
             fault = f"{type(error).__name__}: {error}"
         signal.alarm(0)
-        seconds = time.process_time() - started
-        took = tracemalloc.get_traced_memory()[1] - before
-        seconds = _untraced(reader, folder) if seconds > MOST_SECONDS else seconds
+        seconds, took = time.process_time() - started, 0
+        if is_traced:
+            took = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            seconds = _untraced(reader, folder) if seconds > MOST_SECONDS else seconds
         self.inputs += 1
         self.slowest_seconds = max(self.slowest_seconds, seconds)
         spare = reader.own_bytes + MOST_TIMES * len(data) - took
-        if spare < self.worst_spare:
+        if is_traced and spare < self.worst_spare:
             self.worst_spare, self.worst_bytes, self.worst_file_bytes = spare, took, len(data)
         if seconds > MOST_SECONDS:
             fault = fault or f"{seconds:.1f} s"
@@ -95,24 +103,18 @@ class Seen:
 
 def _untraced(reader: Reader, folder: Path) -> float:
     """Seconds of the processor without the tracing of memory, which takes most of a long reading."""
-    tracemalloc.stop()
     started = time.process_time()
     with suppress(Exception):
         reader.read(folder)
-    seconds = time.process_time() - started
-    tracemalloc.start()
-    return seconds
+    return time.process_time() - started
 
 
 def run_changed(name: str, share: float, first: int) -> Seen:
     """Good files changed at random."""
     reader, seen = readers()[name], Seen(name, "changed")
+    signal.signal(signal.SIGALRM, _hung)
     with tempfile.TemporaryDirectory(dir=_fast_folder()) as scratch:
         folder = _prepared(reader, Path(scratch))
-        seen.take(reader, folder, reader.seeds[0])  # imports are not the input's
-        slow, seen = seen, Seen(name, "changed")
-        if slow.failures and " s (" not in slow.failures[0] and " bytes for " not in slow.failures[0]:
-            seen.failures = slow.failures
         for number in range(first, first + max(1, int(reader.inputs * share))):
             seen.take(reader, folder, changed(reader.seeds, number, reader.change))
     return seen
@@ -122,32 +124,31 @@ def run_guided(name: str, share: float, result: Path) -> None:
     """Inputs that follow the branches of the code; atheris ends the process itself, so what was seen is written."""
     import atheris
 
-    with atheris.instrument_imports(include=["nybble", "yaml"], enable_loader_override=False):
-        import yaml  # noqa: F401
-    atheris.enabled_hooks.add("RegEx")
-    found = readers()[name]
+    signal.signal(signal.SIGALRM, _hung)
+    with atheris.instrument_imports(include=["nybble", "yaml", "csv"]):
+        found = readers()[name]
+        folder = _prepared(found, result.parent)
     seen, wanted = Seen(name, "guided"), max(1, int(found.guided * share))
-    with tempfile.TemporaryDirectory(dir=_fast_folder()) as scratch:
-        folder = _prepared(found, Path(scratch))
-        (corpus := Path(scratch) / "corpus").mkdir()
-        for number, seed in enumerate(found.seeds):
-            (corpus / str(number)).write_bytes(seed)
-        Seen(name, "guided").take(found, folder, found.seeds[0])
+    (corpus := result.parent / "corpus").mkdir()
+    for number, seed in enumerate(found.seeds):
+        (corpus / str(number)).write_bytes(seed)
 
-        def one(data: bytes) -> None:
-            seen.take(found, folder, data)
-            if seen.inputs >= wanted:
-                result.write_text(json.dumps(asdict(seen)))
+    def one(data: bytes) -> None:
+        seen.take(found, folder, data)
+        if seen.inputs >= wanted:
+            result.write_text(json.dumps(asdict(seen)))
 
-        atheris.Setup([name, f"-runs={wanted}", "-seed=1", "-max_len=4096", "-verbosity=0", str(corpus)], one)
-        atheris.Fuzz()
+    atheris.Setup([name, f"-runs={wanted}", "-seed=1", "-max_len=4096", "-verbosity=0", str(corpus)], one)
+    atheris.Fuzz()
 
 
 def _prepared(reader: Reader, scratch: Path) -> Path:
     folder = scratch / "folder"
     folder.mkdir()
-    for name, content in reader.beside.items():
+    for name, content in {**reader.beside, reader.name: reader.seeds[0]}.items():
         (folder / name).write_bytes(content)
+    with suppress(NybbleError):  # once before anything is measured: imports are not the input's
+        reader.read(folder)
     return folder
 
 
@@ -167,8 +168,8 @@ def _child(engine: str, name: str, share: float, first: int, result: Path) -> No
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     warnings.simplefilter("ignore")
     os.environ |= {"HF_HUB_OFFLINE": "1", "NYBBLE_CACHE": str(result.parent)}
-    signal.signal(signal.SIGALRM, _hung)
-    tracemalloc.start()
+    present = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (present + MOST_BYTES, resource.RLIM_INFINITY))
     if engine == "changed":
         result.write_text(json.dumps(asdict(run_changed(name, share, first))))
     else:
@@ -177,7 +178,7 @@ def _child(engine: str, name: str, share: float, first: int, result: Path) -> No
 
 def run_apart(engine: str, name: str, share: float, first: int) -> Seen:
     """One reader in a process of its own, which a crash or a hang does not outlive."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=_fast_folder()) as scratch:
         result = Path(scratch) / "result.json"
         words = (engine, name, share, first, result)
         process = multiprocessing.get_context("spawn").Process(target=_child, args=words)

@@ -72,6 +72,7 @@ def readers() -> dict[str, Reader]:
     events = b"\n".join([json.dumps(EVENT).encode()] * 3)
     adapter, tokens = {"adapter_config.json": _ADAPTER, "adapter_model.safetensors": _factors()}, _tokenizer_files()
     index = b'{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "x.safetensors"}}'
+    shards = {"model-00001-of-00002.safetensors": b"", "x.safetensors": b""}
     compared = b'{"verdict": "a", "arms": [{"run_dirs": ["a"]}]}'
     note = (
         b'{"method": "qlora", "quantization": {"encoder": "search"}, "prompt_form": "inst", "stop_tokens": [2], '
@@ -79,28 +80,28 @@ def readers() -> dict[str, Reader]:
     )
     reported = {"events.jsonl": events, "samples.jsonl": b'{"prompt": "a", "base": "b", "tuned": "c", "expected": ""}'}
     return {
-        "recipe": Reader(60_000, _recipes(), change_bytes, _recipe, "recipe.yaml", {}, 100_000, 6 << 20),
-        "rows, jsonl": Reader(150_000, lines, change_lines, partial(_rows, "r.jsonl"), "r.jsonl", guided=60_000),
-        "rows, json": Reader(80_000, whole, change_json, partial(_rows, "r.json"), "r.json", guided=60_000),
-        "rows, csv": Reader(80_000, _tables(), change_bytes, partial(_rows, "r.csv"), "r.csv", guided=60_000),
+        "recipe": Reader(30_000, _recipes(), change_bytes, _recipe, "recipe.yaml", {}, 60_000, 6 << 20),
+        "rows, jsonl": Reader(250_000, lines, change_lines, partial(_rows, "r.jsonl"), "r.jsonl", guided=60_000),
+        "rows, json": Reader(80_000, whole, change_json, partial(_rows, "r.json"), "r.json", guided=40_000),
+        "rows, csv": Reader(120_000, _tables(), change_bytes, partial(_rows, "r.csv"), "r.csv", guided=40_000),
         "rows, txt": Reader(20_000, [b"a\n\nb\n"], change_bytes, partial(_rows, "r.txt"), "r.txt"),
         "rows, parquet": Reader(20_000, [_parquet()], change_bytes, partial(_rows, "r.parquet"), "r.parquet"),
         "chat template": Reader(4_000, [TEMPLATE.encode()], change_bytes, _template, "t.jinja", tokens),
-        "safetensors header": Reader(120_000, [_factors()], change_safetensors, _header, "model.safetensors"),
-        "safetensors index": Reader(40_000, [index], change_json, _index, "model.safetensors.index.json"),
-        "4-bit state": Reader(80_000, _states(), change_json, _state, "state.json"),
-        "model config": Reader(10_000, [_CONFIG], change_json, _config, "config.json"),
-        "tokenizer": Reader(4_000, [tokens["tokenizer.json"]], change_json, _tokenizer, "tokenizer.json", tokens),
-        "adapter config": Reader(60_000, [_ADAPTER], change_json, _adapter, "adapter_config.json", adapter),
+        "safetensors header": Reader(100_000, [_factors()], change_safetensors, _header, "model.safetensors"),
+        "safetensors index": Reader(40_000, [index], change_json, _index, "model.safetensors.index.json", shards),
+        "4-bit state": Reader(60_000, _states(), change_json, _state, "state.json"),
+        "model config": Reader(6_000, [_CONFIG], change_json, _config, "config.json"),
+        "tokenizer": Reader(2_000, [tokens["tokenizer.json"]], change_json, _tokenizer, "tokenizer.json", tokens),
+        "adapter config": Reader(40_000, [_ADAPTER], change_json, _adapter, "adapter_config.json", adapter),
         "adapter weights": Reader(
-            40_000, [_factors()], change_safetensors, _adapter, "adapter_model.safetensors", adapter
+            30_000, [_factors()], change_safetensors, _adapter, "adapter_model.safetensors", adapter
         ),
-        "adapter note": Reader(30_000, [note], change_json, _tuned, "nybble.json", adapter),
-        "run record": Reader(60_000, [_run_record()], change_json, _record, "run.json"),
-        "events": Reader(80_000, [events], change_lines, _events, "events.jsonl"),
-        "report": Reader(1_000, [_run_record()], change_json, _report, "run.json", reported),
+        "adapter note": Reader(20_000, [note], change_json, _tuned, "nybble.json", adapter),
+        "run record": Reader(30_000, [_run_record()], change_json, _record, "run.json"),
+        "events": Reader(100_000, [events], change_lines, _events, "events.jsonl"),
+        "report": Reader(500, [_run_record()], change_json, _report, "run.json", reported, 0, 4 << 20),
         "comparison": Reader(40_000, [compared], change_json, _comparison, "comparison.json"),
-        "questions": Reader(20_000, [b'"a"\n{"prompt": "b"}\n'], change_lines, _questions, "q.jsonl"),
+        "questions": Reader(40_000, [b'"a"\n{"prompt": "b"}\n'], change_lines, _questions, "q.jsonl"),
     }
 
 

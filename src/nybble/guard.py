@@ -25,6 +25,7 @@ _MOST_SHOWN = 200  # characters of somebody else's text in a message
 _SECRETS = re.compile(r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}|(?<=://)[^/\s@\"']+(?=@)")
 _SECRET_NAMES = re.compile(r"(?:TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)\Z")
 _SHORTEST_SECRET = 12  # characters; a shorter value of such a variable is a switch or a number
+_LONGEST_NAME = 255  # bytes of a part of a path, on every system
 _HIDDEN = "***"
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 120
@@ -116,6 +117,22 @@ def shown(value: Any) -> str:
         return _REPR.repr(value)
     except ValueError:  # Python writes out no number of more than 4,300 digits
         return f"a {type(value).__name__} too long to show"
+
+
+def as_path(name: str, fault: type[InputError]) -> Path:
+    """The path that `name` is, `~` included; names that no file can have are wrong before the system is asked.
+
+    Raises:
+        InputError: as `fault`: too long, a NUL or half a character in it, or the home of a user who is not here.
+    """
+    try:
+        path = Path(name).expanduser()
+        is_possible = "\0" not in name and all(len(os.fsencode(part)) <= _LONGEST_NAME for part in path.parts)
+    except (ValueError, RuntimeError) as error:
+        raise fault(f"{shown(name)}: {brief(error)}; give a path that can be") from error
+    if not is_possible:
+        raise fault(f"{shown(name)}: no file has such a name; allowed are parts of up to {_LONGEST_NAME} bytes")
+    return path
 
 
 def check_links(folder: Path, fault: type[InputError] = InputError) -> None:

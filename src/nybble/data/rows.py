@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nybble.errors import CannotRunError, RowsError
-from nybble.guard import brief, library_faults
+from nybble.guard import as_path, brief, library_faults
 
 Row = dict[str, Any]
 Placed = tuple[str, Row]  # how a message names the row, and the row
@@ -66,7 +66,7 @@ def read_rows(name: str, split: str = "train", limit: int | None = None, config:
     """
     if not name:
         raise RowsError("no rows given; set --dataset_name to a parquet, json, jsonl, csv or text file, or a hub id")
-    path = Path(name).expanduser()
+    path = as_path(name, RowsError)
     if path.is_file():
         files = [path]
     elif path.is_dir():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble.errors import ModelError
-from nybble.guard import library_faults, parse_object, read_object, shown
+from nybble.guard import as_path, library_faults, parse_object, read_object, shown
 
 _AGAIN = "download it again"
 _MOST_HEADER_BYTES = 64 << 20  # 400,000 tensors
@@ -115,7 +115,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise ModelError(f"{index}: not a safetensors index (weight_map); {_AGAIN}")
     needed = sorted(set(names.values()))
     for name in needed:
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if as_path(name, ModelError).name != name or not name.endswith(".safetensors"):
             why = "a pickle can run code" if not name.endswith(".safetensors") else "it lies outside the folder"
             raise ModelError(f"{index}: names {shown(name)}; allowed are .safetensors files beside it ({why})")
     missing = [name for name in needed if not (folder / name).is_file()]

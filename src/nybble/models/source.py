@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble.errors import CannotRunError, ModelError
-from nybble.guard import library_faults
+from nybble.guard import as_path, library_faults
 from nybble.models.limits import check_fits, read_header, read_numbers, weight_files
 from nybble.recipe import ModelSection
 
@@ -88,7 +88,7 @@ def find_folder(name: str, revision: str | None = None, *, with_weights: bool = 
         ModelError: a path that does not exist, or a hub id that does not.
         CannotRunError: the hub cannot be reached.
     """
-    path = Path(name).expanduser()
+    path = as_path(name, ModelError)
     if path.is_dir():
         return path
     if path.exists():

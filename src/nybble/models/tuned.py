@@ -17,7 +17,7 @@ from pydantic import BaseModel, NonNegativeInt, ValidationError
 
 from nybble.errors import InputError, ModelError
 from nybble.files import write_text
-from nybble.guard import check_links, read_object
+from nybble.guard import as_path, check_links, read_object
 from nybble.hardware import Device
 from nybble.models.adapter_files import read_settings
 from nybble.models.adapters import load_adapter
@@ -99,7 +99,7 @@ def find_tuned(name: str, overrides: Mapping[str, Any] | None = None) -> Tuned:
     Raises:
         InputError: there is nothing of the kind, or a run has no trained weights yet.
     """
-    folder = Path(name).expanduser()
+    folder = as_path(name, InputError)
     if (folder / "run.json").is_file():
         return _of_run(name, folder, overrides)
     if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):

@@ -274,7 +274,7 @@ def first_fault(error: ValidationError) -> str:
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("constrained", "function")))
+    path = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("constrained", "function")))[:100]
     message = first["msg"].removeprefix("Value error, ")
     if not path:
         return message

@@ -9,7 +9,7 @@ from typing import Any
 
 from nybble.errors import InputError
 from nybble.files import write_text
-from nybble.guard import read_object, shown
+from nybble.guard import as_path, read_object, shown
 from nybble.reporting.events import loss_points, memory_points, predicted_line, read_events, speed_points
 from nybble.reporting.ledger import ledger_lines
 from nybble.reporting.pages import fill, of_record
@@ -121,7 +121,7 @@ def _read(folder: Path) -> dict[str, Any]:
         if not isinstance(found["verdict"], str):
             raise TypeError("verdict is no text")
         for name in [name for arm in found["arms"] for name in arm["run_dirs"]]:
-            if Path(name).name != name:
+            if as_path(name, InputError).name != name:
                 raise InputError(f"{file}: names the run {shown(name)}; allowed are folders beside it: {advice}")
     return found
 
