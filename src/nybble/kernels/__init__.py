@@ -1,7 +1,8 @@
 """Operators with a schema, a fake and a reference; faster paths register on the same operators."""
 
 from nybble.kernels.choices import LADDERS, Choice, ladder, take
-from nybble.kernels.ops import ENCODERS, dequantize, multiply, multiply_dense, quantize
+from nybble.kernels.eager import is_eager
+from nybble.kernels.ops import ENCODERS, dequantize, most_rows, multiply, multiply_dense, quantize
 from nybble.kernels.paths import path_for, path_named, path_reasons, paths_taken, unavailable
 
 __all__ = [
@@ -9,7 +10,9 @@ __all__ = [
     "LADDERS",
     "Choice",
     "dequantize",
+    "is_eager",
     "ladder",
+    "most_rows",
     "multiply",
     "multiply_dense",
     "path_for",

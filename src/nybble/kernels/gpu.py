@@ -18,7 +18,16 @@ from nybble.quant import PackedWeight, codebook
 from nybble.quant.codebooks import dynamic_codebook
 from nybble.quant.search import FACTORS, NEIGHBOURS
 
-__all__ = ["NAME", "dequantize", "multiply", "multiply_dense", "nearest_codes", "nested_codes", "search_scales"]
+__all__ = [
+    "NAME",
+    "dequantize",
+    "most_rows",
+    "multiply",
+    "multiply_dense",
+    "nearest_codes",
+    "nested_codes",
+    "search_scales",
+]
 
 NAME = "triton"
 MAX_ROWS = 8
@@ -41,6 +50,11 @@ def dequantize(weight: PackedWeight, out: Tensor) -> None:
             num_warps=warps,
             **kernels.OPTIONS,
         )
+
+
+def most_rows(dtype: torch.dtype, weight: PackedWeight) -> int:
+    """Rows up to which `multiply` is taken for faster than a product with the decoded weight."""
+    return 4
 
 
 def multiply(x: Tensor, weight: PackedWeight) -> Tensor:

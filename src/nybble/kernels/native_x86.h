@@ -218,7 +218,7 @@ EACH_NUMBER_OF_ROWS(AVX2, rows_avx2)
 DENSE(AVX2, avx2)
 
 static const Kernels WITH_AVX2 = {widen_avx2, errors_avx2, nearest_avx2, decode_avx2,        dot_avx2,
-                                  dense_avx2, 8,           rows_avx2_by_number, 0};
+                                  dense_avx2, 8,           rows_avx2_by_number, 0, 0};
 
 /* ---- AVX-512 ---- */
 

@@ -43,10 +43,15 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = No
     return out
 
 
+def most_rows(x: Tensor, weight: PackedWeight) -> int:
+    """Rows up to which `multiply` is the fastest way to x W^T."""
+    return path_for(x.device, "gemv_4bit").most_rows(x.dtype, weight)
+
+
 def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
-    """x W^T for up to 8 rows, `(rows, out_features)` in the type of x; sums in float32. No gradients."""
+    """x W^T for up to 8 rows, or `most_rows`; `(rows, out_features)` in the type of x, float32 sums. No gradients."""
     if is_eager(x, weight.packed):
-        return path_for(x.device, "gemv_4bit").multiply(x, weight)
+        return path_for(x.device, "gemv_4bit").multiply(x.contiguous(), weight)
     result: Tensor = torch.ops.nybble.gemv_4bit(
         x, *_tensors(weight), weight.quant_type, weight.block_size, weight.shape[0]
     )
@@ -56,7 +61,7 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
 def multiply_dense(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T for up to 8 rows and W `(out_features, in_features)` of the type of x. No gradients."""
     if is_eager(x, weight):
-        return path_for(x.device, "gemv_4bit").multiply_dense(x, weight)
+        return path_for(x.device, "gemv_4bit").multiply_dense(x.contiguous(), weight)
     return x @ weight.t()
 
 
@@ -116,7 +121,7 @@ def dequantize_4bit_out(
 
 @torch.library.custom_op("nybble::gemv_4bit", mutates_args=())
 def gemv_4bit(
-    x: Tensor,  # (rows <= 8, in_features) float32, float16 or bfloat16
+    x: Tensor,  # (rows, in_features), 8 rows at most or `most_rows`; float32, float16 or bfloat16
     packed: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,

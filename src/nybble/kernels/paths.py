@@ -30,8 +30,11 @@ class Path(Steps, Protocol):
     def dequantize(self, weight: PackedWeight, out: Tensor) -> None:
         """Decode `weight` into `out`: contiguous, `weight.shape`, float32, float16 or bfloat16."""
 
+    def most_rows(self, dtype: torch.dtype, weight: PackedWeight) -> int:
+        """Rows of `dtype` up to which `multiply` is the fastest way."""
+
     def multiply(self, x: Tensor, weight: PackedWeight) -> Tensor:
-        """x W^T, `(rows, out_features)` in the type of x, for contiguous x of at most 8 rows."""
+        """x W^T, `(rows, out_features)` in the type of x, for contiguous x of at most 8 rows, or `most_rows`."""
 
     def multiply_dense(self, x: Tensor, weight: Tensor) -> Tensor:
         """x W^T for contiguous x of at most 8 rows and W of its type, not packed."""

@@ -14,7 +14,16 @@ from torch import Tensor
 from nybble.quant import PackedWeight, codebook, decode_absmax
 from nybble.quant.search import nearest_codes, nested_codes, search_scales
 
-__all__ = ["NAME", "dequantize", "multiply", "multiply_dense", "nearest_codes", "nested_codes", "search_scales"]
+__all__ = [
+    "NAME",
+    "dequantize",
+    "most_rows",
+    "multiply",
+    "multiply_dense",
+    "nearest_codes",
+    "nested_codes",
+    "search_scales",
+]
 
 NAME = "torch"
 _PIECE = 1 << 20  # weights decoded at a time
@@ -35,6 +44,11 @@ def dequantize(weight: PackedWeight, out: Tensor) -> None:
     rest = flat[full * block_size :]
     if rest.numel():  # a last, shorter block
         rest.copy_(_pairs(table, codes[full * block_size // 2 :])[: rest.numel()] * scales[-1])
+
+
+def most_rows(dtype: torch.dtype, weight: PackedWeight) -> int:
+    """None: `multiply` decodes the weight itself."""
+    return 0
 
 
 def multiply(x: Tensor, weight: PackedWeight) -> Tensor:

@@ -20,13 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nybble.kernels import multiply, multiply_dense, rows
+from nybble.kernels import most_rows, multiply, multiply_dense, rows
 from nybble.kernels.plain_rows import seed_from
 from nybble.nn.scratch import scratch
 
-# Rows that generation has at a time and that are multiplied without writing the decoded weight: from about 5 on,
-# decoding and a 16-bit product are faster on a CPU.
-FEW_ROWS = 4
+FEW_ROWS = 4  # as generation has them, with weights of 16 bits
 
 
 @dataclass(frozen=True)
@@ -114,11 +112,13 @@ class Kept:
 
 
 def product(x: Tensor, p: Projection, generating: bool = False) -> tuple[Tensor, Kept | None]:
-    """y of x `(n, in_features)`, and what its backward needs; `generating`: a few rows may take the way for them."""
+    """y of x `(n, in_features)`, and what its backward needs; `generating`: without gradients."""
     layer, adapter = p.layer, p.adapter
-    y = _few_rows(x, layer) if generating and 0 < x.shape[0] <= FEW_ROWS else x @ p.weight().t()
+    y = _few_rows(x, layer) if generating else None
+    if y is None:
+        y = x @ p.weight().t()
     bias = layer._parameters["bias"]  # torch's own way to it takes longer than a token has
-    if bias is not None and not bias.requires_grad:
+    if bias is not None and (generating or not bias.requires_grad):
         y += bias.to(y.dtype)
     if adapter is None:
         return y, None
@@ -127,9 +127,13 @@ def product(x: Tensor, p: Projection, generating: bool = False) -> tuple[Tensor,
     return y, kept
 
 
-def _few_rows(x: Tensor, layer: nn.Linear) -> Tensor:
-    packed = getattr(layer, "packed", None)
-    return multiply_dense(x, layer.weight.to(x.dtype)) if packed is None else multiply(x, packed)
+def _few_rows(x: Tensor, layer: nn.Linear) -> Tensor | None:
+    """x W^T where that is faster than decoding; no gradients."""
+    packed, rows = getattr(layer, "packed", None), x.shape[0]
+    if packed is not None:
+        return multiply(x, packed) if 0 < rows <= most_rows(x, packed) else None
+    weight = layer.weight
+    return multiply_dense(x, weight) if 0 < rows <= FEW_ROWS and weight.dtype == x.dtype else None
 
 
 def kept_of(x: Tensor, adapter: Adapter) -> Kept:
