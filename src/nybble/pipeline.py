@@ -18,23 +18,17 @@ import torch
 
 from nybble import bundled
 from nybble.data import (
-    Example,
-    Groups,
     Ledger,
-    Prepared,
     ShownRow,
     examine_rows,
-    pack_rows,
-    prepare_rows,
     rows_cache,
     show_rows,
 )
-from nybble.diagnostics import settle
 from nybble.errors import RecipeError
-from nybble.hardware import Device, detect_device
+from nybble.files import whole_folder, write_text
+from nybble.job import Job, prepare
 from nybble.kernels import path_reasons, paths_taken
 from nybble.models import (
-    ModelSource,
     Starts,
     attach,
     calibrate,
@@ -42,55 +36,27 @@ from nybble.models import (
     find_model,
     find_tokenizer,
     load_model,
-    load_tokenizer,
     needs_calibration,
     push_folder,
     save_adapter,
     save_whole,
     write_note,
 )
-from nybble.planning import Batches, plan_training
-from nybble.recipe import Plan, Recipe, in_micro_batches, load_recipe, refusal, save_recipe, within_context
+from nybble.recipe import Recipe, in_micro_batches, load_recipe, refusal, save_recipe, within_context
 from nybble.reporting import model_card, rewrite_report, write_report
-from nybble.runs import Observer, RunDirectory, RunRecord, Sample, Silent, read_record, write_text
+from nybble.runs import Observer, RunRecord, Sample, Silent
 from nybble.training import (
     Judge,
     Probe,
     Setup,
     Witness,
-    check_training,
     evaluate,
     generate_answers,
     probe_rates,
+    refused_writes,
     stop_at,
     train_model,
 )
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What a run works on, known to be usable before anything is written."""
-
-    recipe: Recipe
-    run: RunDirectory
-    device: Device
-    source: ModelSource
-    tokenizer: Any
-    prepared: Prepared
-    groups: Groups
-    plan: Plan
-    watch: Observer
-
-    @property
-    def weights(self) -> Path:
-        """Where the trained weights go."""
-        return self.run.full_model if self.recipe.method == "full" else self.run.adapter
-
-    @property
-    def shown(self) -> list[Example]:
-        """The held-out rows whose answers are shown."""
-        asked = [example for example in self.prepared.held_out if example.prompt_ids]
-        return asked[: self.recipe.evaluation.n_samples]
 
 
 def train(
@@ -104,61 +70,43 @@ def train(
 ) -> RunRecord:
     """Fine-tune as `recipe` says (a Recipe or a YAML file, with `overrides` on top); everything lands in output_dir.
 
-    What the plan says cannot fit is only tried with `force`.
+    `resume` goes on from the newest undamaged checkpoint; a run that has none yet begins anew. With `force`, what the
+    plan says cannot fit is tried, and a run is resumed although what it learns from has changed.
 
     Raises:
         InputError, CannotRunError, StoppedError: see `nybble.errors`; nothing is written before model, tokenizer and
             rows are known to be usable.
     """
-    job = _prepare(_as_recipe(recipe, overrides), overwrite, resume, observer or Silent())
+    job = prepare(_as_recipe(recipe, overrides), overwrite, resume, force, observer or Silent())
     if not (job.plan.fits or force or job.recipe.training.lean):  # the plan does not know what the host takes
         raise refusal(job.plan)
-    job.run.create(overwrite=overwrite)
-    write_text(job.run.path / "recipe.yaml", save_recipe(job.recipe))
-    nothing = job.prepared.train[:0]
-    learned = replace(job.prepared, held_out=nothing, dropped=nothing)
-    job.run.write_mask([asdict(row) for row in show_rows(learned, job.tokenizer, 3)])
-    with Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
-        base, dtype, starts = _load(job, witness)
-        model = _attach(job, witness, base, starts)
-        base_answers = _evaluate_base(job, witness, model, dtype)
-        _train(job, witness, model, dtype, base_answers, resume)
-        _evaluate_tuned(job, witness, model, dtype, base_answers)
-        _save(job, witness, model)
-    job.watch.stage("report")
-    write_report(job.run.path)
-    job.run.write_manifest()
+    with job.run.held(), refused_writes(job.checkpointing.parents):
+        job.run.create(overwrite=overwrite or (resume and job.checkpointing.resumed is None))
+        with Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
+            _write_down(job)
+            base, dtype, starts = _load(job, witness)
+            model = _attach(job, witness, base, starts)
+            base_answers = _evaluate_base(job, witness, model, dtype)
+            _train(job, witness, model, dtype, base_answers)
+            _evaluate_tuned(job, witness, model, dtype, base_answers)
+            _save(job, witness, model)
+        job.watch.stage("report")
+        write_report(job.run.path)
+        job.run.write_manifest()
     training = job.recipe.training
     if training.push_to_hub and training.hub_model_id:
         job.watch.note(f"uploaded to {push_folder(job.weights, training.hub_model_id)}")
     return witness.record
 
 
-def _prepare(recipe: Recipe, overwrite: bool, resume: bool, watch: Observer) -> _Job:
-    run = RunDirectory.check(recipe.training.output_dir, overwrite=overwrite, resume=resume)
-    check_training(recipe.training)
-    device = detect_device(recipe.model.device)
-    settle(device, recipe.model.paths, recipe.training.optim, watch.note)
-    watch.stage("rows")
-    source = find_model(recipe.model)
-    tokenizer = load_tokenizer(source, recipe.model)
-    recipe = within_context(recipe, getattr(source.config, "max_position_embeddings", None), watch.note)
-    prepared = prepare_rows(
-        recipe.data, recipe.evaluation, tokenizer, recipe.training.seed, rows_cache(recipe.quantization), watch
-    )
-    for line in prepared.ledger.in_words:
-        watch.note(line)
-    lengths = prepared.train.column("length").tolist() if recipe.data.packing else []
-    packs = pack_rows(lengths, recipe.data.max_length) if recipe.data.packing else None
-    former = read_record(run.path) if resume else None
-    watch.stage("plan")
-    plan = plan_training(recipe, source.config, device, Batches.of(prepared, packs, recipe), former)
-    for line in (*plan.lines(), *plan.notes):
-        watch.note(line)
-    return _Job(recipe, run, device, source, tokenizer, prepared, Groups(prepared.train, packs), plan, watch)
+def _write_down(job: Job) -> None:
+    write_text(job.run.path / "recipe.yaml", save_recipe(job.recipe))
+    nothing = job.prepared.train[:0]
+    learned = replace(job.prepared, held_out=nothing, dropped=nothing)
+    job.run.write_mask([asdict(row) for row in show_rows(learned, job.tokenizer, 3)])
 
 
-def _load(job: _Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
+def _load(job: Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
     job.watch.stage("load")
     recipe, kept = job.recipe, job.run.base.is_dir()  # kept: a resumed run goes on with the base that it began with
     section = recipe.model.model_copy(update={"model_name_or_path": str(job.run.base)}) if kept else recipe.model
@@ -185,20 +133,21 @@ def _load(job: _Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
     return model, getattr(torch, loaded.compute_dtype), starts
 
 
-def _calibrate(job: _Job, witness: Witness, model: Any) -> Starts:
+def _calibrate(job: Job, witness: Witness, model: Any) -> Starts:
     """Pack anew, fitted to the rows; the base is kept in the run, since loading would not give it again."""
     recipe, section = job.recipe, job.recipe.quantization
     rows = job.prepared.calibration_rows(section.calibration_rows)
     with witness.phase("calibrate"):
         done = calibrate(model, job.source, rows, section, recipe.lora, partial(job.watch.progress, "calibrating"))
-        save_whole(job.run.base, model, job.tokenizer)
+        with whole_folder(job.run.base) as folder:
+            save_whole(folder, model, job.tokenizer)
     witness.record.model["calibration"] = {"rows": done.n_rows, "tokens": done.n_tokens, "left": done.left}
     on = f"calibrated on {done.n_rows:,} rows ({done.n_tokens:,} tokens)" if done.n_rows else "adapters started"
     job.watch.note(f"{on}; the base is kept in {job.run.base}")
     return done.starts
 
 
-def _evaluate_base(job: _Job, witness: Witness, model: Any, dtype: torch.dtype) -> list[str]:
+def _evaluate_base(job: Job, witness: Witness, model: Any, dtype: torch.dtype) -> list[str]:
     job.watch.stage("evaluate base")
     section = job.recipe.evaluation
     with witness.phase("evaluate_base"):
@@ -207,7 +156,7 @@ def _evaluate_base(job: _Job, witness: Witness, model: Any, dtype: torch.dtype) 
         return generate_answers(model, job.tokenizer, prompts, section, dtype)
 
 
-def _attach(job: _Job, witness: Witness, model: Any, starts: Starts) -> Any:
+def _attach(job: Job, witness: Witness, model: Any, starts: Starts) -> Any:
     if job.recipe.method != "full":
         torch.manual_seed(job.recipe.training.seed)  # the adapters' first values
         base_name = str(job.run.base.resolve()) if job.run.base.is_dir() else job.source.name
@@ -218,9 +167,7 @@ def _attach(job: _Job, witness: Witness, model: Any, starts: Starts) -> Any:
     return model
 
 
-def _train(
-    job: _Job, witness: Witness, model: Any, dtype: torch.dtype, base_answers: Sequence[str], resume: bool
-) -> None:
+def _train(job: Job, witness: Witness, model: Any, dtype: torch.dtype, base_answers: Sequence[str]) -> None:
     section = job.recipe.evaluation
 
     def check(step: int) -> float:
@@ -232,7 +179,8 @@ def _train(
 
     every = section.eval_steps if job.prepared.held_out else 0
     steps, memory = job.plan.optimizer_steps, job.plan.step_memory
-    setup = Setup(job.run, job.device, dtype, job.watch, check, every, steps, resume, memory)
+    saving, deadline = job.checkpointing, job.deadline
+    setup = Setup(job.run, job.device, dtype, job.watch, check, every, steps, memory, saving, deadline)
     training = in_micro_batches(job.recipe.training, job.plan.micro_batch)
     if training.learning_rate == "probe":
         training = training.model_copy(update={"learning_rate": _probe(job, witness, model, setup).learning_rate})
@@ -242,12 +190,12 @@ def _train(
         result = train_model(model, job.tokenizer, job.groups, training, setup)
     witness.phase_peak("train", result.peak_bytes)
     witness.record.notes += result.notes
-    witness.record.train_loss = result.train_loss
+    witness.record.train_loss, witness.record.skipped_steps = result.train_loss, result.skipped_steps
     witness.record.tokens_per_second = result.tokens_per_second
     witness.record.seconds_to_first_step = before + (result.seconds_to_first_step or 0.0)
 
 
-def _probe(job: _Job, witness: Witness, model: Any, setup: Setup) -> Probe:
+def _probe(job: Job, witness: Witness, model: Any, setup: Setup) -> Probe:
     job.watch.stage("probe")
     section, rows = job.recipe.evaluation, job.prepared.held_out
     judge = Judge(job.recipe.method, rows, lambda r: evaluate(model, job.tokenizer, r, section, setup.compute_dtype))
@@ -259,7 +207,7 @@ def _probe(job: _Job, witness: Witness, model: Any, setup: Setup) -> Probe:
     return found
 
 
-def _evaluate_tuned(job: _Job, witness: Witness, model: Any, dtype: torch.dtype, base_answers: Sequence[str]) -> None:
+def _evaluate_tuned(job: Job, witness: Witness, model: Any, dtype: torch.dtype, base_answers: Sequence[str]) -> None:
     job.watch.stage("evaluate")
     if job.recipe.method == "full":
         model.to(dtype)  # what is saved is what is measured
@@ -273,7 +221,7 @@ def _evaluate_tuned(job: _Job, witness: Witness, model: Any, dtype: torch.dtype,
     witness.record.eval_loss = tuned.loss if tuned else None
 
 
-def _answer(job: _Job, model: Any, dtype: torch.dtype, base_answers: Sequence[str]) -> list[Sample]:
+def _answer(job: Job, model: Any, dtype: torch.dtype, base_answers: Sequence[str]) -> list[Sample]:
     prompts = [example.prompt_ids for example in job.shown]
     tuned = generate_answers(model, job.tokenizer, prompts, job.recipe.evaluation, dtype)
     return [
@@ -282,10 +230,9 @@ def _answer(job: _Job, model: Any, dtype: torch.dtype, base_answers: Sequence[st
     ]
 
 
-def _save(job: _Job, witness: Witness, model: Any) -> None:
+def _save(job: Job, witness: Witness, model: Any) -> None:
     job.watch.stage("save")
-    folder = job.weights
-    with witness.phase("save"):
+    with witness.phase("save"), whole_folder(job.weights) as folder:
         if job.recipe.method == "full":
             model.save_pretrained(folder)
         else:
@@ -341,12 +288,25 @@ def probe(
     resolved = _as_recipe(recipe, overrides)
     with TemporaryDirectory() as folder:
         training = resolved.training.model_copy(update={"output_dir": folder})
-        job = _prepare(resolved.model_copy(update={"training": training}), False, False, observer or Silent())
+        job = prepare(resolved.model_copy(update={"training": training}), False, False, False, observer or Silent())
         with Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
             base, dtype, starts = _load(job, witness)
             model = _attach(job, witness, base, starts)
-            setup = Setup(job.run, job.device, dtype, job.watch, lambda _: 0.0, 0, job.plan.optimizer_steps, False)
+            setup = Setup(job.run, job.device, dtype, job.watch, lambda _: 0.0, 0, job.plan.optimizer_steps)
             return _probe(job, witness, model, setup)
+
+
+def rehearse(recipe: Recipe, *, resume: bool = False, observer: Observer | None = None) -> RunRecord:
+    """The training of a run alone: nothing is measured on held-out rows, and only checkpoints are left.
+
+    Raises:
+        InputError, CannotRunError, StoppedError: as `train`.
+    """
+    job = prepare(recipe, False, resume, False, observer or Silent())
+    with job.run.held(), Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
+        base, dtype, starts = _load(job, witness)
+        _train(job, witness, _attach(job, witness, base, starts), dtype, [])
+    return witness.record
 
 
 def demo(

@@ -6,27 +6,36 @@
     events.jsonl      a line per logged step
     held_out.jsonl    a line per held-out row: its loss before and after
     samples.jsonl     prompts with the answers of base and tuned model
-    checkpoints/      checkpoint-N, transformers' layout
+    checkpoints/      checkpoint-N, see `nybble.checkpoints`
     adapter/          PEFT's two files (method full: model/)
     report.html report.md report.json
     manifest.json     size and SHA-256 of every file above that the run finished with; written last
 
-Files are written under a temporary name, synced, then renamed: a reader sees the old file or the new one.
+Files are written under a temporary name, synced, then renamed (`nybble.files`): a reader sees the old or the new one.
 """
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
+from nybble.checkpoints import list_checkpoints
 from nybble.errors import InputError
+from nybble.files import append_lines, is_left_over, remove_left_overs, sha256_of, write_text
+from nybble.guard import parse_object, read_object, redact
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -107,6 +116,7 @@ class RunRecord:
     seconds_to_first_step: float | None = None
     tokens_per_second: float | None = None
     train_loss: float | None = None
+    skipped_steps: int = 0  # whose loss or gradient was bad, under `bad_batch: skip`
     probe: dict[str, Any] | None = None  # how the learning rate was found, where it was probed
     evaluation_base: Evaluation | None = None
     evaluation_tuned: Evaluation | None = None
@@ -161,18 +171,28 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.warn: Callable[[str], None] = lambda _text: None  # is told of lines that could not be written
+        self._waiting: dict[str, list[bytes]] = {}  # file -> lines
 
     @classmethod
-    def check(cls, path: Path | str, *, overwrite: bool = False, resume: bool = False) -> RunDirectory:
+    def check(
+        cls, path: Path | str, *, overwrite: bool = False, resume: bool = False, elsewhere: bool = False
+    ) -> RunDirectory:
         """A folder that a run may be written into; nothing is changed until `create`.
+
+        Args:
+            path: need not exist.
+            overwrite: what it holds may be removed, if it is a former run.
+            resume: it is to be gone on from a checkpoint in it.
+            elsewhere: a checkpoint lies in another folder.
 
         Raises:
             InputError: it holds something already and neither flag is given, there is nothing to resume, or it cannot
                 be written.
         """
         run = cls(Path(path).expanduser())
-        taken = run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir()))
-        if resume and run.last_checkpoint() is None:
+        taken = run.path.exists() and not (run.path.is_dir() and all(is_left_over(path) for path in run.path.iterdir()))
+        if resume and run.last_checkpoint() is None and not (elsewhere or run.is_begun):
             raise InputError(f"{run.path} holds no checkpoint to resume from; leave --resume away to start anew")
         if overwrite and resume:
             raise InputError("--overwrite removes what --resume would go on from; give one of them")
@@ -199,8 +219,38 @@ class RunDirectory:
                     else:
                         entry.unlink()
             self.path.mkdir(parents=True, exist_ok=True)
+            remove_left_overs(self.path)
         except OSError as error:
-            raise InputError(f"output_dir {self.path} cannot be written ({error.strerror}); choose another") from error
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: OSError) -> InputError:
+        return InputError(f"output_dir {self.path} cannot be written ({error.strerror}); choose another")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Only one process writes a run; where the system or its file system knows no locks, nobody is kept out.
+
+        Raises:
+            InputError: another process does, or the folder cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            folder = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise self._unwritable(error) from error
+        try:
+            if fcntl is not None:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(folder)
+            raise InputError(f"{self.path} is being written by another process; wait for it or stop it") from error
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+                raise
+        try:
+            yield
+        finally:
+            os.close(folder)
 
     def discard(self) -> None:
         """Remove a run that came to nothing: wrong input found while loading must not block the next try."""
@@ -226,10 +276,14 @@ class RunDirectory:
         """The 4-bit base, kept where loading the original again would not give the same."""
         return self.path / "base"
 
+    @property
+    def is_begun(self) -> bool:
+        """It holds a run that has brought nothing about yet."""
+        return (self.path / "run.json").is_file() and not (self.adapter.exists() or self.full_model.exists())
+
     def last_checkpoint(self) -> Path | None:
-        """The checkpoint with the highest step."""
-        found = [p for p in self.checkpoints.glob("checkpoint-*") if p.name.partition("-")[2].isdigit()]
-        return max(found, key=lambda p: int(p.name.partition("-")[2]), default=None)
+        """The newest checkpoint; it may be damaged."""
+        return next(iter(list_checkpoints([self.checkpoints])), None)
 
     def write_record(self, record: RunRecord) -> None:
         """Write run.json."""
@@ -254,12 +308,14 @@ class RunDirectory:
         """Write mask.jsonl: some rows, in stretches that are learned or masked."""
         write_text(self.path / "mask.jsonl", "".join(f"{to_json(row)}\n" for row in rows))
 
-    def drop_events_after(self, step: int) -> tuple[int, float]:
-        """Forget logged steps beyond `step`, which a resumed run will log again; tokens and seconds up to there."""
-        kept = [event for event in read_lines(self.path / "events.jsonl") if event.get("step", 0) <= step]
-        write_text(self.path / "events.jsonl", "".join(f"{to_json(event)}\n" for event in kept))
-        last = kept[-1] if kept else {}
-        return int(last.get("tokens") or 0), float(last.get("seconds") or 0.0)
+    def drop_lines_after(self, step: int) -> None:
+        """Forget logged steps and samples beyond `step`, which a resumed run will write again."""
+        for name in ("events.jsonl", "samples.jsonl"):
+            if not (self.path / name).is_file():
+                continue
+            lines = read_lines(self.path / name)
+            kept = [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= step]
+            write_text(self.path / name, "".join(f"{to_json(line)}\n" for line in kept))
 
     def write_manifest(self) -> None:
         """Sizes and hashes of the finished run's files; checkpoints are not part of the result."""
@@ -271,29 +327,16 @@ class RunDirectory:
         write_text(self.path / "manifest.json", json.dumps(files, indent=1) + "\n")
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        with (self.path / name).open("a+b") as file:
-            # A line cut short by a crash is ended first, so that it does not swallow this one.
-            if file.tell() and (file.seek(-1, os.SEEK_END) or True) and file.read(1) != b"\n":
-                file.write(b"\n")
-            file.write(f"{to_json(line)}\n".encode())
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing: temporary name, sync, rename, sync of the folder."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        """Add a line; if the system refuses, it waits for the next one, and training does not stop for it."""
+        waiting = self._waiting.setdefault(name, [])
+        waiting.append(redact(f"{to_json(line)}\n").encode())
+        try:
+            append_lines(self.path / name, waiting)
+        except OSError as error:
+            if len(waiting) == 1:
+                self.warn(f"{self.path / name}: {error.strerror or error}; its lines wait until it can be written")
+        else:
+            waiting.clear()
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
@@ -318,14 +361,12 @@ def read_record(path: Path | str) -> dict[str, Any]:
     file = Path(path).expanduser() / "run.json"
     if not file.is_file():
         raise InputError(f"{path} is no run directory (no run.json); give the output_dir of a `nybble train`")
-    try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: damaged ({error})") from error
+    record = read_object(file, InputError, "give another run")
     needed = {f.name for f in fields(RunRecord) if f.default is MISSING and f.default_factory is MISSING}
-    missing = sorted(needed - record.keys()) if isinstance(record, dict) else ["everything"]
+    texts = {"status", "started"}
+    missing = sorted(name for name in needed if not isinstance(record.get(name), str if name in texts else dict))
     if missing:
-        raise InputError(f"{file}: damaged ({', '.join(missing)} missing)")
+        raise InputError(f"{file}: damaged (no {', '.join(missing)}); give another run")
     return record
 
 
@@ -343,15 +384,7 @@ def read_whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
     for line in lines:
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError:
+            found.append(parse_object(line))
+        except ValueError:
             continue
-        if isinstance(value, dict):
-            found.append(value)
     return found, len(lines) - len(found)
-
-
-def sha256_of(file: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

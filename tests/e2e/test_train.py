@@ -128,7 +128,7 @@ def test_a_signal_saves_and_resume_goes_on(tiny_llama: Callable[..., Path], rows
     assert process.returncode == 4, err
     assert "--resume" in err.splitlines()[-1]
     assert json.loads((out / "run.json").read_text())["status"] == "stopped"
-    assert list((out / "checkpoints").glob("checkpoint-*/optimizer.pt"))
+    assert list((out / "checkpoints").glob("checkpoint-*/manifest.json"))
 
 
 def test_generation_stops_where_the_rows_end_a_turn(

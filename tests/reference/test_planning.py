@@ -242,5 +242,5 @@ def _train(
     rows = [Example([5] * n, [5] * n, 1, 1, 0, (2,), 0, 0, False) for n in lengths]
     out.mkdir(exist_ok=True)
     device = detect_device("cpu")
-    setup = Setup(RunDirectory(out), device, torch.bfloat16, observer or Silent(), lambda _: 0.0, 0, 2, False, memory)
+    setup = Setup(RunDirectory(out), device, torch.bfloat16, observer or Silent(), lambda _: 0.0, 0, 2, memory)
     train_model(model, None, Groups(rows), recipe.training, setup)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from nybble.errors import InputError
-from nybble.runs import RunDirectory, RunRecord, Sample, StepEvent, read_lines, read_record, write_text
+from nybble.files import write_text
+from nybble.runs import RunDirectory, RunRecord, Sample, StepEvent, read_lines, read_record
 
 
 def event(step: int, loss: float = 1.0) -> StepEvent:
@@ -204,7 +205,7 @@ def test_a_resumed_run_forgets_the_steps_it_will_repeat(run: RunDirectory) -> No
         run.append_event(event(step))
     with (run.path / "events.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')
-    run.drop_events_after(2)
+    run.drop_lines_after(2)
     assert [line["step"] for line in read_lines(run.path / "events.jsonl")] == [1, 2]
     run.append_event(event(3))
     assert [line["step"] for line in read_lines(run.path / "events.jsonl")] == [1, 2, 3]

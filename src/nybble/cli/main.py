@@ -24,11 +24,14 @@ from nybble.cli import (
     probe,
     quantize,
     report,
+    resume_check,
     settings,
     train,
 )
 from nybble.cli.process import own_process
+from nybble.cli.terminal import visible
 from nybble.errors import NybbleError
+from nybble.guard import redact
 
 app = typer.Typer(
     name="nybble",
@@ -54,6 +57,7 @@ app.command("merge", context_settings=_FREE_FLAGS)(merge.merge)
 app.command("quantize", context_settings=_FREE_FLAGS)(quantize.quantize)
 app.command("doctor")(doctor.doctor)
 app.command("report")(report.report)
+app.command("resume-check")(resume_check.resume_check)
 app.command("settings")(settings.settings)
 
 
@@ -85,5 +89,5 @@ def run(arguments: list[str]) -> int:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"nybble: {' '.join(message.split())}", file=sys.stderr)
+    print(f"nybble: {visible(redact(' '.join(message.split())))}", file=sys.stderr)
     return code

@@ -20,9 +20,10 @@ from nybble.comparison.child import Ending, is_done, run_trial
 from nybble.comparison.figures import Comparison, collect
 from nybble.comparison.verdict import verdict
 from nybble.errors import CannotRunError, InputError, NybbleError
+from nybble.files import write_text
 from nybble.recipe import load_recipe, save_recipe
 from nybble.reporting import write_comparison_report
-from nybble.runs import Observer, Silent, to_json, write_text
+from nybble.runs import Observer, Silent, to_json
 
 
 def compare(
@@ -75,7 +76,7 @@ def _plan(
     if not recipes and not overrides:
         raise InputError("no recipe given; e.g. nybble compare recipe.yaml --methods qlora,lora,full")
     if seeds < 1:
-        raise InputError(f"--seeds {seeds}: at least 1")
+        raise InputError(f"--seeds {seeds}: allowed is 1 or more")
     if len(recipes) > 1 and methods:
         raise InputError(f"--methods goes with one recipe, {len(recipes)} were given; leave it away to compare them")
     first = load_recipe(recipes[0] if recipes else None, overrides)

@@ -19,8 +19,8 @@ from nybble.diagnostics.children import Run, run_checks
 from nybble.diagnostics.evidence import Evidence, examine
 from nybble.diagnostics.machine import Machine
 from nybble.errors import CannotRunError, RecipeError
+from nybble.files import write_text
 from nybble.hardware import Device
-from nybble.runs import write_text
 
 _CLEARLY_FASTER = 1.1
 

@@ -1,10 +1,18 @@
 """Base models and adapters: find, load (streamed, packed on the way), attach, save."""
 
-from nybble.models.adapters import attach, load_adapter, save_adapter
+from nybble.models.adapter_files import PREFIX, AdapterFiles, read_adapter
+from nybble.models.adapters import (
+    add_adapter,
+    attach,
+    load_adapter,
+    put_weights_back,
+    save_adapter,
+    trained_weights,
+)
 from nybble.models.calibrate import Calibration, Starts, calibrate, needs_calibration
 from nybble.models.families import SwapReport, blocks_of, go_lean, swap_blocks
 from nybble.models.hub import push_folder
-from nybble.models.load import LoadReport, compute_dtype, count_parameters, load_model, save_whole
+from nybble.models.load import LoadReport, compute_dtype, count_parameters, hash_of, load_model, save_whole
 from nybble.models.plugin import NybbleConfig, register
 from nybble.models.source import ModelSource, find_folder, find_model, read_config
 from nybble.models.tokenizer import find_tokenizer, load_tokenizer
@@ -13,6 +21,8 @@ from nybble.models.weights import BaseWeights
 
 __all__ = [
     "NOTE",
+    "PREFIX",
+    "AdapterFiles",
     "BaseWeights",
     "Calibration",
     "LoadReport",
@@ -21,6 +31,7 @@ __all__ = [
     "Starts",
     "SwapReport",
     "Tuned",
+    "add_adapter",
     "attach",
     "blocks_of",
     "calibrate",
@@ -32,17 +43,21 @@ __all__ = [
     "find_tokenizer",
     "find_tuned",
     "go_lean",
+    "hash_of",
     "load_adapter",
     "load_model",
     "load_tokenizer",
     "load_tuned",
     "needs_calibration",
     "push_folder",
+    "put_weights_back",
+    "read_adapter",
     "read_config",
     "register",
     "save_adapter",
     "save_whole",
     "swap_blocks",
     "tokenizer_of",
+    "trained_weights",
     "write_note",
 ]

@@ -6,7 +6,9 @@ the folder that is saved loads in stock PEFT over the same base in 16 or 4 bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from nybble.errors import ModelError, RecipeError
+from nybble.guard import brief
+from nybble.models.adapter_files import read_adapter
 from nybble.nn import Linear4bit
 from nybble.recipe import LoraSection
 
@@ -78,14 +82,33 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
         ModelError: the folder holds no adapter, or one of another base.
     """
     from peft import PeftModel
-    from safetensors import SafetensorError
 
-    if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder} holds no adapter (adapter_config.json)")
+    files = read_adapter(folder)
+    config = files.to_peft(model)
+    with _fitting(folder):
+        return _unmergeable(PeftModel.from_pretrained(model, folder, config=config))
+
+
+def add_adapter(adapted: Any, folder: Path, name: str) -> None:
+    """Put the adapter saved in `folder` beside those that `adapted` has, under `name`.
+
+    Raises:
+        ModelError: as `load_adapter`.
+    """
+    config = read_adapter(folder).to_peft(adapted.get_base_model())
+    with _fitting(folder):
+        adapted.add_adapter(name, config)
+        adapted.load_adapter(folder, name)
+
+
+@contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
     try:
-        return _unmergeable(PeftModel.from_pretrained(model, folder))
-    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
-        raise ModelError(f"{folder}: adapter does not fit this base: {' '.join(str(error).split())[:300]}") from error
+        yield
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ModelError(
+            f"{folder}: adapter does not fit this base: {brief(error)}; give the base that it was trained on"
+        ) from error
 
 
 def _unmergeable(adapted: Any) -> Any:
@@ -108,6 +131,40 @@ def _unmergeable(adapted: Any) -> Any:
 def save_adapter(model: Any, folder: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`; embeddings are not copied in."""
     model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def trained_weights(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What of `model` is trained, by name, and the files that go beside it.
+
+    Adapters have the names that PEFT gives them on disk, with its `adapter_config.json`; a model without adapters those
+    of its own parameters.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    if not isinstance(model, PeftModel):
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}, {}
+    config = {**model.peft_config["default"].to_dict(), "inference_mode": True}
+    text = json.dumps({k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}, indent=2, sort_keys=True)
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=False)), {"adapter_config.json": text}
+
+
+def put_weights_back(model: Any, weights: Mapping[str, Tensor]) -> None:
+    """Set what `trained_weights` gave.
+
+    Raises:
+        ModelError: they are not those of this model.
+    """
+    from peft import PeftModel, set_peft_model_state_dict
+
+    here = trained_weights(model)[0]
+    if {name: tensor.shape for name, tensor in here.items()} != {name: t.shape for name, t in weights.items()}:
+        raise ModelError("the checkpoint's weights are not those that are trained now; begin anew with --overwrite")
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, dict(weights))
+        return
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            here[name].copy_(tensor)
 
 
 def _check_targets(model: nn.Module, targets: list[str]) -> None:

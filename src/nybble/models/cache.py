@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble.cache import Cache, digest
-from nybble.runs import sha256_of, write_text
+from nybble.files import sha256_of, write_text
 
 # Part of every key: to be raised when an encoder's bytes change.
 _ENCODER_VERSION = 1
@@ -23,9 +23,9 @@ class PackedCache(Cache):
     def key(self, source: Path, settings: Mapping[str, Any]) -> str:
         """The key of what `settings` make of the checkpoint in `source`."""
         files = sorted([*source.glob("*.safetensors"), source / "config.json"])
-        return digest(_ENCODER_VERSION, {file.name: self._content(file) for file in files}, settings)
+        return digest(_ENCODER_VERSION, {file.name: self.content(file) for file in files}, settings)
 
-    def _content(self, file: Path) -> str:
+    def content(self, file: Path) -> str:
         """SHA-256 of a file, remembered as long as its size, time and inode stay."""
         state = file.stat()
         seen = digest(str(file.resolve()), state.st_size, state.st_mtime_ns, state.st_ino)

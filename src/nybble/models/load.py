@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from nybble.errors import ModelError, RecipeError
+from nybble.files import sha256_of
 from nybble.hardware import Device
 from nybble.models import cache
 from nybble.models.families import swap_blocks
@@ -99,6 +101,11 @@ def load_model(
         notes=tuple(notes),
     )
     return loaded, report
+
+
+def hash_of(quantization: QuantizationSection) -> Callable[[Path], str]:
+    """SHA-256 of a file of weights; remembered in the cache while the file stays as it is, where one is kept."""
+    return cache.PackedCache(int(quantization.cache_limit * 2**30)).content if quantization.cache else sha256_of
 
 
 def cached_source(source: ModelSource, quantization: QuantizationSection, dtype: torch.dtype) -> ModelSource:
@@ -189,13 +196,14 @@ def _from_pretrained(
                 device_map={"": device.torch_device},
                 attn_implementation=model.attn_implementation,
                 trust_remote_code=model.trust_remote_code,
+                use_safetensors=True,
                 output_loading_info=True,
             )
     except (RuntimeError, ValueError, ImportError) as error:
         raise ModelError(f"{source.name}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise ModelError(f"{source.name}: {len(missing)} tensors are missing from its files, e.g. {missing[0]}")
+        raise ModelError(f"{source.name}: {len(missing)} tensors are missing, e.g. {missing[0]}; download it again")
     return loaded
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from nybble.data.batches import filled
 from nybble.models import blocks_of, count_parameters
 from nybble.nn.scratch import scratch
 from nybble.planning.live import LiveTensors, Peak
@@ -53,8 +54,8 @@ class Setting:
         return int(self.config.get_text_config().num_hidden_layers)
 
     def laid_out(self, rows: Rows) -> int:
-        """Tokens that go through the model: those of the rows, or with padding where rows lie side by side."""
-        return rows.tokens if self._is_flat else max(rows.lengths) * len(rows.lengths)
+        """Tokens that go through the model: those of the rows, filled up, or padded where rows lie side by side."""
+        return filled(rows.tokens) if self._is_flat else max(rows.lengths) * len(rows.lengths)
 
     @cached_property
     def _is_flat(self) -> bool:

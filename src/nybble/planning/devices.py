@@ -16,8 +16,8 @@ import torch
 
 from nybble.cache import default_folder
 from nybble.errors import InputError
+from nybble.files import write_text
 from nybble.hardware import Device
-from nybble.runs import write_text
 from nybble.training.depth import free_bytes, used_bytes
 
 _SUSTAINED_PRODUCTS, _SUSTAINED_TRAFFIC = 0.5, 0.7  # assumed shares of the published peaks

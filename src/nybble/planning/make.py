@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from nybble.data import examine_rows, pack_rows
+from nybble.data import examine_rows, packs_of
 from nybble.errors import ModelError, NybbleError
 from nybble.hardware import Device, detect_device
 from nybble.models import find_folder, find_tokenizer, read_config
@@ -34,7 +34,7 @@ def find_config(model: ModelSection) -> tuple[Any, str | None]:
     if shape is not None:
         return config_of(shape), f"{name}: the known shape {shape}"
     try:
-        folder = find_folder(name, model.model_revision, with_weights=False)
+        folder = find_folder(name, model.model_revision, with_weights=False, with_code=model.trust_remote_code)
     except NybbleError as error:
         if "/" in name and Path(name).is_absolute():
             raise
@@ -89,17 +89,16 @@ def _batches(recipe: Recipe) -> tuple[Batches | None, str | None]:
         return None, f"the rows cannot be read: {error}"
     if not len(prepared.train):
         return None, f"the rows cannot be used: {prepared.fault}"
-    lengths = prepared.train.column("length").tolist()
-    packs = pack_rows(lengths, recipe.data.max_length) if recipe.data.packing else None
-    return Batches.of(prepared, packs, recipe), None
+    return Batches.of(prepared, packs_of(prepared.train, recipe.data), recipe), None
 
 
 def plan_training(
-    recipe: Recipe, config: Any, device: Device, batches: Batches, former: Mapping[str, Any] | None
+    recipe: Recipe, config: Any, device: Device, batches: Batches, micro_batch: int | None = None
 ) -> Plan:
-    """The plan of a training on this machine; `former`: run.json of the run that it resumes."""
-    # Dropout follows the micro-steps: a resumed run goes on with its own split.
-    micro_batch = former["plan"].get("micro_batch") if former else None
+    """The plan of a training on this machine; `micro_batch`: rows at a time in the run that it resumes."""
+    # Dropout follows the micro-steps: a resumed run goes on with its own split, as long as that divides the batch.
+    if micro_batch and recipe.training.per_device_train_batch_size % micro_batch:
+        micro_batch = None
     return make_plan(recipe, config, profile_of(device), batches, micro_batch=micro_batch)
 
 

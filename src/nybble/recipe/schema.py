@@ -12,9 +12,20 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 
-def setting(default: Any, meaning: str, *, unit: str = "", aliases: tuple[str, ...] = (), **limits: Any) -> Any:
-    """One setting: `meaning` and `unit` go to help and docs, `aliases` are other names, `limits` are pydantic's."""
-    extra: dict[str, Any] = {"unit": unit, "aliases": list(aliases)}
+def setting(
+    default: Any,
+    meaning: str,
+    *,
+    unit: str = "",
+    aliases: tuple[str, ...] = (),
+    neutral: bool = False,
+    **limits: Any,
+) -> Any:
+    """One setting: `meaning` and `unit` go to help and docs, `aliases` are other names, `limits` are pydantic's.
+
+    `neutral` ones decide nothing of what is learned, or name what counts by its content: a resumed run may change them.
+    """
+    extra: dict[str, Any] = {"unit": unit, "aliases": list(aliases), "neutral": neutral}
     return Field(default, description=meaning, json_schema_extra=extra, **limits)
 
 
@@ -23,6 +34,7 @@ def _split_names(text: str) -> tuple[str, ...]:
 
 
 Rate = Annotated[float, Field(gt=0)] | Literal["probe"]
+Tokens = Annotated[int, Field(ge=8)]
 
 
 class Section(BaseModel):
@@ -35,7 +47,7 @@ class Section(BaseModel):
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Pydantic reads true as 1; a flag without its value must not become one."""
         wanted = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and wanted in (int, float, int | None, Rate):
+        if isinstance(value, bool) and wanted in (int, float, int | None, float | None, Rate):
             raise ValueError(f"input should be a number, not {str(value).lower()}")
         return value
 
@@ -44,16 +56,28 @@ class ModelSection(Section):
     """The base model and where it runs."""
 
     model_name_or_path: str = setting(
-        "", "folder or hub id of the base model", aliases=("model", "model_name", "base_model", "model_id")
+        "",
+        "folder or hub id of the base model",
+        aliases=("model", "model_name", "base_model", "model_id"),
+        neutral=True,
     )
-    model_revision: str | None = setting(None, "branch, tag or commit of a hub model", aliases=("revision",))
-    tokenizer_name_or_path: str | None = setting(None, "folder or hub id of the tokenizer, if not the model's own")
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = setting("sdpa", "attention of transformers")
-    device: Literal["auto", "cpu", "cuda", "hip"] = setting("auto", "where to run: the GPU if torch sees one")
+    model_revision: str | None = setting(
+        None, "branch, tag or commit of a hub model", aliases=("revision",), neutral=True
+    )
+    tokenizer_name_or_path: str | None = setting(
+        None, "folder or hub id of the tokenizer, if not the model's own", neutral=True
+    )
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = setting(
+        "sdpa", "attention of transformers", neutral=True
+    )
+    device: Literal["auto", "cpu", "cuda", "hip"] = setting(
+        "auto", "where to run: the GPU if torch sees one", neutral=True
+    )
     paths: tuple[str, ...] = setting(
         (),
         "operators that take another path than the doctor's: dequantize_4bit=torch, comma between (nybble doctor)",
         aliases=("path",),
+        neutral=True,
     )
     trust_remote_code: bool = setting(False, "run Python code that a hub repository brings")
 
@@ -77,10 +101,12 @@ class QuantizationSection(Section):
     )
     calibration_rows: int = setting(128, "rows that calibration looks at", unit="rows", ge=1)
     cache: bool = setting(
-        True, "keep the packed base and the tokenized rows on disk, so that the next start need not make them again"
+        True,
+        "keep the packed base and the tokenized rows on disk, so that the next start need not make them again",
+        neutral=True,
     )
     cache_limit: float = setting(
-        64, "disk that all kept bases and rows may take; the least recently used go", unit="GiB", gt=0
+        64, "disk that all kept bases and rows may take; the least recently used go", unit="GiB", gt=0, neutral=True
     )
     bnb_4bit_use_double_quant: bool = setting(
         True,
@@ -145,20 +171,23 @@ class DataSection(Section):
         "",
         "rows: a parquet, json, jsonl, csv or text file, a folder of them, or a hub id",
         aliases=("dataset", "dataset_path", "data", "train_file"),
+        neutral=True,
     )
     dataset_split: str = setting(
         "train",
         "split of a hub data set or a folder; of a folder, by words in the files' names: train, validation, test",
         aliases=("split", "dataset_train_split"),
+        neutral=True,
     )
     dataset_config: str | None = setting(
-        None, "which of the sets that a hub id holds", aliases=("dataset_config_name",)
+        None, "which of the sets that a hub id holds", aliases=("dataset_config_name",), neutral=True
     )
     dataset_num_proc: int | None = setting(
         None,
         "processes that tokenize; default: one a core, at most 16",
         aliases=("preprocessing_num_workers",),
         ge=1,
+        neutral=True,
     )
     data_format: Literal["auto", "text", "prompt_completion", "alpaca", "sharegpt", "messages"] = setting(
         "auto", "shape of the rows", aliases=("format_type", "dataset_format")
@@ -187,16 +216,19 @@ class DataSection(Section):
         aliases=("max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"),
         ge=8,
     )
-    packing: bool = setting(
+    packing: bool | Tokens = setting(
         False,
-        "fill each row's place with as many rows as max_length takes; none sees another",
+        "fill each row's place with as many rows as max_length takes, or as this many tokens take; none sees another",
         aliases=("sample_packing",),
     )
-    eval_dataset_name: str | None = setting(None, "held-out rows of their own", aliases=("eval_dataset", "eval_file"))
+    eval_dataset_name: str | None = setting(
+        None, "held-out rows of their own", aliases=("eval_dataset", "eval_file"), neutral=True
+    )
     eval_dataset_split: str | None = setting(
         None,
         "split that holds the held-out rows, of eval_dataset_name or else of dataset_name",
         aliases=("eval_split", "dataset_test_split"),
+        neutral=True,
     )
     eval_fraction: float = setting(
         0.05,
@@ -212,13 +244,15 @@ class DataSection(Section):
 class TrainingSection(Section):
     """The run."""
 
-    output_dir: str = setting("runs/latest", "folder of the run")
+    output_dir: str = setting("runs/latest", "folder of the run", neutral=True)
     num_train_epochs: float = setting(3.0, "passes over the rows", aliases=("epochs", "num_epochs"), gt=0)
     max_steps: int = setting(-1, "stop after so many optimizer steps; -1: by epochs", unit="steps", ge=-1)
     per_device_train_batch_size: int = setting(
-        4, "rows a step and micro-batch", unit="rows", aliases=("micro_batch_size", "batch_size"), ge=1
+        4, "rows a step and micro-batch", unit="rows", aliases=("micro_batch_size", "batch_size"), ge=1, neutral=True
     )
-    gradient_accumulation_steps: int = setting(1, "micro-batches an optimizer step", aliases=("grad_accum",), ge=1)
+    gradient_accumulation_steps: int = setting(
+        1, "micro-batches an optimizer step", aliases=("grad_accum",), ge=1, neutral=True
+    )
     learning_rate: Rate = setting(
         2e-4, "peak learning rate; probe: the best of five, each tried in a small part of the run", aliases=("lr",)
     )
@@ -230,29 +264,53 @@ class TrainingSection(Section):
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; 0: never", aliases=("grad_clip",), ge=0)
     optim: str = setting("adamw_torch_fused", "optimizer, by its transformers name", aliases=("optimizer",))
     gradient_checkpointing: Literal["auto", "never", "always"] = setting(
-        "auto", "recompute layers in the backward pass: as many as memory forces, none, or all; true means always"
+        "auto",
+        "recompute layers in the backward pass: as many as memory forces, none, or all; true means always",
+        neutral=True,
     )
     memory_budget: str | None = setting(
-        None, "memory that training may take, e.g. 8GiB; default: what the device has free"
+        None, "memory that training may take, e.g. 8GiB; default: what the device has free", neutral=True
     )
     lean: bool = setting(
         False,
         "for a device that recomputing every layer does not fit: layer inputs and the embedding table wait on the "
         "host, the MLP runs in tiles; slower, and nothing that is learned changes",
+        neutral=True,
     )
     parity_steps: int = setting(
-        0, "run so many first steps on the plain path too, and stop if the fast one computes something else", ge=0
+        0,
+        "run so many first steps on the plain path too, and stop if the fast one computes something else",
+        ge=0,
+        neutral=True,
     )
-    logging_steps: int = setting(10, "a line in events.jsonl every so many steps", unit="steps", ge=1)
-    save_steps: int = setting(500, "a checkpoint every so many steps", unit="steps", ge=1)
-    save_total_limit: int = setting(2, "checkpoints kept", ge=1)
+    logging_steps: int = setting(10, "a line in events.jsonl every so many steps", unit="steps", ge=1, neutral=True)
+    save_steps: int = setting(500, "a checkpoint every so many steps", unit="steps", ge=1, neutral=True)
+    save_total_limit: int = setting(2, "checkpoints kept", ge=1, neutral=True)
+    spare_dir: str | None = setting(
+        None, "folder on another disk for checkpoints that output_dir cannot take", neutral=True
+    )
+    max_seconds: float | None = setting(
+        None, "time the whole run may take: it saves and stops before", unit="seconds", neutral=True, gt=0
+    )
+    deterministic: bool = setting(
+        False, "on a GPU: only what adds in a fixed order, so that two runs have the same bits; slower", neutral=True
+    )
+    bad_batch: Literal["stop", "skip"] = setting(
+        "stop", "what a loss or gradient that is no number, or a spike of the gradient, leads to", neutral=True
+    )
+    grad_spike: float = setting(
+        1000.0,
+        "a gradient norm so many times the median of the last 100 steps is a spike; 0: never",
+        neutral=True,
+        ge=0,
+    )
     seed: int = setting(42, "seed of order, adapters and dropout", ge=0)
     report_to: str = setting(
-        "auto", "trackers by their transformers names, comma between; auto: tensorboard if installed"
+        "auto", "trackers by their transformers names, comma between; auto: tensorboard if installed", neutral=True
     )
-    run_name: str | None = setting(None, "name for trackers")
-    push_to_hub: bool = setting(False, "upload the adapter to the hub at the end")
-    hub_model_id: str | None = setting(None, "repository for push_to_hub")
+    run_name: str | None = setting(None, "name for trackers", neutral=True)
+    push_to_hub: bool = setting(False, "upload the adapter to the hub at the end", neutral=True)
+    hub_model_id: str | None = setting(None, "repository for push_to_hub", neutral=True)
 
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod
@@ -269,13 +327,17 @@ class EvaluationSection(Section):
     """What is measured on held-out rows, and the answers that are shown."""
 
     per_device_eval_batch_size: int = setting(
-        16, "rows at a time in evaluation", unit="rows", aliases=("eval_batch_size",), ge=1
+        16, "rows at a time in evaluation", unit="rows", aliases=("eval_batch_size",), ge=1, neutral=True
     )
-    eval_steps: int = setting(0, "evaluate every so many steps; 0: before and after only", unit="steps", ge=0)
-    max_eval_rows: int = setting(500, "held-out rows used at most", unit="rows", ge=1)
-    answer_field: str = setting("answer", "column with the exact answer; where rows have it, exact match is measured")
-    max_new_tokens: int = setting(64, "length of generated answers", unit="tokens", ge=1)
-    n_samples: int = setting(3, "held-out prompts answered by base and tuned model in the report", ge=0)
+    eval_steps: int = setting(
+        0, "evaluate every so many steps; 0: before and after only", unit="steps", ge=0, neutral=True
+    )
+    max_eval_rows: int = setting(500, "held-out rows used at most", unit="rows", ge=1, neutral=True)
+    answer_field: str = setting(
+        "answer", "column with the exact answer; where rows have it, exact match is measured", neutral=True
+    )
+    max_new_tokens: int = setting(64, "length of generated answers", unit="tokens", ge=1, neutral=True)
+    n_samples: int = setting(3, "held-out prompts answered by base and tuned model in the report", ge=0, neutral=True)
 
 
 class Recipe(Section):

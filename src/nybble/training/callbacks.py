@@ -1,4 +1,4 @@
-"""What happens beside the steps: logging, evaluation on the way, stopping on a signal or a NaN."""
+"""What happens beside the steps: logging, evaluation on the way, stopping on a signal or in time."""
 
 from __future__ import annotations
 
@@ -7,42 +7,62 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 from transformers import TrainerCallback
 
-from nybble.data import FlatBatch, PadBatch
+from nybble.data import FlatBatch, Groups, PadBatch
 from nybble.data.batches import Group
 from nybble.hardware import PeakMemory
 from nybble.runs import Observer, RunDirectory, StepEvent
 
 
 class CountingBatch:
-    """A collator that also counts tokens, so that no step has to ask the device for them.
+    """A collator that also counts tokens and knows the rows, so that no step has to ask the device for them.
 
-    Batches are made ahead of their use; counts wait in order until their step ends.
+    Batches are made ahead of their use; what is noted of them waits in order until their step ends.
     """
 
     def __init__(self, collate: FlatBatch | PadBatch) -> None:
         self._collate = collate
-        self._waiting: deque[int] = deque()
+        self._waiting: deque[tuple[int, tuple[int, ...]]] = deque()
 
-    def __call__(self, groups: Sequence[Group]) -> dict[str, Any]:
-        """A batch, its tokens noted."""
-        self._waiting.append(sum(len(example["input_ids"]) for group in groups for example in group))
+    def __call__(self, drawn: Sequence[tuple[int, Group]]) -> dict[str, Any]:
+        """A batch of groups with their numbers, both noted."""
+        groups = [group for _, group in drawn]
+        tokens = sum(len(example["input_ids"]) for group in groups for example in group)
+        self._waiting.append((tokens, tuple(number for number, _ in drawn)))
         return self._collate(groups)
 
     def take(self, n_batches: int) -> int:
         """Tokens of the next `n_batches` batches."""
-        return sum(self._waiting.popleft() for _ in range(min(n_batches, len(self._waiting))))
+        return sum(self._waiting.popleft()[0] for _ in range(min(n_batches, len(self._waiting))))
+
+    def groups(self, n_batches: int) -> list[int]:
+        """Numbers of the groups in them."""
+        return [number for _, numbers in islice(self._waiting, n_batches) for number in numbers]
 
     def clear(self) -> None:
         """Forget batches that were made but never trained on (the end of an epoch)."""
         self._waiting.clear()
 
 
+class Drawn(Sequence[tuple[int, Group]]):
+    """Groups, each with its number."""
+
+    def __init__(self, groups: Groups) -> None:
+        self.groups = groups
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, number: Any) -> Any:
+        return number, self.groups[number]
+
+
 class Logbook(TrainerCallback):
-    """Writes events.jsonl and tells the observer; finds NaN."""
+    """Writes events.jsonl and tells the observer."""
 
     def __init__(self, run: RunDirectory, observer: Observer, memory: PeakMemory, batches: CountingBatch) -> None:
         self._run = run
@@ -50,7 +70,6 @@ class Logbook(TrainerCallback):
         self._memory = memory
         self._batches = batches
         self.accumulation: Callable[[], int] = lambda: 1  # micro-batches of the step under way; the trainer knows
-        self.diverged_at: int | None = None
         self.peak_bytes = 0
         self.tokens = 0  # of this process
         self.before: tuple[int, float] = (0, 0.0)  # tokens and seconds of the run that this one resumes
@@ -62,6 +81,14 @@ class Logbook(TrainerCallback):
     def seconds(self) -> float:
         """Since the first step began."""
         return time.monotonic() - self._started
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"tokens": self.before[0] + self.tokens, "seconds": self.before[1] + self.seconds}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.before = (state["tokens"], state["seconds"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._started = time.monotonic()
@@ -94,9 +121,6 @@ class Logbook(TrainerCallback):
         self._memory.reset()
         self._run.append_event(event)
         self._observer.step(event)
-        if not all(math.isfinite(float(logs.get(key, 0.0))) for key in ("loss", "grad_norm")):
-            self.diverged_at = state.global_step
-            control.should_training_stop = True
 
 
 class Checks(TrainerCallback):
@@ -114,14 +138,19 @@ class Checks(TrainerCallback):
             control.should_log = due
 
 
-class StopOnSignal(TrainerCallback):
-    """SIGINT and SIGTERM let the step end and save; a second one ends at once."""
+class Stops(TrainerCallback):
+    """SIGINT, SIGTERM and a limit of time let the micro-batch end and save; a second signal ends at once."""
 
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+    def __init__(self, deadline: float | None, seconds_to_save: Callable[[], float]) -> None:
+        """`deadline`: by the monotonic clock, which no change of the date moves."""
+        self.reason: str | None = None
+        self._deadline = deadline
+        self._seconds_to_save = seconds_to_save
+        self._longest = 0.0  # seconds between two looks at the clock
+        self._looked = time.monotonic()
         self._former: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> StopOnSignal:
+    def __enter__(self) -> Stops:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._former[number] = signal.signal(number, self._handle)
@@ -134,15 +163,30 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _handle(self, number: int, _frame: object) -> None:
-        if self.received is not None:
+        if self.reason is not None:
             self.__exit__()
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        self.reason = signal.Signals(number).name
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.received is not None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._looked = time.monotonic()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._look()
+        if self.reason is not None:
             control.should_save = True
             control.should_training_stop = True
+
+    on_step_end = on_substep_end
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        self._longest, self._looked = max(self._longest, now - self._looked), now
+        if self._deadline is None or self.reason is not None:
+            return
+        # Another micro-batch, and two writes: the one that may be under way and the last.
+        if now + self._longest + 2 * self._seconds_to_save() >= self._deadline:
+            self.reason = "max_seconds"
 
 
 def _number(value: Any) -> float | None:

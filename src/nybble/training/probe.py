@@ -23,9 +23,10 @@ from torch import Tensor
 
 from nybble.data import Example, Groups
 from nybble.errors import InputError, RecipeError, StoppedError
+from nybble.files import write_text
 from nybble.intervals import Sums, interval
 from nybble.recipe import TrainingSection
-from nybble.runs import Evaluation, RunDirectory, Silent, to_json, write_text
+from nybble.runs import Evaluation, RunDirectory, Silent, to_json
 from nybble.training.trainer import Setup, train_model
 from nybble.units import format_seconds
 
@@ -98,7 +99,7 @@ def probe_rates(
         InputError: the loss is no number at any rate.
     """
     kept = setup.run.path / "probe.json"
-    if setup.resume and kept.is_file():
+    if setup.resumed and kept.is_file():
         former = json.loads(kept.read_text(encoding="utf-8"))
         return Probe(**{**former, "branches": tuple(Branch(**branch) for branch in former["branches"])})
     steps, rows = _within_share(groups, section, setup.max_steps, judge)
@@ -109,7 +110,14 @@ def probe_rates(
     for number, rate in enumerate(judge.rates):
         setup.observer.progress("probing learning rates", number, len(judge.rates))
         own = section.model_copy(
-            update={"learning_rate": rate, "logging_steps": 1, "parity_steps": 0, "report_to": "none"}
+            update={
+                "learning_rate": rate,
+                "logging_steps": 1,
+                "parity_steps": 0,
+                "report_to": "none",
+                "bad_batch": "stop",
+                "grad_spike": 0.0,
+            }
         )
         is_finite = _branch(model, tokenizer, groups, own, replace(setup, max_steps=steps))
         found = judge.evaluate(rows) if is_finite else None
@@ -161,9 +169,7 @@ def _branch(model: Any, tokenizer: Any, groups: Groups, section: TrainingSection
     """Train a branch in place, leaving nothing on disk; False where its loss is no number."""
     before = dict(vars(model))
     with tempfile.TemporaryDirectory() as folder:
-        own = replace(
-            setup, run=RunDirectory(Path(folder)), observer=Silent(), check_every=0, resume=False, saves=False
-        )
+        own = replace(setup, run=RunDirectory(Path(folder)), observer=Silent(), check_every=0, checkpointing=None)
         try:
             train_model(model, tokenizer, groups, section, own)
         except StoppedError as error:

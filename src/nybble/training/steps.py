@@ -1,24 +1,24 @@
-"""transformers' Trainer with our seeds and our depth of recomputation."""
+"""The Trainer with our seeds and our depth of recomputation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Trainer
+from torch import Tensor, nn
 
 from nybble.nn.scratch import scratch
 from nybble.nn.seeds import Seeds
 from nybble.training.depth import Recomputation
 from nybble.training.parity import Parity, check, compare
+from nybble.training.resuming import ResumableTrainer
 
 _MICRO_STEPS = 1 << 20  # of one optimizer step, at most
 _SMALL_SHARE = 0.1  # trained parameters below this share: gradients are copied so that a batch can be taken again
 
 
-class StepTrainer(Trainer):
+class StepTrainer(ResumableTrainer):
     """Before each micro-step: the seed of its dropout, and how many layers it recomputes.
 
     A batch that runs out of memory is taken again with more layers recomputed, from the same gradients and seeds: what
@@ -40,21 +40,32 @@ class StepTrainer(Trainer):
         self._told = False
         self._parity_steps = parity_steps
         self.parities: list[Parity] = []
-        self._last = (-1, 0)  # optimizer step, micro-steps of it that are done
+        # Walking over a model's modules takes as long as a small layer: once will do.
+        self._learning = [p for p in self.model.parameters() if p.requires_grad]
+        n_trained, n_all = (sum(p.numel() for p in ps) for ps in (self._learning, self.model.parameters()))
+        self._is_small = n_trained < _SMALL_SHARE * n_all
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch."""
         step = self.state.global_step
-        done = self._last[1] if self._last[0] == step else 0
-        self._last = (step, done + 1)
-        self._seeds.micro_step = step * _MICRO_STEPS + done
+        number, was_done = self.next_micro_batch()
+        if was_done:
+            return torch.zeros((), device=self.args.device)
+        self._seeds.micro_step = step * _MICRO_STEPS + number
         if step < self._parity_steps and "lengths" in inputs:
             self._compare(model, inputs, num_items_in_batch)
+        loss = self._step(model, inputs, num_items_in_batch)
+        self.step_loss += loss
+        return loss
+
+    def _step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        """Again with more layers recomputed, as long as it runs out of memory."""
+        step = self.state.global_step
         if self._recomputation is None:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
         n_tokens = inputs["input_ids"].numel()
         self._recomputation.prepare(n_tokens)
-        before = _Gradients(model)
+        before = _Gradients(self._learning, self._is_small)
         while True:
             try:
                 return super().training_step(model, dict(inputs), num_items_in_batch)  # type: ignore[no-any-return]
@@ -99,13 +110,11 @@ class StepTrainer(Trainer):
 class _Gradients:
     """Gradients of the micro-batches before this one."""
 
-    def __init__(self, model: Any) -> None:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        n_trained, n_all = (sum(p.numel() for p in ps) for ps in (trained, model.parameters()))
+    def __init__(self, trained: Sequence[nn.Parameter], may_copy: bool) -> None:
         self._trained = trained
         self._values: list[Tensor | None] = [None] * len(trained)
         self.kept = all(p.grad is None for p in trained)
-        if not self.kept and n_trained < _SMALL_SHARE * n_all:
+        if not self.kept and may_copy:
             self._values = [None if p.grad is None else p.grad.clone() for p in trained]
             self.kept = True
 

@@ -7,7 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,8 +52,11 @@ class Witness:
         else:
             self.record.status = "stopped" if isinstance(error, StoppedError | KeyboardInterrupt) else "failed"
             self.record.notes.append(str(error) if isinstance(error, NybbleError) else type(error).__name__)
-        if isinstance(error, InputError) and not self._began:
+        if isinstance(error, InputError) and not self._began and self._run.last_checkpoint() is None:
             self._run.discard()
+        elif isinstance(error, OSError):
+            with suppress(OSError):  # the disk that refused may refuse this, too
+                self.write()
         else:
             self.write()
 

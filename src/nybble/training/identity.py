@@ -1,0 +1,97 @@
+"""What a training is: if any of it changed, a resumed run would be another one.
+
+Weights, tokenizer and rows count by content, wherever they lie now; settings count by value, but for those that the
+schema calls neutral (where it runs, what it may take, what it tells).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nybble.data import Prepared
+from nybble.recipe import Recipe, all_settings
+
+_CONTENT = {"base": "the base weights", "tokenizer": "the tokenizer", "rows": "the rows"}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Of one training."""
+
+    base: str  # SHA-256, over the files of the weights
+    tokenizer: str  # SHA-256
+    rows: str  # SHA-256, over the examples in order, and what of them is learned
+    settings: dict[str, Any]  # of the recipe, by path
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """How this training differs from the `other` (a dict of `to_json`), in words."""
+        found = [words for name, words in _CONTENT.items() if getattr(self, name) != other.get(name)]
+        there = other.get("settings")
+        there = there if isinstance(there, dict) else {}
+        here: dict[str, Any] = json.loads(json.dumps(self.settings))  # as a file gives it back: no tuples
+        changed = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+        return found + [f"{name} (was {there.get(name)!r}, is {here.get(name)!r})" for name in changed]
+
+
+def identify(
+    recipe: Recipe, base: Path, tokenizer: Any, prepared: Prepared, hash_of: Callable[[Path], str]
+) -> Identity:
+    """The identity of a training.
+
+    Args:
+        recipe: of the run.
+        base: folder of the original weights.
+        tokenizer: as it will be used, with its template.
+        prepared: the rows.
+        hash_of: SHA-256 of a file.
+    """
+    return Identity(
+        base=_digest(sorted(hash_of(file) for file in base.glob("*.safetensors"))),
+        tokenizer=_tokenizer(tokenizer),
+        rows=_rows(prepared),
+        settings=_settings(recipe),
+    )
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    found = {}
+    values = recipe.model_dump(mode="json")
+    for item in all_settings():
+        if not item.is_neutral:
+            found[item.path] = values[item.section][item.name] if item.section else values[item.name]
+    training = recipe.training
+    # How they are split is neutral.
+    found["rows a step"] = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    return found
+
+
+def _tokenizer(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        content = json.loads(backend.to_str())
+        content = {key: value for key, value in content.items() if key not in ("padding", "truncation")}
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return _digest([content, special, tokenizer.chat_template])
+
+
+def _rows(prepared: Prepared) -> str:
+    """Rows of one key have the same tokens, and the rows' own hash stands for all their text."""
+    digest = hashlib.sha256(prepared.fingerprint.encode())
+    for column in ("row", "key", "length", "n_trained"):
+        digest.update(prepared.train.column(column).tobytes())
+    return digest.hexdigest()
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
