@@ -4,11 +4,13 @@ from nybble.kernels.choices import LADDERS, Choice, ladder, take
 from nybble.kernels.eager import is_eager
 from nybble.kernels.ops import ENCODERS, dequantize, most_rows, multiply, multiply_dense, quantize
 from nybble.kernels.paths import path_for, path_named, path_reasons, paths_taken, unavailable
+from nybble.kernels.plain import LowRank
 
 __all__ = [
     "ENCODERS",
     "LADDERS",
     "Choice",
+    "LowRank",
     "dequantize",
     "is_eager",
     "ladder",

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nybble.kernels import plain
+from nybble.kernels.plain import LowRank
 from nybble.quant import PackedWeight, codebook, dynamic_codebook
 from nybble.quant.search import FACTORS, NEIGHBOURS
 
@@ -101,8 +102,13 @@ class _Product(ctypes.Structure):
         ("rows", _Size),
         ("in_features", _Size),
         ("out_features", _Size),
+        ("a", _Pointer),
+        ("b", _Pointer),
+        ("rank", _Size),
+        ("scaling", ctypes.c_float),
         ("wide", _Pointer),
         ("stride", _Size),
+        ("inner", _Pointer),
     )
 
 
@@ -130,31 +136,35 @@ def most_rows(dtype: torch.dtype, weight: PackedWeight) -> int:
     return _MANY_ROWS if many else MAX_ROWS
 
 
-def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
-    """x W^T, `(rows, out_features)` in the type of x; W is decoded a few KiB at a time and never written out."""
+def multiply(x: Tensor, weight: PackedWeight, low_rank: LowRank | None = None) -> Tensor:
+    """x (W + s B A)^T, `(rows, out_features)` in the type of x; W is decoded a few KiB at a time, never written out."""
     if x.dtype not in DTYPES or not 1 <= x.shape[0] <= most_rows(x.dtype, weight):
-        return plain.multiply(x, weight)
+        return plain.multiply(x, weight, low_rank)
     packed, _kept = _packed(weight)
-    return _multiply(x, weight.shape[0], ctypes.addressof(packed), None)
+    return _multiply(x, weight.shape[0], ctypes.addressof(packed), None, low_rank)
 
 
-def multiply_dense(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T, `(rows, out_features)`, x and W `(out_features, in_features)` of one type."""
+def multiply_dense(x: Tensor, weight: Tensor, low_rank: LowRank | None = None) -> Tensor:
+    """The same for W `(out_features, in_features)` in the type of x."""
     if x.dtype not in DTYPES or weight.dtype != x.dtype or not 1 <= x.shape[0] <= MAX_ROWS:
-        return plain.multiply_dense(x, weight)
+        return plain.multiply_dense(x, weight, low_rank)
     weight = weight.contiguous()
-    return _multiply(x, weight.shape[0], None, weight.data_ptr())
+    return _multiply(x, weight.shape[0], None, weight.data_ptr(), low_rank)
 
 
-def _multiply(x: Tensor, n: int, packed: int | None, dense: int | None) -> Tensor:
-    """x W^T by the library, for W at one of two addresses; its memory is alive in the caller."""
+def _multiply(x: Tensor, n: int, packed: int | None, dense: int | None, low_rank: LowRank | None) -> Tensor:
+    """The product by the library, for W at one of two addresses; its memory is alive in the caller."""
     rows, k = x.shape
     out = x.new_empty(rows, n)
     product = _Product(packed, dense, x.data_ptr(), out.data_ptr(), DTYPES[x.dtype], rows, k, n)
+    added = low_rank if rows <= MAX_ROWS else None
+    if added is not None:
+        a, b = (factor.float().contiguous() for factor in added[:2])
+        product.a, product.b, product.rank, product.scaling = a.data_ptr(), b.data_ptr(), a.shape[0], added.scaling
     threads = min(torch.get_num_threads(), 1 + n * k // _MULTIPLIED)
     if load_library().nybble_multiply(ctypes.byref(product), threads):
         raise MemoryError(f"no memory for {rows} rows of {k} numbers")
-    return out
+    return out if low_rank is None or added is not None else low_rank.added(out, x)
 
 
 def search_scales(flat: Tensor, quant_type: str, block_size: int, signed: bool) -> Tensor:

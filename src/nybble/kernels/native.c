@@ -152,8 +152,13 @@ typedef struct {
     int64_t rows;
     int64_t in_features;
     int64_t out_features;
+    const float *a; /* (rank, in_features), or null: s B A is added to W */
+    const float *b; /* (out_features, rank) */
+    int64_t rank;
+    float scaling;
     float *wide;    /* (rows, stride): x in float32, in the order that the loops want; set here */
     int64_t stride; /* in_features rounded up to a multiple of 128; set here */
+    float *inner;   /* (rows, rank): s x A^T; set here */
 } Product;
 
 static int64_t width_of(int64_t dtype)
@@ -216,8 +221,15 @@ static void order(const Product *product)
 enum { MANY_ROWS = 256 }; /* at most */
 enum { STEP = 64 }; /* features that a thread takes at a time, about 5 us: all are done at about the same time */
 
-static void put(const Product *product, int64_t feature, int64_t first, int64_t rows, const float *sums)
+static void put(const Product *product, int64_t feature, int64_t first, int64_t rows, float *sums)
 {
+    if (product->a) {
+        float added[MAX_ROWS];
+        active->dense(product->b + feature * product->rank, FLOAT32, product->rank,
+                      product->inner + first * product->rank, product->rank, rows, added);
+        for (int64_t row = 0; row < rows; row++)
+            sums[row] += added[row];
+    }
     for (int64_t row = 0; row < rows; row++) {
         int64_t place = (first + row) * product->out_features + feature;
         if (product->dtype == FLOAT32)
@@ -316,6 +328,21 @@ static void multiply_dense(const void *given, int64_t first, int64_t last)
     }
 }
 
+/* s x A^T, with x in the room for it as it stands. */
+static void reduce(const Product *product)
+{
+    int64_t width = width_of(product->dtype);
+    for (int64_t row = 0; row < product->rows; row++) {
+        active->widen((const char *)product->x + row * product->in_features * width, product->dtype,
+                      product->in_features, product->wide);
+        for (int64_t i = 0; i < product->rank; i++) {
+            float *sum = product->inner + row * product->rank + i;
+            active->dense(product->a + i * product->in_features, FLOAT32, product->in_features, product->wide, 0, 1, sum);
+            *sum *= product->scaling;
+        }
+    }
+}
+
 /* x W^T on `threads` threads; a feature is the work of one of them, so that their number changes no bit. Returns 0, or -1
 where there is no memory. */
 EXPORT int nybble_multiply(Product *product, int64_t threads)
@@ -328,14 +355,18 @@ EXPORT int nybble_multiply(Product *product, int64_t threads)
     static _Thread_local int64_t size;
     Loop loop = product->packed == 0 ? multiply_dense : is_even(product) ? multiply_codes : multiply_decoded;
     product->stride = (product->in_features + 127) / 128 * 128;
-    if (size < product->rows * product->stride) {
+    int64_t needed = product->rows * (product->stride + product->rank);
+    if (size < needed) {
         free(room);
-        size = product->rows * product->stride;
+        size = needed;
         room = malloc((size_t)size * sizeof *room);
         if (!room)
             return (int)(size = 0) - 1;
     }
     product->wide = room;
+    product->inner = room + product->rows * product->stride;
+    if (product->a)
+        reduce(product);
     (is_half(product) ? order : widen)(product);
     share(loop, product, product->out_features, STEP, threads);
     return 0;

@@ -18,8 +18,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from nybble.kernels import plain
 from nybble.kernels.eager import is_eager
 from nybble.kernels.paths import path_for
+from nybble.kernels.plain import LowRank
 from nybble.quant import PackedWeight, encode, encode_searched
 
 ENCODERS = ("absmax", "search")
@@ -48,21 +50,21 @@ def most_rows(x: Tensor, weight: PackedWeight) -> int:
     return path_for(x.device, "gemv_4bit").most_rows(x.dtype, weight)
 
 
-def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
-    """x W^T for up to 8 rows, or `most_rows`; `(rows, out_features)` in the type of x, float32 sums. No gradients."""
+def multiply(x: Tensor, weight: PackedWeight, low_rank: LowRank | None = None) -> Tensor:
+    """x (W + s B A)^T for up to 8 rows, or `most_rows`: `(rows, out_features)` in the type of x. No gradients."""
     if is_eager(x, weight.packed):
-        return path_for(x.device, "gemv_4bit").multiply(x.contiguous(), weight)
+        return path_for(x.device, "gemv_4bit").multiply(x.contiguous(), weight, low_rank)
     result: Tensor = torch.ops.nybble.gemv_4bit(
         x, *_tensors(weight), weight.quant_type, weight.block_size, weight.shape[0]
     )
-    return result
+    return result if low_rank is None else low_rank.added(result, x)
 
 
-def multiply_dense(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T for up to 8 rows and W `(out_features, in_features)` of the type of x. No gradients."""
+def multiply_dense(x: Tensor, weight: Tensor, low_rank: LowRank | None = None) -> Tensor:
+    """The same for up to 8 rows and W `(out_features, in_features)` of the type of x."""
     if is_eager(x, weight):
-        return path_for(x.device, "gemv_4bit").multiply_dense(x.contiguous(), weight)
-    return x @ weight.t()
+        return path_for(x.device, "gemv_4bit").multiply_dense(x.contiguous(), weight, low_rank)
+    return plain.multiply_dense(x, weight, low_rank)
 
 
 def quantize(
