@@ -226,7 +226,16 @@ def _run(name: str, arguments: ctypes.Structure, n: int, elements: int) -> None:
 def _loops() -> ctypes.CDLL:
     """The library, its row loops declared."""
     library = load_library()
-    for name in ("rms_norm", "rms_norm_backward", "gated", "gated_backward", "dropout", "cross_entropy", "rope", "glance"):
+    for name in (
+        "rms_norm",
+        "rms_norm_backward",
+        "gated",
+        "gated_backward",
+        "dropout",
+        "cross_entropy",
+        "rope",
+        "glance",
+    ):
         loop = getattr(library, f"nybble_{name}")
         loop.argtypes, loop.restype = (_Pointer, _Size, _Size), None
     return library

@@ -24,6 +24,7 @@ and there is no PyInit. */
 
 enum { ISA_PLAIN, ISA_AVX2, ISA_AVX512, ISA_BF16 };
 
+static int chosen = ISA_PLAIN;
 static const Kernels *active = &PLAIN;
 static const RowKernels *active_rows = &set_plain_rows;
 
@@ -51,6 +52,7 @@ EXPORT int nybble_set_isa(int isa)
 {
     if (isa < ISA_PLAIN || isa > nybble_best_isa())
         return -1;
+    chosen = isa;
 #if defined(__x86_64__)
     active = isa >= ISA_AVX512 ? &WITH_AVX512 : isa == ISA_AVX2 ? &WITH_AVX2 : &PLAIN;
     active_rows = isa >= ISA_AVX512 ? &set_avx512_rows : isa == ISA_AVX2 ? &set_avx2_rows : &set_plain_rows;
@@ -59,6 +61,12 @@ EXPORT int nybble_set_isa(int isa)
 #endif
 #endif
     return isa;
+}
+
+/* The set that is chosen. */
+EXPORT int nybble_isa(void)
+{
+    return chosen;
 }
 
 /* ---- several threads ---- */
@@ -144,8 +152,13 @@ typedef struct {
     int64_t rows;
     int64_t in_features;
     int64_t out_features;
+    const float *a; /* (rank, in_features), or null: s B A is added to W */
+    const float *b; /* (out_features, rank) */
+    int64_t rank;
+    float scaling;
     float *wide;    /* (rows, stride): x in float32, in the order that the loops want; set here */
     int64_t stride; /* in_features rounded up to a multiple of 128; set here */
+    float *inner;   /* (rows, rank): s x A^T; set here */
 } Product;
 
 static int64_t width_of(int64_t dtype)
@@ -205,10 +218,18 @@ static void order(const Product *product)
     }
 }
 
+enum { MANY_ROWS = 256 }; /* at most */
 enum { STEP = 64 }; /* features that a thread takes at a time, about 5 us: all are done at about the same time */
 
-static void put(const Product *product, int64_t feature, int64_t first, int64_t rows, const float *sums)
+static void put(const Product *product, int64_t feature, int64_t first, int64_t rows, float *sums)
 {
+    if (product->a) {
+        float added[MAX_ROWS];
+        active->dense(product->b + feature * product->rank, FLOAT32, product->rank,
+                      product->inner + first * product->rank, product->rank, rows, added);
+        for (int64_t row = 0; row < rows; row++)
+            sums[row] += added[row];
+    }
     for (int64_t row = 0; row < rows; row++) {
         int64_t place = (first + row) * product->out_features + feature;
         if (product->dtype == FLOAT32)
@@ -237,6 +258,38 @@ static void multiply_codes(const void *given, int64_t first, int64_t last)
             for (int64_t i = 0; i < count; i++)
                 put(product, first + i, row, rows, sums + i * rows);
         }
+    }
+}
+
+/* For more rows, in bfloat16: TILE features are decoded, some thousand columns at a time, and meet all rows while they
+lie in the first-level cache. Rounded as `nybble_decode` rounds. */
+static void multiply_tiles(const void *given, int64_t first, int64_t last)
+{
+    enum { COLUMNS = 2048 };
+    const Product *product = given;
+    const Packed *p = product->packed;
+    uint16_t decoded[TILE][MAX_BLOCK + 32]; /* side by side they would fall on the same lines of the cache */
+    int64_t k = product->in_features, rows = product->rows, width = p->block > COLUMNS ? p->block : COLUMNS;
+    for (int64_t feature = first; feature < last; feature += TILE) {
+        float sums[MANY_ROWS][TILE] = {{0}};
+        int64_t count = last - feature < TILE ? last - feature : TILE;
+        for (int64_t from = 0; from < k; from += width) {
+            int64_t n = k - from < width ? k - from : width;
+            const uint16_t *w[TILE], *x[TILE];
+            for (int64_t i = 0; i < TILE; i++) {
+                w[i] = decoded[i < count ? i : count - 1];
+                if (i < count)
+                    decode_run(p, ((feature + i) * k + from) / p->block, n / p->block, BFLOAT16, decoded[i]);
+            }
+            for (int64_t row = 0; row < rows; row += TILE) { /* sums of rows that are not there fall behind the last */
+                for (int64_t i = 0; i < TILE; i++)
+                    x[i] = (const uint16_t *)product->x + (row + i < rows ? row + i : rows - 1) * k + from;
+                active->tile16(x, w, n, sums + row);
+            }
+        }
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t i = 0; i < count; i++)
+                ((uint16_t *)product->out)[row * product->out_features + feature + i] = bfloat_of_float(sums[row][i]);
     }
 }
 
@@ -275,22 +328,45 @@ static void multiply_dense(const void *given, int64_t first, int64_t last)
     }
 }
 
+/* s x A^T, with x in the room for it as it stands. */
+static void reduce(const Product *product)
+{
+    int64_t width = width_of(product->dtype);
+    for (int64_t row = 0; row < product->rows; row++) {
+        active->widen((const char *)product->x + row * product->in_features * width, product->dtype,
+                      product->in_features, product->wide);
+        for (int64_t i = 0; i < product->rank; i++) {
+            float *sum = product->inner + row * product->rank + i;
+            active->dense(product->a + i * product->in_features, FLOAT32, product->in_features, product->wide, 0, 1, sum);
+            *sum *= product->scaling;
+        }
+    }
+}
+
 /* x W^T on `threads` threads; a feature is the work of one of them, so that their number changes no bit. Returns 0, or -1
 where there is no memory. */
 EXPORT int nybble_multiply(Product *product, int64_t threads)
 {
+    if (is_half(product) && product->rows > MAX_ROWS) {
+        share(multiply_tiles, product, product->out_features, STEP, threads);
+        return 0;
+    }
     static _Thread_local float *room; /* kept, as long as the thread lives and longer: asked for with every product */
     static _Thread_local int64_t size;
     Loop loop = product->packed == 0 ? multiply_dense : is_even(product) ? multiply_codes : multiply_decoded;
     product->stride = (product->in_features + 127) / 128 * 128;
-    if (size < product->rows * product->stride) {
+    int64_t needed = product->rows * (product->stride + product->rank);
+    if (size < needed) {
         free(room);
-        size = product->rows * product->stride;
+        size = needed;
         room = malloc((size_t)size * sizeof *room);
         if (!room)
             return (int)(size = 0) - 1;
     }
     product->wide = room;
+    product->inner = room + product->rows * product->stride;
+    if (product->a)
+        reduce(product);
     (is_half(product) ? order : widen)(product);
     share(loop, product, product->out_features, STEP, threads);
     return 0;

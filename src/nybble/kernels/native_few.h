@@ -56,7 +56,7 @@ AVX512 static inline __attribute__((always_inline)) __m512 scales_avx512(const P
 
 #define SHARED_AVX512 widen_avx2, errors_avx512, nearest_avx512, decode_avx512, dot_avx512, dense_avx512, 16, multiply_avx512
 
-static const Kernels WITH_AVX512 = {SHARED_AVX512, 0};
+static const Kernels WITH_AVX512 = {SHARED_AVX512, 0, 0};
 
 /* ---- AVX512-BF16 ---- */
 
@@ -68,7 +68,8 @@ static const Kernels WITH_AVX512 = {SHARED_AVX512, 0};
 
 #ifdef HAS_BF16
 
-#define SET __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512bf16")))
+#define BF16 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512bf16")))
+#define SET BF16
 #define FN(name) name##_bf16
 #define NUMBER uint16_t
 #define TABLE __m512i
@@ -80,7 +81,32 @@ static const Kernels WITH_AVX512 = {SHARED_AVX512, 0};
 #define ADD(sums, values, x) _mm512_dpbf16_ps(sums, (__m512bh)(values), (__m512bh)_mm512_loadu_si512(x))
 #include "native_few_loops.h"
 
-static const Kernels WITH_BF16 = {SHARED_AVX512, multiply_bf16};
+/* sums[row][feature] += row of x times feature, for 4 of each side by side, over n columns: a multiple of 32. */
+BF16 static void tile_bf16(const uint16_t *const *x, const uint16_t *const *w, int64_t n, float (*sums)[TILE])
+{
+    __m512 lanes[TILE][TILE];
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE * TILE; i++)
+        lanes[i / TILE][i % TILE] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < n; i += 32) {
+        __m512bh rows[TILE];
+#pragma GCC unroll 4
+        for (int row = 0; row < TILE; row++)
+            rows[row] = (__m512bh)_mm512_loadu_si512(x[row] + i);
+#pragma GCC unroll 4
+        for (int feature = 0; feature < TILE; feature++) {
+            __m512bh weights = (__m512bh)_mm512_loadu_si512(w[feature] + i);
+#pragma GCC unroll 4
+            for (int row = 0; row < TILE; row++)
+                lanes[row][feature] = _mm512_dpbf16_ps(lanes[row][feature], rows[row], weights);
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE * TILE; i++)
+        sums[i / TILE][i % TILE] += _mm512_reduce_add_ps(lanes[i / TILE][i % TILE]);
+}
+
+static const Kernels WITH_BF16 = {SHARED_AVX512, multiply_bf16, tile_bf16};
 
 #endif
 

@@ -14,6 +14,7 @@
 #define MAX_BLOCK 4096
 #define MAX_CANDIDATES 64
 #define MAX_ROWS 8
+#define TILE 4
 #define LANES 16
 #define TINY 1e-38f
 
@@ -88,6 +89,7 @@ typedef struct {
     void (*multiply)(const Piece *piece, const float *x, int64_t stride, int64_t rows, float *sums);
     /* the same for x in bfloat16, with values in bfloat16; or null */
     void (*multiply16)(const Piece *piece, const uint16_t *x, int64_t stride, int64_t rows, float *sums);
+    void (*tile16)(const uint16_t *const *x, const uint16_t *const *w, int64_t n, float (*sums)[TILE]);
 } Kernels;
 
 static inline float inverse_of(float scale)
@@ -277,4 +279,4 @@ static float dot_plain(const float *a, const float *b, int64_t n)
 
 DENSE(, plain)
 
-static const Kernels PLAIN = {widen_plain, errors_plain, nearest_plain, decode_plain, dot_plain, dense_plain, 0, 0, 0};
+static const Kernels PLAIN = {widen_plain, errors_plain, nearest_plain, decode_plain, dot_plain, dense_plain, 0, 0, 0, 0};

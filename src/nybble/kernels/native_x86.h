@@ -218,7 +218,7 @@ EACH_NUMBER_OF_ROWS(AVX2, rows_avx2)
 DENSE(AVX2, avx2)
 
 static const Kernels WITH_AVX2 = {widen_avx2, errors_avx2, nearest_avx2, decode_avx2,        dot_avx2,
-                                  dense_avx2, 8,           rows_avx2_by_number, 0};
+                                  dense_avx2, 8,           rows_avx2_by_number, 0, 0};
 
 /* ---- AVX-512 ---- */
 
@@ -331,6 +331,17 @@ AVX512 static inline __attribute__((always_inline)) __m512 wide_avx512(const cha
                             : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
+/* The same of `left` numbers, and zeros. */
+AVX512 static inline __attribute__((always_inline)) __m512 some_avx512(const char *from, int64_t dtype, int64_t left)
+{
+    __mmask16 present = left < 16 ? (__mmask16)((1u << left) - 1) : 0xFFFF;
+    if (dtype == FLOAT32)
+        return _mm512_maskz_loadu_ps(present, from);
+    char halves[32] = {0};
+    memcpy(halves, from, (size_t)(left < 16 ? left : 16) * 2);
+    return wide_avx512(halves, dtype);
+}
+
 AVX512 static inline __attribute__((always_inline)) void numbers_avx512(const char *w, int64_t dtype, int64_t n,
                                                                         const float *x, int64_t stride, int rows,
                                                                         float *sums)
@@ -351,15 +362,18 @@ AVX512 static inline __attribute__((always_inline)) void numbers_avx512(const ch
             lanes[2 * row + 1] = _mm512_fmadd_ps(second, _mm512_loadu_ps(columns + 16), lanes[2 * row + 1]);
         }
     }
+    for (; i < n; i += 16) { /* at most two */
+        __m512 rest = some_avx512(w + i * width, dtype, n - i);
+        __mmask16 present = n - i < 16 ? (__mmask16)((1u << (n - i)) - 1) : 0xFFFF;
+#pragma GCC unroll 8
+        for (int row = 0; row < rows; row++) {
+            __m512 columns = _mm512_maskz_loadu_ps(present, x + row * stride + i);
+            lanes[2 * row] = _mm512_fmadd_ps(rest, columns, lanes[2 * row]);
+        }
+    }
 #pragma GCC unroll 8
     for (int row = 0; row < rows; row++)
         sums[row] = _mm512_reduce_add_ps(_mm512_add_ps(lanes[2 * row], lanes[2 * row + 1]));
-    if (i < n) {
-        float values[32];
-        widen_avx2(w + i * width, dtype, n - i, values);
-        for (int row = 0; row < rows; row++)
-            sums[row] += dot_plain(values, x + row * stride + i, n - i);
-    }
 }
 
 AVX512 static void dense_avx512(const void *w, int64_t dtype, int64_t n, const float *x, int64_t stride, int64_t rows,
@@ -369,6 +383,8 @@ AVX512 static void dense_avx512(const void *w, int64_t dtype, int64_t n, const f
         int some = rows < 4 ? (int)rows : 4;
         if (dtype == BFLOAT16 && some == 1)
             numbers_avx512(w, BFLOAT16, n, x, stride, 1, sums);
+        else if (dtype == FLOAT32 && some == 1)
+            numbers_avx512(w, FLOAT32, n, x, stride, 1, sums);
         else if (some == 1)
             numbers_avx512(w, dtype, n, x, stride, 1, sums);
         else if (some == 2)

@@ -146,7 +146,6 @@ def _is_step(module: Any, hidden_states: Tensor, settings: dict[str, Any]) -> bo
         and settings.get("attention_mask") is None
         and settings.get("past_key_values") is not None
         and not getattr(module, "attn_logit_softcapping", None)
-        and not torch.is_autocast_enabled(hidden_states.device.type)
     )
 
 
@@ -180,7 +179,7 @@ def _mlp(family: Family, activation: str, module: Any, x: Tensor) -> Tensor:
 
 
 def _head(module: nn.Linear, x: Tensor) -> Tensor:
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+    if torch.is_grad_enabled():
         return type(module).forward(module, x)
     return project(x, (Projection(module, module.weight.dtype),))[0]
 

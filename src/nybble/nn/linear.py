@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nybble.kernels import dequantize
+from nybble.kernels import dequantize, is_eager
 from nybble.nn.projection import Projection, project
 from nybble.nn.scratch import scratch
 from nybble.quant import SUFFIXES, PackedWeight, from_bnb, to_bnb
@@ -70,20 +70,26 @@ class Linear4bit(nn.Linear):
 
     @property
     def packed(self) -> PackedWeight:
-        """The weight as a value; shares memory with the layer. The same object as long as that memory is the same."""
+        """The weight as a value; shares memory with the layer."""
         weight, absmax, kept = self._parameters["weight"], self._buffers["absmax"], self._packed
+        if weight is None or absmax is None or not is_eager(weight, absmax):
+            return self._value()
+        # One token needs it of every layer: made anew only where the layer has other memory.
         if kept is None or kept.absmax is not absmax or kept.packed.data_ptr() != weight.data_ptr():
-            kept = self._packed = PackedWeight(
-                weight.data,
-                absmax,
-                (self.out_features, self.in_features),
-                self.block_size,
-                self.quant_type,
-                self.source_dtype,
-                self.nested_absmax,
-                self.nested_offset,
-            )
+            kept = self._packed = self._value()
         return kept
+
+    def _value(self) -> PackedWeight:
+        return PackedWeight(
+            self.weight.data,
+            self.absmax,
+            (self.out_features, self.in_features),
+            self.block_size,
+            self.quant_type,
+            self.source_dtype,
+            self.nested_absmax,
+            self.nested_offset,
+        )
 
     @property
     def is_packed(self) -> bool:
@@ -125,6 +131,7 @@ class Linear4bit(nn.Linear):
     def _apply(self, fn: Any, recurse: bool = True) -> Linear4bit:
         """`.to()` and its kin move the scales and never round them: other scales would be other weights."""
         scales = {name: getattr(self, name) for name in _SCALES}
+        self._packed = None
         super()._apply(fn, recurse)
         for name, before in scales.items():
             if before is not None and getattr(self, name).dtype != before.dtype:

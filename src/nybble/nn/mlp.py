@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nybble.kernels import rows
-from nybble.nn.projection import Kept, Projection, adapter_gradients, input_gradient, kept_of, product
+from nybble.nn.projection import Kept, Projection, adapter_gradients, input_gradient, kept_of, product, without_autocast
 from nybble.nn.recompute import recomputing
 
 
@@ -41,7 +41,7 @@ class GatedMlp:
         """`(..., hidden)` to the same, in the type of x."""
         flat = x.reshape(-1, x.shape[-1]).to(self.down.dtype)
         adapters = [p.adapter for p in self.projections if p.adapter is not None]
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x, self.down.dtype):
             if torch.is_grad_enabled():
                 whole = _TiledMlp if 0 < self.tile_rows < len(flat) else _GatedMlp
                 y = whole.apply(flat, self, *(master for a in adapters for master in (a.a, a.b)))

@@ -12,6 +12,7 @@ pass, so no mask is stored. Adapters' gradients have the type of their masters; 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, cast
@@ -20,13 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nybble.kernels import multiply, multiply_dense, rows
+from nybble.kernels import LowRank, most_rows, multiply, multiply_dense, rows
 from nybble.kernels.plain_rows import seed_from
 from nybble.nn.scratch import scratch
 
-# Rows that generation has at a time and that are multiplied without writing the decoded weight: from about 5 on,
-# decoding and a 16-bit product are faster on a CPU.
-FEW_ROWS = 4
+FEW_ROWS = 4  # as generation has them, with weights of 16 bits
 
 
 @dataclass(frozen=True)
@@ -88,13 +87,7 @@ def project(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
     """`(..., in_features)` through each of `projections`, which share x and a compute type; in the type of x."""
     dtype = projections[0].dtype
     flat = x.reshape(-1, x.shape[-1]).to(dtype)
-    if not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
-        results = [product(flat, p, generating=True)[0] for p in projections]
-        if x.dim() == 2 and x.dtype == dtype:
-            return results
-        return [y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype) for y in results]
-    # Autocast would cast again what is already in the compute type.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x, dtype):
         if torch.is_grad_enabled():
             adapters = [p.adapter for p in projections if p.adapter is not None]
             masters = [tensor for adapter in adapters for tensor in (adapter.a, adapter.b)]
@@ -104,7 +97,20 @@ def project(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
             ]
         else:
             results = [product(flat, p, generating=True)[0] for p in projections]
+    if x.dim() == 2 and x.dtype == dtype:
+        return results
     return [y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype) for y in results]
+
+
+def without_autocast(x: Tensor, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Autocast would cast again what is in the compute type already.
+
+    Where it casts to that type it may stay: leaving it takes longer than all else that one token needs of a layer.
+    """
+    kind = x.device.type
+    if not torch.is_grad_enabled() and (not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) == dtype):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 @dataclass(frozen=True)
@@ -117,12 +123,15 @@ class Kept:
 
 
 def product(x: Tensor, p: Projection, generating: bool = False) -> tuple[Tensor, Kept | None]:
-    """y of x `(n, in_features)`, and what its backward needs; `generating`: a few rows may take the way for them."""
+    """y of x `(n, in_features)`, and what its backward needs; `generating`: without gradients."""
     layer, adapter = p.layer, p.adapter
-    few = generating and 0 < x.shape[0] <= FEW_ROWS
-    y = _few_rows(x, layer) if few else _times_transposed(x, p)
+    y = _few_rows(x, p) if generating else None
+    if y is None:
+        y = _times_transposed(x, p)
+    else:
+        adapter = None
     bias = layer._parameters["bias"]  # torch's own way to it takes longer than a token has
-    if bias is not None and not bias.requires_grad:
+    if bias is not None and (generating or not bias.requires_grad):
         y += bias.to(y.dtype)
     if adapter is None:
         return y, None
@@ -144,9 +153,18 @@ def _times_transposed(x: Tensor, p: Projection) -> Tensor:
     return cast(Tensor, y)
 
 
-def _few_rows(x: Tensor, layer: nn.Linear) -> Tensor:
-    packed = getattr(layer, "packed", None)
-    return multiply_dense(x, layer.weight.to(x.dtype)) if packed is None else multiply(x, packed)
+def _few_rows(x: Tensor, p: Projection) -> Tensor | None:
+    """The base's part and the adapter's where a way without decoding is faster; no gradients."""
+    layer, adapter, rows = p.layer, p.adapter, x.shape[0]
+    packed, low_rank = getattr(layer, "packed", None), None
+    if adapter is not None and adapter.dropout:
+        return None
+    if adapter is not None:
+        low_rank = LowRank(adapter.a, adapter.b, adapter.scaling)
+    if packed is not None:
+        return multiply(x, packed, low_rank) if 0 < rows <= most_rows(x, packed) else None
+    weight = layer.weight
+    return multiply_dense(x, weight, low_rank) if 0 < rows <= FEW_ROWS and weight.dtype == x.dtype else None
 
 
 def kept_of(x: Tensor, adapter: Adapter) -> Kept:
