@@ -26,7 +26,7 @@ from nybble.data import (
 )
 from nybble.errors import RecipeError
 from nybble.files import whole_folder, write_text
-from nybble.job import Job, prepare
+from nybble.job import Job, check_shared, prepare, prepare_all
 from nybble.kernels import path_reasons, paths_taken
 from nybble.models import (
     Starts,
@@ -42,9 +42,10 @@ from nybble.models import (
     save_whole,
     write_note,
 )
-from nybble.recipe import Recipe, in_micro_batches, load_recipe, refusal, save_recipe, within_context
+from nybble.processes import joined
+from nybble.recipe import Recipe, in_micro_batches, load_recipe, refusal, save_recipe, shared_among, within_context
 from nybble.reporting import model_card, rewrite_report, write_report
-from nybble.runs import Observer, RunRecord, Sample, Silent
+from nybble.runs import Observer, RunDirectory, RunRecord, Sample, Silent
 from nybble.training import (
     Judge,
     Probe,
@@ -71,30 +72,44 @@ def train(
     """Fine-tune as `recipe` says (a Recipe or a YAML file, with `overrides` on top); everything lands in output_dir.
 
     `resume` goes on from the newest undamaged checkpoint; a run that has none yet begins anew. With `force`, what the
-    plan says cannot fit is tried, and a run is resumed although what it learns from has changed.
+    plan says cannot fit is tried, and a run is resumed although what it learns from has changed. Started by a launcher
+    such as torchrun, each process takes its share of every step; the first one writes, and tells the observer.
 
     Raises:
         InputError, CannotRunError, StoppedError: see `nybble.errors`; nothing is written before model, tokenizer and
             rows are known to be usable.
     """
-    job = prepare(_as_recipe(recipe, overrides), overwrite, resume, force, observer or Silent())
+    resolved = _as_recipe(recipe, overrides)
+    with joined(resolved.model.device == "cpu") as processes:
+        if processes.restarts and RunDirectory(Path(resolved.training.output_dir).expanduser()).is_begun:
+            overwrite, resume = False, True  # the launcher began anew what failed
+        watch = (observer if processes.is_main else None) or Silent()
+        return _train_job(prepare_all(resolved, overwrite, resume, force, watch, processes), overwrite, resume, force)
+
+
+def _train_job(job: Job, overwrite: bool, resume: bool, force: bool) -> RunRecord:
     if not (job.plan.fits or force or job.recipe.training.lean):  # the plan does not know what the host takes
         raise refusal(job.plan)
     with job.run.held(), refused_writes(job.checkpointing.parents):
-        job.run.create(overwrite=overwrite or (resume and job.checkpointing.resumed is None))
+        with job.processes.together():
+            job.run.create(overwrite=overwrite or (resume and job.checkpointing.resumed is None))
         with Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
-            _write_down(job)
+            check_shared(job.run, job.processes)
+            if job.processes.is_main:
+                _write_down(job)
             base, dtype, starts = _load(job, witness)
             model = _attach(job, witness, base, starts)
             base_answers = _evaluate_base(job, witness, model, dtype)
             _train(job, witness, model, dtype, base_answers)
             _evaluate_tuned(job, witness, model, dtype, base_answers)
-            _save(job, witness, model)
-        job.watch.stage("report")
-        write_report(job.run.path)
-        job.run.write_manifest()
+            if job.processes.is_main:
+                _save(job, witness, model)
+        if job.processes.is_main:
+            job.watch.stage("report")
+            write_report(job.run.path)
+            job.run.write_manifest()
     training = job.recipe.training
-    if training.push_to_hub and training.hub_model_id:
+    if training.push_to_hub and training.hub_model_id and job.processes.is_main:
         job.watch.note(f"uploaded to {push_folder(job.weights, training.hub_model_id)}")
     return witness.record
 
@@ -139,8 +154,9 @@ def _calibrate(job: Job, witness: Witness, model: Any) -> Starts:
     rows = job.prepared.calibration_rows(section.calibration_rows)
     with witness.phase("calibrate"):
         done = calibrate(model, job.source, rows, section, recipe.lora, partial(job.watch.progress, "calibrating"))
-        with whole_folder(job.run.base) as folder:
-            save_whole(folder, model, job.tokenizer)
+        if job.processes.is_main:
+            with whole_folder(job.run.base) as folder:
+                save_whole(folder, model, job.tokenizer)
     witness.record.model["calibration"] = {"rows": done.n_rows, "tokens": done.n_tokens, "left": done.left}
     on = f"calibrated on {done.n_rows:,} rows ({done.n_tokens:,} tokens)" if done.n_rows else "adapters started"
     job.watch.note(f"{on}; the base is kept in {job.run.base}")
@@ -180,8 +196,8 @@ def _train(job: Job, witness: Witness, model: Any, dtype: torch.dtype, base_answ
     every = section.eval_steps if job.prepared.held_out else 0
     steps, memory = job.plan.optimizer_steps, job.plan.step_memory
     saving, deadline = job.checkpointing, job.deadline
-    setup = Setup(job.run, job.device, dtype, job.watch, check, every, steps, memory, saving, deadline)
-    training = in_micro_batches(job.recipe.training, job.plan.micro_batch)
+    setup = Setup(job.run, job.device, dtype, job.watch, check, every, steps, memory, saving, deadline, job.processes)
+    training = in_micro_batches(shared_among(job.recipe.training, job.processes.count), job.plan.micro_batch)
     if training.learning_rate == "probe":
         training = training.model_copy(update={"learning_rate": _probe(job, witness, model, setup).learning_rate})
     job.watch.stage("train")

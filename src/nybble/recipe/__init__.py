@@ -1,7 +1,7 @@
 """Recipes: the schema (one definition per setting), reading them, and the plan that is made from one."""
 
 from nybble.recipe.load import Setting, all_settings, json_schema, load_recipe, save_recipe, within_context
-from nybble.recipe.plan import Change, PhasePlan, Plan, StepMemory, in_micro_batches, refusal
+from nybble.recipe.plan import Change, PhasePlan, Plan, StepMemory, in_micro_batches, refusal, shared_among, step_rows
 from nybble.recipe.schema import (
     DataSection,
     EvaluationSection,
@@ -31,5 +31,7 @@ __all__ = [
     "load_recipe",
     "refusal",
     "save_recipe",
+    "shared_among",
+    "step_rows",
     "within_context",
 ]
