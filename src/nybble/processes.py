@@ -185,9 +185,10 @@ def _restarts() -> int:
 
 def _meet(processes: Processes, backend: str) -> None:
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     try:
-        store, rank, count = next(dist.rendezvous("env://", timeout=timedelta(seconds=_SECONDS_TO_MEET)))
+        store, rank, count = next(rendezvous("env://", timeout=timedelta(seconds=_SECONDS_TO_MEET)))
         wait = timedelta(seconds=_SECONDS_TO_WAIT)
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=wait)
     except (RuntimeError, ValueError) as error:

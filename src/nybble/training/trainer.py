@@ -155,9 +155,9 @@ def _said_plainly(device: Device, saver: Saver) -> Iterator[None]:
             f"--gradient_accumulation_steps), or a shorter --max_length; {saver.way_on}"
         ) from error
     except RuntimeError as error:
+        saver.finish()
         if not is_device_loss(error):
             raise
-        saver.finish()
         line = str(error).strip().partition("\n")[0].rstrip(".")
         raise CannotRunError(f"{device.name} is lost ({line}); see `nybble doctor`; {saver.way_on}") from error
 
