@@ -17,10 +17,11 @@ from nybble.errors import InputError, RecipeError
 from nybble.files import sha256_of
 from nybble.hardware import Device, detect_device
 from nybble.models import ModelSource, find_model, hash_of, load_tokenizer
-from nybble.planning import Batches, plan_training
+from nybble.planning import Batches, among, plan_training, share_of
 from nybble.processes import Processes
 from nybble.recipe import Plan, Recipe, shared_among, step_rows, within_context
 from nybble.runs import Evaluation, Observer, RunDirectory, RunRecord, Sample, StepEvent
+from nybble.sharded import check_shardable
 from nybble.training import (
     Checkpointing,
     check_training,
@@ -108,6 +109,11 @@ class Job:
     processes: Processes = Processes()  # noqa: RUF009 - a value
 
     @property
+    def in_shards(self) -> bool:
+        """Whether no process holds the whole model."""
+        return self.processes.are_many and self.recipe.training.distributed == "fsdp"
+
+    @property
     def weights(self) -> Path:
         """Where the trained weights go."""
         return self.run.full_model if self.recipe.method == "full" else self.run.adapter
@@ -161,9 +167,11 @@ def prepare(
     Raises:
         InputError, CannotRunError: what is missing or does not go together.
     """
-    share = shared_among(recipe.training, processes.count)
+    shared_among(recipe.training, processes.count)  # or refuse at once
     if processes.are_many and recipe.training.learning_rate == "probe":
         raise RecipeError("learning_rate: probe works in one process; run `nybble probe` first and give the rate found")
+    if processes.are_many and recipe.training.distributed == "fsdp":
+        check_shardable(recipe)
     limit, began, output = recipe.training.max_seconds, time.monotonic(), recipe.training.output_dir
     parents = folders_of(Path(output).expanduser(), recipe.training)
     elsewhere = resume and bool(list_checkpoints(parents[1:]))
@@ -186,10 +194,10 @@ def prepare(
         watch.note(line)
     packs = packs_of(prepared.train, recipe.data)
     watch.stage("plan")
-    ours = recipe.model_copy(update={"training": share})
-    batches = Batches.of(prepared, packs, ours)
-    batches = replace(batches, n_rows=-(-(batches.n_rows or 0) // processes.count))
-    plan = plan_training(ours, source.config, device, batches, found.micro_batch if found else None)
+    ours = share_of(recipe, processes.count)
+    batches = among(Batches.of(prepared, packs, ours), processes.count)
+    n_shards = processes.count if recipe.training.distributed == "fsdp" else 1
+    plan = plan_training(ours, source.config, device, batches, found.micro_batch if found else None, n_shards)
     plan = replace(plan, rows=len(packs or prepared.train), rows_per_step=step_rows(recipe.training))
     for line in (*plan.lines(), *plan.notes):
         watch.note(line)

@@ -29,23 +29,27 @@ from nybble.files import whole_folder, write_text
 from nybble.job import Job, check_shared, prepare, prepare_all
 from nybble.kernels import path_reasons, paths_taken
 from nybble.models import (
+    LoadReport,
     Starts,
     attach,
     calibrate,
     count_parameters,
     find_model,
     find_tokenizer,
+    held_bytes,
     load_model,
     needs_calibration,
     push_folder,
     save_adapter,
     save_whole,
+    trained_parameters,
     write_note,
 )
 from nybble.processes import joined
 from nybble.recipe import Recipe, in_micro_batches, load_recipe, refusal, save_recipe, shared_among, within_context
 from nybble.reporting import model_card, rewrite_report, write_report
 from nybble.runs import Observer, RunDirectory, RunRecord, Sample, Silent
+from nybble.sharded import load_in_shards
 from nybble.training import (
     Judge,
     Probe,
@@ -97,13 +101,16 @@ def _train_job(job: Job, overwrite: bool, resume: bool, force: bool) -> RunRecor
             check_shared(job.run, job.processes)
             if job.processes.is_main:
                 _write_down(job)
-            base, dtype, starts = _load(job, witness)
-            model = _attach(job, witness, base, starts)
+            if job.in_shards:
+                model, dtype = _load_in_shards(job, witness)
+            else:
+                base, dtype, starts = _load(job, witness)
+                model = _attach(job, base, starts)
+            _count(job, witness, model)
             base_answers = _evaluate_base(job, witness, model, dtype)
             _train(job, witness, model, dtype, base_answers)
             _evaluate_tuned(job, witness, model, dtype, base_answers)
-            if job.processes.is_main:
-                _save(job, witness, model)
+            _save(job, witness, model)
         if job.processes.is_main:
             job.watch.stage("report")
             write_report(job.run.path)
@@ -129,15 +136,32 @@ def _load(job: Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
     with witness.phase("load"):
         model, loaded = load_model(source, recipe.method, section, recipe.quantization, job.device)
     stop_at(model, job.prepared.ledger.stop_tokens)
+    _report_load(job, witness, loaded, model.device)
     starts: Starts = {}
     if recipe.method == "qlora" and needs_calibration(recipe.quantization, recipe.lora) and not kept:
         starts = _calibrate(job, witness, model)
+    return model, getattr(torch, loaded.compute_dtype), starts
+
+
+def _load_in_shards(job: Job, witness: Witness) -> tuple[Any, torch.dtype]:
+    job.watch.stage("load")
+    with witness.phase("load"):
+        model, dtype, loaded = load_in_shards(job.source, job.recipe, job.device, job.source.name, job.processes)
+    stop_at(model.get_base_model(), job.prepared.ledger.stop_tokens)
+    _report_load(job, witness, loaded, job.device.torch_device)
+    held = job.processes.gather(held_bytes(model))
+    witness.record.model["held_bytes"] = held  # of weights, by process
+    job.watch.note(f"in shards: each of {len(held)} processes holds at most {max(held):,} bytes of weights")
+    return model, dtype
+
+
+def _report_load(job: Job, witness: Witness, loaded: LoadReport, place: torch.device) -> None:
     witness.record.model |= {**asdict(loaded), "fingerprint": job.source.fingerprint}
     witness.record.notes += loaded.notes
     if loaded.n_packed:
-        witness.record.paths = paths_taken(model.device)
-        witness.record.notes += dict.fromkeys(path_reasons(model.device).values())
-    if recipe.model.attn_implementation != "sdpa":  # it is not torch's to choose from
+        witness.record.paths = paths_taken(place)
+        witness.record.notes += dict.fromkeys(path_reasons(place).values())
+    if job.recipe.model.attn_implementation != "sdpa":  # it is not torch's to choose from
         witness.record.paths.pop("sdpa", None)
     for note in loaded.notes:
         job.watch.note(note)
@@ -145,7 +169,6 @@ def _load(job: Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
         job.watch.note(
             f"{loaded.n_packed} linears in {loaded.bits_per_weight:.3f} bits a weight ({loaded.packed_bytes:,} bytes)"
         )
-    return model, getattr(torch, loaded.compute_dtype), starts
 
 
 def _calibrate(job: Job, witness: Witness, model: Any) -> Starts:
@@ -172,15 +195,18 @@ def _evaluate_base(job: Job, witness: Witness, model: Any, dtype: torch.dtype) -
         return generate_answers(model, job.tokenizer, prompts, section, dtype)
 
 
-def _attach(job: Job, witness: Witness, model: Any, starts: Starts) -> Any:
+def _attach(job: Job, model: Any, starts: Starts) -> Any:
     if job.recipe.method != "full":
         torch.manual_seed(job.recipe.training.seed)  # the adapters' first values
         base_name = str(job.run.base.resolve()) if job.run.base.is_dir() else job.source.name
         model = attach(model, job.recipe.lora, base_name, starts)
+    return model
+
+
+def _count(job: Job, witness: Witness, model: Any) -> None:
     trainable, total = count_parameters(model)
     witness.record.trainable_parameters, witness.record.total_parameters = trainable, total
     job.watch.note(f"trains {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)")
-    return model
 
 
 def _train(job: Job, witness: Witness, model: Any, dtype: torch.dtype, base_answers: Sequence[str]) -> None:
@@ -248,11 +274,14 @@ def _answer(job: Job, model: Any, dtype: torch.dtype, base_answers: Sequence[str
 
 def _save(job: Job, witness: Witness, model: Any) -> None:
     job.watch.stage("save")
+    trained = trained_parameters(model)  # which all processes ask for
+    if not job.processes.is_main:
+        return
     with witness.phase("save"), whole_folder(job.weights) as folder:
         if job.recipe.method == "full":
             model.save_pretrained(folder)
         else:
-            save_adapter(model, folder)
+            save_adapter(model, folder, trained)
         job.tokenizer.save_pretrained(folder)
         write_note(folder, job.recipe, witness.record.rows["ledger"], witness.record.model)
         write_text(folder / "README.md", model_card(witness.record.to_json()))  # PEFT's own is a form to fill in
@@ -307,7 +336,8 @@ def probe(
         job = prepare(resolved.model_copy(update={"training": training}), False, False, False, observer or Silent())
         with Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
             base, dtype, starts = _load(job, witness)
-            model = _attach(job, witness, base, starts)
+            model = _attach(job, base, starts)
+            _count(job, witness, model)
             setup = Setup(job.run, job.device, dtype, job.watch, lambda _: 0.0, 0, job.plan.optimizer_steps)
             return _probe(job, witness, model, setup)
 

@@ -136,7 +136,9 @@ def _libraries() -> None:
     import nybble.training.steps  # noqa: F401
 
 
-@pytest.mark.parametrize(("count", "split"), [(2, ()), (4, ()), (2, ("--lora_dropout", 0.2))])
+@pytest.mark.parametrize(
+    ("count", "split"), [(2, ()), (4, ()), (2, ("--lora_dropout", 0.2)), (2, ("--distributed", "fsdp"))]
+)
 def test_several_processes_learn_what_one_does(
     launch: Launch, words: list[object], tmp_path: Path, count: int, split: tuple[object, ...]
 ) -> None:
@@ -154,9 +156,12 @@ def test_several_processes_learn_what_one_does(
     assert outcome.err[1:] == ("",) * (count - 1)  # the others are silent
 
 
+@pytest.mark.parametrize("distributed", ["ddp", "fsdp"])
 def test_a_run_of_which_a_process_was_killed_goes_on_to_the_same_bits(
-    launch: Launch, words: list[object], tmp_path: Path
+    launch: Launch, words: list[object], tmp_path: Path, distributed: str
 ) -> None:
+    words = [*words, "--distributed", distributed]
+
     def die(rank: int) -> None:
         from nybble.training.callbacks import Stops
 
@@ -183,14 +188,36 @@ def test_a_run_of_which_a_process_was_killed_goes_on_to_the_same_bits(
     assert [e["tokens"] for e in log_of_one] == [e["tokens"] for e in log]
     for name, tensor in expected.items():
         assert (alone[name] - tensor).abs().max() < 1e-4, name
-    files = {
-        run: {f.name for f in newest.iterdir()} for run in ("torn", "alone") if (newest := _newest(tmp_path / run))
-    }
-    assert files["torn"] == files["alone"]
+    assert _tensors(tmp_path / "torn") == _tensors(tmp_path / "alone")
 
 
-def _newest(run: Path) -> Path:
-    return list_checkpoints([run / "checkpoints"])[0]
+def _tensors(run: Path) -> dict[str, tuple[int, ...]]:
+    """Files of the newest checkpoint, and the names and shapes in them, but for the generators of each process."""
+    newest = list_checkpoints([run / "checkpoints"])[0]
+    found: dict[str, tuple[int, ...]] = {file.name: () for file in newest.iterdir()}
+    for file in newest.glob("*.safetensors"):
+        found |= {f"{file.name} {name}": tuple(tensor.shape) for name, tensor in load_file(file).items()}
+    return {name: shape for name, shape in found.items() if " generators." not in name}
+
+
+def test_a_process_holds_its_share_as_planned(launch: Launch, words: list[object], tmp_path: Path) -> None:
+    outcome = launch(2, [*words, "--output_dir", tmp_path / "run", "--distributed", "fsdp", "--max_steps", 1])
+    assert outcome.codes == (0, 0), outcome.err
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    held, packed = record["model"]["held_bytes"], record["model"]["packed_bytes"]
+    assert len(held) == 2
+    assert packed / 2 < max(held) < 0.55 * sum(held)
+    planned = next(phase["parts"] for phase in record["plan"]["phases"] if phase["name"] == "steady step")
+    assert planned["weights"] + planned["adapters"] == pytest.approx(max(held), rel=0.05)
+
+
+@pytest.mark.parametrize("setting", [("--method", "full"), ("--optim", "adafactor"), ("--init_lora_weights", "loftq")])
+def test_what_does_not_work_in_shards_is_said(
+    launch: Launch, words: list[object], tmp_path: Path, setting: tuple[str, str]
+) -> None:
+    outcome = launch(2, [*words, "--output_dir", tmp_path / "run", "--distributed", "fsdp", *setting])
+    assert outcome.codes == (2, 2)
+    assert all("distributed: fsdp does not work with" in line for line in outcome.lines)
 
 
 WRONG: dict[str, tuple[list[object], dict[int, list[object]], str]] = {
@@ -223,6 +250,9 @@ def test_versions_must_be_the_same(launch: Launch, words: list[object], tmp_path
 
 def test_the_folder_must_be_shared(launch: Launch, words: list[object], tmp_path: Path) -> None:
     def elsewhere(rank: int) -> None:
+        from nybble import job
+
+        job._SECONDS_TO_APPEAR = 0
         (tmp_path / str(rank)).mkdir()
         os.chdir(tmp_path / str(rank))
 

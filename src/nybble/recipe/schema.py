@@ -273,6 +273,11 @@ class TrainingSection(Section):
         "recompute layers in the backward pass: as many as memory forces, none, or all; true means always",
         neutral=True,
     )
+    distributed: Literal["ddp", "fsdp"] = setting(
+        "ddp",
+        "several processes: each holds the whole model (ddp), or a shard of every weight (fsdp, torch's FSDP2)",
+        neutral=True,
+    )
     memory_budget: str | None = setting(
         None, "memory that training may take, e.g. 8GiB; default: what the device has free", neutral=True
     )

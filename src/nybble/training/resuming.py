@@ -27,7 +27,7 @@ from transformers import Trainer, TrainerCallback
 
 from nybble.checkpoints import STATE, Place, read_json
 from nybble.errors import InputError
-from nybble.models import put_weights_back, trained_weights
+from nybble.models import put_weights_back, shard_like, trained_weights, whole
 from nybble.processes import Processes
 from nybble.training.generators import generator_states, set_generator_states
 from nybble.training.health import Health
@@ -103,7 +103,7 @@ class ResumableTrainer(Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm; where the step is judged bad, its gradients are gone, so that no weight and no moment changes."""
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = whole(super()._get_grad_norm(model, grad_norm))
         if self.processes.are_many:  # each had its share of the step, scaled up by their number
             self.step_loss.copy_(self.processes.mean(self.step_loss))
             self._tr_loss.copy_(self._before_step + self.step_loss)
@@ -123,20 +123,24 @@ class ResumableTrainer(Trainer):
             return
         # What has to be asked of all processes; the first one writes.
         generators = self.processes.gather(self._generators or generator_states(self.args.device))
-        counters = {name: counter.state() for name, counter in self._counters.items()}
+        asked = {
+            "generators": generators,
+            "counters": {name: counter.state() for name, counter in self._counters.items()},
+            "optimizer": whole(self.optimizer.state_dict()),
+        }
+        weights, texts = trained_weights(self.model)
         if self.args.should_save:
-            self.saver.save(self._snapshot(generators, counters))
+            self.saver.save(self._snapshot(asked, weights, texts))
 
-    def _snapshot(self, generators: list[Any], counters: Mapping[str, Any]) -> Snapshot:
+    def _snapshot(self, asked: Mapping[str, Any], weights: Mapping[str, Tensor], texts: Mapping[str, str]) -> Snapshot:
         tensors: dict[str, Tensor] = {}
         step = self.state.global_step
         done = max(done for at, done in (self._done, self._done_before, (step, 0)) if at == step)
         state = {
             "cursor": self._cursor(step, done),
-            "optimizer": self.optimizer.state_dict(),
+            **asked,
             "scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
-            "generators": generators,  # of each process
             "gradients": {name: p.grad for name, p in self._trained() if p.grad is not None} if done else {},
             "loss": {
                 "since_log": self._tr_loss,
@@ -145,10 +149,8 @@ class ResumableTrainer(Trainer):
                 "total": self._total_loss_scalar,
                 "last_logged_step": self._globalstep_last_logged,
             },
-            "counters": counters,
         }
         packed = pack(state, tensors)
-        weights, texts = trained_weights(self.model)
         return Snapshot(
             place=Place(step, done),
             weights={name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()},
@@ -192,7 +194,7 @@ class ResumableTrainer(Trainer):
             return
         fresh = [{key: group[key] for key in _GROUP_SETTINGS if key in group} for group in self.optimizer.param_groups]
         rates = list(getattr(self.lr_scheduler, "base_lrs", []))
-        self.optimizer.load_state_dict(self._former["optimizer"])
+        self.optimizer.load_state_dict(self._in_shards(self._former["optimizer"]))
         self.lr_scheduler.load_state_dict(self._former["scheduler"])
         if self._resumed is not None and self._resumed.forced and rates:
             for group, settings, new, old in zip(
@@ -200,6 +202,15 @@ class ResumableTrainer(Trainer):
             ):
                 group.update(settings, lr=group["lr"] * new / old)
             self.lr_scheduler.base_lrs = rates
+
+    def _in_shards(self, state: dict[str, Any]) -> dict[str, Any]:
+        """An optimizer's state for the parameters as they are here."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        values = {
+            number: {k: shard_like(v, parameters[number]) if isinstance(v, Tensor) else v for k, v in entry.items()}
+            for number, entry in state["state"].items()
+        }
+        return {**state, "state": values}
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if self.accelerator.scaler is not None and self._former.get("scaler"):

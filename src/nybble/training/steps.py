@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nybble.models import is_sharded
 from nybble.nn.scratch import scratch
 from nybble.nn.seeds import Seeds
 from nybble.training.depth import Recomputation
@@ -34,6 +36,8 @@ class StepTrainer(ResumableTrainer):
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
+        if is_sharded(self.model):  # its gradients are reduced already: accelerate shall add its autocast alone
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self._seeds = seeds
         self._recomputation = recomputation
         self._note = note
