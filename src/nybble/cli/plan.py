@@ -22,6 +22,9 @@ def plan(
     largest: Annotated[
         bool, typer.Option("--largest", help="also find the largest max_length and the largest known model that fit")
     ] = False,
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, help="what each of so many processes takes and sends")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the plan on stdout as JSON")] = False,
 ) -> None:
     """Say what a run will take in every phase, and how fast it will be. No weights are read, nothing is trained."""
@@ -35,7 +38,18 @@ def plan(
     from nybble import planning
     from nybble.recipe import refusal
 
-    made = planning.plan(Path(recipe) if recipe else None, overrides, profile=profile, largest=largest)
+    file = Path(recipe) if recipe else None
+    if processes is not None:
+        shared = planning.plan_processes(file, overrides, n=processes, profile=profile)
+        if as_json:
+            print_json(shared.to_json())
+        else:
+            _print(shared.plan)
+            print("\n".join(shared.lines()))
+        if not shared.plan.fits:
+            raise refusal(shared.plan)
+        return
+    made = planning.plan(file, overrides, profile=profile, largest=largest)
     if as_json:
         print_json(made.to_json())
     else:

@@ -18,6 +18,7 @@ from nybble.data.store import Examples
 from nybble.recipe import DataSection
 
 Group = Sequence[dict[str, list[int]]]  # rows that are drawn together
+NOTHING: Group = ({"input_ids": [0], "labels": [IGNORED]},)  # a row of which nothing is learned
 
 
 @dataclass(frozen=True)

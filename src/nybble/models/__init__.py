@@ -7,6 +7,7 @@ from nybble.models.adapters import (
     load_adapter,
     put_weights_back,
     save_adapter,
+    trained_parameters,
     trained_weights,
 )
 from nybble.models.calibrate import Calibration, Starts, calibrate, needs_calibration
@@ -15,6 +16,7 @@ from nybble.models.hub import push_folder
 from nybble.models.lean import RUNGS, Ladder
 from nybble.models.load import LoadReport, compute_dtype, count_parameters, hash_of, load_model, save_whole
 from nybble.models.plugin import NybbleConfig, register
+from nybble.models.sharding import held_bytes, is_sharded, shard, shard_like, whole
 from nybble.models.source import ModelSource, find_folder, find_model, read_config
 from nybble.models.tokenizer import find_tokenizer, load_tokenizer
 from nybble.models.tuned import NOTE, Tuned, check_original, find_tuned, load_tuned, tokenizer_of, write_note
@@ -46,6 +48,8 @@ __all__ = [
     "find_tokenizer",
     "find_tuned",
     "hash_of",
+    "held_bytes",
+    "is_sharded",
     "load_adapter",
     "load_model",
     "load_tokenizer",
@@ -58,8 +62,12 @@ __all__ = [
     "register",
     "save_adapter",
     "save_whole",
+    "shard",
+    "shard_like",
     "swap_blocks",
     "tokenizer_of",
+    "trained_parameters",
     "trained_weights",
+    "whole",
     "write_note",
 ]

@@ -96,6 +96,15 @@ class Linear4bit(nn.Linear):
         """Whether `set_packed` has been called."""
         return self.absmax is not None
 
+    def scales_as_parameter(self) -> None:
+        """Hold the scales as a frozen parameter beside the codes, as what shards parameters alone needs it.
+
+        Under double quantization the scales' own, 4 bytes for 16,384 weights, stay a buffer.
+        """
+        absmax = self._buffers.pop("absmax")
+        if absmax is not None:
+            self.register_parameter("absmax", nn.Parameter(absmax, requires_grad=False))
+
     @property
     def W_q(self) -> Tensor:  # noqa: N802
         """The packed bytes under the name by which PEFT recognises a layer that it must ask to `dequantize()`."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from nybble.data import examine_rows, packs_of
 from nybble.errors import ModelError, NybbleError
-from nybble.hardware import Device, detect_device
+from nybble.hardware import detect_device
 from nybble.models import find_folder, find_tokenizer, read_config
 from nybble.planning.choose import Choice, changed, cheapest_changes, choose, largest_length, largest_model, rungs_of
 from nybble.planning.curve import Setting
@@ -73,12 +73,12 @@ def plan(
     if limit and resolved.data.max_length > limit:
         resolved = changed(resolved, "data", max_length=limit)
     device = named_profile(profile) if profile else profile_of(detect_device(resolved.model.device))
-    batches, why_not = _batches(resolved)
+    batches, why_not = read_batches(resolved)
     made = make_plan(resolved, config, device, batches, rungs=True, largest=largest)
     return replace(made, notes=tuple(n for n in (note, why_not, *made.notes) if n))
 
 
-def _batches(recipe: Recipe) -> tuple[Batches | None, str | None]:
+def read_batches(recipe: Recipe) -> tuple[Batches | None, str | None]:
     """The batches that the recipe's rows make, or why they cannot be read."""
     if not recipe.data.dataset_name:
         return None, None
@@ -90,16 +90,6 @@ def _batches(recipe: Recipe) -> tuple[Batches | None, str | None]:
     if not len(prepared.train):
         return None, f"the rows cannot be used: {prepared.fault}"
     return Batches.of(prepared, packs_of(prepared.train, recipe.data), recipe), None
-
-
-def plan_training(
-    recipe: Recipe, config: Any, device: Device, batches: Batches, micro_batch: int | None = None
-) -> Plan:
-    """The plan of a training on this machine; `micro_batch`: rows at a time in the run that it resumes."""
-    # Dropout follows the micro-steps: a resumed run goes on with its own split, as long as that divides the batch.
-    if micro_batch and recipe.training.per_device_train_batch_size % micro_batch:
-        micro_batch = None
-    return make_plan(recipe, config, profile_of(device), batches, micro_batch=micro_batch)
 
 
 def make_plan(

@@ -10,7 +10,17 @@ from nybble.recipe.load import (
     stored_recipe,
     within_context,
 )
-from nybble.recipe.plan import Change, PhasePlan, Plan, RungPlan, StepMemory, in_micro_batches, refusal
+from nybble.recipe.plan import (
+    Change,
+    PhasePlan,
+    Plan,
+    RungPlan,
+    StepMemory,
+    in_micro_batches,
+    refusal,
+    shared_among,
+    step_rows,
+)
 from nybble.recipe.schema import (
     DataSection,
     EvaluationSection,
@@ -42,6 +52,8 @@ __all__ = [
     "load_recipe",
     "refusal",
     "save_recipe",
+    "shared_among",
+    "step_rows",
     "stored_recipe",
     "within_context",
 ]

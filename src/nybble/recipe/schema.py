@@ -248,7 +248,12 @@ class TrainingSection(Section):
     num_train_epochs: float = setting(3.0, "passes over the rows", aliases=("epochs", "num_epochs"), gt=0)
     max_steps: int = setting(-1, "stop after so many optimizer steps; -1: by epochs", unit="steps", ge=-1)
     per_device_train_batch_size: int = setting(
-        4, "rows a step and micro-batch", unit="rows", aliases=("micro_batch_size", "batch_size"), ge=1, neutral=True
+        4,
+        "rows a micro-batch; times gradient_accumulation_steps, the rows of a step, which several processes share",
+        unit="rows",
+        aliases=("micro_batch_size", "batch_size"),
+        ge=1,
+        neutral=True,
     )
     gradient_accumulation_steps: int = setting(
         1, "micro-batches an optimizer step", aliases=("grad_accum",), ge=1, neutral=True
@@ -266,6 +271,11 @@ class TrainingSection(Section):
     gradient_checkpointing: Literal["auto", "never", "always"] = setting(
         "auto",
         "recompute layers in the backward pass: as many as memory forces, none, or all; true means always",
+        neutral=True,
+    )
+    distributed: Literal["ddp", "fsdp"] = setting(
+        "ddp",
+        "several processes: each holds the whole model (ddp), or a shard of every weight (fsdp, torch's FSDP2)",
         neutral=True,
     )
     memory_budget: str | None = setting(

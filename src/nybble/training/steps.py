@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nybble.models import is_sharded
 from nybble.nn.scratch import scratch
 from nybble.nn.seeds import Seeds
 from nybble.training.depth import Recomputation
@@ -34,6 +36,8 @@ class StepTrainer(ResumableTrainer):
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
+        if is_sharded(self.model):  # its gradients are reduced already: accelerate shall add its autocast alone
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self._seeds = seeds
         self._recomputation = recomputation
         self._note = note
@@ -56,9 +60,10 @@ class StepTrainer(ResumableTrainer):
         number, was_done = self.next_micro_batch()
         if was_done:
             return torch.zeros((), device=self.args.device)
-        self._seeds.micro_step = step * _MICRO_STEPS + number
+        # As one process numbers them: the same micro-batches draw the same dropout.
+        self._seeds.micro_step = step * _MICRO_STEPS + number * self.processes.count + self.processes.rank
         if step < self._parity_steps and "lengths" in inputs:
-            self._compare(model, inputs, num_items_in_batch)
+            self._compare(self.model, inputs, num_items_in_batch)  # without what gathers gradients
         loss = self._step(model, inputs, num_items_in_batch)
         self.step_loss += loss
         return loss
@@ -75,7 +80,8 @@ class StepTrainer(ResumableTrainer):
             try:
                 return super().training_step(model, dict(inputs), num_items_in_batch)  # type: ignore[no-any-return]
             except torch.OutOfMemoryError:
-                if not before.kept or not self._recomputation.deepen(n_tokens):
+                # Many processes cannot go back: the others are in the middle of the pass.
+                if self.processes.are_many or not before.kept or not self._recomputation.deepen(n_tokens):
                     raise
             # Only here, outside the handler, are the failed pass's tensors gone.
             before.restore()
