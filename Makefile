@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: install demo test check fix bench bench-step chaos faults docs
+.PHONY: install demo test check fix bench bench-step chaos faults fuzz docs
 
 install: .venv/.installed
 
@@ -62,6 +62,10 @@ chaos: install
 
 faults: install
 	$(BIN)/python bench/faults.py
+
+# Every reader of files by others, fed with what is nearly right: more than a million inputs, about an hour
+fuzz: install
+	$(BIN)/python bench/fuzz.py
 
 docs: install
 	$(BIN)/python docs/generate.py

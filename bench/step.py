@@ -119,7 +119,7 @@ def nybble_arm(case: Case, base: Path, rows: Path, folder: Path) -> Iterator[tup
 
     dtype = getattr(torch, loaded.compute_dtype)
     plan = plan_training(recipe, source.config, device, Batches.of(prepared, None, recipe), None)
-    setup = Setup(run, device, dtype, Silent(), lambda _: 0.0, 0, case.steps, False, plan.step_memory)
+    setup = Setup(run, device, dtype, Silent(), lambda _: 0.0, 0, case.steps, plan.step_memory)
     result = train_model(model, tokenizer, Groups(prepared.train), recipe.training, setup)
     yield "tokens", sum(len(example.input_ids) for example in prepared.train)
     yield "loss", result.train_loss

@@ -3,20 +3,92 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nybble.checkpoints import list_checkpoints
-from nybble.data import Example, Groups, Prepared, pack_rows, prepare_rows, rows_cache
+from nybble.data import Example, Groups, Prepared, packs_of, prepare_rows, rows_cache
 from nybble.diagnostics import settle
+from nybble.errors import InputError, RecipeError
+from nybble.files import sha256_of
 from nybble.hardware import Device, detect_device
 from nybble.models import ModelSource, find_model, hash_of, load_tokenizer
-from nybble.planning import Batches, plan_training
-from nybble.recipe import Plan, Recipe, within_context
-from nybble.runs import Observer, RunDirectory
-from nybble.training import Checkpointing, check_training, checkpointing, find_checkpoint, folders_of, identify
+from nybble.planning import Batches, among, plan_training, share_of
+from nybble.processes import Processes
+from nybble.recipe import EvaluationSection, Plan, Recipe, shared_among, step_rows, within_context
+from nybble.runs import Evaluation, Observer, RunDirectory, RunRecord, Sample, StepEvent
+from nybble.sharded import check_shardable
+from nybble.training import (
+    Checkpointing,
+    check_training,
+    checkpointing,
+    find_checkpoint,
+    folders_of,
+    identify,
+    software_versions,
+)
+
+_SECONDS_TO_APPEAR = 5  # a shared folder may show a new file late
+
+
+class OthersRun(RunDirectory):
+    """The run's folder as all processes but the first have it: they read it, and write nothing."""
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The first process holds it."""
+        yield
+
+    def create(self, *, overwrite: bool = False) -> None:
+        """Left to the first process, as is all below."""
+
+    def discard(self) -> None:
+        """Nothing to remove."""
+
+    def write_record(self, record: RunRecord) -> None:
+        """Not written."""
+        record.run_dir = str(self.path)
+
+    def write_held_out(self, base: Evaluation, tuned: Evaluation) -> None:
+        """Not written."""
+
+    def write_mask(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Not written."""
+
+    def append_event(self, event: StepEvent) -> None:
+        """Not written."""
+
+    def append_sample(self, sample: Sample) -> None:
+        """Not written."""
+
+    def drop_lines_after(self, step: int) -> None:
+        """Not written."""
+
+    def write_manifest(self) -> None:
+        """Not written."""
+
+
+def check_shared(run: RunDirectory, processes: Processes) -> None:
+    """All processes must see the run.json that the first one wrote: a resumed run is read by each.
+
+    Raises:
+        InputError: one does not.
+    """
+    file = run.path / "run.json"
+    hashes = processes.gather(sha256_of(file) if processes.is_main else None)
+    deadline = time.monotonic() + _SECONDS_TO_APPEAR
+    with processes.together():
+        while not (file.is_file() and sha256_of(file) == hashes[0]):
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"output_dir {run.path.absolute()} is not the folder that process 0 writes to; give a folder that "
+                    "all machines share"
+                )
+            time.sleep(0.2)
 
 
 @dataclass(frozen=True)
@@ -34,11 +106,22 @@ class Job:
     checkpointing: Checkpointing
     deadline: float | None  # by the monotonic clock
     watch: Observer
+    processes: Processes = Processes()  # noqa: RUF009 - a value
+
+    @property
+    def in_shards(self) -> bool:
+        """Whether no process holds the whole model."""
+        return self.processes.are_many and self.recipe.training.distributed == "fsdp"
 
     @property
     def weights(self) -> Path:
         """Where the trained weights go."""
         return self.run.full_model if self.recipe.method == "full" else self.run.adapter
+
+    @property
+    def evaluation(self) -> EvaluationSection:
+        """The recipe's, with as many rows at a time as fit."""
+        return self.recipe.evaluation.model_copy(update={"per_device_eval_batch_size": self.plan.eval_batch})
 
     @property
     def shown(self) -> list[Example]:
@@ -47,16 +130,58 @@ class Job:
         return asked[: self.recipe.evaluation.n_samples]
 
 
-def prepare(recipe: Recipe, overwrite: bool, resume: bool, force: bool, watch: Observer) -> Job:
+def prepare_all(
+    recipe: Recipe, overwrite: bool, resume: bool, force: bool, watch: Observer, processes: Processes
+) -> Job:
+    """`prepare` in each process: the first of a machine fills the caches, the others read them.
+
+    Raises:
+        InputError, CannotRunError: as `prepare`, in all of them; recipes, versions, rows or checkpoints differ.
+    """
+    library_versions = {f"the version of {name}": there for name, there in software_versions().items()}
+    settings = {f"setting {name}": value for name, value in _settings(recipe).items()}
+    processes.agree({**library_versions, **settings, "--resume": resume, "--overwrite": overwrite, "--force": force})
+    made: list[Job] = []
+    for are_first in (True, False):
+        with processes.together():
+            if are_first == (processes.local_rank == 0):
+                made.append(prepare(recipe, overwrite, resume, force, watch, processes))
+    (job,) = made
+    found = job.checkpointing.resumed
+    processes.agree({"the rows' hash": job.prepared.fingerprint, "the checkpoint": found.path.name if found else None})
+    return job
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    sections = recipe.model_dump(mode="json")
+    inner = {k: v for k, v in sections.items() if isinstance(v, dict)}
+    flat = {f"{section}.{name}": value for section, values in inner.items() for name, value in values.items()}
+    return {**flat, **{k: v for k, v in sections.items() if k not in inner}}
+
+
+def prepare(
+    recipe: Recipe,
+    overwrite: bool,
+    resume: bool,
+    force: bool,
+    watch: Observer,
+    processes: Processes = Processes(),  # noqa: B008 - a value
+) -> Job:
     """Find and check all that a run needs; nothing is written.
 
     Raises:
         InputError, CannotRunError: what is missing or does not go together.
     """
+    shared_among(recipe.training, processes.count)  # or refuse at once
+    if processes.are_many and recipe.training.learning_rate == "probe":
+        raise RecipeError("learning_rate: probe works in one process; run `nybble probe` first and give the rate found")
+    if processes.are_many and recipe.training.distributed == "fsdp":
+        check_shardable(recipe)
     limit, began, output = recipe.training.max_seconds, time.monotonic(), recipe.training.output_dir
     parents = folders_of(Path(output).expanduser(), recipe.training)
     elsewhere = resume and bool(list_checkpoints(parents[1:]))
-    run = RunDirectory.check(output, overwrite=overwrite, resume=resume, elsewhere=elsewhere)
+    kind = RunDirectory if processes.is_main else OthersRun
+    run = kind.check(output, overwrite=overwrite, resume=resume, elsewhere=elsewhere)
     check_training(recipe.training)
     found = find_checkpoint(parents, watch.note) if resume else None
     if resume and found is None:
@@ -72,14 +197,16 @@ def prepare(recipe: Recipe, overwrite: bool, resume: bool, force: bool, watch: O
     )
     for line in prepared.ledger.in_words:
         watch.note(line)
-    lengths = prepared.train.column("length").tolist() if recipe.data.packing else []
-    packs = pack_rows(lengths, recipe.data.max_length) if recipe.data.packing else None
+    packs = packs_of(prepared.train, recipe.data)
     watch.stage("plan")
-    batches = Batches.of(prepared, packs, recipe)
-    plan = plan_training(recipe, source.config, device, batches, found.micro_batch if found else None)
+    ours = share_of(recipe, processes.count)
+    batches = among(Batches.of(prepared, packs, ours), processes.count)
+    n_shards = processes.count if recipe.training.distributed == "fsdp" else 1
+    plan = plan_training(ours, source.config, device, batches, found.micro_batch if found else None, n_shards)
+    plan = replace(plan, rows=len(packs or prepared.train), rows_per_step=step_rows(recipe.training))
     for line in (*plan.lines(), *plan.notes):
         watch.note(line)
     identity = partial(identify, recipe, source.folder, tokenizer, prepared, hash_of(recipe.quantization))
     saving = checkpointing(recipe, parents, identity, found, force, watch.note)
     groups, deadline = Groups(prepared.train, packs), began + limit if limit else None
-    return Job(recipe, run, device, source, tokenizer, prepared, groups, plan, saving, deadline, watch)
+    return Job(recipe, run, device, source, tokenizer, prepared, groups, plan, saving, deadline, watch, processes)

@@ -27,26 +27,31 @@ from nybble.data import (
 )
 from nybble.errors import RecipeError
 from nybble.files import whole_folder, write_text
-from nybble.job import Job, prepare
+from nybble.job import Job, check_shared, prepare, prepare_all
 from nybble.kernels import path_reasons, paths_taken
 from nybble.models import (
+    LoadReport,
     Starts,
     attach,
     calibrate,
     count_parameters,
     find_model,
     find_tokenizer,
+    held_bytes,
     load_model,
     needs_calibration,
     push_folder,
     put_weights_back,
     save_adapter,
     save_whole,
+    trained_parameters,
     write_note,
 )
-from nybble.recipe import Recipe, in_micro_batches, load_recipe, refusal, save_recipe, within_context
+from nybble.processes import joined
+from nybble.recipe import Recipe, in_micro_batches, load_recipe, refusal, save_recipe, shared_among, within_context
 from nybble.reporting import model_card, rewrite_report, write_report
-from nybble.runs import Observer, RunRecord, Sample, Silent
+from nybble.runs import Observer, RunDirectory, RunRecord, Sample, Silent
+from nybble.sharded import load_in_shards
 from nybble.training import (
     Judge,
     Probe,
@@ -73,30 +78,47 @@ def train(
     """Fine-tune as `recipe` says (a Recipe or a YAML file, with `overrides` on top); everything lands in output_dir.
 
     `resume` goes on from the newest undamaged checkpoint; a run that has none yet begins anew. With `force`, what the
-    plan says cannot fit is tried, and a run is resumed although what it learns from has changed.
+    plan says cannot fit is tried, and a run is resumed although what it learns from has changed. Started by a launcher
+    such as torchrun, each process takes its share of every step; the first one writes, and tells the observer.
 
     Raises:
         InputError, CannotRunError, StoppedError: see `nybble.errors`; nothing is written before model, tokenizer and
             rows are known to be usable.
     """
-    job = prepare(_as_recipe(recipe, overrides), overwrite, resume, force, observer or Silent())
-    if not (job.plan.fits or force or job.recipe.training.lean):  # the plan does not know what the host takes
+    resolved = _as_recipe(recipe, overrides)
+    with joined(resolved.model.device == "cpu") as processes:
+        if processes.restarts and RunDirectory(Path(resolved.training.output_dir).expanduser()).is_begun:
+            overwrite, resume = False, True  # the launcher began anew what failed
+        watch = (observer if processes.is_main else None) or Silent()
+        return _train_job(prepare_all(resolved, overwrite, resume, force, watch, processes), overwrite, resume, force)
+
+
+def _train_job(job: Job, overwrite: bool, resume: bool, force: bool) -> RunRecord:
+    if not (job.plan.fits or force):
         raise refusal(job.plan)
     with job.run.held(), refused_writes(job.checkpointing.parents):
-        job.run.create(overwrite=overwrite or (resume and job.checkpointing.resumed is None))
+        with job.processes.together():
+            job.run.create(overwrite=overwrite or (resume and job.checkpointing.resumed is None))
         with Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
-            _write_down(job)
-            base, dtype, starts = _load(job, witness)
-            model = _attach(job, witness, base, starts)
+            check_shared(job.run, job.processes)
+            if job.processes.is_main:
+                _write_down(job)
+            if job.in_shards:
+                model, dtype = _load_in_shards(job, witness)
+            else:
+                base, dtype, starts = _load(job, witness)
+                model = _attach(job, base, starts)
+            _count(job, witness, model)
             base_answers = _evaluate_base(job, witness, model, dtype)
             _train(job, witness, model, dtype, base_answers)
             _evaluate_tuned(job, witness, model, dtype, base_answers)
             _save(job, witness, model)
-        job.watch.stage("report")
-        write_report(job.run.path)
-        job.run.write_manifest()
+        if job.processes.is_main:
+            job.watch.stage("report")
+            write_report(job.run.path)
+            job.run.write_manifest()
     training = job.recipe.training
-    if training.push_to_hub and training.hub_model_id:
+    if training.push_to_hub and training.hub_model_id and job.processes.is_main:
         job.watch.note(f"uploaded to {push_folder(job.weights, training.hub_model_id)}")
     return witness.record
 
@@ -116,15 +138,32 @@ def _load(job: Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
     with witness.phase("load"):
         model, loaded = load_model(source, recipe.method, section, recipe.quantization, job.device)
     stop_at(model, job.prepared.ledger.stop_tokens)
+    _report_load(job, witness, loaded, model.device)
     starts: Starts = {}
     if recipe.method == "qlora" and needs_calibration(recipe.quantization, recipe.lora) and not kept:
         starts = _calibrate(job, witness, model)
+    return model, getattr(torch, loaded.compute_dtype), starts
+
+
+def _load_in_shards(job: Job, witness: Witness) -> tuple[Any, torch.dtype]:
+    job.watch.stage("load")
+    with witness.phase("load"):
+        model, dtype, loaded = load_in_shards(job.source, job.recipe, job.device, job.source.name, job.processes)
+    stop_at(model.get_base_model(), job.prepared.ledger.stop_tokens)
+    _report_load(job, witness, loaded, job.device.torch_device)
+    held = job.processes.gather(held_bytes(model))
+    witness.record.model["held_bytes"] = held  # of weights, by process
+    job.watch.note(f"in shards: each of {len(held)} processes holds at most {max(held):,} bytes of weights")
+    return model, dtype
+
+
+def _report_load(job: Job, witness: Witness, loaded: LoadReport, place: torch.device) -> None:
     witness.record.model |= {**asdict(loaded), "fingerprint": job.source.fingerprint}
     witness.record.notes += loaded.notes
     if loaded.n_packed:
-        witness.record.paths = paths_taken(model.device)
-        witness.record.notes += dict.fromkeys(path_reasons(model.device).values())
-    if recipe.model.attn_implementation != "sdpa":  # it is not torch's to choose from
+        witness.record.paths = paths_taken(place)
+        witness.record.notes += dict.fromkeys(path_reasons(place).values())
+    if job.recipe.model.attn_implementation != "sdpa":  # it is not torch's to choose from
         witness.record.paths.pop("sdpa", None)
     for note in loaded.notes:
         job.watch.note(note)
@@ -132,7 +171,6 @@ def _load(job: Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
         job.watch.note(
             f"{loaded.n_packed} linears in {loaded.bits_per_weight:.3f} bits a weight ({loaded.packed_bytes:,} bytes)"
         )
-    return model, getattr(torch, loaded.compute_dtype), starts
 
 
 def _calibrate(job: Job, witness: Witness, model: Any) -> Starts:
@@ -141,8 +179,9 @@ def _calibrate(job: Job, witness: Witness, model: Any) -> Starts:
     rows = job.prepared.calibration_rows(section.calibration_rows)
     with witness.phase("calibrate"):
         done = calibrate(model, job.source, rows, section, recipe.lora, partial(job.watch.progress, "calibrating"))
-        with whole_folder(job.run.base) as folder:
-            save_whole(folder, model, job.tokenizer)
+        if job.processes.is_main:
+            with whole_folder(job.run.base) as folder:
+                save_whole(folder, model, job.tokenizer)
     witness.record.model["calibration"] = {"rows": done.n_rows, "tokens": done.n_tokens, "left": done.left}
     on = f"calibrated on {done.n_rows:,} rows ({done.n_tokens:,} tokens)" if done.n_rows else "adapters started"
     job.watch.note(f"{on}; the base is kept in {job.run.base}")
@@ -151,14 +190,14 @@ def _calibrate(job: Job, witness: Witness, model: Any) -> Starts:
 
 def _evaluate_base(job: Job, witness: Witness, model: Any, dtype: torch.dtype) -> list[str]:
     job.watch.stage("evaluate base")
-    section = job.recipe.evaluation
+    section = job.evaluation
     with witness.phase("evaluate_base"):
         witness.record.evaluation_base = evaluate(model, job.tokenizer, job.prepared.held_out, section, dtype)
         prompts = [example.prompt_ids for example in job.shown]
         return generate_answers(model, job.tokenizer, prompts, section, dtype)
 
 
-def _attach(job: Job, witness: Witness, model: Any, starts: Starts) -> Any:
+def _attach(job: Job, model: Any, starts: Starts) -> Any:
     if job.recipe.method != "full":
         torch.manual_seed(job.recipe.training.seed)  # the adapters' first values
         base_name = str(job.run.base.resolve()) if job.run.base.is_dir() else job.source.name
@@ -169,14 +208,17 @@ def _attach(job: Job, witness: Witness, model: Any, starts: Starts) -> Any:
                 save_adapter(model, folder)
         elif kept.is_dir():
             put_weights_back(model, load_file(kept / "adapter_model.safetensors"))
-    trainable, total = count_parameters(model)
-    witness.record.trainable_parameters, witness.record.total_parameters = trainable, total
-    job.watch.note(f"trains {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)")
     return model
 
 
+def _count(job: Job, witness: Witness, model: Any) -> None:
+    trainable, total = count_parameters(model)
+    witness.record.trainable_parameters, witness.record.total_parameters = trainable, total
+    job.watch.note(f"trains {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)")
+
+
 def _train(job: Job, witness: Witness, model: Any, dtype: torch.dtype, base_answers: Sequence[str]) -> None:
-    section = job.recipe.evaluation
+    section = job.evaluation
 
     def check(step: int) -> float:
         for sample in _answer(job, model, dtype, base_answers):
@@ -185,11 +227,11 @@ def _train(job: Job, witness: Witness, model: Any, dtype: torch.dtype, base_answ
         measured = evaluate(model, job.tokenizer, unchecked, section, dtype)
         return measured.loss if measured else math.nan
 
-    every = section.eval_steps if job.prepared.held_out else 0
+    every = job.recipe.evaluation.eval_steps if job.prepared.held_out else 0
     steps, memory = job.plan.optimizer_steps, job.plan.step_memory
     saving, deadline = job.checkpointing, job.deadline
-    setup = Setup(job.run, job.device, dtype, job.watch, check, every, steps, memory, saving, deadline)
-    training = in_micro_batches(job.recipe.training, job.plan.micro_batch)
+    setup = Setup(job.run, job.device, dtype, job.watch, check, every, steps, memory, saving, deadline, job.processes)
+    training = in_micro_batches(shared_among(job.recipe.training, job.processes.count), job.plan.micro_batch)
     if training.learning_rate == "probe":
         training = training.model_copy(update={"learning_rate": _probe(job, witness, model, setup).learning_rate})
     job.watch.stage("train")
@@ -205,7 +247,7 @@ def _train(job: Job, witness: Witness, model: Any, dtype: torch.dtype, base_answ
 
 def _probe(job: Job, witness: Witness, model: Any, setup: Setup) -> Probe:
     job.watch.stage("probe")
-    section, rows = job.recipe.evaluation, job.prepared.held_out
+    section, rows = job.evaluation, job.prepared.held_out
     judge = Judge(job.recipe.method, rows, lambda r: evaluate(model, job.tokenizer, r, section, setup.compute_dtype))
     with witness.phase("probe"):
         found = probe_rates(model, job.tokenizer, job.groups, job.recipe.training, setup, judge)
@@ -220,7 +262,7 @@ def _evaluate_tuned(job: Job, witness: Witness, model: Any, dtype: torch.dtype, 
     if job.recipe.method == "full":
         model.to(dtype)  # what is saved is what is measured
     with witness.phase("evaluate"):
-        tuned = evaluate(model, job.tokenizer, job.prepared.held_out, job.recipe.evaluation, dtype)
+        tuned = evaluate(model, job.tokenizer, job.prepared.held_out, job.evaluation, dtype)
         for sample in _answer(job, model, dtype, base_answers):
             job.run.append_sample(sample)
     if tuned and witness.record.evaluation_base:
@@ -231,7 +273,7 @@ def _evaluate_tuned(job: Job, witness: Witness, model: Any, dtype: torch.dtype, 
 
 def _answer(job: Job, model: Any, dtype: torch.dtype, base_answers: Sequence[str]) -> list[Sample]:
     prompts = [example.prompt_ids for example in job.shown]
-    tuned = generate_answers(model, job.tokenizer, prompts, job.recipe.evaluation, dtype)
+    tuned = generate_answers(model, job.tokenizer, prompts, job.evaluation, dtype)
     return [
         Sample(job.tokenizer.decode(e.prompt_ids, skip_special_tokens=True), before, after, e.answer)
         for e, before, after in zip(job.shown, base_answers, tuned, strict=True)
@@ -240,11 +282,14 @@ def _answer(job: Job, model: Any, dtype: torch.dtype, base_answers: Sequence[str
 
 def _save(job: Job, witness: Witness, model: Any) -> None:
     job.watch.stage("save")
+    trained = trained_parameters(model)  # which all processes ask for
+    if not job.processes.is_main:
+        return
     with witness.phase("save"), whole_folder(job.weights) as folder:
         if job.recipe.method == "full":
             model.save_pretrained(folder)
         else:
-            save_adapter(model, folder)
+            save_adapter(model, folder, trained)
         job.tokenizer.save_pretrained(folder)
         write_note(folder, job.recipe, witness.record.rows["ledger"], witness.record.model)
         write_text(folder / "README.md", model_card(witness.record.to_json()))  # PEFT's own is a form to fill in
@@ -299,7 +344,8 @@ def probe(
         job = prepare(resolved.model_copy(update={"training": training}), False, False, False, observer or Silent())
         with Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
             base, dtype, starts = _load(job, witness)
-            model = _attach(job, witness, base, starts)
+            model = _attach(job, base, starts)
+            _count(job, witness, model)
             setup = Setup(job.run, job.device, dtype, job.watch, lambda _: 0.0, 0, job.plan.optimizer_steps)
             return _probe(job, witness, model, setup)
 
@@ -313,7 +359,7 @@ def rehearse(recipe: Recipe, *, resume: bool = False, observer: Observer | None 
     job = prepare(recipe, False, resume, False, observer or Silent())
     with job.run.held(), Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
         base, dtype, starts = _load(job, witness)
-        _train(job, witness, _attach(job, witness, base, starts), dtype, [])
+        _train(job, witness, _attach(job, base, starts), dtype, [])
     return witness.record
 
 

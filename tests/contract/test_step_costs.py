@@ -93,6 +93,6 @@ def test_no_step_waits_for_the_device(recompute: str, tmp_path: Path, monkeypatc
     StepTrainer_step = StepTrainer.training_step  # noqa: N806
     monkeypatch.setattr(StepTrainer, "training_step", guarded)
     device = detect_device("cpu")
-    setup = Setup(run, device, torch.float32, Silent(), lambda _: 0.0, 0, 4, False)
+    setup = Setup(run, device, torch.float32, Silent(), lambda _: 0.0, 0, 4)
     train_model(ours, None, Groups(examples), section, setup)
     assert watched == 8

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nybble.data import IGNORED, FlatBatch, PadBatch, pack_rows
+from nybble.data import IGNORED, FlatBatch, PadBatch, pack_rows, packs_of
+from nybble.data.batches import filled
+from nybble.data.encode import EncodedRow, Example
+from nybble.data.store import Examples, to_records
+from nybble.recipe import DataSection
 
 ROWS = [
     {"input_ids": [5, 6, 7], "labels": [5, IGNORED, 7]},
@@ -33,13 +38,19 @@ def test_packs_are_nearly_full() -> None:
 
 def test_a_flat_batch_worked_by_hand() -> None:
     batch = FlatBatch()([ROWS[:2], ROWS[2:]])
-    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
-    assert batch["lengths"] == (3, 1, 2)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 0, 0]]
+    assert batch["lengths"] == (3, 1, 4)  # filled up to a length that more batches have
     # A row's first token is never a target: in one sequence another row would stand before it.
-    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7, IGNORED, IGNORED, 10]]
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7, IGNORED, IGNORED, 10, IGNORED, IGNORED]]
     assert batch["learned"].tolist() == [1, 4]
     assert batch["targets"].tolist() == [7, 10]
+
+
+def test_filling_up_costs_a_sixteenth_at_most_and_leaves_few_lengths() -> None:
+    sizes = {filled(n) for n in range(128, 4097)}
+    assert all(n <= filled(n) <= n + max(7, n / 16) for n in range(1, 4097))
+    assert len(sizes) == 1 + 5 * 16  # sixteen to each doubling
 
 
 def test_a_padded_batch_worked_by_hand() -> None:
@@ -47,3 +58,13 @@ def test_a_padded_batch_worked_by_hand() -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["labels"].tolist() == [[5, IGNORED, 7], [8, IGNORED, IGNORED]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_rows_are_drawn_together_as_the_recipe_says() -> None:
+    made = [Example(list(range(n)), list(range(n)), 1, 1, 0, (2,), 0, 0, False) for n in (60, 30, 20)]
+    examples = Examples([to_records(EncodedRow([one], len(one.input_ids), 1, 0, "") for one in made)])
+    assert packs_of(examples, DataSection(max_length=64)) is None
+    assert packs_of(examples, DataSection(max_length=64, packing=True)) == [[0], [1, 2]]
+    assert packs_of(examples, DataSection(max_length=64, packing=128)) == [[0, 1, 2]]
+    with pytest.raises(ValueError, match="greater than or equal to 8"):
+        DataSection(packing=4)

@@ -29,7 +29,9 @@ from nybble.cli import (
     train,
 )
 from nybble.cli.process import own_process
+from nybble.cli.terminal import visible
 from nybble.errors import NybbleError
+from nybble.guard import redact
 
 app = typer.Typer(
     name="nybble",
@@ -94,5 +96,5 @@ def _stopped(debug: bool) -> int:
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"nybble: {' '.join(message.split())}", file=sys.stderr)
+    print(f"nybble: {visible(redact(' '.join(message.split())))}", file=sys.stderr)
     return code

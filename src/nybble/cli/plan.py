@@ -22,6 +22,9 @@ def plan(
     largest: Annotated[
         bool, typer.Option("--largest", help="also find the largest max_length and the largest known model that fit")
     ] = False,
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, help="what each of so many processes takes and sends")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the plan on stdout as JSON")] = False,
 ) -> None:
     """Say what a run will take in every phase, and how fast it will be. No weights are read, nothing is trained."""
@@ -35,7 +38,18 @@ def plan(
     from nybble import planning
     from nybble.recipe import refusal
 
-    made = planning.plan(Path(recipe) if recipe else None, overrides, profile=profile, largest=largest)
+    file = Path(recipe) if recipe else None
+    if processes is not None:
+        shared = planning.plan_processes(file, overrides, n=processes, profile=profile)
+        if as_json:
+            print_json(shared.to_json())
+        else:
+            _print(shared.plan)
+            print("\n".join(shared.lines()))
+        if not shared.plan.fits:
+            raise refusal(shared.plan)
+        return
+    made = planning.plan(file, overrides, profile=profile, largest=largest)
     if as_json:
         print_json(made.to_json())
     else:
@@ -48,6 +62,7 @@ def _print(made: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from nybble.models import RUNGS
     from nybble.units import format_bytes, format_count, format_seconds
 
     console = Console(highlight=False)
@@ -68,6 +83,12 @@ def _print(made: Plan) -> None:
         console.print(line, soft_wrap=True, markup=False)
     if made.total_seconds:
         console.print(f"{format_count(made.optimizer_steps)} steps: {format_seconds(made.total_seconds)}{estimate}")
+    if made.rungs:
+        rungs: Any = Table(f"{unit} of the longest batch", "peak", "tensors", "host", "", box=None, pad_edge=False)
+        for r in made.rungs:
+            shown = [f"{n / size:.2f}" if n else "–" for n in (r.peak_bytes, r.live_bytes, r.host_bytes)]
+            rungs.add_row(RUNGS.get(r.name, r.name), *shown, "taken" if r.taken else "")
+        console.print(rungs)
     if made.largest_length is not None:
         console.print(f"largest max_length that fits: {format_count(made.largest_length)}")
     if made.largest_model is not None:

@@ -25,8 +25,10 @@ def train(
     quiet_libraries()
     from nybble import pipeline
     from nybble.cli.progress import Live
+    from nybble.processes import named
     from nybble.recipe import load_recipe
 
+    is_main = named().is_main
     live = Live()
     try:
         record = pipeline.train(
@@ -34,10 +36,12 @@ def train(
             overwrite=overwrite,
             resume=resume,
             force=force,
-            observer=live,
+            observer=live,  # told by the first process alone
         )
     finally:
         live.close()
+    if not is_main:
+        return
     if as_json:
         print_json(record.to_json())
     else:

@@ -1,6 +1,6 @@
 """Rows: read, recognise their shape, mark what is learned, count it, batch it."""
 
-from nybble.data.batches import FlatBatch, Groups, PadBatch, pack_rows
+from nybble.data.batches import FlatBatch, Groups, PadBatch, pack_rows, packs_of
 from nybble.data.encode import IGNORED, Example, encode_chat, encode_follow_up, encode_prompt, question_form
 from nybble.data.ledger import Ledger
 from nybble.data.prepare import Prepared, examine_rows, prepare_rows, rows_cache
@@ -8,6 +8,7 @@ from nybble.data.rows import Rows, read_rows
 from nybble.data.shapes import Turn
 from nybble.data.show import ShownRow, Stretch, show_rows
 from nybble.data.store import Examples
+from nybble.data.templates import render_chat
 from nybble.data.tokens import adds_bos
 
 __all__ = [
@@ -29,9 +30,11 @@ __all__ = [
     "encode_prompt",
     "examine_rows",
     "pack_rows",
+    "packs_of",
     "prepare_rows",
     "question_form",
     "read_rows",
+    "render_chat",
     "rows_cache",
     "show_rows",
 ]

@@ -1,11 +1,22 @@
 """Base models and adapters: find, load (streamed, packed on the way), attach, save."""
 
-from nybble.models.adapters import attach, load_adapter, put_weights_back, save_adapter, trained_weights
+from nybble.models.adapter_files import PREFIX, AdapterFiles, read_adapter
+from nybble.models.adapters import (
+    add_adapter,
+    attach,
+    load_adapter,
+    put_weights_back,
+    save_adapter,
+    trained_parameters,
+    trained_weights,
+)
 from nybble.models.calibrate import Calibration, Starts, calibrate, needs_calibration
-from nybble.models.families import SwapReport, blocks_of, go_lean, swap_blocks
+from nybble.models.families import SwapReport, blocks_of, swap_blocks
 from nybble.models.hub import push_folder
+from nybble.models.lean import RUNGS, Ladder
 from nybble.models.load import LoadReport, compute_dtype, count_parameters, hash_of, load_model, save_whole
 from nybble.models.plugin import NybbleConfig, register
+from nybble.models.sharding import held_bytes, is_sharded, shard, shard_like, whole
 from nybble.models.source import ModelSource, find_folder, find_model, read_config
 from nybble.models.tokenizer import find_tokenizer, load_tokenizer
 from nybble.models.tuned import NOTE, Tuned, check_original, find_tuned, load_tuned, tokenizer_of, write_note
@@ -13,14 +24,19 @@ from nybble.models.weights import BaseWeights
 
 __all__ = [
     "NOTE",
+    "PREFIX",
+    "RUNGS",
+    "AdapterFiles",
     "BaseWeights",
     "Calibration",
+    "Ladder",
     "LoadReport",
     "ModelSource",
     "NybbleConfig",
     "Starts",
     "SwapReport",
     "Tuned",
+    "add_adapter",
     "attach",
     "blocks_of",
     "calibrate",
@@ -31,8 +47,9 @@ __all__ = [
     "find_model",
     "find_tokenizer",
     "find_tuned",
-    "go_lean",
     "hash_of",
+    "held_bytes",
+    "is_sharded",
     "load_adapter",
     "load_model",
     "load_tokenizer",
@@ -40,12 +57,17 @@ __all__ = [
     "needs_calibration",
     "push_folder",
     "put_weights_back",
+    "read_adapter",
     "read_config",
     "register",
     "save_adapter",
     "save_whole",
+    "shard",
+    "shard_like",
     "swap_blocks",
     "tokenizer_of",
+    "trained_parameters",
     "trained_weights",
+    "whole",
     "write_note",
 ]

@@ -7,7 +7,8 @@ the folder that is saved loads in stock PEFT over the same base in 16 or 4 bits.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from nybble.errors import ModelError, RecipeError
+from nybble.guard import brief
+from nybble.models.adapter_files import read_adapter
+from nybble.models.sharding import shard_like, whole
 from nybble.nn import Linear4bit
 from nybble.recipe import LoraSection
 
@@ -79,14 +83,33 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
         ModelError: the folder holds no adapter, or one of another base.
     """
     from peft import PeftModel
-    from safetensors import SafetensorError
 
-    if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder} holds no adapter (adapter_config.json)")
+    files = read_adapter(folder)
+    config = files.to_peft(model)
+    with _fitting(folder):
+        return _unmergeable(PeftModel.from_pretrained(model, folder, config=config))
+
+
+def add_adapter(adapted: Any, folder: Path, name: str) -> None:
+    """Put the adapter saved in `folder` beside those that `adapted` has, under `name`.
+
+    Raises:
+        ModelError: as `load_adapter`.
+    """
+    config = read_adapter(folder).to_peft(adapted.get_base_model())
+    with _fitting(folder):
+        adapted.add_adapter(name, config)
+        adapted.load_adapter(folder, name)
+
+
+@contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
     try:
-        return _unmergeable(PeftModel.from_pretrained(model, folder))
-    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
-        raise ModelError(f"{folder}: adapter does not fit this base: {' '.join(str(error).split())[:300]}") from error
+        yield
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ModelError(
+            f"{folder}: adapter does not fit this base: {brief(error)}; give the base that it was trained on"
+        ) from error
 
 
 def _unmergeable(adapted: Any) -> Any:
@@ -106,9 +129,17 @@ def _unmergeable(adapted: Any) -> Any:
     return adapted
 
 
-def save_adapter(model: Any, folder: Path) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`; embeddings are not copied in."""
-    model.save_pretrained(folder, save_embedding_layers=False)
+def save_adapter(model: Any, folder: Path, trained: dict[str, Tensor] | None = None) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`; embeddings are not copied in.
+
+    Of a model in shards, `trained` is what `trained_parameters` gave.
+    """
+    model.save_pretrained(folder, save_embedding_layers=False, state_dict=trained)
+
+
+def trained_parameters(model: Any) -> dict[str, Tensor]:
+    """What of `model` is trained, whole, by the parameters' names; all processes ask together."""
+    return {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def trained_weights(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -117,13 +148,14 @@ def trained_weights(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     Adapters have the names that PEFT gives them on disk, with its `adapter_config.json`; a model without adapters those
     of its own parameters.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
 
+    weights = {name: whole(p.detach()) for name, p in _by_file_name(model).items()}
     if not isinstance(model, PeftModel):
-        return {name: p for name, p in model.named_parameters() if p.requires_grad}, {}
+        return weights, {}
     config = {**model.peft_config["default"].to_dict(), "inference_mode": True}
     text = json.dumps({k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}, indent=2, sort_keys=True)
-    return dict(get_peft_model_state_dict(model, save_embedding_layers=False)), {"adapter_config.json": text}
+    return weights, {"adapter_config.json": text}
 
 
 def put_weights_back(model: Any, weights: Mapping[str, Tensor]) -> None:
@@ -132,17 +164,22 @@ def put_weights_back(model: Any, weights: Mapping[str, Tensor]) -> None:
     Raises:
         ModelError: they are not those of this model.
     """
-    from peft import PeftModel, set_peft_model_state_dict
-
-    here = trained_weights(model)[0]
+    here = _by_file_name(model)
     if {name: tensor.shape for name, tensor in here.items()} != {name: t.shape for name, t in weights.items()}:
         raise ModelError("the checkpoint's weights are not those that are trained now; begin anew with --overwrite")
-    if isinstance(model, PeftModel):
-        set_peft_model_state_dict(model, dict(weights))
-        return
     with torch.no_grad():
         for name, tensor in weights.items():
-            here[name].copy_(tensor)
+            here[name].copy_(shard_like(tensor, here[name]))
+
+
+def _by_file_name(model: Any) -> dict[str, Tensor]:
+    """The trained parameters, by their names on disk."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    trained: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not isinstance(model, PeftModel):
+        return trained
+    return dict(get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False))
 
 
 def _check_targets(model: nn.Module, targets: list[str]) -> None:

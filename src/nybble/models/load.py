@@ -60,9 +60,14 @@ def compute_dtype(wanted: str, device: Device) -> tuple[torch.dtype, list[str]]:
 
 
 def load_model(
-    source: ModelSource, method: str, model: ModelSection, quantization: QuantizationSection, device: Device
+    source: ModelSource,
+    method: str,
+    model: ModelSection,
+    quantization: QuantizationSection,
+    device: Device,
+    on_host: bool = False,
 ) -> tuple[Any, LoadReport]:
-    """The base model for a method, on `device`, in evaluation mode.
+    """The base model for a method, on `device` (`on_host`: as for it, but still on the host), in evaluation mode.
 
     `qlora` packs every linear but the output head; what remains, and all of `lora`, is kept in the compute type;
     `full` loads float32, the masters of a training that computes in the compute type.
@@ -81,7 +86,8 @@ def load_model(
     if kept is not None and kept.folder is not None:
         notes.append("the packed base is taken from the cache")
     files = source if kept is None or kept.folder is None else _stored(source, kept.folder)
-    loaded = _from_pretrained(files, method, model, _packing(files, method, quantization, dtype), device, dtype)
+    place = torch.device("cpu") if on_host else device.torch_device
+    loaded = _from_pretrained(files, method, model, _packing(files, method, quantization, dtype), place, dtype)
     packed = [m.packed for m in loaded.modules() if isinstance(m, Linear4bit)]
     if method == "qlora" and not packed:
         raise ModelError(f"{source.name} has no linear layer that can be packed; use --method lora or full")
@@ -183,7 +189,12 @@ def _not_packed(model: nn.Module) -> list[str]:
 
 
 def _from_pretrained(
-    source: ModelSource, method: str, model: ModelSection, packing: dict[str, Any], device: Device, dtype: torch.dtype
+    source: ModelSource,
+    method: str,
+    model: ModelSection,
+    packing: dict[str, Any],
+    place: torch.device,
+    dtype: torch.dtype,
 ) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -193,16 +204,17 @@ def _from_pretrained(
                 source.folder,
                 **{"config": source.config, **packing},
                 dtype=torch.float32 if method == "full" else dtype,
-                device_map={"": device.torch_device},
+                device_map={"": place},
                 attn_implementation=model.attn_implementation,
                 trust_remote_code=model.trust_remote_code,
+                use_safetensors=True,
                 output_loading_info=True,
             )
     except (RuntimeError, ValueError, ImportError) as error:
         raise ModelError(f"{source.name}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise ModelError(f"{source.name}: {len(missing)} tensors are missing from its files, e.g. {missing[0]}")
+        raise ModelError(f"{source.name}: {len(missing)} tensors are missing, e.g. {missing[0]}; download it again")
     return loaded
 
 
@@ -221,7 +233,7 @@ def save_whole(folder: Path, model: Any, tokenizer: Any) -> None:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Trainable and all parameters; a packed weight counts as the weights it stands for, tied ones once."""
     packed = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    bytes_of_packed = {id(module.weight) for module in packed}
+    bytes_of_packed = {id(tensor) for module in packed for tensor in (module.weight, module.absmax)}
     plain = [parameter for parameter in model.parameters() if id(parameter) not in bytes_of_packed]
     total = sum(m.in_features * m.out_features for m in packed) + sum(p.numel() for p in plain)
     return sum(p.numel() for p in plain if p.requires_grad), total

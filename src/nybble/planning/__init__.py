@@ -6,11 +6,21 @@ curve     the same at any depth of recomputation, from a few layers
 forecast  every phase of a run
 choose    depth and split within a budget; what to change where nothing fits
 make      the plan of a run
+processes what several processes take and send
 """
 
 from nybble.planning.devices import PROFILES, Profile, named_profile, profile_of
 from nybble.planning.forecast import Batches
-from nybble.planning.make import find_config, make_plan, plan, plan_training
+from nybble.planning.make import find_config, make_plan, plan
+from nybble.planning.processes import (
+    SharedPlan,
+    among,
+    plan_in_shards,
+    plan_processes,
+    plan_shared,
+    plan_training,
+    share_of,
+)
 from nybble.planning.shapes import SHAPES
 
 __all__ = [
@@ -18,10 +28,16 @@ __all__ = [
     "SHAPES",
     "Batches",
     "Profile",
+    "SharedPlan",
+    "among",
     "find_config",
     "make_plan",
     "named_profile",
     "plan",
+    "plan_in_shards",
+    "plan_processes",
+    "plan_shared",
     "plan_training",
     "profile_of",
+    "share_of",
 ]

@@ -34,6 +34,7 @@ def _split_names(text: str) -> tuple[str, ...]:
 
 
 Rate = Annotated[float, Field(gt=0)] | Literal["probe"]
+Tokens = Annotated[int, Field(ge=8)]
 
 
 class Section(BaseModel):
@@ -215,9 +216,9 @@ class DataSection(Section):
         aliases=("max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"),
         ge=8,
     )
-    packing: bool = setting(
+    packing: bool | Tokens = setting(
         False,
-        "fill each row's place with as many rows as max_length takes; none sees another",
+        "fill each row's place with as many rows as max_length takes, or as this many tokens take; none sees another",
         aliases=("sample_packing",),
     )
     eval_dataset_name: str | None = setting(
@@ -247,7 +248,12 @@ class TrainingSection(Section):
     num_train_epochs: float = setting(3.0, "passes over the rows", aliases=("epochs", "num_epochs"), gt=0)
     max_steps: int = setting(-1, "stop after so many optimizer steps; -1: by epochs", unit="steps", ge=-1)
     per_device_train_batch_size: int = setting(
-        4, "rows a step and micro-batch", unit="rows", aliases=("micro_batch_size", "batch_size"), ge=1, neutral=True
+        4,
+        "rows a micro-batch; times gradient_accumulation_steps, the rows of a step, which several processes share",
+        unit="rows",
+        aliases=("micro_batch_size", "batch_size"),
+        ge=1,
+        neutral=True,
     )
     gradient_accumulation_steps: int = setting(
         1, "micro-batches an optimizer step", aliases=("grad_accum",), ge=1, neutral=True
@@ -267,13 +273,19 @@ class TrainingSection(Section):
         "recompute layers in the backward pass: as many as memory forces, none, or all; true means always",
         neutral=True,
     )
+    distributed: Literal["ddp", "fsdp"] = setting(
+        "ddp",
+        "several processes: each holds the whole model (ddp), or a shard of every weight (fsdp, torch's FSDP2)",
+        neutral=True,
+    )
     memory_budget: str | None = setting(
         None, "memory that training may take, e.g. 8GiB; default: what the device has free", neutral=True
     )
-    lean: bool = setting(
-        False,
-        "for a device that recomputing every layer does not fit: layer inputs and the embedding table wait on the "
-        "host, the MLP runs in tiles; slower, and nothing that is learned changes",
+    lean: Literal["auto", "never", "always"] = setting(
+        "auto",
+        "below recomputing every layer: layer inputs and the embedding table wait on the host, the MLP runs in tiles, "
+        "weights are decoded in slices; as much of it as memory forces, none, or all; slower, and nothing that is "
+        "learned changes; true means always",
         neutral=True,
     )
     parity_steps: int = setting(
@@ -311,7 +323,7 @@ class TrainingSection(Section):
     push_to_hub: bool = setting(False, "upload the adapter to the hub at the end", neutral=True)
     hub_model_id: str | None = setting(None, "repository for push_to_hub", neutral=True)
 
-    @field_validator("gradient_checkpointing", mode="before")
+    @field_validator("gradient_checkpointing", "lean", mode="before")
     @classmethod
     def _words(cls, value: Any) -> Any:
         return {"true": "always", "false": "never"}.get(str(value).lower(), value)

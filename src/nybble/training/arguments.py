@@ -105,6 +105,9 @@ def training_arguments(
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type != "cpu",
         remove_unused_columns=False,
+        # Scales of packed weights are buffers; nothing that is frozen changes, and all that is trained has a gradient.
+        ddp_broadcast_buffers=False,
+        ddp_find_unused_parameters=False,
         report_to=[name for name in trackers(section) if name != "tensorboard"],
         run_name=section.run_name,
         disable_tqdm=True,

@@ -13,8 +13,9 @@ from typing import Any
 from transformers import TrainerCallback
 
 from nybble.data import FlatBatch, Groups, PadBatch
-from nybble.data.batches import Group
+from nybble.data.batches import NOTHING, Group
 from nybble.hardware import PeakMemory
+from nybble.processes import Processes
 from nybble.runs import Observer, RunDirectory, StepEvent
 
 
@@ -31,8 +32,8 @@ class CountingBatch:
     def __call__(self, drawn: Sequence[tuple[int, Group]]) -> dict[str, Any]:
         """A batch of groups with their numbers, both noted."""
         groups = [group for _, group in drawn]
-        tokens = sum(len(example["input_ids"]) for group in groups for example in group)
-        self._waiting.append((tokens, tuple(number for number, _ in drawn)))
+        tokens = sum(len(example["input_ids"]) for number, group in drawn if number >= 0 for example in group)
+        self._waiting.append((tokens, tuple(number for number, _ in drawn if number >= 0)))
         return self._collate(groups)
 
     def take(self, n_batches: int) -> int:
@@ -49,7 +50,7 @@ class CountingBatch:
 
 
 class Drawn(Sequence[tuple[int, Group]]):
-    """Groups, each with its number."""
+    """Groups, each with its number; -1 stands for none, where the other processes have one more."""
 
     def __init__(self, groups: Groups) -> None:
         self.groups = groups
@@ -58,24 +59,37 @@ class Drawn(Sequence[tuple[int, Group]]):
         return len(self.groups)
 
     def __getitem__(self, number: Any) -> Any:
-        return number, self.groups[number]
+        return number, self.groups[number] if number >= 0 else NOTHING
 
 
 class Logbook(TrainerCallback):
     """Writes events.jsonl and tells the observer."""
 
-    def __init__(self, run: RunDirectory, observer: Observer, memory: PeakMemory, batches: CountingBatch) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        observer: Observer,
+        memory: PeakMemory,
+        batches: CountingBatch,
+        processes: Processes = Processes(),  # noqa: B008 - a value
+    ) -> None:
         self._run = run
+        self._processes = processes
         self._observer = observer
         self._memory = memory
         self._batches = batches
         self.accumulation: Callable[[], int] = lambda: 1  # micro-batches of the step under way; the trainer knows
         self.peak_bytes = 0
-        self.tokens = 0  # of this process
+        self._own_tokens = 0  # that this process has trained on
         self.before: tuple[int, float] = (0, 0.0)  # tokens and seconds of the run that this one resumes
         self.seconds_to_first_step: float | None = None
         self._created = time.monotonic()
         self._started = time.monotonic()
+
+    @property
+    def tokens(self) -> int:
+        """Those of all processes, which must ask together."""
+        return self._processes.sum(self._own_tokens)
 
     @property
     def seconds(self) -> float:
@@ -97,7 +111,7 @@ class Logbook(TrainerCallback):
         self._batches.clear()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.tokens += self._batches.take(self.accumulation())
+        self._own_tokens += self._batches.take(self.accumulation())
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = time.monotonic() - self._created
 
@@ -141,9 +155,15 @@ class Checks(TrainerCallback):
 class Stops(TrainerCallback):
     """SIGINT, SIGTERM and a limit of time let the micro-batch end and save; a second signal ends at once."""
 
-    def __init__(self, deadline: float | None, seconds_to_save: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        deadline: float | None,
+        seconds_to_save: Callable[[], float],
+        processes: Processes = Processes(),  # noqa: B008 - a value
+    ) -> None:
         """`deadline`: by the monotonic clock, which no change of the date moves."""
         self.reason: str | None = None
+        self._processes = processes
         self._deadline = deadline
         self._seconds_to_save = seconds_to_save
         self._longest = 0.0  # seconds between two looks at the clock
@@ -173,11 +193,17 @@ class Stops(TrainerCallback):
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._look()
-        if self.reason is not None:
+        if self.reason is not None and not self._processes.are_many:
             control.should_save = True
             control.should_training_stop = True
 
-    on_step_end = on_substep_end
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Many processes end together, behind the step in which the first of them wants to."""
+        self._look()
+        if self._processes.any(self.reason is not None):
+            self.reason = self.reason or "another process"
+            control.should_save = True
+            control.should_training_stop = True
 
     def _look(self) -> None:
         now = time.monotonic()

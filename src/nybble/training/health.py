@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nybble.processes import Processes
 from nybble.recipe import TrainingSection
 from nybble.training.callbacks import CountingBatch
 
@@ -58,8 +59,10 @@ class Health:
         batches: CountingBatch,
         rows_of: Callable[[int], Sequence[int]],
         note: Callable[[str], None],
+        processes: Processes = Processes(),  # noqa: B008 - a value
     ) -> None:
         """`rows_of`: the numbers of the rows in a group."""
+        self._processes = processes
         self._skips = section.bad_batch == "skip"
         self._spike = section.grad_spike
         self._batches = batches
@@ -76,7 +79,7 @@ class Health:
         Args:
             step: its number, from 1.
             n_batches: micro-batches in it.
-            loss: their sum.
+            loss: their sum, the same in all processes.
             norm: of the gradient.
             scaled: gradients are scaled (float16), so that an infinite one is for the scaler to judge.
         """
@@ -84,7 +87,8 @@ class Health:
         norm = torch.as_tensor(norm, dtype=torch.float32, device=loss.device)
         figures = torch.stack([loss.float(), torch.zeros_like(loss, dtype=torch.float32) if scaled else norm])
         ready = None
-        if figures.is_cuda and not self._skips:
+        # Many processes must see the same at the same step.
+        if figures.is_cuda and not (self._skips or self._processes.are_many):
             figures = torch.empty(2, pin_memory=True).copy_(figures, non_blocking=True)
             ready = torch.cuda.Event()
             ready.record()
@@ -105,7 +109,8 @@ class Health:
             why = self._fault(loss, norm)
             is_bad = why is not None
             if why is not None:
-                rows = {row for group in unread.groups for row in self._rows_of(group)}
+                own = [row for group in unread.groups for row in self._rows_of(group)]
+                rows = {row for part in self._processes.gather(own) for row in part}
                 self._found(BadStep(unread.step, tuple(sorted(rows)), why))
         return is_bad
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble.data import Prepared
-from nybble.recipe import Recipe, all_settings
+from nybble.recipe import Recipe, all_settings, step_rows
 
 _CONTENT = {"base": "the base weights", "tokenizer": "the tokenizer", "rows": "the rows"}
 
@@ -68,9 +68,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     for item in all_settings():
         if not item.is_neutral:
             found[item.path] = values[item.section][item.name] if item.section else values[item.name]
-    training = recipe.training
-    # How they are split is neutral.
-    found["rows a step"] = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    found["rows a step"] = step_rows(recipe.training)  # how they are split is neutral
     return found
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,11 +22,13 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 from transformers import Trainer, TrainerCallback
 
 from nybble.checkpoints import STATE, Place, read_json
 from nybble.errors import InputError
-from nybble.models import put_weights_back, trained_weights
+from nybble.models import put_weights_back, shard_like, trained_weights, whole
+from nybble.processes import Processes
 from nybble.training.generators import generator_states, set_generator_states
 from nybble.training.health import Health
 from nybble.training.packing import pack, unpack
@@ -46,9 +48,11 @@ class ResumableTrainer(Trainer):
         about: Mapping[str, Any],
         health: Health,
         counters: Mapping[str, Counter],
+        processes: Processes = Processes(),  # noqa: B008 - a value
         **settings: Any,
     ) -> None:
         """`about`: what each checkpoint also says; `counters`: what else is counted beside the steps, and goes on."""
+        self.processes = processes
         super().__init__(**settings)
         self.saver = saver
         self._about = about
@@ -79,6 +83,19 @@ class ResumableTrainer(Trainer):
             self._generators = None
         return number, False
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Accelerate's, over batches that can be dealt out evenly."""
+        sampler = EvenBatches(
+            RandomSampler(self.train_dataset), self.args.per_device_train_batch_size, self.processes.count
+        )
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=sampler,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """None any more where a resumed training was at its end."""
         wanted = num_batches if self.state.global_step < self.state.max_steps else 0
@@ -86,7 +103,10 @@ class ResumableTrainer(Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm; where the step is judged bad, its gradients are gone, so that no weight and no moment changes."""
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = whole(super()._get_grad_norm(model, grad_norm))
+        if self.processes.are_many:  # each had its share of the step, scaled up by their number
+            self.step_loss.copy_(self.processes.mean(self.step_loss))
+            self._tr_loss.copy_(self._before_step + self.step_loss)
         scaled = self.accelerator.scaler is not None
         batches = self.current_gradient_accumulation_steps
         if self._health.judge(self.state.global_step + 1, batches, self.step_loss, norm, scaled):
@@ -99,19 +119,28 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.store_flos()
         self._health.read()
-        if self.args.should_save and self._health.bad is None:
-            self.saver.save(self._snapshot())
+        if self._health.bad is not None:
+            return
+        # What has to be asked of all processes; the first one writes.
+        generators = self.processes.gather(self._generators or generator_states(self.args.device))
+        asked = {
+            "generators": generators,
+            "counters": {name: counter.state() for name, counter in self._counters.items()},
+            "optimizer": whole(self.optimizer.state_dict()),
+        }
+        weights, texts = trained_weights(self.model)
+        if self.args.should_save:
+            self.saver.save(self._snapshot(asked, weights, texts))
 
-    def _snapshot(self) -> Snapshot:
+    def _snapshot(self, asked: Mapping[str, Any], weights: Mapping[str, Tensor], texts: Mapping[str, str]) -> Snapshot:
         tensors: dict[str, Tensor] = {}
         step = self.state.global_step
         done = max(done for at, done in (self._done, self._done_before, (step, 0)) if at == step)
         state = {
             "cursor": self._cursor(step, done),
-            "optimizer": self.optimizer.state_dict(),
+            **asked,
             "scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
-            "generators": self._generators or generator_states(self.args.device),
             "gradients": {name: p.grad for name, p in self._trained() if p.grad is not None} if done else {},
             "loss": {
                 "since_log": self._tr_loss,
@@ -120,10 +149,8 @@ class ResumableTrainer(Trainer):
                 "total": self._total_loss_scalar,
                 "last_logged_step": self._globalstep_last_logged,
             },
-            "counters": {name: counter.state() for name, counter in self._counters.items()},
         }
         packed = pack(state, tensors)
-        weights, texts = trained_weights(self.model)
         return Snapshot(
             place=Place(step, done),
             weights={name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()},
@@ -139,7 +166,7 @@ class ResumableTrainer(Trainer):
     def _cursor(self, step: int, done: int) -> dict[str, Any]:
         """Where in the rows' order the training is; a group is what is drawn at once."""
         n_groups, micro = len(self.train_dataset), self.args.per_device_train_batch_size
-        a_step = micro * self.args.gradient_accumulation_steps
+        a_step = micro * self.args.gradient_accumulation_steps * self.processes.count
         steps = -(-n_groups // a_step)  # of an epoch
         epoch = step // steps
         return {
@@ -167,7 +194,7 @@ class ResumableTrainer(Trainer):
             return
         fresh = [{key: group[key] for key in _GROUP_SETTINGS if key in group} for group in self.optimizer.param_groups]
         rates = list(getattr(self.lr_scheduler, "base_lrs", []))
-        self.optimizer.load_state_dict(self._former["optimizer"])
+        self.optimizer.load_state_dict(self._in_shards(self._former["optimizer"]))
         self.lr_scheduler.load_state_dict(self._former["scheduler"])
         if self._resumed is not None and self._resumed.forced and rates:
             for group, settings, new, old in zip(
@@ -175,6 +202,15 @@ class ResumableTrainer(Trainer):
             ):
                 group.update(settings, lr=group["lr"] * new / old)
             self.lr_scheduler.base_lrs = rates
+
+    def _in_shards(self, state: dict[str, Any]) -> dict[str, Any]:
+        """An optimizer's state for the parameters as they are here."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        values = {
+            number: {k: shard_like(v, parameters[number]) if isinstance(v, Tensor) else v for k, v in entry.items()}
+            for number, entry in state["state"].items()
+        }
+        return {**state, "state": values}
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if self.accelerator.scaler is not None and self._former.get("scaler"):
@@ -212,10 +248,12 @@ class ResumableTrainer(Trainer):
         self._initial_global_step = 0  # the mean loss is that of the whole run
         for name, counter in self._counters.items():
             counter.restore(former["counters"][name])
-        self._generators, self._at_epoch_begin = former["generators"], cursor["groups"] == 0
+        generators = former["generators"]
+        self._generators = generators[self.processes.rank if self.processes.rank < len(generators) else 0]
+        self._at_epoch_begin = cursor["groups"] == 0
         groups = cursor["micro_batches"] * cursor["groups_a_micro_batch"]
         done, rest = divmod(groups, self.args.per_device_train_batch_size)
-        if rest:  # split in another way now: the step begins anew
+        if rest or (done and self.processes.are_many):  # split in another way now: the step begins anew
             self._tr_loss.copy_(self._before_step)
             return
         self._done_before = (cursor["step"], done)
@@ -223,6 +261,30 @@ class ResumableTrainer(Trainer):
         for name, parameter in self._trained():
             if name in gradients:
                 parameter.grad = gradients[name].to(parameter.device)
+
+
+class EvenBatches(BatchSampler):
+    """Batches of a sampler, as many at the end of an epoch as the processes can share evenly.
+
+    The batch numbered i belongs to process i modulo their number (accelerate deals them out), so that the rows of a
+    step are the same whatever their number. What the last batches lack is filled up with -1: no row is drawn twice.
+    """
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, n_processes: int) -> None:
+        super().__init__(sampler, batch_size, drop_last=False)
+        self._n_processes = n_processes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        n_batches = 0
+        for batch in super().__iter__():
+            n_batches += 1
+            yield batch if self._n_processes == 1 else batch + [-1] * (self.batch_size - len(batch))
+        for _ in range(-n_batches % self._n_processes):
+            yield [-1] * self.batch_size
+
+    def __len__(self) -> int:
+        n = super().__len__()
+        return n + -n % self._n_processes
 
 
 class Counter(Protocol):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from nybble.models import is_sharded
 from nybble.nn.scratch import scratch
 from nybble.nn.seeds import Seeds
 from nybble.training.depth import Recomputation
@@ -34,22 +36,34 @@ class StepTrainer(ResumableTrainer):
         **settings: Any,
     ) -> None:
         super().__init__(**settings)
+        if is_sharded(self.model):  # its gradients are reduced already: accelerate shall add its autocast alone
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self._seeds = seeds
         self._recomputation = recomputation
         self._note = note
         self._told = False
         self._parity_steps = parity_steps
         self.parities: list[Parity] = []
+        # Walking over a model's modules takes as long as a small layer: once will do.
+        self._learning = [p for p in self.model.parameters() if p.requires_grad]
+        n_trained, n_all = (sum(p.numel() for p in ps) for ps in (self._learning, self.model.parameters()))
+        self._is_small = n_trained < _SMALL_SHARE * n_all
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch."""
+        # The backward pass on a GPU would run in a thread of its own, with reused memory of its own.
+        with torch.autograd.set_multithreading_enabled(False):
+            return self._taken(model, inputs, num_items_in_batch)
+
+    def _taken(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         step = self.state.global_step
         number, was_done = self.next_micro_batch()
         if was_done:
             return torch.zeros((), device=self.args.device)
-        self._seeds.micro_step = step * _MICRO_STEPS + number
+        # As one process numbers them: the same micro-batches draw the same dropout.
+        self._seeds.micro_step = step * _MICRO_STEPS + number * self.processes.count + self.processes.rank
         if step < self._parity_steps and "lengths" in inputs:
-            self._compare(model, inputs, num_items_in_batch)
+            self._compare(self.model, inputs, num_items_in_batch)  # without what gathers gradients
         loss = self._step(model, inputs, num_items_in_batch)
         self.step_loss += loss
         return loss
@@ -61,12 +75,13 @@ class StepTrainer(ResumableTrainer):
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[no-any-return]
         n_tokens = inputs["input_ids"].numel()
         self._recomputation.prepare(n_tokens)
-        before = _Gradients(model)
+        before = _Gradients(self._learning, self._is_small)
         while True:
             try:
                 return super().training_step(model, dict(inputs), num_items_in_batch)  # type: ignore[no-any-return]
             except torch.OutOfMemoryError:
-                if not before.kept or not self._recomputation.deepen(n_tokens):
+                # Many processes cannot go back: the others are in the middle of the pass.
+                if self.processes.are_many or not before.kept or not self._recomputation.deepen(n_tokens):
                     raise
             # Only here, outside the handler, are the failed pass's tensors gone.
             before.restore()
@@ -90,8 +105,8 @@ class StepTrainer(ResumableTrainer):
                 f"{len(self.parities)} micro-steps beside the plain path: loss within {loss:.1e}, "
                 f"gradients within {gradient:.1e}"
             )
-        if self._recomputation is not None and self._recomputation.deepest:
-            made.append(f"up to {self._recomputation.deepest} layers were recomputed to stay within memory")
+        if self._recomputation is not None and self._recomputation.in_words:
+            made.append(self._recomputation.in_words)
         return tuple(made)
 
     def _compare(self, model: Any, inputs: dict[str, Any], n_items: Any) -> None:
@@ -106,13 +121,11 @@ class StepTrainer(ResumableTrainer):
 class _Gradients:
     """Gradients of the micro-batches before this one."""
 
-    def __init__(self, model: Any) -> None:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        n_trained, n_all = (sum(p.numel() for p in ps) for ps in (trained, model.parameters()))
+    def __init__(self, trained: Sequence[nn.Parameter], may_copy: bool) -> None:
         self._trained = trained
         self._values: list[Tensor | None] = [None] * len(trained)
         self.kept = all(p.grad is None for p in trained)
-        if not self.kept and n_trained < _SMALL_SHARE * n_all:
+        if not self.kept and may_copy:
             self._values = [None if p.grad is None else p.grad.clone() for p in trained]
             self.kept = True
 

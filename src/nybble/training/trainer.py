@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 from nybble.data import Groups
-from nybble.errors import CannotRunError, InputError, RecipeError, StoppedError
+from nybble.errors import CannotRunError, InputError, StoppedError
 from nybble.hardware import Device, PeakMemory
-from nybble.models import blocks_of, go_lean
 from nybble.nn.seeds import Seeds
+from nybble.processes import Processes
 from nybble.recipe import StepMemory, TrainingSection
 from nybble.runs import Observer, RunDirectory
 from nybble.training.arguments import trackers, training_arguments
 from nybble.training.callbacks import Checks, CountingBatch, Drawn, Logbook, Stops
 from nybble.training.continuation import Checkpointing
-from nybble.training.depth import Recomputation, recomputation_for
+from nybble.training.depth import recomputation_for
 from nybble.training.evaluate import batches_for
 from nybble.training.health import Health
 from nybble.training.saving import Resumed, Saver
@@ -59,6 +59,7 @@ class Setup:
     memory: StepMemory | None = None  # what a step takes at each depth of recomputation; None: all is recomputed
     checkpointing: Checkpointing | None = None  # None: none are written
     deadline: float | None = None  # by the monotonic clock
+    processes: Processes = Processes()  # noqa: RUF009 - a value
 
     @property
     def resumed(self) -> Resumed | None:
@@ -79,19 +80,19 @@ def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSec
     from nybble.models.lora import share_seeds  # brings PEFT
     from nybble.training.steps import StepTrainer
 
-    run = setup.run
+    run, processes = setup.run, setup.processes
     run.warn = setup.observer.note
     batches = CountingBatch(batches_for(model, tokenizer))
-    logbook = Logbook(run, setup.observer, PeakMemory(setup.device), batches)
-    health = Health(section, batches, groups.rows, setup.observer.note)
+    logbook = Logbook(run, setup.observer, PeakMemory(setup.device), batches, processes)
+    health = Health(section, batches, groups.rows, setup.observer.note, processes)
     saver = _saver(section, setup)
     checks = Checks(setup.check_every, setup.check)
-    stops = Stops(setup.deadline, lambda: saver.seconds)
+    stops = Stops(setup.deadline, lambda: saver.seconds, processes)
     share_seeds(model, seeds := Seeds(section.seed))
     done, saved_in = setup.checkpointing, run.checkpoints if setup.checkpointing else None
     trainer = StepTrainer(
         seeds,
-        _recomputation(model, section, setup),
+        recomputation_for(model, section, setup.device, setup.memory),
         setup.observer.note,
         section.parity_steps,
         saver=saver,
@@ -99,11 +100,12 @@ def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSec
         about={"recipe": done.recipe if done else {}, "versions": software_versions()},
         health=health,
         counters={"logbook": logbook},
+        processes=processes,
         model=model,
         args=training_arguments(section, saved_in, setup.device, setup.compute_dtype, setup.max_steps),
         train_dataset=Drawn(groups),
         data_collator=batches,
-        callbacks=[logbook, checks, stops, *_tensorboard(section, run, setup.resumed)],
+        callbacks=[logbook, checks, stops, *_tensorboard(section, setup)],
     )
     trainer.remove_callback(PrinterCallback)
     if setup.resumed is not None:
@@ -128,7 +130,7 @@ def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSec
 
 def _saver(section: TrainingSection, setup: Setup) -> Saver:
     done = setup.checkpointing
-    if done is None:
+    if done is None or not setup.processes.is_main:
         return Saver((), section.save_total_limit, dict, setup.observer.note)
     return Saver(
         done.parents,
@@ -164,9 +166,9 @@ def _said_plainly(device: Device, saver: Saver) -> Iterator[None]:
             f"--gradient_accumulation_steps), or a shorter --max_length; {saver.way_on}"
         ) from error
     except RuntimeError as error:
+        saver.finish()
         if not is_device_loss(error):
             raise
-        saver.finish()
         line = str(error).strip().partition("\n")[0].rstrip(".")
         raise CannotRunError(f"{device.name} is lost ({line}); see `nybble doctor`; {saver.way_on}") from error
 
@@ -194,23 +196,11 @@ def _check_ending(trainer: Any, health: Health, stops: Stops, saver: Saver, sect
     raise StoppedError(f"{at}: saved; go on with --resume")
 
 
-def _recomputation(model: Any, section: TrainingSection, setup: Setup) -> Recomputation | None:
-    """What decides how many layers are recomputed; under `lean` all are, and what can wait goes to the host."""
-    if not section.lean:
-        return recomputation_for(model, section, setup.device, setup.memory)
-    if not blocks_of(model).flattened:
-        raise RecipeError("training.lean works for the families that run through our blocks; set it to false")
-    every_layer = section.model_copy(update={"gradient_checkpointing": "always"})
-    recomputation = recomputation_for(model, every_layer, setup.device, setup.memory)
-    setup.observer.note("lean: " + ", ".join(go_lean(model)))
-    return recomputation
-
-
-def _tensorboard(section: TrainingSection, run: RunDirectory, resumed: Resumed | None) -> list[Any]:
-    if "tensorboard" not in trackers(section):
+def _tensorboard(section: TrainingSection, setup: Setup) -> list[Any]:
+    if "tensorboard" not in trackers(section) or not setup.processes.is_main:
         return []
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback
 
-    first = resumed.step + 1 if resumed else None
-    return [TensorBoardCallback(SummaryWriter(str(run.path / "tensorboard"), purge_step=first))]
+    first = setup.resumed.step + 1 if setup.resumed else None
+    return [TensorBoardCallback(SummaryWriter(str(setup.run.path / "tensorboard"), purge_step=first))]

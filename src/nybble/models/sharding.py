@@ -1,0 +1,115 @@
+"""Weights in shards: torch's FSDP2 over the packed bytes as they are.
+
+`fully_shard` goes over each decoder layer and over the rest. A layer is gathered when its forward or backward pass
+begins, and let go when that ends, so the blocks that read the parameters of a layer within its forward and backward
+pass find them whole. What is gathered are 4-bit codes and their scales: both are uint8 parameters without gradient,
+which FSDP2 sends together with the layer's others as bytes. Adapters, their gradients and the optimizer's state are
+sharded with them; gradients are the mean over the processes.
+
+Only the first process has read the weights; the others hold the same modules on the meta device and receive one layer
+at a time, of which all but their shard is let go before the next. So the host's memory holds one packed copy, and no
+device more than its shards and one whole layer. We call `fully_shard` ourselves, since accelerate sends a model's
+state dict, which for packed weights has bitsandbytes' keys instead of the parameters'.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nybble.nn import Linear4bit
+from nybble.processes import Processes
+
+
+def shard(model: Any, layers: list[nn.Module], processes: Processes, device: torch.device) -> None:
+    """Shard `model` over `processes`, in place; its tensors are on the host in the first and on meta in the others.
+
+    Raises:
+        InputError: the processes' models differ.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    root = model.get_base_model() if hasattr(model, "get_base_model") else model
+    packed = [module for module in root.modules() if isinstance(module, Linear4bit)]
+    kinds = processes.gather([(module.quant_type, module.source_dtype) for module in packed])[0]
+    for module in packed:
+        module.scales_as_parameter()
+    tensors = [*root.named_parameters(), *root.named_buffers()]
+    processes.agree({name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors})
+    for module, (quant_type, source_dtype) in zip(packed, kinds, strict=True):
+        module.quant_type, module.source_dtype = quant_type, source_dtype
+    mesh = init_device_mesh(device.type, (processes.count,))
+    for unit in (*layers, root):
+        _receive(unit, processes, device)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    root.generation_config = processes.gather(root.generation_config)[0]
+
+
+def _receive(unit: nn.Module, processes: Processes, device: torch.device) -> None:
+    """Give every tensor of `unit` that is not sharded yet the first process's values, on `device`."""
+    import torch.distributed
+    from torch.distributed.tensor import DTensor
+
+    made: dict[int, Any] = {}  # shared ones once
+
+    def received(tensor: Tensor) -> Tensor:
+        there = (
+            tensor.detach().to(device).contiguous() if processes.is_main else torch.empty_like(tensor, device=device)
+        )
+        torch.distributed.broadcast(there, src=0)
+        return there
+
+    for module in unit.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or isinstance(parameter, DTensor):
+                continue
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(received(parameter), requires_grad=parameter.requires_grad)
+            module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                if id(buffer) not in made:
+                    made[id(buffer)] = received(buffer)
+                module._buffers[name] = made[id(buffer)]
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether `shard` was called with `model`."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model.get_base_model() if hasattr(model, "get_base_model") else model, FSDPModule)
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers that lie in this process."""
+    from torch.distributed.tensor import DTensor
+
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
+    here = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    return sum(tensor.numel() * tensor.element_size() for tensor in here)
+
+
+def whole(value: Any) -> Any:
+    """`value`, with tensors in shards put together, within dicts and lists; all processes ask together."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(value, DTensor):
+        return value.full_tensor()
+    if isinstance(value, dict):
+        return {key: whole(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(whole(inner) for inner in value)
+    return value
+
+
+def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A whole tensor in the shards of `parameter`, on its device; nothing is sent, each process has the whole."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
+        return tensor
+    there = tensor.to(parameter.device)
+    return distribute_tensor(there, parameter.device_mesh, parameter.placements, src_data_rank=None)

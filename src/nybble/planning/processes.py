@@ -1,0 +1,223 @@
+"""What several processes take and send: each with the whole model (ddp), or with a shard of every weight (fsdp).
+
+Under fsdp a process holds 1/N of weights, adapters, gradients and optimizer state, and whole are only what is gathered
+now: the layer that computes and the next one, which comes while it does, and what lies outside of the layers. All that
+is alive throughout a step, so the plan of one process with N times fewer rows is moved by what sharding saves, and its
+choice of recomputation with it.
+
+    sent under ddp    2 (N-1)/N x gradients, once a step (ring all-reduce)
+    sent under fsdp   2 (N-1)/N x weights and adapters, for forward and backward of each micro-batch (all-gather),
+                      (N-1)/N x gradients behind it (reduce-scatter)
+
+Traffic overlaps with computing: a step takes the longer of both. The rate of the links is assumed, so times are
+estimates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nybble.hardware import Device, detect_device
+from nybble.models import count_parameters
+from nybble.planning.devices import Profile, named_profile, profile_of
+from nybble.planning.forecast import Batches, compute_dtype_of
+from nybble.planning.make import find_config, make_plan, read_batches
+from nybble.planning.step import build, config_with
+from nybble.recipe import PhasePlan, Plan, Recipe, in_micro_batches, load_recipe, shared_among
+from nybble.training.depth import memory_budget
+from nybble.units import format_bytes, format_seconds
+
+_LINK = 25e9  # bytes a second that a process sends and receives: PCIe 4.0 x16, less what its protocol takes; assumed
+_GATHERED_LAYERS = 2  # at a time: the one that computes and the one that follows
+_SHARDED = ("weights", "adapters", "gradients", "optimizer")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a model as it is trained, in bytes."""
+
+    layer: int  # weights and adapters of a decoder layer
+    n_layers: int
+    rest: int  # of what lies outside of the layers
+    trained: int  # parameters, not bytes: 4 bytes each, and as many for their gradients
+
+    @property
+    def whole(self) -> int:
+        """All weights and adapters."""
+        return self.n_layers * self.layer + self.rest
+
+    @property
+    def gathered(self) -> int:
+        """Whole at the highest moment."""
+        return min(_GATHERED_LAYERS, self.n_layers) * self.layer + self.rest
+
+    @classmethod
+    def of(cls, config: Any, recipe: Recipe, dtype: torch.dtype) -> Sizes:
+        """Without any weight: two small models on the meta device tell what a layer takes."""
+        n = int(config.get_text_config().num_hidden_layers)
+        (b2, t2), (b3, t3) = (_bytes_of(build(config_with(config, k), recipe, dtype)) for k in (2, 3))
+        return cls(b3 - b2, n, b2 - 2 * (b3 - b2), t2 + (n - 2) * (t3 - t2))
+
+
+def _bytes_of(model: Any) -> tuple[int, int]:
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors), count_parameters(model)[0]
+
+
+@dataclass(frozen=True)
+class SharedPlan:
+    """What each of several processes takes, and what a step costs them."""
+
+    processes: int
+    distributed: str  # ddp or fsdp
+    plan: Plan  # of one process
+    sent_bytes_per_step: int  # and received, by each
+    step_seconds: float | None
+    alone_seconds: float | None  # of the same step in one process
+    advice: str
+
+    @property
+    def efficiency(self) -> float | None:
+        """Of N times the speed of one process, the share that is reached."""
+        if not self.step_seconds or not self.alone_seconds:
+            return None
+        return self.alone_seconds / (self.processes * self.step_seconds)
+
+    def lines(self) -> tuple[str, ...]:
+        """For people."""
+        speed = "" if self.efficiency is None else f", {self.efficiency:.0%} of {self.processes} times the speed of one"
+        takes, sends = format_bytes(self.plan.peak_bytes), format_bytes(self.sent_bytes_per_step)
+        return (
+            f"{self.processes} processes, {self.distributed}: each takes {takes} and sends {sends} a step",
+            f"{format_seconds(self.step_seconds)} a step{speed} (estimate, links of {_LINK / 1e9:.0f} GB/s)",
+            self.advice,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**asdict(replace(self, plan=None)), "plan": self.plan.to_json(), "efficiency": self.efficiency}  # type: ignore[arg-type]
+
+
+def plan_processes(
+    recipe: Recipe | Path | str | None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    n: int,
+    profile: str | None = None,
+) -> SharedPlan:
+    """What a run takes of each of `n` processes, each with a device of its own; the rest as `nybble.planning.plan`.
+
+    Raises:
+        InputError: as `plan`, or the rows of a step cannot be shared by so many.
+    """
+    resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    config, _ = find_config(resolved.model)
+    device = named_profile(profile) if profile else profile_of(detect_device(resolved.model.device))
+    share = share_of(resolved, n)
+    batches, _ = read_batches(share)
+    return plan_shared(resolved, config, device, n, None if batches is None else among(batches, n))
+
+
+def share_of(recipe: Recipe, n: int) -> Recipe:
+    """The recipe of one of `n` processes."""
+    return recipe.model_copy(update={"training": shared_among(recipe.training, n)})
+
+
+def among(batches: Batches, n: int) -> Batches:
+    """The same, with the rows of one of `n` processes."""
+    return replace(batches, n_rows=None if batches.n_rows is None else -(-batches.n_rows // n))
+
+
+def plan_shared(recipe: Recipe, config: Any, profile: Profile, n: int, batches: Batches | None = None) -> SharedPlan:
+    """What a step of `recipe` takes of each of `n` processes on devices like `profile`; `batches` are of its share.
+
+    Raises:
+        RecipeError: the rows of a step cannot be shared by so many.
+    """
+    share = share_of(recipe, n)
+    sizes = Sizes.of(config, recipe, compute_dtype_of(recipe, profile.backend))
+    in_shards = recipe.training.distributed == "fsdp" and n > 1
+    whole = make_plan(share, config, profile, batches)
+    made = plan_in_shards(share, config, profile, batches, n) if in_shards else whole
+    split = in_micro_batches(share.training, made.micro_batch).gradient_accumulation_steps
+    sent = sent_bytes(sizes, n, split if in_shards else 0)
+    alone = None if made.step_seconds is None else n * made.step_seconds
+    seconds = None if made.step_seconds is None else max(made.step_seconds, sent / _LINK)
+    return SharedPlan(
+        n, "fsdp" if in_shards else "ddp", made, sent, seconds, alone, _advice(whole, sizes, n, in_shards, sent)
+    )
+
+
+def plan_training(
+    recipe: Recipe, config: Any, device: Device, batches: Batches, micro_batch: int | None = None, n_shards: int = 1
+) -> Plan:
+    """The plan of a training on this machine; `micro_batch`: rows at a time in the run that it resumes."""
+    # Dropout follows the micro-steps: a resumed run goes on with its own split, as long as that divides the batch.
+    if micro_batch and recipe.training.per_device_train_batch_size % micro_batch:
+        micro_batch = None
+    if n_shards > 1:
+        return plan_in_shards(recipe, config, profile_of(device), batches, n_shards, micro_batch)
+    return make_plan(recipe, config, profile_of(device), batches, micro_batch=micro_batch)
+
+
+def plan_in_shards(
+    recipe: Recipe, config: Any, profile: Profile, batches: Batches | None, n: int, micro_batch: int | None = None
+) -> Plan:
+    """The plan of one of `n` processes under fsdp; `recipe` and `batches` are its share."""
+    sizes = Sizes.of(config, recipe, compute_dtype_of(recipe, profile.backend))
+    saved = max(0, sizes.whole - sizes.whole // n - sizes.gathered)
+    limit = memory_budget(recipe.training)
+    training = recipe.training.model_copy(update={"memory_budget": f"{limit + saved}"} if limit else {})
+    wider = replace(profile, memory_bytes=profile.memory_bytes + saved)
+    made = make_plan(recipe.model_copy(update={"training": training}), config, wider, batches, micro_batch=micro_batch)
+    phases = tuple(_in_shards(phase, sizes, n, profile) for phase in made.phases)
+    budget = None if made.budget_bytes is None else made.budget_bytes - saved
+    peak = max(phase.peak_bytes for phase in phases)
+    changes = tuple(replace(c, peak_bytes=c.peak_bytes - saved) for c in made.cheapest_changes)
+    return replace(
+        made,
+        phases=phases,
+        budget_bytes=budget,
+        fits=budget is None or peak <= budget,
+        cheapest_changes=changes,
+    )
+
+
+def _in_shards(phase: PhasePlan, sizes: Sizes, n: int, profile: Profile) -> PhasePlan:
+    parts = {name: size // n if name in _SHARDED else size for name, size in phase.parts.items()}
+    if "weights" in parts:
+        parts["gathered"] = sizes.gathered
+    live = sum(size for name, size in parts.items() if name not in ("context", "allocator"))
+    parts["allocator"] = profile.allocator_bytes(live)
+    return PhasePlan(phase.name, sum(parts.values()), parts)
+
+
+def sent_bytes(sizes: Sizes, n: int, micro_batches: int) -> int:
+    """Bytes that each process sends in a step; `micro_batches` 0: under ddp."""
+    gradients = 4 * sizes.trained
+    sent = 2 * gradients if not micro_batches else micro_batches * (2 * sizes.whole + gradients)
+    return sent * (n - 1) // n
+
+
+def _advice(whole: Plan, sizes: Sizes, n: int, in_shards: bool, sent: int) -> str:
+    budget = format_bytes(whole.budget_bytes)
+    if n == 1:
+        return "one process sends nothing"
+    if not in_shards:
+        return (
+            f"the whole model fits into {budget}: sharding is not worth it"
+            if whole.fits
+            else f"the whole model takes {format_bytes(whole.peak_bytes)} of {budget}: use --distributed fsdp"
+        )
+    if whole.fits:
+        ddp = format_bytes(sent_bytes(sizes, n, 0))
+        return (
+            f"sharding is not worth it: the whole model fits into {budget}, and ddp sends {ddp} a step, not "
+            f"{format_bytes(sent)}"
+        )
+    return f"sharding is needed: the whole model takes {format_bytes(whole.peak_bytes)} of {budget}"

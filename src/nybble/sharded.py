@@ -1,0 +1,77 @@
+"""Loading a model that no process holds whole: the first one reads it, the others take their shards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nybble.errors import RecipeError
+from nybble.hardware import Device
+from nybble.models import LoadReport, ModelSource, attach, compute_dtype, load_model, shard
+from nybble.nn import Linear4bit
+from nybble.planning.step import build
+from nybble.processes import Processes
+from nybble.recipe import QuantizationSection, Recipe
+from nybble.training.depth import decoder_layers
+
+_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")  # that work on shards
+
+
+def check_shardable(recipe: Recipe) -> None:
+    """What is not offered in shards.
+
+    Raises:
+        RecipeError: the recipe asks for it.
+    """
+    training, lora = recipe.training, recipe.lora
+    refused = {
+        "method: full": recipe.method == "full",
+        "encoder: calibrated": recipe.method == "qlora" and recipe.quantization.encoder == "calibrated",
+        f"init_lora_weights: {lora.init_lora_weights}": lora.init_lora_weights != "default",
+        "use_dora": lora.use_dora,
+        "lean": training.lean,
+        "parity_steps": bool(training.parity_steps),
+        f"optim: {training.optim} (but {', '.join(_OPTIMIZERS)} do)": training.optim not in _OPTIMIZERS,
+    }
+    for setting, is_asked_for in refused.items():
+        if is_asked_for:
+            raise RecipeError(f"distributed: fsdp does not work with {setting}; leave it away, or use distributed: ddp")
+
+
+def load_in_shards(
+    source: ModelSource, recipe: Recipe, device: Device, base_name: str, processes: Processes
+) -> tuple[Any, torch.dtype, LoadReport]:
+    """The model of `recipe` with fresh adapters, in shards on each process's `device`; its compute type.
+
+    Raises:
+        InputError: as `nybble.models.load_model`, in all processes.
+    """
+    dtype, _ = compute_dtype(recipe.quantization.bnb_4bit_compute_dtype, device)
+    made = None
+    with processes.together():
+        if processes.is_main:
+            made, found = load_model(source, recipe.method, recipe.model, recipe.quantization, device, on_host=True)
+            packing = _packing_of(made, recipe.quantization, found)
+            torch.manual_seed(recipe.training.seed)  # the adapters' first values
+            made = attach(made, recipe.lora, base_name)
+    report, packing = processes.gather((found, packing) if made is not None else None)[0]
+    if made is None:
+        made = build(source.config, recipe.model_copy(update={"quantization": packing}), dtype)
+    shard(made, decoder_layers(made), processes, device.torch_device)
+    return made, dtype, report
+
+
+def _packing_of(model: torch.nn.Module, section: QuantizationSection, report: LoadReport) -> QuantizationSection:
+    """How the base is packed, which a folder in 4 bits decides itself."""
+    packed = next((m.packed for m in model.modules() if isinstance(m, Linear4bit)), None)
+    if packed is None:
+        return section
+    return section.model_copy(
+        update={
+            "bnb_4bit_quant_type": packed.quant_type,
+            "bnb_4bit_use_double_quant": packed.is_nested,
+            "bnb_4bit_blocksize": packed.block_size,
+            "skip_modules": report.left_in_16bit,
+        }
+    )
