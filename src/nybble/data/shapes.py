@@ -252,7 +252,7 @@ def _text_part(part: Any, where: str) -> str:
     text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
     if not isinstance(text, str):
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        raise RowsError(f"{where}: a content's part is {shown(kind)}; allowed is text: {{'type': 'text', 'text': '..'}}")
+        raise RowsError(f"{where}: a content's part is {shown(kind)}; allowed is {{'type': 'text', 'text': '..'}}")
     return text
 
 
