@@ -87,7 +87,21 @@ def _changed_value(value: Any, dice: random.Random) -> Any:
     if isinstance(value, list) and value and dice.random() < 0.7:
         at = dice.randrange(len(value))
         return [*value[:at], _changed_value(value[at], dice), *value[at + 1 :]]
+    if dice.random() < 0.5:
+        return _like(value, dice)
     return [value] * dice.choice((1, 500)) if dice.random() < 0.1 else dice.choice(_VALUES)
+
+
+def _like(value: Any, dice: random.Random) -> Any:
+    """Another value of the same kind, which may well be allowed."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value * dice.choice((2, -1, 1000)) + dice.choice((0, 1))
+    if isinstance(value, str):
+        at = dice.randrange(len(value) + 1)
+        return value[:at] + dice.choice(("", "x", " ", "</s>", "\u202e", "ü")) + value[at:]
+    return value[::-1] if isinstance(value, list) else value
 
 
 def change_lines(data: bytes, dice: random.Random) -> bytes:

@@ -68,7 +68,11 @@ class Reader:
 def readers() -> dict[str, Reader]:
     """All of them."""
     lines = [b"\n".join(json.dumps(row).encode() for row in TEXTS[:2]), *(json.dumps(t).encode() for t in TEXTS)]
-    whole = [json.dumps(TEXTS, indent=1).encode(), json.dumps(TEXTS[4]).encode()]
+    whole = [
+        json.dumps(TEXTS[:2] * 2, indent=1).encode(),
+        json.dumps([CHAT, CHAT]).encode(),
+        json.dumps(SHARED).encode(),
+    ]
     events = b"\n".join([json.dumps(EVENT).encode()] * 3)
     adapter, tokens = {"adapter_config.json": _ADAPTER, "adapter_model.safetensors": _factors()}, _tokenizer_files()
     index = b'{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "x.safetensors"}}'
@@ -280,6 +284,7 @@ def _record(folder: Path) -> None:
     from nybble.recipe import stored_recipe
     from nybble.runs import read_record
 
+    (folder / "adapter").mkdir(exist_ok=True)
     stored_recipe(read_record(folder), folder)
     find_tuned(str(folder))
 

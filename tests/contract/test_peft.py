@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -214,6 +214,23 @@ def test_adapter_comes_back_frozen(extra: dict[str, Any], tiny_llama: Factory, t
     assert not [name for name, parameter in loaded.named_parameters() if "lora_" in name and parameter.requires_grad]
 
 
+def test_an_adapter_is_known_by_its_tensors_not_by_its_patterns(tiny_llama: Factory, tmp_path: Path) -> None:
+    """Ranks and names come from the file: a pattern of a stranger's is never matched, a rank never allocated."""
+    patterns = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}}
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"], **patterns)
+    theirs = get_peft_model(packed_base(tiny_llama()), config)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    save_adapter(theirs, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "target_modules": "(.*)*(.*)*evil", "rank_pattern": {"(a+)+$": 10**9}}))
+    loaded = load_adapter(packed_base(tiny_llama()), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(theirs), rtol=0, atol=0)
+    assert {layer.r["default"] for layer in loaded.modules() if hasattr(layer, "lora_A")} == {2, 4}
+
+
 def test_pefts_own_merge_is_refused_with_what_to_do(tiny_llama: Factory, tmp_path: Path) -> None:
     ours = adapted(tiny_llama(), r=4)
     save_adapter(ours, tmp_path)
@@ -242,7 +259,7 @@ def test_adapter_file_cut_short_is_refused(tiny_llama: Factory, tmp_path: Path) 
     save_adapter(adapted(tiny_llama(), r=4), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ModelError, match="adapter does not fit this base"):
+    with pytest.raises(ModelError, match="damaged or cut short"):
         load_adapter(packed_base(tiny_llama()), tmp_path)
 
 

@@ -252,7 +252,7 @@ def _text_part(part: Any, where: str) -> str:
     text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
     if not isinstance(text, str):
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        raise RowsError(f"{where}: a content's part is {kind!r}; allowed is text: {{'type': 'text', 'text': '..'}}")
+        raise RowsError(f"{where}: a content's part is {shown(kind)}; allowed is {{'type': 'text', 'text': '..'}}")
     return text
 
 
@@ -273,7 +273,7 @@ def _text(row: Row, column: str, where: str) -> str:
 
 
 def _columns(row: Row) -> str:
-    return ", ".join(map(str, row))[:200] or "none"
+    return " ".join(", ".join(map(str, row)).split())[:200] or "none"
 
 
 def _list(row: Row, column: str, where: str) -> list[Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble.errors import CannotRunError, ModelError
-from nybble.guard import as_path, library_faults
+from nybble.guard import as_path, library_faults, shown
 from nybble.models.limits import check_fits, read_header, read_numbers, weight_files
 from nybble.recipe import ModelSection
 
@@ -130,10 +130,10 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
     if content.get("transformers_weights"):
         raise ModelError(f"{file}: names a file of weights of its own; allowed is model.safetensors: rename that file")
     kind, has_code = content.get("model_type"), bool(content.get("auto_map"))
-    is_known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    is_known = isinstance(kind, str) and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if has_code and not is_known and not trust_remote_code:
         raise ModelError(
-            f"{folder}: a {kind!r} model runs Python code that it brings along (auto_map); read that code, then say "
+            f"{folder}: a {shown(kind)} model runs Python code that it brings along (auto_map); read it, then say "
             "--trust_remote_code, or give a model that transformers knows"
         )
     with library_faults(f"{file} cannot be used", ModelError, "give the folder of a causal language model"):
