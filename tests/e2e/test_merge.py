@@ -190,18 +190,29 @@ def test_a_merge_that_is_not_what_was_trained_is_marked_and_exits_1(
     assert "UNVERIFIED" in refused.err
 
 
-def test_4_bits_are_encoded_anew_from_the_original_and_keep_the_adapter(
+def test_4_bits_are_encoded_anew_from_the_better_base_and_keep_the_adapter(
     nybble: Callable[..., Any], trained: Callable[..., Path], tmp_path: Path
 ) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     out = tmp_path / "merged"
     done = nybble("merge", trained(), "--out", out, "--into", "4bit", "--max_loss_gap", "0.3", "--json")
     assert done.code == 0, done.err
-    assert done.json["target"] == "4bit"
+    losses = {candidate["target"]: candidate["loss"] for candidate in done.json["candidates"]}
+    assert losses.keys() == {"4bit-dequantized", "4bit-original"}
+    assert done.json["target"] == min(losses, key=lambda target: losses[target])
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["load_in_4bit"] is True
     base_loss = json.loads((trained() / "run.json").read_text())["evaluation_base"]["loss"]
     assert done.json["loss"] < done.json["loss_reference"] + 0.1 * (base_loss - done.json["loss_reference"])
+
+
+def test_4_bits_need_no_original(nybble: Callable[..., Any], trained: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    run, out = trained(init_lora_weights="pissa"), tmp_path / "merged"
+    done = nybble("merge", run, "--out", out, "--into", "4bit", "--max_loss_gap", "9", "--json")
+    assert done.code == 0, done.err
+    assert done.json["target"] == "4bit-dequantized"
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["load_in_4bit"] is True
 
 
 def test_what_does_not_fit_into_memory_is_verified_from_disk(trained: Callable[..., Path], tmp_path: Path) -> None:

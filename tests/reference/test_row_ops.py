@@ -224,6 +224,26 @@ def test_each_half_of_the_tables_is_read(path: RowPath) -> None:
         assert_near(path.rope(x, cos, sin, inverse), wanted, torch.float32)
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "tokens", "width"), [(1, 1, 1, 1), (4, 2, 33, 64), (6, 2, 16, 20)])
+def test_one_token_attends_to_the_cached_ones(
+    path: RowPath, heads: int, kv_heads: int, tokens: int, width: int
+) -> None:
+    for dtype in DTYPES:
+        q = torch.randn(3, heads, width).to(dtype)
+        k, v = torch.randn(2, 3, tokens, kv_heads, width).to(dtype).transpose(2, 3).unbind()  # heads apart
+        if path.NAME == "triton":  # torch's own attention there: nothing of ours to interpret
+            continue
+        grouped = q.double().view(3, kv_heads, -1, width)
+        shares = torch.softmax(grouped @ k.double().transpose(2, 3) * 0.3, dim=-1)
+        exact = (shares @ v.double()).view(3, heads, width)
+        turned = v.transpose(2, 3).contiguous().transpose(2, 3)
+        for result in (path.glance(q, k, v, 0.3), path.glance(q, k.contiguous(), turned, 0.3)):
+            # Softmax and sums in float32 (worst seen: 3e-7), and one rounding.
+            assert (result - exact).norm() <= max(1e-6, torch.finfo(dtype).eps / 2) * exact.norm()
+        large = path.glance(30 * q, 30 * k, v, 1.0)
+        assert large.isfinite().all()
+
+
 def test_dropout_has_the_same_bits_on_every_path(path: RowPath) -> None:
     for shape, dtype in cases(path):
         for p, seed in ((0.0, 0), (0.1, 1), (0.1, -1), (0.5, 2**31), (0.999, 2**63 - 1)):
@@ -320,12 +340,13 @@ def test_labels_outside_the_logits_are_refused() -> None:
 def test_the_operators_take_the_native_path_and_say_so() -> None:
     if cpu.unavailable():
         pytest.skip(str(cpu.unavailable()))
-    assert row_paths.paths_taken(CPU) == dict.fromkeys(OPERANDS, "native")
+    names = [*OPERANDS, "glance"]
+    assert row_paths.paths_taken(CPU) == dict.fromkeys(names, "native")
     assert row_paths.path_reasons(CPU) == {}
-    assert row_paths.path_reasons(torch.device("meta")) == dict.fromkeys(OPERANDS, "there is no fast path for meta")
+    assert row_paths.path_reasons(torch.device("meta")) == dict.fromkeys(names, "there is no fast path for meta")
 
 
-@pytest.mark.parametrize("name", OPERANDS)
+@pytest.mark.parametrize("name", [*OPERANDS, "glance"])
 def test_a_path_with_a_wrong_result_is_not_taken(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(cpu_rows, name)
 

@@ -13,7 +13,7 @@ def merge(
     run: Annotated[str, typer.Argument(help="folder of a finished run")],
     out: Annotated[str, typer.Option("--out", help="new folder for the whole model")],
     into: Annotated[
-        str, typer.Option(help="dequantized, original, 4bit, or auto: the better of the first two")
+        str, typer.Option(help="dequantized, original, auto: the better of the two, or 4bit: the better, encoded anew")
     ] = "auto",
     dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: as trained")] = None,
     max_kl: Annotated[

@@ -12,7 +12,8 @@ from nybble.units import format_number
 _INTO = {
     "dequantized": "the decoded 4-bit base that it was trained on",
     "original": "the 16-bit original",
-    "4bit": "the 16-bit original, then encoded anew in 4 bits (bitsandbytes' layout)",
+    "4bit-dequantized": "the decoded 4-bit base that it was trained on, and encoded anew in 4 bits",
+    "4bit-original": "the 16-bit original, and encoded in 4 bits",
 }
 
 

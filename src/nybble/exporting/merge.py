@@ -2,7 +2,9 @@
 
     dequantized   what the adapter was trained on, decoded: the same function, one rounding away
     original      the 16-bit model: better after short runs, worse after long ones, so both are tried
-    4bit          original + adapter, encoded anew; adding to 4-bit weights and rounding again would lose small adapters
+    4bit          each of the two with its adapter, encoded anew by the calibrated encoder, whatever packed the base:
+                  original + adapter keeps small adapters, which rounding the decoded base again would lose;
+                  decoded base + adapter is right after long runs, which have learned to make up for that base
 
 Candidates are written beside the goal, measured by `verify`, and the better one is renamed.
 """
@@ -49,6 +51,7 @@ from nybble.units import format_bytes
 TARGETS = ("auto", "dequantized", "original", "4bit")
 DTYPES = ("bfloat16", "float16", "float32")
 UNVERIFIED = "UNVERIFIED"
+_ANEW = "4bit-"  # with the base behind it: a target that is encoded anew
 _PACKED_SHARE = 0.5  # of the 16-bit bytes, at most, that the 4-bit folder takes: embeddings and head stay whole
 
 
@@ -82,7 +85,7 @@ def merge(
         run: folder of a finished run.
         out: a folder that does not exist.
         overrides: settings of model, data and evaluation that have changed since, e.g. where the rows are now.
-        into: "dequantized", "original", "4bit", or "auto": the better one of the first two.
+        into: "dequantized", "original", or "auto": the better one of the two; "4bit": the better one, encoded anew.
         dtype: "bfloat16", "float16" or "float32"; default: the compute type of the run.
         limits: how far the written model may be from the adapter on its base.
         observer: who is told.
@@ -162,24 +165,25 @@ def _bases(tuned: Tuned, into: str, watch: Observer) -> dict[str, BaseWeights]:
         source = find_model(tuned.base)
         check_original(tuned, source)
         return {"original": BaseWeights(source)}
-    if tuned.is_repaired and into in ("original", "4bit"):
+    if tuned.is_repaired and into == "original":
         raise RecipeError(
             f"the adapter started from what 4 bits lost (init_lora_weights {tuned.init}): it fits its own 4-bit base "
             "alone; merge into dequantized"
         )
     found: dict[str, BaseWeights] = {}
-    if into in ("auto", "dequantized"):
-        found["dequantized"] = _trained_base(tuned)
+    prefix = _ANEW if into == "4bit" else ""
+    if into != "original":
+        found[f"{prefix}dequantized"] = _trained_base(tuned)
     if into == "dequantized" or tuned.is_repaired:
         return found
     try:
         source = _original(tuned)
     except (ModelError, CannotRunError) as error:
-        if into != "auto":
+        if into == "original":
             raise
         watch.note(f"merged into the dequantized base only: {error}")
         return found
-    return found | {"original" if into == "auto" else into: BaseWeights(source)}
+    return found | {f"{prefix}original": BaseWeights(source)}
 
 
 def _original(tuned: Tuned) -> ModelSource:
@@ -199,11 +203,12 @@ def _trained_base(tuned: Tuned) -> BaseWeights:
 
 
 def _check_disk(job: _Job) -> None:
-    needed = 0
+    sizes = {}
     for target, weights in job.bases.items():
         with weights as base:
-            size = merged_bytes(base, job.dtype)
-        needed += size + int(_PACKED_SHARE * size if target == "4bit" else 0)
+            sizes[target] = merged_bytes(base, job.dtype)
+    packed = sum(int(_PACKED_SHARE * size) for target, size in sizes.items() if target.startswith(_ANEW))
+    needed = packed + max(sizes.values()) if packed else sum(sizes.values())  # a 16-bit form goes when it is packed
     place = next(p for p in job.out.absolute().parents if p.exists())
     free = shutil.disk_usage(place).free
     if needed > free:
@@ -253,7 +258,7 @@ class _Written:
         job, folder = self.job, self.folder(target)
         job.watch.stage(f"merge into {target}")
         self._write_16bit(target, folder)
-        if target == "4bit":
+        if target.startswith(_ANEW):
             self._pack(folder, prepared)
         job.watch.stage(f"verify {target}")
         measured = reference.measure(folder, target, job.limits, job.device.type)
@@ -279,19 +284,18 @@ class _Written:
         self.tokenizer.save_pretrained(folder)
 
     def _pack(self, folder: Path, prepared: Prepared) -> None:
-        """Replace the 16-bit folder by its 4-bit form, made by the encoder of the run."""
+        """Replace the 16-bit folder by its 4-bit form."""
         job = self.job
         job.watch.stage("pack")
         whole = folder.with_name(f"{folder.name}.16bit")
         shutil.rmtree(whole, ignore_errors=True)
         folder.rename(whole)
-        quantization = job.recipe.quantization.model_copy(update={"cache": False})
+        quantization = job.recipe.quantization.model_copy(update={"cache": False, "encoder": "calibrated"})
         section = job.recipe.model.model_copy(update={"model_name_or_path": str(whole), "model_revision": None})
         source: ModelSource = find_model(section)
         model, _report = load_model(source, "qlora", section, quantization, job.device)
-        if quantization.encoder == "calibrated":
-            rows = prepared.calibration_rows(quantization.calibration_rows)
-            calibrate(model, source, rows, quantization, LoraSection(), partial(job.watch.progress, "calibrating"))
+        rows = prepared.calibration_rows(quantization.calibration_rows)
+        calibrate(model, source, rows, quantization, LoraSection(), partial(job.watch.progress, "calibrating"))
         model.generation_config = self.generation
         save_whole(folder, model, self.tokenizer)
         shutil.rmtree(whole)
