@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: install demo test check fix bench bench-step docs
+.PHONY: install demo test check fix bench bench-step chaos faults fuzz docs
 
 install: .venv/.installed
 
@@ -42,6 +42,7 @@ bench: install
 	$(BIN)/python bench/seven_b.py
 	$(BIN)/python bench/loading.py
 	$(BIN)/python bench/generate.py
+	$(BIN)/python bench/saving.py
 	$(BIN)/python bench/merge_memory.py
 	$(if $(DATA),$(BIN)/python bench/merging.py --data $(DATA))
 	$(if $(DATA),$(BIN)/python bench/curve.py --data $(DATA))
@@ -54,6 +55,17 @@ bench: install
 # Against the stacks people use, about ten minutes: make bench-step DATA=FOLDER
 bench-step: install
 	$(BIN)/python bench/step.py --data $(DATA)
+
+# A training killed 200 times and more, about half an hour; every writing call refused, about an hour
+chaos: install
+	$(BIN)/python bench/chaos.py --runs 200
+
+faults: install
+	$(BIN)/python bench/faults.py
+
+# Every reader of files by others, fed with what is nearly right: more than a million inputs, about an hour
+fuzz: install
+	$(BIN)/python bench/fuzz.py
 
 docs: install
 	$(BIN)/python docs/generate.py

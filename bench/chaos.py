@@ -27,6 +27,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from nybble.checkpoints import list_checkpoints
 from nybble.cli.flags import quiet_libraries
 from nybble.files import sha256_of
 from nybble.hardware import detect_device
+from nybble.recipe import load_recipe
 from nybble.runs import Silent
 from nybble.training import software_versions
 
@@ -76,7 +78,7 @@ def main() -> int:
     figures: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        plan_once(folder)
+        plan_once(SETTINGS, folder)
         started = time.monotonic()
         if train(folder / "undisturbed", False).wait() != 0:
             raise SystemExit((folder / "undisturbed.err").read_text())
@@ -87,7 +89,8 @@ def main() -> int:
             if arguments.kills is not None and figures["kills"] >= arguments.kills:
                 break
             out = folder / f"run-{number}"
-            disturb(out, rng, length, figures)
+            while not disturb(out, rng, length, figures):
+                shutil.rmtree(out)  # done before its first kill
             figures["runs"] += 1
             found = everything(out)
             if found != expected:
@@ -96,35 +99,38 @@ def main() -> int:
                     shutil.copytree(out, arguments.keep / out.name)
             shutil.rmtree(out)
             print(f"{number + 1}/{arguments.runs}: {dict(figures)}", file=sys.stderr)
-    print(
-        json.dumps(
-            {
-                "benchmark": "chaos",
-                **figures,
-                "identical": figures["runs"] - len(differing),
-                "differing": differing,
-                "seconds_undisturbed": round(length, 2),
-                "seconds": round(time.monotonic() - began),
-                "seed": arguments.seed,
-                "device": detect_device("cpu").name,
-                "machine": platform.platform(),
-                "versions": software_versions(),
-                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            }
-        )
-    )
+    found = {
+        "benchmark": "chaos",
+        **figures,
+        "identical": figures["runs"] - len(differing),
+        "differing": differing,
+        "seconds_undisturbed": round(length, 2),
+        "seconds": round(time.monotonic() - began),
+        "seed": arguments.seed,
+    }
+    print(json.dumps({**found, **here()}))
     return bool(differing)
 
 
-def disturb(out: Path, rng: random.Random, length: float, figures: Counter[str]) -> None:
-    """Kill and resume a run until it is done."""
-    kills = rng.randint(1, MOST_KILLS)
+def here() -> dict[str, Any]:
+    """Where and when a figure was measured."""
+    return {
+        "device": detect_device("cpu").name,
+        "machine": platform.platform(),
+        "versions": software_versions(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+
+
+def disturb(out: Path, rng: random.Random, length: float, figures: Counter[str]) -> int:
+    """Kill and resume a run until it is done; how often it was killed."""
+    wanted, kills = rng.randint(1, MOST_KILLS), 0
     while True:
         process = train(out, (out / "run.json").is_file())
-        if kills:
+        if kills < wanted:
             time.sleep(rng.uniform(0.0, length))
             if process.kill():
-                kills -= 1
+                kills += 1
                 figures["kills"] += 1
                 figures["kills_within_a_checkpoint"] += any(out.glob("checkpoints/.*.partial"))
                 figures["kills_before_the_first_checkpoint"] += not list_checkpoints([out / "checkpoints"])
@@ -132,7 +138,7 @@ def disturb(out: Path, rng: random.Random, length: float, figures: Counter[str])
         code = process.wait()
         if code != 0:
             raise SystemExit(f"{out.name} ended with {code}: {out.with_suffix('.err').read_text()}")
-        return
+        return kills
 
 
 class Process:
@@ -160,33 +166,41 @@ class Process:
 
 
 def train(out: Path, resume: bool) -> Process:
-    """Start a training, or go on with it."""
+    """Start a training, or go on with it, its checkpoints written slowly."""
+    write = checkpoints._write
+
+    def slowly(file: Path, content: bytes) -> dict[str, Any]:
+        file.write_bytes(content[: len(content) // 2])
+        time.sleep(PAUSE)
+        return write(file, content)
+
+    def run() -> None:
+        checkpoints._write = slowly
+        pipeline.train(None, {**SETTINGS, "output_dir": str(out)}, resume=resume)
+
+    return fork(run, out.with_suffix(".err"))
+
+
+def fork(run: Callable[[], object], log: Path) -> Process:
+    """Run in a process of its own; its exit code is the command line's, and what it raised is in `log`."""
     pid = os.fork()
     if pid:
         return Process(pid)
     code = 1
     try:
-        write = checkpoints._write
-
-        def slowly(file: Path, content: bytes) -> dict[str, Any]:
-            file.write_bytes(content[: len(content) // 2])
-            time.sleep(PAUSE)
-            return write(file, content)
-
-        checkpoints._write = slowly
-        pipeline.train(None, {**SETTINGS, "output_dir": str(out)}, resume=resume, overwrite=False)
+        run()
         code = 0
-    except BaseException:  # noqa: BLE001 - of a forked process, whose parent reads it
-        out.with_suffix(".err").write_text(traceback.format_exc())
+    except BaseException as error:  # noqa: BLE001 - of a forked process, whose parent reads it
+        code = getattr(error, "exit_code", 1)
+        log.write_text(traceback.format_exc())
     finally:
         os._exit(code)
 
 
-def plan_once(folder: Path) -> None:
-    """Let every run take the plan that the first one makes."""
-    made = job.prepare(
-        pipeline.load_recipe(None, {**SETTINGS, "output_dir": str(folder / "plan")}), False, False, False, Silent()
-    ).plan
+def plan_once(settings: dict[str, Any], folder: Path) -> None:
+    """Let every run take the plan that is made here."""
+    recipe = load_recipe(None, {**settings, "output_dir": str(folder / "plan")})
+    made = job.prepare(recipe, False, False, False, Silent()).plan
     job.plan_training = lambda *_: made
 
 

@@ -44,7 +44,7 @@ def main() -> None:
             fill(model)
             live = LiveTensors(detailed=asked.tensors)
             adopt(live, model)
-            first, later = run_steps(live, model, recipe, batch, depth, torch.bfloat16)
+            first, later = run_steps(live, model, batch, depth, torch.bfloat16)
         section, peak = max(later.peaks.items(), key=lambda item: item[1].total_bytes)
         print(
             f"| {sum(lengths):,} | {depth} of {LAYERS} | {peak.total_bytes / 1e9:.3f} "

@@ -1,6 +1,6 @@
 """What merging costs: loss and KL against the adapter as trained, for every target, and for PEFT's own 4-bit merge.
 
-    python bench/merging.py --data ../shared/data [--cases demo,stories260K,TinyStories-656K]
+    python bench/merging.py --data ../shared/data [--cases demo,stories260K,TinyStories-656K] [--lengths short,long]
 
 Real small models on real rows, after a short run (small adapters) and a longer one (large adapters), over bases packed
 by each encoder. PEFT's merge runs in stock transformers + bitsandbytes over the same packed base: decode, add, round to
@@ -30,7 +30,7 @@ LENGTHS = {"short": {"max_steps": 20, "learning_rate": 2e-4}, "long": {"max_step
 UNLIMITED = Limits(mean_kl=1e9, loss_gap=1e9)
 
 
-def cases(data: Path, wanted: list[str]) -> list[tuple[str, dict[str, Any]]]:
+def cases(data: Path, wanted: list[str], lengths: list[str]) -> list[tuple[str, dict[str, Any]]]:
     """Name and settings of each training, without encoder."""
     found: list[tuple[str, dict[str, Any]]] = []
     if "demo" in wanted:
@@ -42,10 +42,10 @@ def cases(data: Path, wanted: list[str]) -> list[tuple[str, dict[str, Any]]]:
         found.append(("demo", own))
     pairs = (("stories260K", "alpaca_style_1100.json"), ("TinyStories-656K", "guanaco-llama2-1k.parquet"))
     for model, rows in (pair for pair in pairs if pair[0] in wanted):
-        for length, schedule in LENGTHS.items():
+        for length in lengths:
             common = {"max_length": 256, "per_device_train_batch_size": 16, "n_samples": 0, "max_new_tokens": 24}
             files = {"model_name_or_path": data / "models" / model, "dataset_name": data / "rows" / rows}
-            found.append((f"{model}, {length}", {**common, **schedule, **{k: str(v) for k, v in files.items()}}))
+            found.append((f"{model}, {length}", {**common, **LENGTHS[length], **{k: str(v) for k, v in files.items()}}))
     return found
 
 
@@ -104,13 +104,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with models/ and rows/")
     parser.add_argument("--cases", default="demo,stories260K,TinyStories-656K")
+    parser.add_argument("--lengths", default=",".join(LENGTHS), help="of the runs on real models")
     parser.add_argument("--partial", type=Path, default=Path(os.devnull), help="file for the results so far")
     parser.add_argument("--encoders", default=",".join(ENCODERS))
     arguments = parser.parse_args()
     results = []
     print("| case | encoder | as trained | merged into | loss against it | mean KL | worst KL |")
     print("|---|---|---|---|---|---|---|")
-    for name, settings in cases(arguments.data, arguments.cases.split(",")):
+    wanted = cases(arguments.data, arguments.cases.split(","), arguments.lengths.split(","))
+    for name, settings in wanted:
         for encoder in arguments.encoders.split(","):
             with tempfile.TemporaryDirectory() as folder:
                 result = one(name, settings, encoder, Path(folder))

@@ -138,7 +138,7 @@ def measured(case: Case, config: Any, recipe: Recipe, folder: Path) -> int:
     memory = StepMemory((1, 2), (steps, steps), 0)
     ids = [1] * case.length
     rows = [Example(ids, ids, 1, 1, 0, (2,), 0, 0, False) for _ in range(2 * case.batch)]
-    setup = Setup(RunDirectory(folder), device, torch.bfloat16, Silent(), lambda _: 0.0, 0, 2, False, memory)
+    setup = Setup(RunDirectory(folder), device, torch.bfloat16, Silent(), lambda _: 0.0, 0, 2, memory)
     section = recipe.training.model_copy(update={"output_dir": str(folder)})
     live = LiveTensors()
     adopt(live, model)

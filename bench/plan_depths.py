@@ -49,7 +49,7 @@ def main() -> None:
                 live = LiveTensors()
                 adopt(live, model)
                 before = time.process_time()
-                _, later = run_steps(live, model, setting.recipe, batch, depth, setting.dtype)
+                _, later = run_steps(live, model, batch, depth, setting.dtype)
                 seconds[depth].append((time.process_time() - before) / 2)
             peaks[depth] = later.peak.total_bytes
         print(turn, [round(s[-1], 2) for s in seconds], file=sys.stderr, flush=True)
@@ -64,7 +64,7 @@ def main() -> None:
     print("|---:|---:|---:|---:|")
     for share in (0.0, 0.3, 0.6, 1.0):
         budget = int(max(peaks[-1], curve.peaks[-1]) + share * (peaks[0] - peaks[-1])) + 100_000
-        chosen = memory.depth_for(ROWS.tokens, budget)
+        chosen = memory.level_for(ROWS.tokens, budget)
         fastest = min((d for d in depths if peaks[d] <= budget), key=lambda d: medians[d])
         over = medians[chosen] / medians[fastest] - 1
         found.append({"budget_bytes": budget, "chosen": chosen, "fastest": fastest, "over": over})

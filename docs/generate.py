@@ -1,10 +1,12 @@
-"""Writes what of docs/ is derived from code: settings.md, recipe.schema.json, doctor.md. `--check` only compares."""
+"""Writes what of docs/ is derived: settings.md, recipe.schema.json, doctor.md, errors.md. `--check` only compares."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+
+import yaml
 
 from nybble.diagnostics import driver, wheels
 from nybble.diagnostics.checks import CHECKS
@@ -73,6 +75,40 @@ cards nothing of this has been run yet: the known failures are tested on made-up
 interpreter, by reading what they compile to, and the decoder by executing that code ([kernel-code.md](kernel-code.md)).
 """
 
+ERRORS = """# Errors
+
+What a wrong input ends in: one line on stderr, which says what was seen, what is allowed and what to do, and an exit
+code: 2 the input is wrong, 3 it does not fit or something is missing here, 1 a fault of ours (`--debug` shows where).
+Nothing is left behind. Each of these {n_cases} lines is run by the tests, in a folder of files that are each wrong in
+one way (`tests/e2e/spoiled.py`); `…` stands for what differs between machines or is said by a library.
+
+{tables}
+## What is not trusted
+
+Weights are safetensors; a pickle is refused whatever its name. Python code that a model brings along is run only where
+`trust_remote_code` is said, and a run or adapter cannot say it for you. Links that lead out of an adapter's folder are
+refused. Names in an adapter are never matched as patterns, its ranks never believed, its modules never imported. A
+config's numbers are held against the files before anything is built. A chat template gets half a second and a gigabyte
+of memory for a row (in the main thread; memory on Linux). Tokens of the hub, passwords in addresses and values of
+variables called `..TOKEN`, `..SECRET`, `..PASSWORD`, `..API_KEY` or `..ACCESS_KEY` are written to no file and no
+message. `make fuzz` feeds every reader of foreign files with what is nearly right ([results](../bench/results)).
+"""
+GROUPS = {"recipe": "Recipes and flags", "model": "Models", "rows": "Rows and templates", "runs": "Runs and adapters"}
+
+
+def errors_page() -> str:
+    """docs/errors.md."""
+    file = DOCS.parent / "tests" / "e2e" / "errors.yaml"
+    found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    tables = []
+    for group, cases in found.items():
+        tables += [f"## {GROUPS[group]}\n", "| nybble | exit | message |\n|---|---|---|"]
+        for command, (code, message) in cases.items():
+            shown = message.replace("|", "\\|").replace("<", "&lt;")
+            tables.append(f"| `{command}` | {code} | {shown} |")
+        tables.append("")
+    return ERRORS.format(n_cases=sum(map(len, found.values())), tables="\n".join(tables))
+
 
 def doctor_page() -> str:
     """docs/doctor.md."""
@@ -112,6 +148,7 @@ def main() -> int:
     wanted = {
         DOCS / "settings.md": settings_page(),
         DOCS / "doctor.md": doctor_page(),
+        DOCS / "errors.md": errors_page(),
         DOCS / "recipe.schema.json": json.dumps(json_schema(), indent=1) + "\n",
     }
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]

@@ -24,6 +24,7 @@ _HOMES = {
     "probe": "nybble.pipeline",
     "quantize": "nybble.models.checkpoint",
     "report": "nybble.pipeline",
+    "resume_check": "nybble.resume_check",
     "train": "nybble.pipeline",
     "NybbleConfig": "nybble.models",
     "register": "nybble.models",

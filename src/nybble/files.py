@@ -9,13 +9,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from nybble.guard import redact
+
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing: temporary name, sync, rename, sync of the folder."""
+    """Write a whole file or nothing: temporary name, sync, rename, sync of the folder. Secrets are left out."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+            file.write(redact(text))
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -38,6 +38,15 @@ class Device:
 
         return torch.device("cuda", torch.cuda.current_device()) if self.type == "cuda" else torch.device("cpu")
 
+    @property
+    def shares_memory(self) -> bool:
+        """Whether its memory is the host's, as a CPU's or an APU's."""
+        import torch
+
+        if self.type == "cpu":
+            return True
+        return bool(getattr(torch.cuda.get_device_properties(self.torch_device), "is_integrated", False))
+
 
 def detect_device(wanted: str = "auto") -> Device:
     """The device that `wanted` ("auto", "cpu", "cuda", "hip") names.

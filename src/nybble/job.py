@@ -19,7 +19,7 @@ from nybble.hardware import Device, detect_device
 from nybble.models import ModelSource, find_model, hash_of, load_tokenizer
 from nybble.planning import Batches, among, plan_training, share_of
 from nybble.processes import Processes
-from nybble.recipe import Plan, Recipe, shared_among, step_rows, within_context
+from nybble.recipe import EvaluationSection, Plan, Recipe, shared_among, step_rows, within_context
 from nybble.runs import Evaluation, Observer, RunDirectory, RunRecord, Sample, StepEvent
 from nybble.sharded import check_shardable
 from nybble.training import (
@@ -117,6 +117,11 @@ class Job:
     def weights(self) -> Path:
         """Where the trained weights go."""
         return self.run.full_model if self.recipe.method == "full" else self.run.adapter
+
+    @property
+    def evaluation(self) -> EvaluationSection:
+        """The recipe's, with as many rows at a time as fit."""
+        return self.recipe.evaluation.model_copy(update={"per_device_eval_batch_size": self.plan.eval_batch})
 
     @property
     def shown(self) -> list[Example]:

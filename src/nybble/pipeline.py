@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from nybble import bundled
 from nybble.data import (
@@ -40,6 +41,7 @@ from nybble.models import (
     load_model,
     needs_calibration,
     push_folder,
+    put_weights_back,
     save_adapter,
     save_whole,
     trained_parameters,
@@ -92,7 +94,7 @@ def train(
 
 
 def _train_job(job: Job, overwrite: bool, resume: bool, force: bool) -> RunRecord:
-    if not (job.plan.fits or force or job.recipe.training.lean):  # the plan does not know what the host takes
+    if not (job.plan.fits or force):
         raise refusal(job.plan)
     with job.run.held(), refused_writes(job.checkpointing.parents):
         with job.processes.together():
@@ -188,7 +190,7 @@ def _calibrate(job: Job, witness: Witness, model: Any) -> Starts:
 
 def _evaluate_base(job: Job, witness: Witness, model: Any, dtype: torch.dtype) -> list[str]:
     job.watch.stage("evaluate base")
-    section = job.recipe.evaluation
+    section = job.evaluation
     with witness.phase("evaluate_base"):
         witness.record.evaluation_base = evaluate(model, job.tokenizer, job.prepared.held_out, section, dtype)
         prompts = [example.prompt_ids for example in job.shown]
@@ -200,6 +202,12 @@ def _attach(job: Job, model: Any, starts: Starts) -> Any:
         torch.manual_seed(job.recipe.training.seed)  # the adapters' first values
         base_name = str(job.run.base.resolve()) if job.run.base.is_dir() else job.source.name
         model = attach(model, job.recipe.lora, base_name, starts)
+        kept = job.run.base / "start"  # what no other start gives again
+        if starts:
+            with whole_folder(kept) as folder:
+                save_adapter(model, folder)
+        elif kept.is_dir():
+            put_weights_back(model, load_file(kept / "adapter_model.safetensors"))
     return model
 
 
@@ -210,7 +218,7 @@ def _count(job: Job, witness: Witness, model: Any) -> None:
 
 
 def _train(job: Job, witness: Witness, model: Any, dtype: torch.dtype, base_answers: Sequence[str]) -> None:
-    section = job.recipe.evaluation
+    section = job.evaluation
 
     def check(step: int) -> float:
         for sample in _answer(job, model, dtype, base_answers):
@@ -219,7 +227,7 @@ def _train(job: Job, witness: Witness, model: Any, dtype: torch.dtype, base_answ
         measured = evaluate(model, job.tokenizer, unchecked, section, dtype)
         return measured.loss if measured else math.nan
 
-    every = section.eval_steps if job.prepared.held_out else 0
+    every = job.recipe.evaluation.eval_steps if job.prepared.held_out else 0
     steps, memory = job.plan.optimizer_steps, job.plan.step_memory
     saving, deadline = job.checkpointing, job.deadline
     setup = Setup(job.run, job.device, dtype, job.watch, check, every, steps, memory, saving, deadline, job.processes)
@@ -239,7 +247,7 @@ def _train(job: Job, witness: Witness, model: Any, dtype: torch.dtype, base_answ
 
 def _probe(job: Job, witness: Witness, model: Any, setup: Setup) -> Probe:
     job.watch.stage("probe")
-    section, rows = job.recipe.evaluation, job.prepared.held_out
+    section, rows = job.evaluation, job.prepared.held_out
     judge = Judge(job.recipe.method, rows, lambda r: evaluate(model, job.tokenizer, r, section, setup.compute_dtype))
     with witness.phase("probe"):
         found = probe_rates(model, job.tokenizer, job.groups, job.recipe.training, setup, judge)
@@ -254,7 +262,7 @@ def _evaluate_tuned(job: Job, witness: Witness, model: Any, dtype: torch.dtype, 
     if job.recipe.method == "full":
         model.to(dtype)  # what is saved is what is measured
     with witness.phase("evaluate"):
-        tuned = evaluate(model, job.tokenizer, job.prepared.held_out, job.recipe.evaluation, dtype)
+        tuned = evaluate(model, job.tokenizer, job.prepared.held_out, job.evaluation, dtype)
         for sample in _answer(job, model, dtype, base_answers):
             job.run.append_sample(sample)
     if tuned and witness.record.evaluation_base:
@@ -265,7 +273,7 @@ def _evaluate_tuned(job: Job, witness: Witness, model: Any, dtype: torch.dtype, 
 
 def _answer(job: Job, model: Any, dtype: torch.dtype, base_answers: Sequence[str]) -> list[Sample]:
     prompts = [example.prompt_ids for example in job.shown]
-    tuned = generate_answers(model, job.tokenizer, prompts, job.recipe.evaluation, dtype)
+    tuned = generate_answers(model, job.tokenizer, prompts, job.evaluation, dtype)
     return [
         Sample(job.tokenizer.decode(e.prompt_ids, skip_special_tokens=True), before, after, e.answer)
         for e, before, after in zip(job.shown, base_answers, tuned, strict=True)
@@ -340,6 +348,19 @@ def probe(
             _count(job, witness, model)
             setup = Setup(job.run, job.device, dtype, job.watch, lambda _: 0.0, 0, job.plan.optimizer_steps)
             return _probe(job, witness, model, setup)
+
+
+def rehearse(recipe: Recipe, *, resume: bool = False, observer: Observer | None = None) -> RunRecord:
+    """The training of a run alone: nothing is measured on held-out rows, and only checkpoints are left.
+
+    Raises:
+        InputError, CannotRunError, StoppedError: as `train`.
+    """
+    job = prepare(recipe, False, resume, False, observer or Silent())
+    with job.run.held(), Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
+        base, dtype, starts = _load(job, witness)
+        _train(job, witness, _attach(job, base, starts), dtype, [])
+    return witness.record
 
 
 def demo(

@@ -30,6 +30,7 @@ from typing import Any, Protocol
 from nybble.checkpoints import list_checkpoints
 from nybble.errors import InputError
 from nybble.files import append_lines, is_left_over, remove_left_overs, sha256_of, write_text
+from nybble.guard import parse_object, read_object, redact
 
 try:
     import fcntl
@@ -328,7 +329,7 @@ class RunDirectory:
     def _append(self, name: str, line: dict[str, Any]) -> None:
         """Add a line; if the system refuses, it waits for the next one, and training does not stop for it."""
         waiting = self._waiting.setdefault(name, [])
-        waiting.append(f"{to_json(line)}\n".encode())
+        waiting.append(redact(f"{to_json(line)}\n").encode())
         try:
             append_lines(self.path / name, waiting)
         except OSError as error:
@@ -360,14 +361,12 @@ def read_record(path: Path | str) -> dict[str, Any]:
     file = Path(path).expanduser() / "run.json"
     if not file.is_file():
         raise InputError(f"{path} is no run directory (no run.json); give the output_dir of a `nybble train`")
-    try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: damaged ({error})") from error
+    record = read_object(file, InputError, "give another run")
     needed = {f.name for f in fields(RunRecord) if f.default is MISSING and f.default_factory is MISSING}
-    missing = sorted(needed - record.keys()) if isinstance(record, dict) else ["everything"]
+    texts = {"status", "started"}
+    missing = sorted(name for name in needed if not isinstance(record.get(name), str if name in texts else dict))
     if missing:
-        raise InputError(f"{file}: damaged ({', '.join(missing)} missing)")
+        raise InputError(f"{file}: damaged (no {', '.join(missing)}); give another run")
     return record
 
 
@@ -385,9 +384,7 @@ def read_whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
     for line in lines:
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError:
+            found.append(parse_object(line))
+        except ValueError:
             continue
-        if isinstance(value, dict):
-            found.append(value)
     return found, len(lines) - len(found)

@@ -11,12 +11,15 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.data import FlatBatch, PadBatch
-from nybble.models import attach, blocks_of, go_lean, swap_blocks
+from nybble.models import RUNGS, Ladder, attach, blocks_of, swap_blocks
 from nybble.models.families import FAMILIES
 from nybble.nn import Linear4bit
 from nybble.nn.recompute import recomputed
+from nybble.nn.scratch import scratch
+from nybble.planning.step import reusing
 from nybble.quant import decode, encode
 from nybble.recipe import LoraSection
+from nybble.training.evaluate import device_of
 
 SIZES = {
     "vocab_size": 300,
@@ -196,20 +199,55 @@ def test_recomputed_layers_give_the_same_bits(family: str, depth: int) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("n_rungs", [1, 2, 3, 4])
 @pytest.mark.filterwarnings("ignore:It is strongly recommended to train Gemma:UserWarning")
-def test_the_lean_way_gives_the_same_gradients(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rung_gives_the_same_gradients(family: str, n_rungs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nybble.models.families._TILE_ROWS", 16)
-    ours = adapt(ours_of(build(family)), lora_dropout=0.1)
+    monkeypatch.setattr("nybble.models.lean._SLICE_ELEMENTS", 256)
+    model = ours_of(build(family))
+    pack(model)
+    ours = adapt(model, lora_dropout=0.1)
     share(ours)
     batch = FlatBatch()([rows()])
     _, plain = gradients(ours, batch)
-    done = go_lean(ours)
-    assert ("embedding" in " ".join(done)) == (not ours.config.tie_word_embeddings)
+    with torch.no_grad():
+        judged = ours(**batch).token_losses
+    ladder = Ladder(ours)
+    rungs = tuple(RUNGS)[:n_rungs]
+    assert ("embedding" in ladder.rungs) == (not ours.config.tie_word_embeddings)
+    ladder.take(rungs)
     for layer in ours.get_base_model().model.layers:
         layer.gradient_checkpointing = True
-    for _ in range(2):  # the store is empty again after a step
-        _, lean = gradients(ours, batch)
-        assert largest_relative(plain, lean) < 1e-5
+    with reusing():
+        for _ in range(2):  # the store is empty again after a step
+            _, lean = gradients(ours, batch)
+            assert largest_relative(plain, lean) < 1e-5
+        with torch.no_grad():
+            assert torch.allclose(ours(**batch).token_losses, judged, atol=1e-6)
+        assert bool(scratch.pieces()) == ("slices" not in rungs)
+
+
+def test_a_table_on_the_host_stays_there_when_the_model_moves() -> None:
+    ours = adapt(ours_of(build("llama")))
+    Ladder(ours).take(["embedding"])
+    ours.to("meta")
+    table = ours.get_input_embeddings().weight
+    assert table.device.type == "cpu"
+    assert device_of(ours).type == "meta"  # where batches go
+    assert {p.device.type for p in ours.parameters() if p is not table} == {"meta"}
+
+
+def test_a_layer_input_on_the_host_is_let_go() -> None:
+    """A pass that fails leaves its copies; the next begins without them."""
+    ours = adapt(ours_of(build("llama")))
+    ladder = Ladder(ours)
+    ladder.take(["inputs"])
+    for layer in ours.get_base_model().model.layers:
+        layer.gradient_checkpointing = True
+    ours(**FlatBatch()([rows()]), num_items_in_batch=1)
+    assert len(ladder._store._kept) == 3
+    ladder.take(["inputs"])
+    assert not ladder._store._kept
 
 
 def share(model: Any) -> None:

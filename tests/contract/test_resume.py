@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -17,6 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from nybble.checkpoints import list_checkpoints
 from nybble.errors import InputError, StoppedError
+from nybble.training.callbacks import Drawn
+from nybble.training.resuming import order_sha256
 
 MICRO_BATCHES = 3 * 7 - 2 * 2  # of the whole training
 World = Callable[..., Any]
@@ -197,3 +200,32 @@ def test_checkpoints_hold_no_pickle_and_an_adapter_that_peft_reads(world: World,
     loaded = PeftModel.from_pretrained(stock, folder)
     for name, tensor in load_file(folder / "adapter_model.safetensors").items():
         assert torch.equal(loaded.state_dict()[name.replace(".weight", ".default.weight")], tensor)
+
+
+def test_another_order_of_the_rows_is_refused(
+    world: World, stopped: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As if another version of torch drew other numbers."""
+    out = stopped(world(), tmp_path / "out")
+    monkeypatch.setattr("nybble.training.resuming.order_sha256", lambda *_: "other")
+    with pytest.raises(InputError, match="draw the rows in another order"):
+        world().train(out, resume=True)
+
+
+def test_the_order_that_is_noted_is_the_order_that_is_drawn(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr(Drawn, "__getitem__", lambda self, n: drawn.append(n) or (n, self.groups[n]))
+    made = world(save_steps=3, save_total_limit=5)
+    made.train(tmp_path / "out")
+    for epoch, step in enumerate(
+        (3, 6)
+    ):  # the cursor of a checkpoint at the end of an epoch is at the next one's start
+        cursor = json.loads((tmp_path / "out" / "checkpoints" / f"checkpoint-{step}" / "state.json").read_text())[
+            "cursor"
+        ]
+        assert (cursor["epoch"], cursor["groups"]) == (epoch + 1, 0)
+    for epoch in range(2):
+        order = torch.tensor(drawn[14 * epoch : 14 * (epoch + 1)])
+        assert hashlib.sha256(order.numpy().tobytes()).hexdigest() == order_sha256(14, made.recipe.training.seed, epoch)

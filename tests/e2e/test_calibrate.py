@@ -75,28 +75,3 @@ def test_quantize_calibrates_on_rows(
     assert not torch.equal(files[0][name], files[1][name])
     assert not torch.equal(files[1][name], files[2][name])
     assert torch.equal(files[1][f"{name}.absmax"], files[2][f"{name}.absmax"])
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (("train", "--encoder", "best"), "encoder"),
-        (("train", "--init", "qera", "--method", "lora"), "use it with method: qlora"),
-        (("train", "--init", "loftq", "--use_dora", "true"), "without use_dora"),
-        (("quantize", "--encoder", "calibrated"), "dataset_name"),
-        (("quantize", "--init", "pissa"), "makes an adapter, quantize makes none"),
-    ],
-)
-def test_wrong_combinations(
-    words: tuple[str, ...], says: str, nybble: Run, tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
-) -> None:
-    verb, *rest = words
-    if verb == "train":
-        given = ("--model_name_or_path", tiny_llama(), "--dataset_name", rows_file, "--output_dir", tmp_path / "run")
-    else:
-        given = (tiny_llama(), "--out", tmp_path / "run")
-    done = nybble(verb, *given, *rest)
-    assert done.code == 2
-    assert says in done.err
-    assert done.err.count("\n") <= 2
-    assert not (tmp_path / "run").exists()

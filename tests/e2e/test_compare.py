@@ -92,8 +92,6 @@ def test_two_recipes_without_held_out_rows(nybble: Callable[..., Any], recipe_fi
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--methods", "qlora,magic"), "unknown method 'magic'"),
-        (("--seeds", "0"), "at least 1"),
         (("--learning_rat", "1"), "did you mean 'learning_rate'"),
     ],
 )
@@ -104,13 +102,6 @@ def test_wrong_words_are_refused_before_anything_runs(
     assert (done.code, done.out) == (2, "")
     assert message in done.err
     assert not (tmp_path / "run-compare").exists()
-
-
-def test_methods_go_with_one_recipe(nybble: Callable[..., Any], recipe_file: Path) -> None:
-    done = nybble("compare", recipe_file, recipe_file, "--methods", "lora")
-    assert done.code == 2
-    assert "--methods goes with one recipe, 2 were given" in done.err
-    assert "no recipe given" in nybble("compare").err
 
 
 def test_where_no_arm_runs_the_reason_is_told(nybble: Callable[..., Any], recipe_file: Path, tmp_path: Path) -> None:

@@ -131,36 +131,11 @@ def test_the_page_escapes_what_rows_say(nybble: Callable[..., Any], tokenizer_on
     assert "</s>" in shown.text["learned control"]
 
 
-@pytest.mark.parametrize(
-    ("more", "says"),
-    [
-        (("--max_length", "8"), "raise --max_length"),
-        (("--html", "/no/such/folder/page.html"), "does not exist"),
-        (("--show", "many"), "--show"),
-        (("--overlong", "cut"), "'truncate', 'drop' or 'split'"),
-        (("--dataset_name", "/no/rows.jsonl"), "does not exist"),
-    ],
-)
-def test_what_is_wrong_is_said_in_one_line(
-    nybble: Callable[..., Any], words: tuple[object, ...], more: tuple[str, ...], says: str
-) -> None:
-    done = nybble(*words, *more)
-    assert done.code == 2
-    assert says in done.err
-    assert len(done.err.strip().splitlines()) == 1
-
-
 def test_rows_that_train_would_refuse_are_shown_first(nybble: Callable[..., Any], words: tuple[object, ...]) -> None:
     done = nybble(*words, "--max_length", "8", "--json", "--show", "1")
     assert done.code == 2
     assert done.json["ledger"]["tokens_trained"] == 0
     assert done.json["rows"][0]["use"] == "dropped"
-
-
-def test_without_a_tokenizer_it_says_what_to_set(nybble: Callable[..., Any], rows_file: Path) -> None:
-    done = nybble("data", "--dataset_name", rows_file)
-    assert done.code == 2
-    assert "no tokenizer given" in done.err
 
 
 def test_the_library_gives_the_same(words: tuple[object, ...]) -> None:

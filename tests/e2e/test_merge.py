@@ -235,11 +235,7 @@ def spoil_base(run: Path, copy: Path) -> Path:
 # name -> (words behind `merge RUN --out OUT`, settings of the run, exit code, what the line must say)
 CASES: dict[str, tuple[list[str], dict[str, Any], int, str]] = {
     "another base": (["--model_name_or_path", "{tmp}/other"], {}, 2, "another model"),
-    "base missing": (["--model_name_or_path", "{tmp}/none"], {}, 2, "does not exist"),
     "rows missing": (["--dataset_name", "{tmp}/none.jsonl"], {}, 2, "does not exist"),
-    "training changed": (["--learning_rate", "1"], {}, 2, "cannot be changed while merging"),
-    "unknown target": (["--into", "fp8"], {}, 2, "allowed: auto, dequantized, original, 4bit"),
-    "unknown type": (["--dtype", "int8"], {}, 2, "allowed: bfloat16, float16, float32"),
     "repaired adapter into the original": (
         ["--into", "original"],
         {"init_lora_weights": "pissa"},

@@ -24,15 +24,3 @@ def test_the_checkpoint_trains_like_the_model_it_came_from(
         assert done.code == 0, done.err
     a, b = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "ab")
     assert all(torch.equal(a[key], b[key]) for key in a)
-
-
-def test_refuses_an_existing_folder_and_a_4bit_model(
-    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], tmp_path: Path
-) -> None:
-    packed = tmp_path / "packed"
-    assert nybble("quantize", tiny_llama(), "--out", packed).code == 0
-    assert nybble("quantize", tiny_llama(), "--out", packed).code == 2
-    again = nybble("quantize", packed, "--out", tmp_path / "again")
-    assert again.code == 2
-    assert "4 bits already" in again.err
-    assert not (tmp_path / "again").exists()

@@ -220,3 +220,16 @@ def test_tables_are_on_the_cpu_whatever_the_default_device_is() -> None:
     with torch.device("meta"):  # they are made once and kept
         tables = [codebook.__wrapped__("nf4"), codebook.__wrapped__("fp4"), dynamic_codebook.__wrapped__()]
     assert {table.device.type for table in tables} == {"cpu"}
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("shape", [(1024, 64), (200, 176), (96, 4096)])
+def test_slices_have_the_bits_of_the_whole(double_quant: bool, shape: tuple[int, int]) -> None:
+    weight = encode(torch.randn(shape), double_quant=double_quant)
+    whole = decode(weight)
+    parts = list(weight.slices(shape[0] * shape[1] // 3))
+    assert len(parts) > 1 or (double_quant and shape == (200, 176))  # 1,024 rows of 176 are whole runs
+    assert torch.equal(torch.cat([decode(part) for _, part in parts]), whole)
+    for rows, part in parts:
+        assert torch.equal(decode(part), whole[rows])
+        assert part.packed.untyped_storage().data_ptr() == weight.packed.untyped_storage().data_ptr()

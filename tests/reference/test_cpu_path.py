@@ -134,7 +134,7 @@ def test_memory_may_start_anywhere_and_lie_in_strides() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (7, 64), (33, 1000), (5, 37), (64, 4096), (9, 8256)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 64), (33, 1000), (5, 37), (64, 4096), (9, 8256), (91, 192)], ids=str)
 def test_products_are_within_float32_of_the_exact_ones(shape: tuple[int, int], dtype: torch.dtype) -> None:
     for block_size, rows in product((32, 64, 1024, 4096), range(1, cpu.MAX_ROWS + 1)):
         weight, x = encode(torch.randn(shape), block_size=block_size), torch.randn(rows, shape[1]).to(dtype)
@@ -143,7 +143,13 @@ def test_products_are_within_float32_of_the_exact_ones(shape: tuple[int, int], d
         product_ = cpu.multiply(x, weight)
         assert (product_.shape, product_.dtype) == (exact.shape, dtype)
         # Sums of n products in float32 lose under 4 bits here (worst seen: 1.2e-7); then one rounding to the type of x.
-        assert ((product_ - exact).abs() <= 5e-7 * magnitudes + torch.finfo(dtype).eps * exact.abs()).all()
+        # Values of weights in bfloat16 are up to .18 % off.
+        halves = dtype == torch.bfloat16 and cpu.instruction_set() == "AVX512-BF16"
+        lost = 2e-3 if halves else 5e-7
+        assert ((product_ - exact).abs() <= lost * magnitudes + torch.finfo(dtype).eps * exact.abs()).all()
+        if halves:  # and no further off than decoded weights in bfloat16 are
+            decoded = x.double() @ decode(weight, dtype).double().t()
+            assert (product_ - exact).norm() <= 1.5 * ((decoded - exact).norm() + exact.norm() * 2.0**-9)
 
 
 def test_rows_and_types_that_the_loops_do_not_take_go_the_plain_way() -> None:
@@ -175,6 +181,7 @@ def test_the_operators_take_this_path_and_say_so() -> None:
 
 def test_an_operator_runs_by_the_path_that_was_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
+    paths.paths_taken(CPU)  # the self-tests, which compare with the plain path, come before it is another
     monkeypatch.setattr(plain, "dequantize", lambda weight, out: ran.append("plain"))
     weight = encode(torch.randn(64))
     choices.take(CPU, {"dequantize_4bit": choices.Choice("torch", "the native one is broken")})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,14 @@ from transformers import AutoConfig
 
 from nybble.data import Example, Groups
 from nybble.hardware import detect_device
-from nybble.models import attach, find_model, load_model
+from nybble.models import RUNGS, Ladder, attach, find_model, load_model
 from nybble.nn.scratch import scratch
-from nybble.planning.choose import choose, largest_length, smallest_peak
+from nybble.planning.choose import changed, choose, largest_length, rungs_of, smallest_peak
 from nybble.planning.curve import Curve, Setting
 from nybble.planning.devices import named_profile
 from nybble.planning.forecast import Batches, Forecast
 from nybble.planning.live import LiveTensors
-from nybble.planning.step import Rows, adopt, batch_of, build, fill, reusing, run_steps
+from nybble.planning.step import Rows, Work, adopt, batch_of, build, fill, reusing, run_steps
 from nybble.recipe import Recipe, StepMemory, load_recipe
 from nybble.runs import RunDirectory, Silent
 from nybble.training import Setup, train_model
@@ -42,16 +43,18 @@ def setting_of(kind: str = "llama", method: str = "qlora", **changes: Any) -> Se
     return Setting(AutoConfig.for_model(kind, **{**SIZES, **changes}), recipe, torch.bfloat16)
 
 
-def measured(setting: Setting, rows: Rows, depth: int) -> tuple[int, int]:
-    """Peaks of the first and a later step of the whole model on real tensors."""
+def measured(setting: Setting, rows: Rows, depth: int, rungs: tuple[str, ...] = ()) -> tuple[Work, Work]:
+    """The first and a later step of the whole model on real tensors."""
     model = build(setting.config, setting.recipe, setting.dtype)
     batch = batch_of(model, rows)
     fill(model)
     with reusing():
+        ladder = Ladder(model)
+        ladder.take(rungs)
         live = LiveTensors()
-        adopt(live, model)
-        first, later = run_steps(live, model, setting.recipe, batch, depth, setting.dtype)
-    return first.peak.total_bytes, later.peak.total_bytes
+        adopt(live, model, ladder)
+        first, later = run_steps(live, model, batch, depth, setting.dtype, ladder=ladder)
+    return first, later
 
 
 @pytest.mark.parametrize("depth", [0, 4, 7])
@@ -78,8 +81,43 @@ def test_the_predicted_peak_is_that_of_real_tensors(
         setting = setting_of(kind, method, **changes)
     first, later = measured(setting, ROWS, depth)
     curve = Curve(setting, ROWS)
-    assert curve.steady(depth).peak.total_bytes == pytest.approx(later, rel=0.01)
-    assert curve.first(depth).peak.total_bytes == pytest.approx(first, rel=0.01)
+    assert curve.steady(depth).peak.total_bytes == pytest.approx(later.peak.total_bytes, rel=0.01)
+    assert curve.first(depth).peak.total_bytes == pytest.approx(first.peak.total_bytes, rel=0.01)
+
+
+@pytest.mark.parametrize("n_rungs", [1, 2, 3, 4])
+def test_each_rung_takes_less_and_what_is_predicted(n_rungs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nybble.models.families._TILE_ROWS", 64)
+    monkeypatch.setattr("nybble.models.lean._SLICE_ELEMENTS", 1 << 14)
+    batch, rungs = Rows((200, 190, 120), 400), tuple(RUNGS)[:n_rungs]
+    setting = setting_of(vocab_size=4096, hidden_size=128, intermediate_size=512)
+    _, later = measured(setting, batch, 7, rungs)
+    forecast = Forecast(setting, Batches(batch, batch, batch), named_profile("rtx4090"))
+    found = rungs_of(choose(forecast, 1, 1))
+    assert [rung.name for rung in found[2:]] == list(RUNGS)
+    assert found[1 + n_rungs].live_bytes == pytest.approx(later.peak.total_bytes, rel=0.01)
+    assert found[1 + n_rungs].host_bytes == pytest.approx(later.host_bytes, rel=0.01)
+    assert found[1 + n_rungs].live_bytes < found[n_rungs].live_bytes
+
+
+def test_rungs_are_taken_in_their_order_and_only_when_needed() -> None:
+    batch = Rows((2048,) * 2)
+    setting = setting_of(vocab_size=4096, hidden_size=128, intermediate_size=512, max_position_embeddings=4096)
+    forecast = Forecast(setting, Batches(batch, batch, batch), named_profile("rtx4090"))
+    peaks = [rung.peak_bytes for rung in rungs_of(choose(forecast, 1, 1))]
+    assert peaks == sorted(peaks, reverse=True)
+    for n, peak in enumerate(peaks):
+        chosen = choose(forecast, peak, 1)
+        assert chosen.lean == tuple(RUNGS)[: max(0, n - 1)]
+        assert chosen.depths[1] >= 6 if n else chosen.depths[1] == 0
+    assert forecast.profile.shares_memory is False
+    on_cpu = replace(forecast, setting=replace(setting, shares_memory=True, traces={}))
+    assert choose(on_cpu, 1, 1).lean == ("tiles", "slices")
+    for changes in ({"lean": "never"}, {"gradient_checkpointing": "never"}):
+        recipe = changed(setting.recipe, "training", **changes)
+        assert choose(replace(forecast, setting=setting.of(recipe=recipe)), 1, 1).lean == ()
+    always = setting.of(recipe=changed(setting.recipe, "training", lean="always"))
+    assert choose(replace(forecast, setting=always), 1 << 40, 1).lean == tuple(RUNGS)
 
 
 def test_parts_add_up_and_are_what_they_are_called() -> None:
@@ -162,7 +200,7 @@ def test_depth_follows_the_room_and_lines_lie_above_the_curve() -> None:
     assert memory.above_base(60, 0) == 2500
     assert memory.above_base(210, 0) == 8500  # the last line goes on
     assert memory.above_base(1, 0) == 500  # fewer tokens than any batch seen count as that
-    assert [memory.depth_for(110, room) for room in (4500, 4499, 2500, 2499, 0)] == [0, 1, 1, 2, 2]
+    assert [memory.level_for(110, room) for room in (4500, 4499, 2500, 2499, 0)] == [0, 1, 1, 2, 2]
     curve = Curve(setting_of(), Rows((128,) * 2))
     ends = {n: Curve(curve.setting, Rows((n,) * 2)).peaks[2] for n in (16, 256)}
     line = StepMemory((32, 512), ((ends[16],), (ends[256],)), 0).above_base(256, 0)
@@ -177,10 +215,10 @@ def test_a_choice_is_within_the_budget_and_no_shallower_one_is() -> None:
     budget = (none + every) // 2
     chosen = choose(forecast, budget, 1)
     assert chosen.fits
-    assert 0 < chosen.longest_depth < 7
+    assert 0 < chosen.longest_level < 7
     assert max(phase.peak_bytes for phase in chosen.phases) <= budget
-    assert forecast.total(forecast.longest.steady(chosen.longest_depth - 1).peak) > budget
-    assert choose(forecast, none, 1).longest_depth == 0
+    assert forecast.total(forecast.longest.steady(chosen.longest_level - 1).peak) > budget
+    assert choose(forecast, none, 1).longest_level == 0
     assert not choose(forecast, profile.context_bytes, 1).fits
 
 
@@ -242,5 +280,5 @@ def _train(
     rows = [Example([5] * n, [5] * n, 1, 1, 0, (2,), 0, 0, False) for n in lengths]
     out.mkdir(exist_ok=True)
     device = detect_device("cpu")
-    setup = Setup(RunDirectory(out), device, torch.bfloat16, observer or Silent(), lambda _: 0.0, 0, 2, False, memory)
+    setup = Setup(RunDirectory(out), device, torch.bfloat16, observer or Silent(), lambda _: 0.0, 0, 2, memory)
     train_model(model, None, Groups(rows), recipe.training, setup)

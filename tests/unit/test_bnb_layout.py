@@ -158,7 +158,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "absmax too short": (lambda t: {**t, "absmax": t["absmax"][1:]}, "24 blocks need .* got 23"),
     "absmax of another dtype": (lambda t: {**t, "absmax": t["absmax"].float()}, "torch.uint8 scales, got .*float32"),
     "no table": (lambda t: without(t, "quant_map"), "quant_map is missing"),
-    "table of another size": (lambda t: {**t, "quant_map": t["quant_map"][:15]}, "quant_map holds other values"),
+    "table of another size": (lambda t: {**t, "quant_map": t["quant_map"][:15]}, "quant_map holds 15 values"),
     "table of other values": (lambda t: {**t, "quant_map": t["quant_map"].flip(0)}, "quant_map holds other values"),
     "table with NaN": (lambda t: {**t, "quant_map": t["quant_map"] * float("nan")}, "quant_map holds other values"),
     "no nested scales": (lambda t: without(t, "nested_absmax"), "needs nested_absmax and a nested_offset"),

@@ -237,7 +237,7 @@ def test_rows_that_are_all_cut_short_are_refused(prepare: Call, text: str, said:
         ([{"text": "a"}, {"messages": TURNS}], "row 2: column 'text' is missing; this row has messages"),
         ([{"text": "a"}, {"text": ["a"]}], "row 2: column 'text' holds a list, not text"),
         ([{"text": "a"}, {"text": None}], "row 2: column 'text' holds a NoneType, not text"),
-        ([{"prompt": "a", "completion": 4}], "row 1: column 'completion' holds a int, not text"),
+        ([{"prompt": "a", "completion": 4}], "row 1: column 'completion' is of type int, not text"),
         ([{"prompt": [], "completion": "x"}], "row 1: column 'completion' holds 'x', not a list of turns"),
         ([{"instruction": "a", "output": "b"}, {"instruction": "a"}], "row 2: column 'output' is missing"),
         ([{"messages": TURNS}, {"messages": "hi"}], "row 2: column 'messages' holds 'hi', not a list of turns"),

@@ -189,7 +189,7 @@ def test_a_row_that_cannot_be_used_is_named_from_afar_and_leaves_nothing(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     rows = [*MANY[:640], {"text": 3}, *MANY[641:]]
     for cache in (Cache("rows", 1 << 30), None):
-        with pytest.raises(RowsError, match=r"rows.jsonl row 641: column 'text' holds a int"):
+        with pytest.raises(RowsError, match=r"rows.jsonl row 641: column 'text' is of type int"):
             prepare(rows, dataset_num_proc=workers, cache=cache)
     assert list((tmp_path / "cache" / "rows").iterdir()) == []
     assert list(tmp_path.glob("nybble-*")) == []

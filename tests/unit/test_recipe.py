@@ -45,7 +45,7 @@ def other_value(item: Setting) -> Any:
         return not item.default
     if kind is int or kind == int | None:
         return 7 + (item.default or 8)
-    if kind is float or isinstance(item.default, float):
+    if kind in (float, float | None) or isinstance(item.default, float):
         return 0.125
     return ["one", "two"] if get_origin(kind) is tuple else "other"
 
@@ -261,8 +261,8 @@ def test_push_to_hub_needs_a_name() -> None:
     ("content", "said"),
     [
         ("optimisation:\n  lr: 1\n", "unknown section 'optimisation'; allowed: data, evaluation, lora"),
-        ("- a\n- b\n", "holds a list, a recipe is a mapping"),
-        ("just words\n", "holds a str, a recipe is a mapping"),
+        ("- a\n- b\n", "holds a list; a recipe is settings"),
+        ("just words\n", "holds a str; a recipe is settings"),
         ("a: b: c\n", "not YAML"),
         ("training:\n\tlr: 1\n", "not YAML"),
         ("x: !!python/object/apply:os.getcwd []\n", "not YAML"),

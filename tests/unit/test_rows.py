@@ -190,7 +190,7 @@ def test_a_parquet_file_without_rows_is_refused(tmp_path: Path) -> None:
 
 def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("x")
-    assert "holds no file of rows; endings that are read: .parquet, .json" in refusal(tmp_path)
+    assert "holds no file of rows; allowed endings: .parquet, .json" in refusal(tmp_path)
 
 
 def test_an_unknown_ending_is_refused_with_those_that_are_read(tmp_path: Path) -> None:
@@ -223,13 +223,15 @@ def test_what_is_not_json_is_named_by_line(tmp_path: Path, name: str, content: s
     ],
 )
 def test_a_row_that_is_no_object_is_named_by_number(tmp_path: Path, name: str, content: str, kind: str) -> None:
-    assert refusal(tmp_path / name, content) == f" row 2: is a {kind}, a row is an object with columns"
+    assert refusal(tmp_path / name, content) == (
+        f" row 2: is of type {kind}; a row is an object with columns: repair the file"
+    )
 
 
 @pytest.mark.parametrize("row", ["1,2,3", "1"])
 def test_a_ragged_csv_row_is_named_by_line(tmp_path: Path, row: str) -> None:
     message = refusal(tmp_path / "r.csv", f"a,b\n1,2\n{row}\n3,4\n")
-    assert message == " line 3: has other columns than the first line"
+    assert message == " line 3: has other columns than the first line; quote its commas"
 
 
 @pytest.mark.parametrize("name", ["r.jsonl", "r.json", "r.csv", "r.txt"])
@@ -247,7 +249,7 @@ def test_a_cut_parquet_file_is_refused(tmp_path: Path, keep: int) -> None:
 def test_a_damaged_file_in_a_folder_is_the_one_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "b.jsonl").write_text('{"text": "x"}\nx\n')
-    assert refusal(tmp_path) == "/b.jsonl line 2: not JSON (Expecting value)"
+    assert refusal(tmp_path) == "/b.jsonl line 2: not JSON (Expecting value); repair the line"
 
 
 def test_a_byte_order_mark_is_no_part_of_a_text_file(tmp_path: Path) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nybble.errors import InputError
-from nybble.files import write_text
+from nybble.files import append_lines, whole_folder, write_text
 from nybble.runs import RunDirectory, RunRecord, Sample, StepEvent, read_lines, read_record
 
 
@@ -251,3 +253,56 @@ def test_a_crash_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(OSError, match="No space"):
         write_text(tmp_path / "f", "new")
     assert tree(tmp_path) == set()
+
+
+def test_only_one_process_writes_a_run(run: RunDirectory) -> None:
+    with run.held(), pytest.raises(InputError, match="being written by another process"), RunDirectory(run.path).held():
+        pass
+    with RunDirectory(run.path).held():
+        pass
+
+
+def test_what_a_killed_process_left_is_no_run_and_goes(tmp_path: Path) -> None:
+    (tmp_path / ".run.json.7.tmp").write_text("{")
+    (tmp_path / ".adapter.7.partial").mkdir()
+    (tmp_path / ".adapter.7.partial" / "x").write_text("")
+    RunDirectory.check(tmp_path).create()
+    assert tree(tmp_path) == set()
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_resumed_from_its_beginning(run: RunDirectory) -> None:
+    run.write_record(record())
+    RunDirectory.check(run.path, resume=True)
+    run.adapter.mkdir()  # the result of a run whose checkpoints were removed must not be lost
+    assert "holds no checkpoint" in refusal(run.path, resume=True)
+
+
+def test_a_folder_takes_the_place_of_the_former_only_when_it_is_whole(tmp_path: Path) -> None:
+    with whole_folder(tmp_path / "a") as folder:
+        (folder / "x").write_text("old")
+    with pytest.raises(FileExistsError), whole_folder(tmp_path / "a") as folder:
+        os.link(folder.parent / "a" / "x", folder.parent / "a" / "x")
+    assert tree(tmp_path) == {"a", "a/x"}
+    with whole_folder(tmp_path / "a") as folder:
+        (folder / "y").write_text("new")
+    assert tree(tmp_path) == {"a", "a/y"}
+
+
+def test_lines_are_added_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that takes half of a line and then no more."""
+    append_lines(tmp_path / "e", [b"1\n"])
+    write, calls = io.FileIO.write, 0
+
+    class Full(io.FileIO):
+        def write(self, content: Any) -> int:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                raise OSError(28, "No space left on device")
+            return write(self, content[: len(content) // 2])
+
+    monkeypatch.setattr(Path, "open", lambda self, *_, **__: Full(self, "a+"))
+    with pytest.raises(OSError, match="No space"):
+        append_lines(tmp_path / "e", [b"second\n"])
+    monkeypatch.undo()
+    assert (tmp_path / "e").read_bytes() == b"1\n"

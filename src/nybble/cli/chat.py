@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from nybble.cli.terminal import visible
+
 _HELP = """/base            answer without the adapter
 /tuned           answer with it again
 /adapter NAME    answer with another one that was given by --with
@@ -24,6 +26,10 @@ def chat(
     ] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")] = 0.0,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or hip; default: as trained")] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust_remote_code", "--trust-remote-code", help="run Python code that the model brings along"),
+    ] = False,
 ) -> None:
     """Talk with what was trained; /help says what can be switched."""
     from nybble.cli.flags import quiet_libraries
@@ -32,7 +38,15 @@ def chat(
     from nybble.errors import InputError
     from nybble.generation import Chat
 
-    talk = Chat(run, device, others=others or (), system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+    talk = Chat(
+        run,
+        device,
+        others=others or (),
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        trust_remote_code=trust_remote_code,
+    )
     while (line := _read()) is not None:
         try:
             if line == "/exit":
@@ -42,7 +56,7 @@ def chat(
             elif line:
                 _reply(talk, line)
         except InputError as error:
-            print(error, file=sys.stderr)
+            print(visible(str(error)), file=sys.stderr)
 
 
 def _read() -> str | None:
@@ -79,7 +93,7 @@ def _command(talk: Any, line: str) -> None:
 
 def _reply(talk: Any, line: str) -> None:
     try:
-        reply = talk.reply(line, lambda text: print(text, end="", flush=True))
+        reply = talk.reply(line, lambda text: print(visible(text), end="", flush=True))
     except KeyboardInterrupt:
         print()
         return

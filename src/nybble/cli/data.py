@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from nybble.cli.terminal import visible
 
 if TYPE_CHECKING:
     from nybble.data import ShownRow
@@ -68,12 +69,7 @@ def _print(lines: Sequence[tuple[str, str]], rows: Sequence[ShownRow], html: Pat
         text = Text()
         for part in row.parts:
             style = "green" if part.is_learned else "dim"
-            text.append(_visible(part.text), style=f"{style} reverse" if part.is_control else style)
+            text.append(visible(part.text), style=f"{style} reverse" if part.is_control else style)
         console.print(text, soft_wrap=True)
     if html is not None:
         console.print(f"\npage: {html}", markup=False, soft_wrap=True)
-
-
-def _visible(text: str) -> str:
-    """Without the characters that steer a terminal or turn its writing direction."""
-    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", lambda found: ascii(found[0])[1:-1], text)

@@ -24,11 +24,14 @@ from nybble.cli import (
     probe,
     quantize,
     report,
+    resume_check,
     settings,
     train,
 )
 from nybble.cli.process import own_process
+from nybble.cli.terminal import visible
 from nybble.errors import NybbleError
+from nybble.guard import redact
 
 app = typer.Typer(
     name="nybble",
@@ -40,6 +43,7 @@ app = typer.Typer(
 )
 # click's ClickException, wherever this typer keeps its click.
 _UsageError: type[Any] = typer.BadParameter.__mro__[2]
+_INTERRUPTED = 130  # what shells say, and some versions of typer, of a process that SIGINT ended
 _FREE_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command("demo", context_settings=_FREE_FLAGS)(demo.demo)
 app.command("train", context_settings=_FREE_FLAGS)(train.train)
@@ -54,6 +58,7 @@ app.command("merge", context_settings=_FREE_FLAGS)(merge.merge)
 app.command("quantize", context_settings=_FREE_FLAGS)(quantize.quantize)
 app.command("doctor")(doctor.doctor)
 app.command("report")(report.report)
+app.command("resume-check")(resume_check.resume_check)
 app.command("settings")(settings.settings)
 
 
@@ -76,14 +81,20 @@ def run(arguments: list[str]) -> int:
     except _UsageError as error:
         return _fail(f"{error.format_message()} (see nybble --help)", 2, debug)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("stopped at once; the last checkpoint is whole", 130, debug)
+        return _stopped(debug)
     except Exception as error:  # noqa: BLE001 - the one catch-all: a fault of ours still ends in one line
         return _fail(f"fault of nybble: {type(error).__name__}: {error}; --debug shows where", 1, debug)
+    if result == _INTERRUPTED:
+        return _stopped(debug)
     return result if isinstance(result, int) else 0
+
+
+def _stopped(debug: bool) -> int:
+    return _fail("stopped at once; the last checkpoint is whole", _INTERRUPTED, debug)
 
 
 def _fail(message: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exc()
-    print(f"nybble: {' '.join(message.split())}", file=sys.stderr)
+    print(f"nybble: {visible(redact(' '.join(message.split())))}", file=sys.stderr)
     return code

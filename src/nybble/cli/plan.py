@@ -62,6 +62,7 @@ def _print(made: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from nybble.models import RUNGS
     from nybble.units import format_bytes, format_count, format_seconds
 
     console = Console(highlight=False)
@@ -82,6 +83,12 @@ def _print(made: Plan) -> None:
         console.print(line, soft_wrap=True, markup=False)
     if made.total_seconds:
         console.print(f"{format_count(made.optimizer_steps)} steps: {format_seconds(made.total_seconds)}{estimate}")
+    if made.rungs:
+        rungs: Any = Table(f"{unit} of the longest batch", "peak", "tensors", "host", "", box=None, pad_edge=False)
+        for r in made.rungs:
+            shown = [f"{n / size:.2f}" if n else "–" for n in (r.peak_bytes, r.live_bytes, r.host_bytes)]
+            rungs.add_row(RUNGS.get(r.name, r.name), *shown, "taken" if r.taken else "")
+        console.print(rungs)
     if made.largest_length is not None:
         console.print(f"largest max_length that fits: {format_count(made.largest_length)}")
     if made.largest_model is not None:

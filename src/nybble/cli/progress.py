@@ -5,6 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from nybble.cli.terminal import visible
+from nybble.guard import redact
 from nybble.runs import StepEvent
 from nybble.units import format_bytes, format_number, format_seconds
 
@@ -37,11 +39,11 @@ class Live:
     def stage(self, name: str) -> None:
         """Announce a part of the run."""
         self.close()
-        self.console.print(f"[bold]{_STAGES.get(name, name)}[/bold]")
+        self.console.print(visible(redact(_STAGES.get(name, name))), style="bold", markup=False)
 
     def note(self, text: str) -> None:
         """Print a remark."""
-        self.console.print(f"  {text}", markup=False, soft_wrap=True)
+        self.console.print(f"  {visible(redact(text))}", markup=False, soft_wrap=True)
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Move the bar of other work, or print a line now and then."""

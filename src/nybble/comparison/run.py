@@ -76,7 +76,7 @@ def _plan(
     if not recipes and not overrides:
         raise InputError("no recipe given; e.g. nybble compare recipe.yaml --methods qlora,lora,full")
     if seeds < 1:
-        raise InputError(f"--seeds {seeds}: at least 1")
+        raise InputError(f"--seeds {seeds}: allowed is 1 or more")
     if len(recipes) > 1 and methods:
         raise InputError(f"--methods goes with one recipe, {len(recipes)} were given; leave it away to compare them")
     first = load_recipe(recipes[0] if recipes else None, overrides)

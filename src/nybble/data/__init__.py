@@ -8,6 +8,7 @@ from nybble.data.rows import Rows, read_rows
 from nybble.data.shapes import Turn
 from nybble.data.show import ShownRow, Stretch, show_rows
 from nybble.data.store import Examples
+from nybble.data.templates import render_chat
 from nybble.data.tokens import adds_bos
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "prepare_rows",
     "question_form",
     "read_rows",
+    "render_chat",
     "rows_cache",
     "show_rows",
 ]

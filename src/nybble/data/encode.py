@@ -19,6 +19,7 @@ from typing import Any
 
 from nybble.data.rendered import FAMILIES
 from nybble.data.shapes import Form, Piece, Turn, alpaca_prompt, answers_of, begun_anew, exchanges, put_as
+from nybble.data.templates import render_chat
 from nybble.data.tokens import MARKS, adds_bos, mark, spelled, stop_ids, tokenize, unmark
 from nybble.errors import RowsError
 
@@ -295,24 +296,14 @@ def _find_border(turns: list[Turn], k: int, text: str, tokenizer: Any, where: st
     return (start + len(header), end + len(tail)) if start >= 0 and text.startswith(tail, end) else None
 
 
-def _render(turns: list[Turn], tokenizer: Any, where: str, add_generation_prompt: bool = False) -> str:
-    from jinja2 import TemplateError
-
+def _render(turns: list[Turn], tokenizer: Any, where: str, asks: bool = False) -> str:
     tools = json.loads(turns[0].content) if turns and turns[0].role == "tools" else None
     messages: list[dict[str, Any]] = [
         {"role": turn.role, "content": turn.content} | ({"tool_calls": json.loads(turn.calls)} if turn.calls else {})
         for turn in turns
         if turn.role != "tools"
     ]
-    try:
-        return str(
-            tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        )
-    # A template is a program of somebody else's; these are the ways in which one fails.
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise RowsError(f"{where}: the chat template refuses it: {error}") from error
+    return render_chat(tokenizer, messages, where, tools, asks)
 
 
 def _spoken(turns: list[Turn], tokenizer: Any, where: str) -> list[Turn]:
@@ -374,7 +365,7 @@ def encode_chat(turns: Sequence[Turn], tokenizer: Any) -> list[int]:
     """Token ids of a chat that ends with a question, as the tokenizer's chat template renders it."""
     contents, sign = mark([turn.content for turn in turns], tokenizer)
     marked = [replace(turn, content=content) for turn, content in zip(turns, contents, strict=True)]
-    return _ready(_render(marked, tokenizer, "prompt", add_generation_prompt=True), sign, tokenizer)
+    return _ready(_render(marked, tokenizer, "prompt", asks=True), sign, tokenizer)
 
 
 def _ready(text: str, sign: str, tokenizer: Any) -> list[int]:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Family:
-    """Marks around an answer, how a question is put so that one follows, and the pattern of a system text."""
+    """Marks around an answer, how a question is put so that one follows, and the marks around a system text."""
 
     header: str
     stop: str
     question: str
-    system: str = ""
+    system: tuple[str, str] = ("", "")
 
 
 FAMILIES = {
@@ -21,20 +21,18 @@ FAMILIES = {
         "<|im_start|>assistant\n",
         "<|im_end|>",
         "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
-        r"<\|im_start\|>system\n.*?<\|im_end\|>\n",
+        ("<|im_start|>system\n", "<|im_end|>\n"),
     ),
     "llama3": Family(
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
         "<|eot_id|>",
         "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
-        r"<\|start_header_id\|>system<\|end_header_id\|>\n\n.*?<\|eot_id\|>",
+        ("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
     ),
     "gemma": Family(
         "<start_of_turn>model\n", "<end_of_turn>", "<start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"
     ),
-    "phi3": Family(
-        "<|assistant|>\n", "<|end|>", "<|user|>\n{}<|end|>\n<|assistant|>\n", r"<\|system\|>\n.*?<\|end\|>\n"
-    ),
+    "phi3": Family("<|assistant|>\n", "<|end|>", "<|user|>\n{}<|end|>\n<|assistant|>\n", ("<|system|>\n", "<|end|>\n")),
 }
 
 
@@ -49,9 +47,16 @@ def find_answers(text: str) -> tuple[str, list[tuple[int, int]]]:
 
 def with_system(prompt: str, first: str, family: str) -> str:
     """A later prompt of a text, begun as its first: with the system text, which stands before that one alone."""
-    pattern = r"<<SYS>>.*?<</SYS>>\s*" if family == "inst" else FAMILIES[family].system if family in FAMILIES else ""
-    found = re.search(pattern, first, re.DOTALL)
-    system = found[0] if found else ""
+    begin, end = (
+        ("<<SYS>>", "<</SYS>>") if family == "inst" else FAMILIES[family].system if family in FAMILIES else ("", "")
+    )
+    # Not by a regular expression: one that may end anywhere takes the square of a long text's time.
+    start = first.find(begin) if begin else -1
+    stop = first.find(end, start + len(begin)) if start >= 0 else -1
+    system = first[start : stop + len(end)] if stop >= 0 else ""
+    if family == "inst" and system:
+        rest = first[stop + len(end) :]
+        system += rest[: len(rest) - len(rest.lstrip())]
     if family == "inst":
         return re.sub(r"\[INST\] ?", lambda _: f"[INST] {system}", prompt, count=1)
     return system + prompt.lstrip() if family in FAMILIES else prompt

@@ -1,8 +1,8 @@
 """Reading rows: parquet, json, jsonl, csv or text files, folders of them, or a hub id.
 
 Rows are never all in memory: reading goes through them once to check, count and hash them, and whoever needs them goes
-through them again. Of the endings only `.json` with one list is held whole. JSON and CSV are read here rather than by
-`datasets`, so that a broken line is named by file and number.
+through them again. Of the endings only `.json` with one list is held whole, as text. JSON and CSV are read
+here rather than by `datasets`, so that a broken line is named by file and number.
 """
 
 from __future__ import annotations
@@ -17,13 +17,18 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from nybble.errors import CannotRunError, RowsError
+from nybble.guard import as_path, brief, library_faults
 
 Row = dict[str, Any]
 Placed = tuple[str, Row]  # how a message names the row, and the row
 
+_DECODER = json.JSONDecoder()
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+MOST_ROW_CHARACTERS = 16 << 20  # of a row as JSON or CSV; parsed, it takes up to 25 times as much
 # Split -> words in the names of its files; files without such a word belong to the first.
 _SPLITS = {
     "train": ("train", "training"),
@@ -61,13 +66,13 @@ def read_rows(name: str, split: str = "train", limit: int | None = None, config:
     """
     if not name:
         raise RowsError("no rows given; set --dataset_name to a parquet, json, jsonl, csv or text file, or a hub id")
-    path = Path(name).expanduser()
+    path = as_path(name, RowsError)
     if path.is_file():
         files = [path]
     elif path.is_dir():
         files = _files_of(path, split)
     elif path.is_absolute() or path.suffix.lower() in _READERS or name.startswith((".", "~")) or name.count("/") > 1:
-        raise RowsError(f"rows file {name!r} does not exist")
+        raise RowsError(f"rows file {name!r} does not exist; give a file, a folder of files, or a hub id")
     else:
         return _examine(name, partial(_read_hub, name, _load_hub(name, split, limit, config), limit))
     return _examine(name, partial(_read_files, files, limit))
@@ -79,19 +84,29 @@ def _examine(source: str, read: Callable[[], Iterator[Placed]]) -> Rows:
     n_rows = n_bytes = 0
     for where, row in read():
         if not isinstance(row, dict):
-            raise RowsError(f"{where}: is a {type(row).__name__}, a row is an object with columns")
+            raise RowsError(
+                f"{where}: is of type {type(row).__name__}; a row is an object with columns: repair the file"
+            )
         for value in row.values():
             if isinstance(value, str):
                 check_text(value, where)
-        content = json.dumps(row, sort_keys=True, ensure_ascii=True, default=str).encode()
+        content = _content(row, where)
         digest.update(content)
         digest.update(b"\n")
         first = row if first is None else first
         n_rows += 1
         n_bytes += len(content)
     if first is None:
-        raise RowsError(f"{source} holds no rows")
+        raise RowsError(f"{source} holds no rows; give a file that does")
     return Rows(source, first, digest.hexdigest(), n_bytes, n_rows, read)
+
+
+def _content(row: Row, where: str) -> bytes:
+    try:
+        return json.dumps(row, sort_keys=True, ensure_ascii=True, default=str).encode()
+    # Nested too deep, a number too long to be written, keys that have no order, a text that is none.
+    except (RecursionError, ValueError, TypeError) as error:
+        raise RowsError(f"{where}: holds what is no row ({brief(error)}); a row is columns with text") from error
 
 
 def check_text(text: str, where: str) -> None:
@@ -117,7 +132,7 @@ def _files_of(folder: Path, split: str) -> list[Path]:
             of = (name for name, own in _SPLITS.items() if not words.isdisjoint(own))
             found.setdefault(next(of, "train"), []).append(file)
     if not found:
-        raise RowsError(f"{folder} holds no file of rows; endings that are read: {', '.join(_READERS)}")
+        raise RowsError(f"{folder} holds no file of rows; allowed endings: {', '.join(_READERS)}")
     if wanted not in found:
         raise RowsError(f"{folder} has no split {split!r}; by the names of its files it has: {', '.join(found)}")
     return found[wanted]
@@ -134,6 +149,8 @@ def _read_file(path: Path) -> Iterator[Placed]:
     try:
         for number, row in enumerate(reader(path), start=1):
             yield f"{path} row {number}", row
+    except OSError as error:
+        raise RowsError(f"{path}: cannot be read ({error.strerror or error}); give a file that can") from error
     except UnicodeDecodeError as error:
         line, byte = _undecodable(path)
         raise RowsError(f"{path} line {line}: byte {byte} is not UTF-8; convert the file to UTF-8") from error
@@ -153,33 +170,67 @@ def _undecodable(path: Path) -> tuple[int, int]:
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
     from pyarrow import parquet
 
-    try:
-        with parquet.ParquetFile(path, memory_map=True) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise RowsError(f"{path}: not a parquet file ({str(error).partition(chr(10))[0]})") from error
+    advice = "give a whole parquet file"
+    with library_faults(f"{path}: not a parquet file", RowsError, advice):
+        file = parquet.ParquetFile(path, memory_map=True)
+    with file:
+        batches = file.iter_batches(batch_size=1024)
+        while True:
+            with library_faults(f"{path}: damaged", RowsError, advice):
+                batch = next(batches, None)
+                rows = batch.to_pylist() if batch is not None else []
+            if batch is None:
+                return
+            yield from rows
 
 
 def _read_json(path: Path) -> Iterator[Row]:
     """A list of rows, one row, or a row a line."""
     with path.open(encoding="utf-8-sig", newline="\n") as stream:
-        opening = next((line.strip() for line in stream if line.strip()), "")
+        opening = next((line.strip() for line in _lines(stream, path) if line.strip()), "")
     if not opening.startswith("[") and not _is_one_row(opening):
         yield from _read_jsonl(path)
         return
+    yield from _members(path.read_text(encoding="utf-8-sig"), path)
+
+
+def _members(text: str, path: Path) -> Iterator[Row]:
+    """The rows of a list, or the one row, parsed one at a time: as objects, JSON takes many times its text."""
+    at = _skip_space(text, 0)
+    if text.startswith("[", at):
+        at = _skip_space(text, at + 1)
+        is_open = not text.startswith("]", at)
+        while is_open:
+            row, at = _parse_json(text, at, path)
+            yield row
+            at = _skip_space(text, at)
+            is_open = text.startswith(",", at)
+            at = _skip_space(text, at + 1) if is_open else at
+        is_whole = text.startswith("]", at)
+        at += 1
+    else:
+        row, at = _parse_json(text, at, path)
+        is_whole = True
+        yield row
+    if not is_whole or _skip_space(text, at) < len(text):
+        line = text.count("\n", 0, at) + 1
+        raise RowsError(f"{path} line {line}: not JSON (',' or the end is expected); repair the file")
+
+
+def _skip_space(text: str, start: int) -> int:
+    found = _SPACE.match(text, start)
+    return found.end() if found else start
+
+
+def _parse_json(text: str, start: int, path: Path) -> tuple[Any, int]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        return _DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
-        raise RowsError(f"{path} line {error.lineno}: not JSON ({error.msg})") from error
-    except UnicodeDecodeError:
-        raise
+        raise RowsError(f"{path} line {error.lineno}: not JSON ({error.msg}); repair the file") from error
     except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
-        raise RowsError(f"{path}: JSON that cannot be read ({error})") from error
-    yield from content if isinstance(content, list) else [content]
+        raise RowsError(f"{path}: JSON that cannot be read ({brief(error)}); repair the file") from error
 
 
 def _is_one_row(opening: str) -> bool:
@@ -187,31 +238,48 @@ def _is_one_row(opening: str) -> bool:
     return opening == "{" or (opening.startswith("{") and opening.endswith((",", "[", "{", ":")))
 
 
+def _lines(stream: TextIO, path: Path) -> Iterator[str]:
+    """Lines, none of them endless."""
+    number = 0
+    while line := stream.readline(MOST_ROW_CHARACTERS + 1):
+        number += 1
+        if len(line) > MOST_ROW_CHARACTERS:
+            raise RowsError(
+                f"{path} line {number}: more than {MOST_ROW_CHARACTERS:,} characters; a row has fewer: part the file "
+                "into lines"
+            )
+        yield line
+
+
 def _read_jsonl(path: Path) -> Iterator[Row]:
     # Lines end at "\n" alone: JSON allows the other separators inside strings.
     with path.open(encoding="utf-8-sig", newline="\n") as stream:
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(_lines(stream, path), start=1):
             if line.strip():
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise RowsError(f"{path} line {number}: not JSON ({error.msg})") from error
+                    raise RowsError(f"{path} line {number}: not JSON ({error.msg}); repair the line") from error
                 except (ValueError, RecursionError) as error:
-                    raise RowsError(f"{path} line {number}: JSON that cannot be read ({error})") from error
+                    raise RowsError(
+                        f"{path} line {number}: JSON that cannot be read ({brief(error)}); repair the line"
+                    ) from error
                 yield row
 
 
 def _read_csv(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream)
-        former = csv.field_size_limit(max(path.stat().st_size, 1))  # the module's 131,072 is put back below
+        former = csv.field_size_limit(MOST_ROW_CHARACTERS)  # the module's 131,072 is put back below
         try:
             for row in reader:
                 if None in row or None in row.values():
-                    raise RowsError(f"{path} line {reader.line_num}: has other columns than the first line")
+                    raise RowsError(
+                        f"{path} line {reader.line_num}: has other columns than the first line; quote its commas"
+                    )
                 yield row
         except csv.Error as error:
-            raise RowsError(f"{path} line {reader.line_num}: not CSV ({error})") from error
+            raise RowsError(f"{path} line {reader.line_num}: not CSV ({error}); repair the line") from error
         finally:
             csv.field_size_limit(former)
 

@@ -17,6 +17,7 @@ from typing import Any
 from nybble.data.rendered import find_answers, with_system, without_stop
 from nybble.data.rows import Row, Rows, check_text
 from nybble.errors import RowsError
+from nybble.guard import brief, shown
 from nybble.recipe import DataSection
 
 
@@ -87,7 +88,7 @@ def detect_shape(rows: Rows, data: DataSection) -> str:
     if data.dataset_text_field in columns:
         return "text"
     raise RowsError(
-        f"{rows.source} row 1: has the columns {', '.join(map(str, columns)) or 'none'}; allowed: "
+        f"{rows.source} row 1: has the columns {_columns(rows.first)}; allowed: "
         f"{data.dataset_text_field} (--dataset_text_field), prompt + completion, instruction + output, messages, "
         "or conversations"
     )
@@ -201,12 +202,14 @@ def _tools(row: Row, where: str) -> list[Turn]:
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
-        except ValueError as error:
-            raise RowsError(f"{where}: column 'tools' is no JSON ({error})") from error
+        except (ValueError, RecursionError) as error:
+            raise RowsError(f"{where}: column 'tools' is no JSON ({brief(error)}); repair the row") from error
     if not tools:
         return []
     if not isinstance(tools, list):
-        raise RowsError(f"{where}: column 'tools' holds a {type(tools).__name__}; it is a list of functions")
+        raise RowsError(
+            f"{where}: column 'tools' is of type {type(tools).__name__}; it is a list of functions: repair the row"
+        )
     return [Turn("tools", json.dumps(tools, ensure_ascii=False))]
 
 
@@ -221,25 +224,25 @@ def _turns(messages: list[Any], role_key: str, content_key: str, where: str) -> 
             raise RowsError(f"{where} turn {number}: {turn.role!r} {after}; it may follow: {allowed}; repair the row")
         turns.append(turn)
     if not any(turn.role == "assistant" for turn in turns):
-        raise RowsError(f"{where}: no assistant turn, so nothing to learn; allowed roles: {', '.join(_MESSAGE_ROLES)}")
+        raise RowsError(f"{where}: no assistant turn, so nothing to learn; add the answer, or leave the row out")
     _check_size(sum(len(turn.content) for turn in turns), where)
     return turns
 
 
 def _turn(message: Any, role_key: str, content_key: str, where: str) -> Turn:
     if not isinstance(message, Mapping) or role_key not in message or not {content_key, "tool_calls"} & message.keys():
-        raise RowsError(f"{where}: needs {role_key!r} and {content_key!r}, got {message!r:.80}")
+        raise RowsError(f"{where}: needs {role_key!r} and {content_key!r}, got {shown(message)}; repair the row")
     role, content, calls = message[role_key], message.get(content_key), message.get("tool_calls")
     if role_key == "from" and isinstance(role, str):
         role = _SHAREGPT_ROLES.get(role, role)
     if role not in _MESSAGE_ROLES:
-        raise RowsError(f"{where}: unknown role {role!r}; allowed: {', '.join(_MESSAGE_ROLES)}")
+        raise RowsError(f"{where}: unknown role {shown(role)}; allowed: {', '.join(_MESSAGE_ROLES)}")
     if calls and content is None:
         content = ""
     if isinstance(content, list):
         content = "".join(_text_part(part, where) for part in content)
     if not isinstance(content, str):
-        raise RowsError(f"{where}: {content_key} is a {type(content).__name__}, not text")
+        raise RowsError(f"{where}: {content_key} is of type {type(content).__name__}, not text; repair the row")
     check_text(content, where)
     return Turn(role, content, json.dumps(calls, ensure_ascii=False) if calls else "")
 
@@ -262,15 +265,19 @@ def _check_size(n_characters: int, where: str) -> None:
 
 def _text(row: Row, column: str, where: str) -> str:
     if column not in row:
-        raise RowsError(f"{where}: column {column!r} is missing; this row has {', '.join(map(str, row)) or 'none'}")
+        raise RowsError(f"{where}: column {column!r} is missing; this row has {_columns(row)}; repair the row")
     if not isinstance(row[column], str):
-        raise RowsError(f"{where}: column {column!r} holds a {type(row[column]).__name__}, not text")
+        raise RowsError(f"{where}: column {column!r} is of type {type(row[column]).__name__}, not text; repair the row")
     _check_size(len(row[column]), where)
     return str(row[column])
+
+
+def _columns(row: Row) -> str:
+    return ", ".join(map(str, row))[:200] or "none"
 
 
 def _list(row: Row, column: str, where: str) -> list[Any]:
     value = row.get(column)
     if not isinstance(value, list) or not value:
-        raise RowsError(f"{where}: column {column!r} holds {value!r:.60}, not a list of turns")
+        raise RowsError(f"{where}: column {column!r} holds {shown(value)}, not a list of turns; repair the row")
     return value

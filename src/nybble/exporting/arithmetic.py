@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ModelError
-from nybble.models import BaseWeights
+from nybble.models import PREFIX, BaseWeights, read_adapter
 
 SHARD_BYTES = 1_000_000_000
-_PREFIX = "base_model.model."
 _FACTORS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 # What PEFT may put into a LoRA adapter and this arithmetic does not know.
-_UNKNOWN = ("alpha_pattern", "rank_pattern", "modules_to_save", "layer_replication", "fan_in_fan_out", "lora_bias")
+_UNKNOWN = ("alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias")
 
 
 class AdapterDelta:
@@ -36,26 +35,25 @@ class AdapterDelta:
         Raises:
             ModelError: no adapter, or one of a kind that cannot be merged.
         """
-        file = folder / "adapter_config.json"
-        if not file.is_file() or not (folder / "adapter_model.safetensors").is_file():
-            raise ModelError(f"{folder} holds no adapter (adapter_config.json and adapter_model.safetensors)")
-        config = json.loads(file.read_text(encoding="utf-8"))
-        unknown = [name for name in _UNKNOWN if config.get(name)]
-        if config.get("peft_type") != "LORA" or unknown:
-            kind = f"{config.get('peft_type')} adapter" + (f" with {', '.join(unknown)}" if unknown else "")
-            raise ModelError(f"{folder}: a {kind} cannot be merged; LoRA, rsLoRA and DoRA can")
+        files = read_adapter(folder)
+        settings = files.settings
+        unknown = [name for name in _UNKNOWN if getattr(settings, name)] + settings.unknown
+        ranks = files.ranks()
+        if any(rank != settings.r for rank in ranks.values()):
+            unknown.append("rank_pattern")
+        if unknown:
+            raise ModelError(
+                f"{folder}: a LoRA adapter with {', '.join(unknown)[:200]} cannot be merged; LoRA, rsLoRA and DoRA can"
+            )
         self.folder = folder
-        self.r, self.is_dora = config["r"], bool(config.get("use_dora"))
-        self.scaling = config["lora_alpha"] / (config["r"] ** (0.5 if config.get("use_rslora") else 1))
+        self.r, self.is_dora = settings.r, settings.use_dora
+        self.scaling = settings.lora_alpha / (settings.r ** (0.5 if settings.use_rslora else 1))
 
     def __enter__(self) -> AdapterDelta:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import safe_open
 
-        try:
-            self._open = safe_open(self.folder / "adapter_model.safetensors", framework="pt")
-            self._file = self._open.__enter__()
-        except SafetensorError as error:
-            raise ModelError(f"{self.folder}: adapter damaged or cut short ({error})") from error
+        self._open = safe_open(self.folder / "adapter_model.safetensors", framework="pt")
+        self._file = self._open.__enter__()
         self._keys = set(self._file.keys())
         return self
 
@@ -73,12 +71,12 @@ class AdapterDelta:
             module = next((key.removesuffix(f".{end}") for end in _FACTORS if key.endswith(f".{end}")), None)
             if module is None:
                 raise ModelError(f"{self.folder}: {key} is no factor of a linear and cannot be merged")
-            found.add(module.removeprefix(_PREFIX))
+            found.add(module.removeprefix(PREFIX))
         return sorted(found)
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         """A `(r, in)` and B `(out, r)`, float32, as they are stored."""
-        a, b = (self._file.get_tensor(f"{_PREFIX}{module}.{end}").float() for end in _FACTORS[:2])
+        a, b = (self._file.get_tensor(f"{PREFIX}{module}.{end}").float() for end in _FACTORS[:2])
         return a, b
 
     def apply(self, module: str, weight: Tensor) -> Tensor:
@@ -94,9 +92,14 @@ class AdapterDelta:
                 f"{' x '.join(map(str, weight.shape))} in the base: an adapter of another base"
             )
         merged = torch.addmm(weight.float(), b, a, alpha=self.scaling)
-        magnitude = f"{_PREFIX}{module}.{_FACTORS[2]}"
+        magnitude = f"{PREFIX}{module}.{_FACTORS[2]}"
         if magnitude in self._keys:
-            merged *= (self._file.get_tensor(magnitude).float().view(-1) / merged.norm(dim=1)).unsqueeze(1)
+            length = self._file.get_tensor(magnitude).float().view(-1)
+            if len(length) != len(merged):
+                raise ModelError(
+                    f"{self.folder}: {module} has {len(length)} magnitudes for {len(merged)} rows: damaged"
+                )
+            merged *= (length / merged.norm(dim=1)).unsqueeze(1)
         return merged
 
 

@@ -41,7 +41,7 @@ from nybble.models import (
     save_whole,
     tokenizer_of,
 )
-from nybble.recipe import LoraSection, Recipe, load_recipe
+from nybble.recipe import LoraSection, Recipe, load_recipe, stored_recipe
 from nybble.runs import Observer, Silent, read_record, to_json
 from nybble.training import stop_at
 from nybble.units import format_bytes
@@ -146,7 +146,7 @@ def _prepare(
 
 def _recipe_now(run: Path, overrides: Mapping[str, Any] | None) -> Recipe:
     """The run's recipe with paths as they are now; what was trained cannot be changed afterwards."""
-    before = Recipe.model_validate(read_record(run)["recipe"])
+    before = stored_recipe(read_record(run), run)
     now = load_recipe(run / "recipe.yaml", overrides)
     for name in ("method", "quantization", "lora", "training"):
         if getattr(now, name) != getattr(before, name):

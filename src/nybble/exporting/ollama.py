@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from nybble.data import question_form
-from nybble.errors import ModelError
+from nybble.data import question_form, render_chat
+from nybble.errors import ModelError, RowsError
 
 _SYSTEM, _USER, _ANSWER = "\ue001", "\ue002", "\ue003"  # private use: templates pass them through
 _Render = Callable[[list[dict[str, str]], bool], str]
@@ -24,9 +24,12 @@ def modelfile(tokenizer: Any, form: str, stop_tokens: Sequence[int], gguf_name: 
         ModelError: the chat template cannot be put in Ollama's words.
     """
     template = ollama_template(tokenizer, form)
-    stops = dict.fromkeys([*stop_tokens, tokenizer.eos_token_id])
+    stops = [tokenizer.convert_ids_to_tokens(token) for token in dict.fromkeys([*stop_tokens, tokenizer.eos_token_id])]
+    # A template is somebody else's text: what ends the quotes would be read as lines of the Modelfile.
+    if '"""' in template or template.endswith('"') or any('"' in stop or "\n" in stop for stop in stops):
+        raise ModelError("the chat template or an end token holds quotes, which a Modelfile cannot: write it by hand")
     lines = [f"FROM ./{gguf_name}", f'TEMPLATE """{template}"""']
-    lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(token)}"' for token in stops]
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     return "\n".join([*lines, "PARAMETER temperature 0", ""])
 
 
@@ -42,14 +45,14 @@ def ollama_template(tokenizer: Any, form: str) -> str:
 
 
 def _translated(tokenizer: Any) -> str:
-    from jinja2 import TemplateError
-
     def render(messages: list[dict[str, str]], asks: bool) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks))
+        return render_chat(tokenizer, messages, "Modelfile", asks=asks)
 
     user, answer = {"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}
     bos = tokenizer.bos_token or ""
     asked, answered = render([user], True), render([user, answer], False)
+    if asked.count(_USER) != 1:
+        raise ModelError("the chat template does not put a question once, as it stands: write a Modelfile")
     before, after = asked.removeprefix(bos).split(_USER)
     if not answered.startswith(asked):
         raise ModelError("the chat template renders an answer differently from how it asks for one: write a Modelfile")
@@ -61,10 +64,10 @@ def _translated(tokenizer: Any) -> str:
         raise ModelError("the chat template puts a second exchange differently from the first: write a Modelfile")
     try:
         told = render([{"role": "system", "content": _SYSTEM}, user], True).removeprefix(bos)
-    except (TemplateError, ValueError):
+    except RowsError:
         told = ""
     system = ""
-    if _SYSTEM in told and told.endswith(_USER + after):
+    if told.count(_SYSTEM) == 1 and told.endswith(_USER + after):
         lead, rest = told.removesuffix(_USER + after).split(_SYSTEM)
         if lead.startswith(before):  # inside the question's marks
             return (

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from nybble.data import IGNORED, Example
+from nybble.data import IGNORED, Example, render_chat
 from nybble.exporting.fresh import run_fresh
 from nybble.training import evaluation_mode
 
@@ -100,9 +100,7 @@ class Reference:
         self.chats = [[*turns, turns[0]]] if tokenizer.chat_template else []
         self.texts = [tokenizer.decode(row["ids"]) for row in self._chosen[:N_PROMPTS]] + [" two  spaces\n\tünïcødé 🙂"]
         self._tokenized = [tokenizer(text).input_ids for text in self.texts]
-        self._rendered = [
-            tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in self.chats
-        ]
+        self._rendered = [render_chat(tokenizer, chat, "a chat", asks=True) for chat in self.chats]
 
     def measure(
         self, folder: Path, target: str, limits: Limits, device: str, max_memory: Mapping[str, int] | None = None

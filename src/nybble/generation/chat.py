@@ -13,7 +13,7 @@ import torch
 
 from nybble.data import Turn, encode_chat, encode_follow_up, encode_prompt
 from nybble.errors import InputError
-from nybble.generation.questions import add_adapters, form_of
+from nybble.generation.questions import add_adapters, form_of, now
 from nybble.hardware import detect_device
 from nybble.models import find_tuned, load_tuned
 from nybble.training import evaluation_mode, stop_at
@@ -48,13 +48,14 @@ class Chat:
         system: str = "",
         max_new_tokens: int = 256,
         temperature: float = 0.0,
+        trust_remote_code: bool = False,
     ) -> None:
         """Load once; `others` are adapters of the same base, to switch to. Temperature 0 is greedy.
 
         Raises:
             InputError: there is nothing of the kind; ModelError: a base is gone, or another one.
         """
-        on = {"device": device} if device else None
+        on = now(device, trust_remote_code)
         self._first = find_tuned(str(tuned), on)
         more = [find_tuned(str(other), on) for other in others]
         self._model, self._tokenizer, self._dtype = load_tuned(self._first, detect_device(self._first.base.device))

@@ -12,8 +12,9 @@ from typing import Any
 
 from nybble.data import encode_prompt
 from nybble.errors import InputError, ModelError, RowsError
+from nybble.guard import brief
 from nybble.hardware import Device, detect_device
-from nybble.models import Tuned, find_model, find_tuned, load_model, load_tuned
+from nybble.models import Tuned, add_adapter, find_model, find_tuned, load_model, load_tuned
 from nybble.recipe import EvaluationSection
 from nybble.training import generate_answers, stop_at
 
@@ -38,6 +39,7 @@ def ask(
     others: Sequence[Path | str] = (),
     system: str = "",
     max_new_tokens: int = 64,
+    trust_remote_code: bool = False,
 ) -> list[Answer]:
     """What the base and the tuned model answer to `questions`, and further adapters on that base, loaded once.
 
@@ -48,13 +50,14 @@ def ask(
         others: runs or adapters of the same base.
         system: system text before each question.
         max_new_tokens: length of an answer at most.
+        trust_remote_code: run Python code that the model brings along.
 
     Raises:
         InputError: no question, or nothing of the kind; ModelError: a base is gone, or another one.
     """
     if not questions:
         raise InputError('no question given; e.g. nybble ask RUN "What makes a good chatbot?"')
-    on = {"device": device} if device else None
+    on = now(device, trust_remote_code)
     first = find_tuned(str(tuned), on)
     more = [find_tuned(str(other), on) for other in others]
     place = detect_device(first.base.device)
@@ -80,6 +83,11 @@ def ask(
     ]
 
 
+def now(device: str | None, trust_remote_code: bool) -> dict[str, Any] | None:
+    """The settings that are not as they were in training."""
+    return ({"device": device} if device else {}) | ({"trust_remote_code": True} if trust_remote_code else {}) or None
+
+
 def read_questions(file: Path) -> list[str]:
     """Questions of a file: a line each, or in .jsonl an object with `prompt` (or a string) a line.
 
@@ -101,8 +109,8 @@ def read_questions(file: Path) -> list[str]:
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise RowsError(f"{file} line {number}: not JSON ({error.msg})") from error
+        except (ValueError, RecursionError) as error:
+            raise RowsError(f"{file} line {number}: not JSON ({brief(error)}); repair the line") from error
         text = value.get("prompt") if isinstance(value, dict) else value
         if not isinstance(text, str):
             raise RowsError(f"{file} line {number}: needs a string, or an object with the string 'prompt'")
@@ -135,10 +143,7 @@ def add_adapters(model: Any, first: Tuned, others: Sequence[Tuned]) -> list[str]
                 "share a base that was packed alike: ask this one by itself"
             )
         names.append(f"other-{number}")
-        try:
-            model.load_adapter(str(other.folder), adapter_name=names[-1])
-        except (RuntimeError, ValueError, OSError) as error:
-            raise ModelError(f"{other.name}: adapter does not fit: {' '.join(str(error).split())[:300]}") from error
+        add_adapter(model, other.folder, names[-1])
     return names
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "dropout_add_",
     "gated",
     "gated_backward_",
+    "glance",
     "rms_norm",
     "rms_norm_backward",
     "rope",
@@ -101,6 +102,16 @@ class _Rotation(ctypes.Structure):
     )
 
 
+class _Glance(ctypes.Structure):
+    _fields_ = (
+        *((name, _Pointer) for name in ("q", "k", "v", "out", "scores")),
+        *((name, _Size) for name in ("dtype", "heads", "kv_heads", "tokens", "width")),
+        ("k_strides", _Size * 3),
+        ("v_strides", _Size * 3),
+        ("scale", ctypes.c_float),
+    )
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, one_plus: bool) -> tuple[Tensor, Tensor]:
     """`plain_rows.rms_norm`."""
     out, rstd, weight = torch.empty_like(x), x.new_empty(x.shape[0], dtype=torch.float32), _readable(weight)
@@ -175,6 +186,18 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     return out
 
 
+def glance(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """`plain_rows.glance`; keys and values may lie in strides, the last of which is 1."""
+    (n, heads, width), (kv_heads, tokens) = q.shape, k.shape[1:3]
+    out, scores = torch.empty_like(q), q.new_empty(n * heads * tokens, dtype=torch.float32)
+    k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+    pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), scores.data_ptr())
+    strides = ((_Size * 3)(*k.stride()[:3]), (_Size * 3)(*v.stride()[:3]))
+    call = _Glance(*pointers, DTYPES[q.dtype], heads, kv_heads, tokens, width, *strides, scale)
+    _run("glance", call, n * heads, q.numel() * tokens // 4)
+    return out
+
+
 def _drop(x: Tensor, p: float, seed: int, out: Tensor, adds: bool) -> None:
     numbers = (seed & 0xFFFFFFFF, threshold(p), 1 / (1 - p))
     arguments = _Dropout(x.data_ptr(), out.data_ptr(), DTYPES[x.dtype], adds, *numbers)
@@ -189,6 +212,9 @@ def _readable(table: Tensor) -> Tensor:
 def _run(name: str, arguments: ctypes.Structure, n: int, elements: int) -> None:
     """The loop of this name over all of range(n); the tensors it was given are alive in the caller."""
     loop, address = getattr(_loops(), f"nybble_{name}"), ctypes.byref(arguments)
+    if elements < 2 * _MOVED:
+        loop(address, 0, n)
+        return
 
     def run(first: int, last: int) -> None:
         loop(address, first, last)
@@ -200,7 +226,16 @@ def _run(name: str, arguments: ctypes.Structure, n: int, elements: int) -> None:
 def _loops() -> ctypes.CDLL:
     """The library, its row loops declared."""
     library = load_library()
-    for name in ("rms_norm", "rms_norm_backward", "gated", "gated_backward", "dropout", "cross_entropy", "rope"):
+    for name in (
+        "rms_norm",
+        "rms_norm_backward",
+        "gated",
+        "gated_backward",
+        "dropout",
+        "cross_entropy",
+        "rope",
+        "glance",
+    ):
         loop = getattr(library, f"nybble_{name}")
         loop.argtypes, loop.restype = (_Pointer, _Size, _Size), None
     return library

@@ -13,11 +13,21 @@ import torch
 from torch import Tensor
 
 from nybble.kernels import gpu_kernels as kernels
+from nybble.kernels.plain import LowRank, multiply_dense
 from nybble.quant import PackedWeight, codebook
 from nybble.quant.codebooks import dynamic_codebook
 from nybble.quant.search import FACTORS, NEIGHBOURS
 
-__all__ = ["NAME", "dequantize", "multiply", "nearest_codes", "nested_codes", "search_scales"]
+__all__ = [
+    "NAME",
+    "dequantize",
+    "most_rows",
+    "multiply",
+    "multiply_dense",
+    "nearest_codes",
+    "nested_codes",
+    "search_scales",
+]
 
 NAME = "triton"
 MAX_ROWS = 8
@@ -42,8 +52,13 @@ def dequantize(weight: PackedWeight, out: Tensor) -> None:
         )
 
 
-def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
-    """x W^T, `(rows, out_features)` in the type of x, sums in float32; weights are not rounded to that type before."""
+def most_rows(dtype: torch.dtype, weight: PackedWeight) -> int:
+    """Rows up to which `multiply` is taken for faster than a product with the decoded weight."""
+    return 4
+
+
+def multiply(x: Tensor, weight: PackedWeight, low_rank: LowRank | None = None) -> Tensor:
+    """x (W + s B A)^T, `(rows, out_features)` in the type of x; W x in float32, W not rounded to that type before."""
     n, k = weight.shape
     if x.dim() != 2 or x.shape[1] != k or not 1 <= x.shape[0] <= MAX_ROWS or not x.is_contiguous():
         raise ValueError(f"x must be contiguous (1..{MAX_ROWS}, {k}), got {tuple(x.shape)} with strides {x.stride()}")
@@ -68,7 +83,7 @@ def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
             num_warps=warps,
             **kernels.OPTIONS,
         )
-    return out
+    return out if low_rank is None else low_rank.added(out, x)
 
 
 def search_scales(flat: Tensor, quant_type: str, block_size: int, signed: bool) -> Tensor:

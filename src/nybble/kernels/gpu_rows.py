@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from nybble.kernels import gpu_row_kernels as kernels
 from nybble.kernels.gpu import NAME, as_bits, on, wave_of
@@ -22,6 +23,7 @@ __all__ = [
     "dropout_add_",
     "gated",
     "gated_backward_",
+    "glance",
     "rms_norm",
     "rms_norm_backward",
     "rope",
@@ -84,6 +86,12 @@ def cross_entropy_(logits: Tensor, labels: Tensor, softcap: float) -> Tensor:
             *pointers, width, float(softcap), is_capped=softcap > 0, **_shape(width, logits.device)
         )
     return losses
+
+
+def glance(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """`plain_rows.glance`, by torch's own attention."""
+    shared = q.shape[1] != k.shape[1]
+    return scaled_dot_product_attention(q.unsqueeze(2), k, v, scale=scale, enable_gqa=shared).squeeze(2)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:

@@ -7,20 +7,24 @@ Decoding is table look-up: a block has 16 different values, so these are multipl
 moved by code. Encoding finds the nearest value by a search tree over the 15 midpoints, node k's children 2k and 2k + 1:
 four steps lead from node 1 to node 16 + rank.
 
-Three sets of inner loops, chosen at run time: AVX-512 and AVX2 (native_x86.h), and plain C (native_plain.h). The
+Sets of inner loops, chosen at run time: AVX-512 and AVX2 (native_x86.h), and plain C (native_plain.h). The
 functions here walk over blocks [first, last) and call the chosen set. Loaded with ctypes: no Python header is needed,
 and there is no PyInit. */
 
+#include <stdatomic.h>
+#include <stdlib.h>
+
 #include "native_plain.h"
-#include "native_x86.h"
+#include "native_few.h"
 #include "native_rows.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
 /* ---- which set runs ---- */
 
-enum { ISA_PLAIN, ISA_AVX2, ISA_AVX512 };
+enum { ISA_PLAIN, ISA_AVX2, ISA_AVX512, ISA_BF16 };
 
+static int chosen = ISA_PLAIN;
 static const Kernels *active = &PLAIN;
 static const RowKernels *active_rows = &set_plain_rows;
 
@@ -31,9 +35,13 @@ EXPORT int nybble_best_isa(void)
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
         return ISA_PLAIN;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-        return ISA_AVX512;
-    return ISA_AVX2; /* every processor with AVX2 has F16C */
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl"))
+        return ISA_AVX2; /* every processor with AVX2 has F16C */
+#if defined(HAS_BF16)
+    if (__builtin_cpu_supports("avx512bf16"))
+        return ISA_BF16;
+#endif
+    return ISA_AVX512;
 #else
     return ISA_PLAIN;
 #endif
@@ -44,22 +52,63 @@ EXPORT int nybble_set_isa(int isa)
 {
     if (isa < ISA_PLAIN || isa > nybble_best_isa())
         return -1;
+    chosen = isa;
 #if defined(__x86_64__)
-    active = isa == ISA_AVX512 ? &WITH_AVX512 : isa == ISA_AVX2 ? &WITH_AVX2 : &PLAIN;
-    active_rows = isa == ISA_AVX512 ? &set_avx512_rows : isa == ISA_AVX2 ? &set_avx2_rows : &set_plain_rows;
+    active = isa >= ISA_AVX512 ? &WITH_AVX512 : isa == ISA_AVX2 ? &WITH_AVX2 : &PLAIN;
+    active_rows = isa >= ISA_AVX512 ? &set_avx512_rows : isa == ISA_AVX2 ? &set_avx2_rows : &set_plain_rows;
+#if defined(HAS_BF16)
+    active = isa == ISA_BF16 ? &WITH_BF16 : active;
+#endif
 #endif
     return isa;
 }
 
-/* ---- decoding ---- */
-
-static inline float scale_of(const Packed *p, int64_t block)
+/* The set that is chosen. */
+EXPORT int nybble_isa(void)
 {
-    if (p->absmax)
-        return p->absmax[block];
-    float product = p->table8[p->absmax8[block]] * p->nested[block / 256];
-    return product + p->offset;
+    return chosen;
 }
+
+/* ---- several threads ---- */
+
+/* GOMP_parallel of the OpenMP library that torch has loaded: its threads are awake already. */
+typedef void (*Team)(void (*)(void *), void *, unsigned, unsigned);
+typedef void (*Loop)(const void *arguments, int64_t first, int64_t last);
+
+static Team team;
+
+EXPORT void nybble_set_team(Team given)
+{
+    team = given;
+}
+
+typedef struct {
+    Loop loop;
+    const void *arguments;
+    int64_t n;
+    int64_t step;
+    _Atomic int64_t next;
+} Work;
+
+static void take_steps(void *given)
+{
+    Work *work = given;
+    int64_t first;
+    while ((first = atomic_fetch_add(&work->next, work->step)) < work->n)
+        work->loop(work->arguments, first, work->n - first < work->step ? work->n : first + work->step);
+}
+
+/* loop over all of [0, n), `step` at a time. */
+static void share(Loop loop, const void *arguments, int64_t n, int64_t step, int64_t threads)
+{
+    Work work = {loop, arguments, n, step, 0};
+    if (team && threads > 1)
+        team(take_steps, &work, (unsigned)threads, 0);
+    else
+        loop(arguments, 0, n);
+}
+
+/* ---- decoding ---- */
 
 /* `count` blocks from `first` on; the last block of the weight may be short: out never gets more than it has. */
 static void decode_run(const Packed *p, int64_t first, int64_t count, int64_t dtype, void *out)
@@ -92,66 +141,235 @@ EXPORT void nybble_decode(const Packed *p, int64_t dtype, void *out, int64_t fir
     decode_run(p, first, last - first, dtype, (char *)out + first * p->block * (dtype == FLOAT32 ? 4 : 2));
 }
 
+/* ---- a few rows of x ---- */
+
 typedef struct {
-    const float *x; /* (rows, in_features) */
-    float *out;     /* (rows, out_features) */
+    const Packed *packed; /* W in 4 bits, or null: then */
+    const void *dense;    /* W as numbers, of the type of x */
+    const void *x;        /* (rows, in_features) */
+    void *out;            /* (rows, out_features), of the same type */
+    int64_t dtype;
     int64_t rows;
     int64_t in_features;
     int64_t out_features;
+    const float *a; /* (rank, in_features), or null: s B A is added to W */
+    const float *b; /* (out_features, rank) */
+    int64_t rank;
+    float scaling;
+    float *wide;    /* (rows, stride): x in float32, in the order that the loops want; set here */
+    int64_t stride; /* in_features rounded up to a multiple of 128; set here */
+    float *inner;   /* (rows, rank): s x A^T; set here */
 } Product;
 
-/* Columns of x side by side. Rows of a power of two would all fall on the same lines of the cache: PAD apart. */
-enum { PAD = 16 };
-typedef struct {
-    float values[MAX_ROWS * (MAX_BLOCK + PAD)];
-    int64_t rows;
-    int64_t stride;
-} Columns;
-
-/* out += W x over the part [from, to) of W, within one row of it; x: at the same columns. */
-static void add_part(const Packed *p, int64_t from, int64_t to, const Columns *columns, const float *x, float *sums)
+static int64_t width_of(int64_t dtype)
 {
-    float values[MAX_BLOCK], scales[MAX_BLOCK / 32], parts[MAX_ROWS];
-    int64_t first = from / p->block, blocks = (to - 1) / p->block + 1 - first;
-    if (active->multiply && from % p->block == 0 && to % p->block == 0) {
-        Piece piece = {p->codes + from / 2, scales, blocks, p->block, p->tables->lut};
-        for (int64_t i = 0; i < blocks; i++)
-            scales[i] = scale_of(p, first + i);
-        active->multiply(&piece, x, columns->stride, columns->rows, parts);
-    } else {
-        decode_run(p, first, blocks, FLOAT32, values);
-        for (int64_t row = 0; row < columns->rows; row++)
-            parts[row] = active->dot(values + from - first * p->block, x + row * columns->stride, to - from);
-    }
-    for (int64_t row = 0; row < columns->rows; row++)
-        sums[row] += parts[row];
+    return dtype == FLOAT32 ? 4 : 2;
 }
 
-/* Output features [first, last); `out` starts as zeros. Columns are taken in pieces whose part of x (128 KiB) stays
-in the second-level cache while all features pass; narrower pieces of W come slower from memory than x from there. */
-EXPORT void nybble_gemv(const Packed *p, const Product *product, int64_t first, int64_t last)
+/* Whether rows of W begin with a block, so that the set's own loops can multiply codes. */
+static int is_even(const Product *product)
 {
-    Columns columns;
-    int64_t k = product->in_features, fit = 32768 / product->rows, width = fit < MAX_BLOCK ? fit : MAX_BLOCK;
-    width = width < p->block ? p->block : width / p->block * p->block;
-    columns.rows = product->rows;
-    columns.stride = width + PAD;
-    for (int64_t column = 0; column < k; column += width) {
-        int64_t n = k - column < width ? k - column : width;
-        for (int64_t row = 0; row < columns.rows; row++)
-            memcpy(columns.values + row * columns.stride, product->x + row * k + column, (size_t)n * 4);
-        for (int64_t feature = first; feature < last; feature++) {
-            float sums[MAX_ROWS] = {0};
-            int64_t from = feature * k + column, end = from + n, to;
-            for (const float *x = columns.values; from < end; x += to - from, from = to) {
-                to = (from / p->block + width / p->block) * p->block; /* whole blocks that `values` can hold */
-                to = to < end ? to : end;
-                add_part(p, from, to, &columns, x, sums);
-            }
-            for (int64_t row = 0; row < columns.rows; row++)
-                product->out[row * product->out_features + feature] += sums[row];
+    return product->packed && active->lanes && product->in_features % product->packed->block == 0;
+}
+
+/* Whether codes are multiplied in bfloat16. */
+static int is_half(const Product *product)
+{
+    return is_even(product) && product->dtype == BFLOAT16 && active->multiply16;
+}
+
+/* x as the loops want it: the next of 8 codes that lie in a lane comes up with each shift. */
+static void widen(const Product *product)
+{
+    int64_t k = product->in_features, group = 8 * active->lanes, width = width_of(product->dtype);
+    for (int64_t row = 0; row < product->rows; row++) {
+        const char *x = (const char *)product->x + row * k * width;
+        float *wide = product->wide + row * product->stride;
+        if (!is_even(product)) {
+            active->widen(x, product->dtype, k, wide);
+            continue;
+        }
+        for (int64_t from = 0; from < k; from += group, wide += group) {
+            float natural[8 * LANES] = {0};
+            int64_t n = k - from < group ? k - from : group;
+            active->widen(x + from * width, product->dtype, n, natural);
+            for (int64_t lane = 0; lane < active->lanes; lane++)
+                for (int64_t j = 0; j < 8; j++) /* the first code of a byte is in its high half */
+                    wide[j * active->lanes + lane] = natural[8 * lane + (j ^ 1)];
         }
     }
+}
+
+/* The same in bfloat16, whose registers have two lanes where those of float32 have one, with 4 codes each. */
+static void order(const Product *product)
+{
+    enum { GROUP = 128 };
+    int64_t k = product->in_features;
+    for (int64_t row = 0; row < product->rows; row++) {
+        const uint16_t *x = (const uint16_t *)product->x + row * k;
+        uint16_t *ordered = (uint16_t *)product->wide + row * product->stride;
+        for (int64_t from = 0; from < k; from += GROUP, ordered += GROUP) {
+            uint16_t natural[GROUP] = {0};
+            memcpy(natural, x + from, (size_t)(k - from < GROUP ? k - from : GROUP) * 2);
+            for (int64_t lane = 0; lane < GROUP / 4; lane++)
+                for (int64_t j = 0; j < 4; j++)
+                    ordered[j * GROUP / 4 + lane] = natural[4 * lane + (j ^ 1)];
+        }
+    }
+}
+
+enum { MANY_ROWS = 256 }; /* at most */
+enum { STEP = 64 }; /* features that a thread takes at a time, about 5 us: all are done at about the same time */
+
+static void put(const Product *product, int64_t feature, int64_t first, int64_t rows, float *sums)
+{
+    if (product->a) {
+        float added[MAX_ROWS];
+        active->dense(product->b + feature * product->rank, FLOAT32, product->rank,
+                      product->inner + first * product->rank, product->rank, rows, added);
+        for (int64_t row = 0; row < rows; row++)
+            sums[row] += added[row];
+    }
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t place = (first + row) * product->out_features + feature;
+        if (product->dtype == FLOAT32)
+            ((float *)product->out)[place] = sums[row];
+        else
+            ((uint16_t *)product->out)[place] =
+                product->dtype == FLOAT16 ? half_of_float(sums[row]) : bfloat_of_float(sums[row]);
+    }
+}
+
+static void multiply_codes(const void *given, int64_t first, int64_t last)
+{
+    const Product *product = given;
+    float sums[STEP * MAX_ROWS];
+    for (int64_t count; first < last; first += count) {
+        count = last - first < STEP ? last - first : STEP;
+        Piece piece = {product->packed, first, count, product->in_features};
+        for (int64_t row = 0, rows; row < product->rows; row += rows) {
+            const float *x = product->wide + row * product->stride;
+            const uint16_t *halves = (const uint16_t *)product->wide + row * product->stride;
+            rows = product->rows - row < MAX_ROWS ? product->rows - row : MAX_ROWS;
+            if (is_half(product))
+                active->multiply16(&piece, halves, product->stride, rows, sums);
+            else
+                active->multiply(&piece, x, product->stride, rows, sums);
+            for (int64_t i = 0; i < count; i++)
+                put(product, first + i, row, rows, sums + i * rows);
+        }
+    }
+}
+
+/* For more rows, in bfloat16: TILE features are decoded, some thousand columns at a time, and meet all rows while they
+lie in the first-level cache. Rounded as `nybble_decode` rounds. */
+static void multiply_tiles(const void *given, int64_t first, int64_t last)
+{
+    enum { COLUMNS = 2048 };
+    const Product *product = given;
+    const Packed *p = product->packed;
+    uint16_t decoded[TILE][MAX_BLOCK + 32]; /* side by side they would fall on the same lines of the cache */
+    int64_t k = product->in_features, rows = product->rows, width = p->block > COLUMNS ? p->block : COLUMNS;
+    for (int64_t feature = first; feature < last; feature += TILE) {
+        float sums[MANY_ROWS][TILE] = {{0}};
+        int64_t count = last - feature < TILE ? last - feature : TILE;
+        for (int64_t from = 0; from < k; from += width) {
+            int64_t n = k - from < width ? k - from : width;
+            const uint16_t *w[TILE], *x[TILE];
+            for (int64_t i = 0; i < TILE; i++) {
+                w[i] = decoded[i < count ? i : count - 1];
+                if (i < count)
+                    decode_run(p, ((feature + i) * k + from) / p->block, n / p->block, BFLOAT16, decoded[i]);
+            }
+            for (int64_t row = 0; row < rows; row += TILE) { /* sums of rows that are not there fall behind the last */
+                for (int64_t i = 0; i < TILE; i++)
+                    x[i] = (const uint16_t *)product->x + (row + i < rows ? row + i : rows - 1) * k + from;
+                active->tile16(x, w, n, sums + row);
+            }
+        }
+        for (int64_t row = 0; row < rows; row++)
+            for (int64_t i = 0; i < count; i++)
+                ((uint16_t *)product->out)[row * product->out_features + feature + i] = bfloat_of_float(sums[row][i]);
+    }
+}
+
+/* The same by way of decoded blocks, for any shape. */
+static void multiply_decoded(const void *given, int64_t first, int64_t last)
+{
+    const Product *product = given;
+    const Packed *p = product->packed;
+    float values[MAX_BLOCK];
+    for (int64_t feature = first; feature < last; feature++) {
+        float sums[MAX_ROWS] = {0};
+        const float *x = product->wide;
+        int64_t from = feature * product->in_features, to = from + product->in_features;
+        for (int64_t end; from < to; x += end - from, from = end) {
+            int64_t block = from / p->block, count = (to - 1) / p->block + 1 - block;
+            count = count < MAX_BLOCK / p->block ? count : MAX_BLOCK / p->block;
+            end = (block + count) * p->block < to ? (block + count) * p->block : to;
+            decode_run(p, block, count, FLOAT32, values);
+            for (int64_t row = 0; row < product->rows; row++)
+                sums[row] += active->dot(values + from - block * p->block, x + row * product->stride, end - from);
+        }
+        put(product, feature, 0, product->rows, sums);
+    }
+}
+
+static void multiply_dense(const void *given, int64_t first, int64_t last)
+{
+    const Product *product = given;
+    int64_t row_bytes = product->in_features * width_of(product->dtype);
+    for (int64_t feature = first; feature < last; feature++) {
+        float sums[MAX_ROWS];
+        const char *weights = (const char *)product->dense + feature * row_bytes;
+        active->dense(weights, product->dtype, product->in_features, product->wide, product->stride, product->rows,
+                      sums);
+        put(product, feature, 0, product->rows, sums);
+    }
+}
+
+/* s x A^T, with x in the room for it as it stands. */
+static void reduce(const Product *product)
+{
+    int64_t width = width_of(product->dtype);
+    for (int64_t row = 0; row < product->rows; row++) {
+        active->widen((const char *)product->x + row * product->in_features * width, product->dtype,
+                      product->in_features, product->wide);
+        for (int64_t i = 0; i < product->rank; i++) {
+            float *sum = product->inner + row * product->rank + i;
+            active->dense(product->a + i * product->in_features, FLOAT32, product->in_features, product->wide, 0, 1, sum);
+            *sum *= product->scaling;
+        }
+    }
+}
+
+/* x W^T on `threads` threads; a feature is the work of one of them, so that their number changes no bit. Returns 0, or -1
+where there is no memory. */
+EXPORT int nybble_multiply(Product *product, int64_t threads)
+{
+    if (is_half(product) && product->rows > MAX_ROWS) {
+        share(multiply_tiles, product, product->out_features, STEP, threads);
+        return 0;
+    }
+    static _Thread_local float *room; /* kept, as long as the thread lives and longer: asked for with every product */
+    static _Thread_local int64_t size;
+    Loop loop = product->packed == 0 ? multiply_dense : is_even(product) ? multiply_codes : multiply_decoded;
+    product->stride = (product->in_features + 127) / 128 * 128;
+    int64_t needed = product->rows * (product->stride + product->rank);
+    if (size < needed) {
+        free(room);
+        size = needed;
+        room = malloc((size_t)size * sizeof *room);
+        if (!room)
+            return (int)(size = 0) - 1;
+    }
+    product->wide = room;
+    product->inner = room + product->rows * product->stride;
+    if (product->a)
+        reduce(product);
+    (is_half(product) ? order : widen)(product);
+    share(loop, product, product->out_features, STEP, threads);
+    return 0;
 }
 
 /* ---- encoding ---- */
@@ -263,3 +481,4 @@ EXPORT_ROWS(gated_backward, Gate)
 EXPORT_ROWS(dropout, Dropout)
 EXPORT_ROWS(cross_entropy, Loss)
 EXPORT_ROWS(rope, Rotation)
+EXPORT_ROWS(glance, Glance)

@@ -14,6 +14,7 @@
 #define MAX_BLOCK 4096
 #define MAX_CANDIDATES 64
 #define MAX_ROWS 8
+#define TILE 4
 #define LANES 16
 #define TINY 1e-38f
 
@@ -25,6 +26,8 @@ typedef struct {
     float tree[16];      /* the 15 midpoints as a search tree; [0] is not used */
     float midpoints[16]; /* ascending; [15] is not used */
     int32_t order[16];   /* codes in ascending order of their values */
+    uint16_t rounded[32]; /* values in bfloat16, times 1 / unit, twice */
+    float unit;
 } Tables;
 
 typedef struct {
@@ -56,13 +59,20 @@ typedef struct {
     int64_t neighbours;     /* codes tried on either side of the nearest */
 } Nested;
 
-/* Whole blocks of one row of W. */
+static inline float scale_of(const Packed *p, int64_t block)
+{
+    if (p->absmax)
+        return p->absmax[block];
+    float product = p->table8[p->absmax8[block]] * p->nested[block / 256];
+    return product + p->offset;
+}
+
+/* Some rows of W, each of whole blocks. */
 typedef struct {
-    const uint8_t *codes;
-    const float *scales;
-    int64_t blocks;
-    int64_t block;
-    const float *lut;
+    const Packed *packed;
+    int64_t first;
+    int64_t features;
+    int64_t in_features;
 } Piece;
 
 /* One set of inner loops. w: whole blocks in float32, filled up with zeros; groups: of 16 weights. */
@@ -73,7 +83,13 @@ typedef struct {
     void (*decode)(const uint8_t *codes, const float *scales, int64_t blocks, int64_t block, const float *lut,
                    int64_t dtype, void *out);
     float (*dot)(const float *a, const float *b, int64_t n);
-    void (*multiply)(const Piece *piece, const float *x, int64_t stride, int64_t rows, float *sums); /* or null */
+    void (*dense)(const void *w, int64_t dtype, int64_t n, const float *x, int64_t stride, int64_t rows, float *sums);
+    int64_t lanes; /* of `multiply`; 0: there is none */
+    /* sums[feature][row] = row of x times feature */
+    void (*multiply)(const Piece *piece, const float *x, int64_t stride, int64_t rows, float *sums);
+    /* the same for x in bfloat16, with values in bfloat16; or null */
+    void (*multiply16)(const Piece *piece, const uint16_t *x, int64_t stride, int64_t rows, float *sums);
+    void (*tile16)(const uint16_t *const *x, const uint16_t *const *w, int64_t n, float (*sums)[TILE]);
 } Kernels;
 
 static inline float inverse_of(float scale)
@@ -244,4 +260,23 @@ static float dot_plain(const float *a, const float *b, int64_t n)
     return sum;
 }
 
-static const Kernels PLAIN = {widen_plain, errors_plain, nearest_plain, decode_plain, dot_plain, 0};
+/* sums[row] = row of x times w, n numbers of any type, widened some at a time. */
+#define DENSE(target, set)                                                                                     \
+    target static void dense_##set(const void *w, int64_t dtype, int64_t n, const float *x, int64_t stride,     \
+                                   int64_t rows, float *sums)                                                   \
+    {                                                                                                           \
+        enum { PART = 512 };                                                                                    \
+        float values[PART];                                                                                     \
+        for (int64_t row = 0; row < rows; row++)                                                                \
+            sums[row] = 0;                                                                                      \
+        for (int64_t from = 0; from < n; from += PART) {                                                        \
+            int64_t count = n - from < PART ? n - from : PART;                                                  \
+            widen_##set((const char *)w + from * (dtype == FLOAT32 ? 4 : 2), dtype, count, values);             \
+            for (int64_t row = 0; row < rows; row++)                                                            \
+                sums[row] += dot_##set(values, x + row * stride + from, count);                                 \
+        }                                                                                                       \
+    }
+
+DENSE(, plain)
+
+static const Kernels PLAIN = {widen_plain, errors_plain, nearest_plain, decode_plain, dot_plain, dense_plain, 0, 0, 0, 0};

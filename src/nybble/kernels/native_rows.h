@@ -66,7 +66,23 @@ typedef struct {
     float sign; /* -1 turns back */
 } Rotation;
 
-/* One set of loops, over rows or (gates, dropout) elements [first, last). */
+typedef struct {
+    const void *q; /* (n, heads, width) without gaps */
+    const void *k; /* (n, kv_heads, tokens, width), each token's numbers side by side */
+    const void *v;
+    void *out;     /* (n, heads, width) */
+    float *scores; /* (n, heads, tokens): room */
+    int64_t dtype;
+    int64_t heads;
+    int64_t kv_heads;
+    int64_t tokens;
+    int64_t width;
+    int64_t k_strides[3]; /* of rows, heads and tokens, in elements */
+    int64_t v_strides[3];
+    float scale;
+} Glance;
+
+/* One set of loops, over rows, heads of all rows (glance) or elements (gates, dropout) [first, last). */
 typedef struct {
     void (*rms_norm)(const Norm *a, int64_t first, int64_t last);
     void (*rms_norm_backward)(const Norm *a, int64_t first, int64_t last);
@@ -75,6 +91,7 @@ typedef struct {
     void (*dropout)(const Dropout *a, int64_t first, int64_t last);
     void (*cross_entropy)(const Loss *a, int64_t first, int64_t last);
     void (*rope)(const Rotation *a, int64_t first, int64_t last);
+    void (*glance)(const Glance *a, int64_t first, int64_t last);
 } RowKernels;
 
 static inline int64_t bytes_of(int64_t dtype)

@@ -350,6 +350,51 @@ INLINE void FN(rope_of)(const Rotation *a, int64_t dtype, int64_t first, int64_t
     }
 }
 
+/* ---- attention of one token ---- */
+
+INLINE void FN(glance_of)(const Glance *a, int64_t dtype, int64_t first, int64_t last)
+{
+    const Glance own = *a;
+    const int64_t tokens = own.tokens, width = own.width, shared = own.heads / own.kv_heads;
+    const float least = -__builtin_inff();
+    for (int64_t task = first; task < last; task++) {
+        const int64_t row = task / own.heads, head = task % own.heads / shared;
+        const char *q = at(own.q, task * width, dtype);
+        const char *k = at(own.k, row * own.k_strides[0] + head * own.k_strides[1], dtype);
+        const char *v = at(own.v, row * own.v_strides[0] + head * own.v_strides[1], dtype);
+        char *out = at(own.out, task * width, dtype), *scores = (char *)(own.scores + task * tokens);
+        V tops = ALL(least), totals = {0};
+        for (int64_t t = 0; t < tokens; t++) {
+            V products = {0};
+            FOR_VECTORS(i, 0, width, {
+                V key = FN(load)(at(k, t * own.k_strides[2] + i, dtype), dtype, left);
+                products = FMA(FN(load)(at(q, i, dtype), dtype, left), key, products);
+            });
+            own.scores[task * tokens + t] = FN(sum)(products) * own.scale;
+        }
+        FOR_VECTORS(t, 0, tokens, {
+            V score = FN(load)(at(scores, t, FLOAT32), FLOAT32, left);
+            tops = MAX(tops, FN(filled)(score, left, least));
+        });
+        V top = ALL(FN(largest)(tops));
+        FOR_VECTORS(t, 0, tokens, {
+            V score = FN(load)(at(scores, t, FLOAT32), FLOAT32, left);
+            V power = FN(exp)(FN(filled)(score, left, least) - top);
+            FN(store)(at(scores, t, FLOAT32), power, FLOAT32, left);
+            totals += power;
+        });
+        float share = 1.0f / FN(sum)(totals);
+        FOR_VECTORS(i, 0, width, {
+            V sums = {0};
+            for (int64_t t = 0; t < tokens; t++) {
+                V value = FN(load)(at(v, t * own.v_strides[2] + i, dtype), dtype, left);
+                sums = FMA(value, ALL(own.scores[task * tokens + t]), sums);
+            }
+            FN(store)(at(out, i, dtype), sums * share, dtype, left);
+        });
+    }
+}
+
 /* ---- the set ---- */
 
 #define LOOP(name, Arguments)                                                 \
@@ -365,9 +410,10 @@ LOOP(gated_backward, Gate)
 LOOP(dropout, Dropout)
 LOOP(cross_entropy, Loss)
 LOOP(rope, Rotation)
+LOOP(glance, Glance)
 
 static const RowKernels FN(set) = {FN(rms_norm), FN(rms_norm_backward), FN(gated), FN(gated_backward),
-                                   FN(dropout),  FN(cross_entropy),     FN(rope)};
+                                   FN(dropout),  FN(cross_entropy),     FN(rope),  FN(glance)};
 
 #undef SET
 #undef FN

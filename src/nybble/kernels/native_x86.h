@@ -147,7 +147,78 @@ AVX2 static float dot_avx2(const float *a, const float *b, int64_t n)
     return halve_sum_avx2(sum) + dot_plain(a + i, b + i, n - i);
 }
 
-static const Kernels WITH_AVX2 = {widen_avx2, errors_avx2, nearest_avx2, decode_avx2, dot_avx2, 0};
+/* The scales of 64 codes, lane by lane; `last`: the last block that there is. */
+AVX2 static inline __m256 scales_avx2(const Packed *p, int64_t block, int64_t last)
+{
+    if (p->block >= 64)
+        return _mm256_set1_ps(scale_of(p, block));
+    __m128 second = _mm_set1_ps(scale_of(p, block < last ? block + 1 : last));
+    return _mm256_set_m128(second, _mm_set1_ps(scale_of(p, block)));
+}
+
+/* 64 codes, 8 a lane: the value of each is looked up once for all rows of x. x: as `widen` lays it. */
+AVX2 static inline __attribute__((always_inline)) void rows_avx2(const Piece *piece, const float *x, int64_t stride,
+                                                                 int rows, float *sums)
+{
+    const Packed *p = piece->packed;
+    __m256 low = _mm256_loadu_ps(p->tables->lut), high = _mm256_loadu_ps(p->tables->lut + 8), totals[MAX_ROWS];
+    int shift = __builtin_ctzll((uint64_t)p->block); /* a division would take as long as the rest */
+    for (int64_t feature = 0; feature < piece->features; feature++, sums += rows) {
+        int64_t start = (piece->first + feature) * piece->in_features, end = start + piece->in_features;
+#pragma GCC unroll 8
+        for (int row = 0; row < rows; row++)
+            totals[row] = _mm256_setzero_ps();
+        for (int64_t at = start; at < end; at += 64) {
+            uint8_t rest[32] = {0};
+            const uint8_t *from = p->codes + at / 2;
+            if (end - at < 64)
+                from = memcpy(rest, from, (size_t)(end - at) / 2);
+            __m256i codes = _mm256_loadu_si256((const __m256i *)from);
+            __m256 scale = scales_avx2(p, at >> shift, (end - 1) >> shift), lanes[MAX_ROWS];
+#pragma GCC unroll 8
+            for (int row = 0; row < rows; row++)
+                lanes[row] = _mm256_setzero_ps();
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; j++, codes = _mm256_srli_epi32(codes, 4)) {
+                __m256 values = look_up_avx2(codes, low, high);
+#pragma GCC unroll 8
+                for (int row = 0; row < rows; row++) {
+                    __m256 columns = _mm256_loadu_ps(x + row * stride + at - start + 8 * j);
+                    lanes[row] = _mm256_fmadd_ps(values, columns, lanes[row]);
+                }
+            }
+#pragma GCC unroll 8
+            for (int row = 0; row < rows; row++)
+                totals[row] = _mm256_fmadd_ps(lanes[row], scale, totals[row]);
+        }
+        for (int row = 0; row < rows; row++)
+            sums[row] = halve_sum_avx2(totals[row]);
+    }
+}
+
+/* The number of rows is a constant in each copy, so that sums stay in registers. */
+#define EACH_NUMBER_OF_ROWS(target, copy)                                                                       \
+    target static void copy##_by_number(const Piece *piece, const float *x, int64_t stride, int64_t rows, float *sums) \
+    {                                                                                                           \
+        switch (rows) {                                                                                         \
+        case 8: copy(piece, x, stride, 8, sums); break;                                                         \
+        case 7: copy(piece, x, stride, 7, sums); break;                                                         \
+        case 6: copy(piece, x, stride, 6, sums); break;                                                         \
+        case 5: copy(piece, x, stride, 5, sums); break;                                                         \
+        case 4: copy(piece, x, stride, 4, sums); break;                                                         \
+        case 3: copy(piece, x, stride, 3, sums); break;                                                         \
+        case 2: copy(piece, x, stride, 2, sums); break;                                                         \
+        case 1: copy(piece, x, stride, 1, sums); break;                                                         \
+        default: break;                                                                                         \
+        }                                                                                                       \
+    }
+
+EACH_NUMBER_OF_ROWS(AVX2, rows_avx2)
+
+DENSE(AVX2, avx2)
+
+static const Kernels WITH_AVX2 = {widen_avx2, errors_avx2, nearest_avx2, decode_avx2,        dot_avx2,
+                                  dense_avx2, 8,           rows_avx2_by_number, 0, 0};
 
 /* ---- AVX-512 ---- */
 
@@ -250,50 +321,79 @@ AVX512 static float dot_avx512(const float *a, const float *b, int64_t n)
     return _mm512_reduce_add_ps(sum) + dot_plain(a + i, b + i, n - i);
 }
 
-/* A value is looked up once for all rows of x; the scale multiplies a block's sums. */
-AVX512 static inline __attribute__((always_inline)) void rows_avx512(const Piece *piece, const float *x,
-                                                                     int64_t stride, int rows, float *sums)
+/* Sixteen numbers of any type. */
+AVX512 static inline __attribute__((always_inline)) __m512 wide_avx512(const char *from, int64_t dtype)
 {
-    __m512 lut = _mm512_loadu_ps(piece->lut), totals[8];
-    const uint8_t *codes = piece->codes;
-    for (int row = 0; row < rows; row++)
-        totals[row] = _mm512_setzero_ps();
-    for (int64_t b = 0; b < piece->blocks; b++, codes += piece->block / 2, x += piece->block) {
-        __m512 scale = _mm512_set1_ps(piece->scales[b]), lanes[8];
-        for (int row = 0; row < rows; row++)
-            lanes[row] = _mm512_setzero_ps();
-        for (int64_t i = 0; i < piece->block; i += 16) {
-            __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)(codes + i / 2)));
-            __m512i index = _mm512_or_si512(_mm512_srli_epi64(bytes, 4), _mm512_slli_epi64(bytes, 32));
-            __m512 values = _mm512_permutexvar_ps(index, lut);
-            for (int row = 0; row < rows; row++)
-                lanes[row] = _mm512_fmadd_ps(values, _mm512_loadu_ps(x + row * stride + i), lanes[row]);
+    if (dtype == FLOAT32)
+        return _mm512_loadu_ps(from);
+    __m256i bits = _mm256_loadu_si256((const __m256i *)from);
+    return dtype == FLOAT16 ? _mm512_cvtph_ps(bits)
+                            : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+/* The same of `left` numbers, and zeros. */
+AVX512 static inline __attribute__((always_inline)) __m512 some_avx512(const char *from, int64_t dtype, int64_t left)
+{
+    __mmask16 present = left < 16 ? (__mmask16)((1u << left) - 1) : 0xFFFF;
+    if (dtype == FLOAT32)
+        return _mm512_maskz_loadu_ps(present, from);
+    char halves[32] = {0};
+    memcpy(halves, from, (size_t)(left < 16 ? left : 16) * 2);
+    return wide_avx512(halves, dtype);
+}
+
+AVX512 static inline __attribute__((always_inline)) void numbers_avx512(const char *w, int64_t dtype, int64_t n,
+                                                                        const float *x, int64_t stride, int rows,
+                                                                        float *sums)
+{
+    enum { AHEAD = 4096 };
+    int64_t i = 0, width = dtype == FLOAT32 ? 4 : 2;
+    __m512 lanes[2 * MAX_ROWS];
+#pragma GCC unroll 16
+    for (int part = 0; part < 2 * rows; part++)
+        lanes[part] = _mm512_setzero_ps();
+    for (; i + 32 <= n; i += 32) {
+        __m512 first = wide_avx512(w + i * width, dtype), second = wide_avx512(w + (i + 16) * width, dtype);
+        _mm_prefetch(w + i * width + AHEAD, _MM_HINT_T0);
+#pragma GCC unroll 8
+        for (int row = 0; row < rows; row++) {
+            const float *columns = x + row * stride + i;
+            lanes[2 * row] = _mm512_fmadd_ps(first, _mm512_loadu_ps(columns), lanes[2 * row]);
+            lanes[2 * row + 1] = _mm512_fmadd_ps(second, _mm512_loadu_ps(columns + 16), lanes[2 * row + 1]);
         }
-        for (int row = 0; row < rows; row++)
-            totals[row] = _mm512_fmadd_ps(lanes[row], scale, totals[row]);
     }
+    for (; i < n; i += 16) { /* at most two */
+        __m512 rest = some_avx512(w + i * width, dtype, n - i);
+        __mmask16 present = n - i < 16 ? (__mmask16)((1u << (n - i)) - 1) : 0xFFFF;
+#pragma GCC unroll 8
+        for (int row = 0; row < rows; row++) {
+            __m512 columns = _mm512_maskz_loadu_ps(present, x + row * stride + i);
+            lanes[2 * row] = _mm512_fmadd_ps(rest, columns, lanes[2 * row]);
+        }
+    }
+#pragma GCC unroll 8
     for (int row = 0; row < rows; row++)
-        sums[row] = _mm512_reduce_add_ps(totals[row]);
+        sums[row] = _mm512_reduce_add_ps(_mm512_add_ps(lanes[2 * row], lanes[2 * row + 1]));
 }
 
-/* The number of rows is a constant in each copy, so that sums stay in registers. */
-AVX512 static void multiply_avx512(const Piece *piece, const float *x, int64_t stride, int64_t rows, float *sums)
+AVX512 static void dense_avx512(const void *w, int64_t dtype, int64_t n, const float *x, int64_t stride, int64_t rows,
+                                float *sums)
 {
-    for (; rows >= 8; rows -= 8, x += 8 * stride, sums += 8)
-        rows_avx512(piece, x, stride, 8, sums);
-    switch (rows) {
-    case 7: rows_avx512(piece, x, stride, 7, sums); break;
-    case 6: rows_avx512(piece, x, stride, 6, sums); break;
-    case 5: rows_avx512(piece, x, stride, 5, sums); break;
-    case 4: rows_avx512(piece, x, stride, 4, sums); break;
-    case 3: rows_avx512(piece, x, stride, 3, sums); break;
-    case 2: rows_avx512(piece, x, stride, 2, sums); break;
-    case 1: rows_avx512(piece, x, stride, 1, sums); break;
-    default: break;
+    for (; rows > 0; rows -= 4, x += 4 * stride, sums += 4) {
+        int some = rows < 4 ? (int)rows : 4;
+        if (dtype == BFLOAT16 && some == 1)
+            numbers_avx512(w, BFLOAT16, n, x, stride, 1, sums);
+        else if (dtype == FLOAT32 && some == 1)
+            numbers_avx512(w, FLOAT32, n, x, stride, 1, sums);
+        else if (some == 1)
+            numbers_avx512(w, dtype, n, x, stride, 1, sums);
+        else if (some == 2)
+            numbers_avx512(w, dtype, n, x, stride, 2, sums);
+        else if (some == 3)
+            numbers_avx512(w, dtype, n, x, stride, 3, sums);
+        else
+            numbers_avx512(w, dtype, n, x, stride, 4, sums);
     }
 }
-
-static const Kernels WITH_AVX512 = {widen_avx2, errors_avx512, nearest_avx512, decode_avx512, dot_avx512,
-                                    multiply_avx512};
 
 #endif

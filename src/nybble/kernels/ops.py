@@ -18,7 +18,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from nybble.kernels import plain
+from nybble.kernels.eager import is_eager
 from nybble.kernels.paths import path_for
+from nybble.kernels.plain import LowRank
 from nybble.quant import PackedWeight, encode, encode_searched
 
 ENCODERS = ("absmax", "search")
@@ -42,12 +45,26 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = No
     return out
 
 
-def multiply(x: Tensor, weight: PackedWeight) -> Tensor:
-    """x W^T for up to 8 rows, `(rows, out_features)` in the type of x; sums in float32."""
+def most_rows(x: Tensor, weight: PackedWeight) -> int:
+    """Rows up to which `multiply` is the fastest way to x W^T."""
+    return path_for(x.device, "gemv_4bit").most_rows(x.dtype, weight)
+
+
+def multiply(x: Tensor, weight: PackedWeight, low_rank: LowRank | None = None) -> Tensor:
+    """x (W + s B A)^T for up to 8 rows, or `most_rows`: `(rows, out_features)` in the type of x. No gradients."""
+    if is_eager(x, weight.packed):
+        return path_for(x.device, "gemv_4bit").multiply(x.contiguous(), weight, low_rank)
     result: Tensor = torch.ops.nybble.gemv_4bit(
         x, *_tensors(weight), weight.quant_type, weight.block_size, weight.shape[0]
     )
-    return result
+    return result if low_rank is None else low_rank.added(result, x)
+
+
+def multiply_dense(x: Tensor, weight: Tensor, low_rank: LowRank | None = None) -> Tensor:
+    """The same for up to 8 rows and W `(out_features, in_features)` of the type of x."""
+    if is_eager(x, weight):
+        return path_for(x.device, "gemv_4bit").multiply_dense(x.contiguous(), weight, low_rank)
+    return plain.multiply_dense(x, weight, low_rank)
 
 
 def quantize(
@@ -106,7 +123,7 @@ def dequantize_4bit_out(
 
 @torch.library.custom_op("nybble::gemv_4bit", mutates_args=())
 def gemv_4bit(
-    x: Tensor,  # (rows <= 8, in_features) float32, float16 or bfloat16
+    x: Tensor,  # (rows, in_features), 8 rows at most or `most_rows`; float32, float16 or bfloat16
     packed: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nybble.kernels import attention_paths, cpu, plain, row_paths
 from nybble.kernels.choices import LADDERS, Choice, ladder, taken
+from nybble.kernels.plain import LowRank
 from nybble.quant import PackedWeight, Steps
 from nybble.quant.search import nest_scales
 
@@ -30,8 +31,14 @@ class Path(Steps, Protocol):
     def dequantize(self, weight: PackedWeight, out: Tensor) -> None:
         """Decode `weight` into `out`: contiguous, `weight.shape`, float32, float16 or bfloat16."""
 
-    def multiply(self, x: Tensor, weight: PackedWeight) -> Tensor:
-        """x W^T, `(rows, out_features)` in the type of x, for contiguous x of at most 8 rows."""
+    def most_rows(self, dtype: torch.dtype, weight: PackedWeight) -> int:
+        """Rows of `dtype` up to which `multiply` is the fastest way."""
+
+    def multiply(self, x: Tensor, weight: PackedWeight, low_rank: LowRank | None = None) -> Tensor:
+        """x (W + s B A)^T in the type of x, for contiguous x of at most 8 rows, or `most_rows`."""
+
+    def multiply_dense(self, x: Tensor, weight: Tensor, low_rank: LowRank | None = None) -> Tensor:
+        """The same for contiguous x of at most 8 rows and W of its type, not packed."""
 
 
 def choice(operator: str, device: torch.device) -> Choice:
@@ -142,9 +149,16 @@ def _decoding_differs(path: Path, flat: Tensor, quant_type: str) -> str | None:
 
 def _product_differs(path: Path, flat: Tensor, quant_type: str) -> str | None:
     square = _packed(flat[: 64 * 21], quant_type, (21, 64), torch.float32)
-    x = flat[:128].view(2, 64)
-    same = torch.allclose(path.multiply(x, square), plain.multiply(x, square), rtol=1e-4, atol=1e-4)
-    return None if same else "multiply"
+    x, dense = flat[:128].view(2, 64), flat[: 64 * 21].view(21, 64)
+    adapter = LowRank(flat[-320:].view(5, 64), flat[-210:-105].view(21, 5), 0.5)
+    for ours, theirs, name in (
+        (path.multiply(x, square), plain.multiply(x, square), "multiply"),
+        (path.multiply(x, square, adapter), plain.multiply(x, square, adapter), "multiply with an adapter"),
+        (path.multiply_dense(x, dense), plain.multiply_dense(x, dense), "multiply_dense"),
+    ):
+        if not torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4):
+            return name
+    return None
 
 
 def _packed(flat: Tensor, quant_type: str, shape: tuple[int, ...], dtype: torch.dtype) -> PackedWeight:

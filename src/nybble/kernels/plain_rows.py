@@ -19,6 +19,7 @@ __all__ = [
     "dropout_add_",
     "gated",
     "gated_backward_",
+    "glance",
     "rms_norm",
     "rms_norm_backward",
     "rope",
@@ -142,3 +143,11 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     paired = torch.cat([-second, first], dim=-1)
     turned = turned * c - paired * s if inverse else turned * c + paired * s
     return torch.cat([turned.to(x.dtype), rest], dim=-1)
+
+
+def glance(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention of one token of each row `(n, heads, width)` to the cached ones, `(n, kv_heads, tokens, width)`."""
+    n, heads, width = q.shape
+    wide_q = _wide(q).view(n, k.shape[1], -1, width)
+    shares = torch.softmax(wide_q @ _wide(k).transpose(2, 3) * scale, dim=-1)
+    return (shares @ _wide(v)).to(q.dtype).view(n, heads, width)

@@ -24,6 +24,7 @@ OPERATORS = (
     "dropout_add_",
     "cross_entropy_",
     "rope",
+    "glance",
 )
 # What a path may differ by from the plain one in the self-test, of 1 + |result|: two places of 16-bit types, 16 of
 # float32, whose sums of 67 are in another order. Dropout must have the bits.
@@ -62,6 +63,9 @@ class RowPath(Protocol):
 
     def rope(self, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
         """x turned to its positions, or back."""
+
+    def glance(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        """Attention of one token to the cached ones; k and v may lie in strides."""
 
 
 def path_for(device: torch.device) -> RowPath:
@@ -161,3 +165,5 @@ def _results(path: RowPath, dtype: torch.dtype, device: torch.device) -> Iterato
         yield "cross_entropy_", logits
     for inverse in (False, True):
         yield "rope", path.rope(x[:, :66].view(5, 3, 22), y[:, :14].float(), z[:, :14].float(), inverse)
+    keys, values = (t[:, :60].reshape(5, 6, 2, 5).transpose(1, 2) for t in (y, z))
+    yield "glance", path.glance(x[:, :20].contiguous().view(5, 4, 5), keys, values, 0.5)

@@ -6,12 +6,14 @@ paths do not take goes the plain way: types other than float32, float16 and bflo
 
 from __future__ import annotations
 
+import sys
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from nybble.kernels import plain_rows
+from nybble.kernels.eager import is_eager
 from nybble.kernels.row_paths import TOLERANCES, RowPath, path_for
 
 _PLAIN = cast(RowPath, plain_rows)
@@ -23,6 +25,17 @@ def _path(first: Tensor, *others: Tensor) -> RowPath:
     alike = all((other.dtype, other.shape) == kind and other.is_contiguous() for other in others)
     fits = alike and first.dtype in TOLERANCES and first.is_contiguous() and first.numel() > 0
     return path_for(first.device) if fits else _PLAIN
+
+
+def direct(first: Tensor, *others: Tensor) -> RowPath:
+    """For activations like these: the path itself where nobody traces or differentiates, else these operators."""
+    return _path(first, *others) if is_eager(first, *others) else cast(RowPath, sys.modules[__name__])
+
+
+def glance(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Attention of one token of each row `(n, heads, width)` to the cached ones, `(n, kv_heads, tokens, width)`."""
+    alike = q.dtype == k.dtype == v.dtype and is_eager(q, k, v)
+    return (_path(q) if alike else _PLAIN).glance(q, k, v, scale)
 
 
 @torch.library.custom_op("nybble::rms_norm", mutates_args=())

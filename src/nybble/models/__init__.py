@@ -1,6 +1,8 @@
 """Base models and adapters: find, load (streamed, packed on the way), attach, save."""
 
+from nybble.models.adapter_files import PREFIX, AdapterFiles, read_adapter
 from nybble.models.adapters import (
+    add_adapter,
     attach,
     load_adapter,
     put_weights_back,
@@ -9,8 +11,9 @@ from nybble.models.adapters import (
     trained_weights,
 )
 from nybble.models.calibrate import Calibration, Starts, calibrate, needs_calibration
-from nybble.models.families import SwapReport, blocks_of, go_lean, swap_blocks
+from nybble.models.families import SwapReport, blocks_of, swap_blocks
 from nybble.models.hub import push_folder
+from nybble.models.lean import RUNGS, Ladder
 from nybble.models.load import LoadReport, compute_dtype, count_parameters, hash_of, load_model, save_whole
 from nybble.models.plugin import NybbleConfig, register
 from nybble.models.sharding import held_bytes, is_sharded, shard, shard_like, whole
@@ -21,14 +24,19 @@ from nybble.models.weights import BaseWeights
 
 __all__ = [
     "NOTE",
+    "PREFIX",
+    "RUNGS",
+    "AdapterFiles",
     "BaseWeights",
     "Calibration",
+    "Ladder",
     "LoadReport",
     "ModelSource",
     "NybbleConfig",
     "Starts",
     "SwapReport",
     "Tuned",
+    "add_adapter",
     "attach",
     "blocks_of",
     "calibrate",
@@ -39,7 +47,6 @@ __all__ = [
     "find_model",
     "find_tokenizer",
     "find_tuned",
-    "go_lean",
     "hash_of",
     "held_bytes",
     "is_sharded",
@@ -50,6 +57,7 @@ __all__ = [
     "needs_calibration",
     "push_folder",
     "put_weights_back",
+    "read_adapter",
     "read_config",
     "register",
     "save_adapter",

@@ -7,7 +7,8 @@ the folder that is saved loads in stock PEFT over the same base in 16 or 4 bits.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from nybble.errors import ModelError, RecipeError
+from nybble.guard import brief
+from nybble.models.adapter_files import read_adapter
 from nybble.models.sharding import shard_like, whole
 from nybble.nn import Linear4bit
 from nybble.recipe import LoraSection
@@ -80,14 +83,33 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
         ModelError: the folder holds no adapter, or one of another base.
     """
     from peft import PeftModel
-    from safetensors import SafetensorError
 
-    if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder} holds no adapter (adapter_config.json)")
+    files = read_adapter(folder)
+    config = files.to_peft(model)
+    with _fitting(folder):
+        return _unmergeable(PeftModel.from_pretrained(model, folder, config=config))
+
+
+def add_adapter(adapted: Any, folder: Path, name: str) -> None:
+    """Put the adapter saved in `folder` beside those that `adapted` has, under `name`.
+
+    Raises:
+        ModelError: as `load_adapter`.
+    """
+    config = read_adapter(folder).to_peft(adapted.get_base_model())
+    with _fitting(folder):
+        adapted.add_adapter(name, config)
+        adapted.load_adapter(folder, name)
+
+
+@contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
     try:
-        return _unmergeable(PeftModel.from_pretrained(model, folder))
-    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
-        raise ModelError(f"{folder}: adapter does not fit this base: {' '.join(str(error).split())[:300]}") from error
+        yield
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ModelError(
+            f"{folder}: adapter does not fit this base: {brief(error)}; give the base that it was trained on"
+        ) from error
 
 
 def _unmergeable(adapted: Any) -> Any:

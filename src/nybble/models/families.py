@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from nybble.nn.attention import Span, attend_rows
-from nybble.nn.lean import HostEmbedding, HostStore
+from nybble.nn.attention import Span, attend_cached, attend_rows
 from nybble.nn.loss import Head, next_token_loss, token_losses
 from nybble.nn.mlp import GatedMlp
 from nybble.nn.norm import rms_norm
-from nybble.nn.projection import project, projection_of
+from nybble.nn.projection import Projection, project, projection_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,8 @@ FAMILIES = {
     "gemma3_text": Family(one_plus=True, norm_behind_mlp=True),
     "phi3": Family(window_of_config=True),
 }
-_TILE_ROWS = 1024  # a product with as many rows is as fast as a larger one
+_TILE_ROWS = 1024  # of an MLP in tiles, at least: a product with as many rows is as fast as a larger one
+_TILES = 8  # at most
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
@@ -99,29 +99,10 @@ def _swap(model: Any) -> SwapReport:
             _set(module, partial(_norm, family))
             counts["norm"] += 1
     _set(model, _next_token)
+    if type(model.lm_head) is nn.Linear:
+        _set(model.lm_head, _head)
     reason = None if activation else f"activation {config.hidden_act}: the MLP runs on transformers' own path"
     return SwapReport(True, counts, reason)
-
-
-def go_lean(model: Any) -> list[str]:
-    """For a device that full recomputation does not fit: what can wait goes to the host, and the MLP runs in tiles.
-
-    `nybble.nn.lean` says how; nothing that is learned changes. Returns what was done, in words.
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    done = ["layer inputs wait on the host"]
-    store = HostStore()
-    for layer in base.model.layers:
-        layer._gradient_checkpointing_func = store.recomputed
-        if blocks_of(model).blocks.get("mlp"):
-            layer.mlp.nybble_tile_rows = _TILE_ROWS
-    if blocks_of(model).blocks.get("mlp"):
-        done.append(f"the MLP runs {_TILE_ROWS:,} tokens at a time")
-    table = base.get_input_embeddings()
-    if type(table) is nn.Embedding and not table.weight.requires_grad and not base.config.tie_word_embeddings:
-        _set(table, HostEmbedding(table))
-        done.append("the embedding table stays on the host")
-    return done
 
 
 def _set(module: nn.Module, forward: Callable[..., Any]) -> None:
@@ -137,12 +118,15 @@ def _attention(
     **settings: Any,
 ) -> tuple[Tensor, Tensor | None]:
     lengths = settings.pop("lengths", None)
+    heads, kv_heads = module.config.num_attention_heads, module.config.num_key_value_heads
+    if lengths is None and not others and _is_step(module, hidden_states, settings):
+        q, k, v = _queries_keys_values(module, hidden_states[:, 0], heads, kv_heads)
+        cos, sin = (part[:, 0].expand(len(q), -1) for part in position_embeddings)
+        remember = partial(settings["past_key_values"].update, layer_idx=module.layer_idx)
+        return module.o_proj(attend_cached(q, k, v, (cos, sin), module.scaling, remember))[:, None], None
     if lengths is None:
         return type(module).forward(module, hidden_states, position_embeddings, *others, **settings)  # type: ignore[no-any-return]
-    heads, kv_heads = module.config.num_attention_heads, module.config.num_key_value_heads
     q, k, v = _queries_keys_values(module, hidden_states[0], heads, kv_heads)
-    if hasattr(module, "q_norm"):
-        q, k = module.q_norm(q), module.k_norm(k)
     holder = module.config if family.window_of_config else module
     span = Span(
         module.scaling,
@@ -152,6 +136,17 @@ def _attention(
     cos, sin = (part[0] for part in position_embeddings)
     out = attend_rows(q, k, v, (cos, sin), lengths, span)
     return module.o_proj(out)[None], None
+
+
+def _is_step(module: Any, hidden_states: Tensor, settings: dict[str, Any]) -> bool:
+    """Whether each row has one token, which sees all that are cached: generation without padding."""
+    return (
+        not torch.is_grad_enabled()
+        and hidden_states.shape[1] == 1
+        and settings.get("attention_mask") is None
+        and settings.get("past_key_values") is not None
+        and not getattr(module, "attn_logit_softcapping", None)
+    )
 
 
 def _queries_keys_values(module: Any, x: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,7 +163,8 @@ def _queries_keys_values(module: Any, x: Tensor, heads: int, kv_heads: int) -> t
             q, k, v = project(x, plain)
         else:
             q, k, v = (layer(x) for layer in layers)
-    return q.view(-1, heads, width), k.view(-1, kv_heads, width), v.view(-1, kv_heads, width)
+    q, k, v = q.view(-1, heads, width), k.view(-1, kv_heads, width), v.view(-1, kv_heads, width)
+    return (module.q_norm(q), module.k_norm(k), v) if hasattr(module, "q_norm") else (q, k, v)
 
 
 def _mlp(family: Family, activation: str, module: Any, x: Tensor) -> Tensor:
@@ -177,12 +173,19 @@ def _mlp(family: Family, activation: str, module: Any, x: Tensor) -> Tensor:
     plain = [p for p in projections if p is not None and not p.has_trained_bias]
     if len(plain) < len(projections) or len({p.dtype for p in plain}) != 1:
         return type(module).forward(module, x)  # type: ignore[no-any-return]
-    tile = getattr(module, "nybble_tile_rows", 0)
-    return GatedMlp(tuple(plain[:-1]), plain[-1], activation, family.norm_behind_mlp, tile)(x)
+    tile = max(_TILE_ROWS, -(-x.numel() // (x.shape[-1] * _TILES))) if getattr(module, "nybble_tiles", False) else 0
+    # x is what the norm before has made, and nothing else keeps it.
+    return GatedMlp(tuple(plain[:-1]), plain[-1], activation, family.norm_behind_mlp, tile, takes_x=True)(x)
+
+
+def _head(module: nn.Linear, x: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        return type(module).forward(module, x)
+    return project(x, (Projection(module, module.weight.dtype),))[0]
 
 
 def _norm(family: Family, module: Any, x: Tensor) -> Tensor:
-    if module.weight.requires_grad:
+    if module.weight.requires_grad and torch.is_grad_enabled():
         return type(module).forward(module, x)  # type: ignore[no-any-return]
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
     return rms_norm(x, module.weight, eps, family.one_plus)

@@ -207,13 +207,14 @@ def _from_pretrained(
                 device_map={"": place},
                 attn_implementation=model.attn_implementation,
                 trust_remote_code=model.trust_remote_code,
+                use_safetensors=True,
                 output_loading_info=True,
             )
     except (RuntimeError, ValueError, ImportError) as error:
         raise ModelError(f"{source.name}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise ModelError(f"{source.name}: {len(missing)} tensors are missing from its files, e.g. {missing[0]}")
+        raise ModelError(f"{source.name}: {len(missing)} tensors are missing, e.g. {missing[0]}; download it again")
     return loaded
 
 

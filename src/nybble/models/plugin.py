@@ -182,7 +182,7 @@ def raising_faults() -> Iterator[None]:
 
 
 def _fault(name: str, error: ValueError) -> ModelError:
-    fault = ModelError(f"{name}: {error}; the checkpoint is damaged or not meant for this model")
+    fault = ModelError(f"{name}: {error}; the checkpoint is damaged or of another model: download it again")
     found = _faults.get()
     if found is not None:
         found.append(fault)

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from nybble.errors import CannotRunError, ModelError
+from nybble.guard import as_path, library_faults
+from nybble.models.limits import check_fits, read_header, read_numbers, weight_files
 from nybble.recipe import ModelSection
 
 _WEIGHTS = "*.safetensors"
 _SAMPLE = 4096  # bytes of each tensor that enter a fingerprint
-_FILES = ("*.json", _WEIGHTS, "*.jinja", "*.model", "*.txt", "README.md")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "README.md")
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,12 @@ class ModelSource:
         """
         parts = []
         for shard in sorted(self.folder.glob(_WEIGHTS)):
+            tensors, begin = read_header(shard)
             with shard.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
-                for name, facts in header.items():
-                    if name == "__metadata__":
-                        continue
-                    first, last = facts["data_offsets"]
-                    file.seek(8 + length + first + (last - first) // 2)
-                    sample = file.read(min(_SAMPLE, last - first - (last - first) // 2))
-                    parts.append((name, facts["dtype"], facts["shape"], hashlib.sha256(sample).hexdigest()))
+                for name, tensor in tensors.items():
+                    file.seek(begin + tensor.first + tensor.n_bytes // 2)
+                    sample = file.read(min(_SAMPLE, tensor.n_bytes - tensor.n_bytes // 2))
+                    parts.append((name, tensor.dtype, tensor.shape, hashlib.sha256(sample).hexdigest()))
         return hashlib.sha256(json.dumps(sorted(parts)).encode()).hexdigest()
 
 
@@ -67,9 +64,13 @@ def find_model(section: ModelSection) -> ModelSource:
     name = section.model_name_or_path
     if not name:
         raise ModelError("no model given; set --model_name_or_path to a folder or a hub id")
-    folder = find_folder(name, section.model_revision)
+    folder = find_folder(name, section.model_revision, with_code=section.trust_remote_code)
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder} holds an adapter, which names a base elsewhere; give the folder of the base itself")
     config = read_config(folder, section.trust_remote_code)
-    _check_shards(folder)
+    tensors = [tensor for file in weight_files(folder) for tensor in read_header(file)[0].values()]
+    if not section.trust_remote_code:
+        check_fits(folder, config, tensors)
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and not isinstance(quantization, dict):
         quantization = quantization.to_dict()
@@ -80,21 +81,21 @@ def find_model(section: ModelSection) -> ModelSource:
     return ModelSource(str(folder.resolve()) if Path(name).is_dir() else name, folder, config, quantization)
 
 
-def find_folder(name: str, revision: str | None = None, with_weights: bool = True) -> Path:
-    """The local folder for a path or a hub id; of a hub id, the weights are fetched only where they are wanted.
+def find_folder(name: str, revision: str | None = None, *, with_weights: bool = True, with_code: bool = False) -> Path:
+    """The local folder for a path or a hub id; of a hub id, weights and code are fetched only where they are wanted.
 
     Raises:
         ModelError: a path that does not exist, or a hub id that does not.
         CannotRunError: the hub cannot be reached.
     """
-    path = Path(name).expanduser()
+    path = as_path(name, ModelError)
     if path.is_dir():
         return path
     if path.exists():
         raise ModelError(f"{name} is a file; give the folder that holds config.json")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ModelError(f"model folder {name!r} does not exist")
-    return _download(name, revision, [file for file in _FILES if with_weights or file != _WEIGHTS])
+        raise ModelError(f"model folder {name!r} does not exist; give one that does, or a hub id")
+    return _download(name, revision, [*_FILES, *([_WEIGHTS] * with_weights), *(["*.py"] * with_code)])
 
 
 def _download(name: str, revision: str | None, files: list[str]) -> Path:
@@ -122,42 +123,23 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} holds no config.json; it is not a model folder")
-    try:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{folder} holds no config.json, so it is no model folder; give one that does")
+    content = read_numbers(file)
+    if content.get("transformers_weights"):
+        raise ModelError(f"{file}: names a file of weights of its own; allowed is model.safetensors: rename that file")
+    kind, has_code = content.get("model_type"), bool(content.get("auto_map"))
+    is_known = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if has_code and not is_known and not trust_remote_code:
+        raise ModelError(
+            f"{folder}: a {kind!r} model runs Python code that it brings along (auto_map); read that code, then say "
+            "--trust_remote_code, or give a model that transformers knows"
+        )
+    with library_faults(f"{file} cannot be used", ModelError, "give the folder of a causal language model"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder}/config.json cannot be used: {_first_line(error)}") from error
-    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not remote:
-        raise ModelError(f"{folder} is a {config.model_type!r} model; Nybble trains causal language models")
+    if not is_known and not (trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})):
+        raise ModelError(
+            f"{folder} is a {config.model_type!r} model; give a causal language model, which Nybble trains"
+        )
     return config
-
-
-def _check_shards(folder: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    shards = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            needed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as error:
-            raise ModelError(f"{index}: not a safetensors index; download the model again") from error
-        missing = sorted(needed - {shard.name for shard in shards})
-        if missing:
-            raise ModelError(f"{folder}: {len(missing)} of {len(needed)} shards are missing, e.g. {missing[0]}")
-    if not shards:
-        if any(path for pattern in _PICKLES for path in folder.glob(pattern)):
-            raise ModelError(f"{folder} holds weights only as pickle, which can run code; convert it to safetensors")
-        raise ModelError(f"{folder} holds no .safetensors file")
-    for shard in shards:
-        try:
-            with safe_open(shard, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ModelError(f"{shard}: damaged or cut short ({_first_line(error)}); download it again") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(". ")

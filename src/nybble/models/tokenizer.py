@@ -10,8 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from nybble.errors import ModelError
+from nybble.guard import MOST_JSON_BYTES, library_faults, read_object, shown
+from nybble.models.limits import read_numbers
 from nybble.models.source import ModelSource, find_folder
 from nybble.recipe import ModelSection
+
+_MOST_BYTES = 128 << 20  # of a vocabulary; the largest known, of 262,144 tokens, has 33 million
+_MOST_GROWTH = 1 << 14
+_NAMES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
 
 
 def load_tokenizer(source: ModelSource, model: ModelSection) -> Any:
@@ -20,11 +26,14 @@ def load_tokenizer(source: ModelSource, model: ModelSection) -> Any:
     Raises:
         ModelError: there is none, it has no end token, or it has more tokens than the model.
     """
-    folder = find_folder(model.tokenizer_name_or_path) if model.tokenizer_name_or_path else source.folder
-    tokenizer = _read(folder, model.trust_remote_code)
-    if len(tokenizer) > source.config.vocab_size:
+    name = model.tokenizer_name_or_path
+    code = model.trust_remote_code
+    folder = find_folder(name, with_weights=False, with_code=code) if name else source.folder
+    tokenizer = _read(folder, code)
+    size = max(tokenizer.get_vocab().values(), default=0) + 1
+    if size > source.config.vocab_size:
         raise ModelError(
-            f"{folder}: {len(tokenizer)} tokens, the model has embeddings for {source.config.vocab_size}; "
+            f"{folder}: token {size - 1:,}, the model has embeddings for {source.config.vocab_size:,}; "
             "give the tokenizer that belongs to the model"
         )
     return tokenizer
@@ -40,32 +49,67 @@ def find_tokenizer(model: ModelSection) -> tuple[Any, int | None]:
     if not name:
         raise ModelError("no tokenizer given; set --model_name_or_path (or --tokenizer_name_or_path) to a folder")
     revision = None if model.tokenizer_name_or_path else model.model_revision
-    folder = find_folder(name, revision, with_weights=False)
+    folder = find_folder(name, revision, with_weights=False, with_code=model.trust_remote_code)
     return _read(folder, model.trust_remote_code), _context(folder)
 
 
 def _context(folder: Path) -> int | None:
     file = folder / "config.json"
-    try:
-        limit = json.loads(file.read_text(encoding="utf-8")).get("max_position_embeddings") if file.is_file() else None
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"{file}: not a model's config ({str(error).partition(chr(10))[0]})") from error
+    limit = read_numbers(file).get("max_position_embeddings") if file.is_file() else None
     return limit if isinstance(limit, int) else None
 
 
 def _read(folder: Path, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
-    try:
+    advice = "give a folder with tokenizer.json"
+    for file in folder.iterdir():
+        is_whole = file.suffix == ".model" or file.name in ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
+        most = _MOST_BYTES if is_whole else MOST_JSON_BYTES
+        if file.name.startswith(_NAMES) and file.stat().st_size > most:
+            raise ModelError(f"{file}: {file.stat().st_size:,} bytes; allowed are {most:,}; {advice}")
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file() and read_object(settings, ModelError, advice).get("auto_map") and not trust_remote_code:
+        advice = "it brings Python code along (auto_map): read that, then say --trust_remote_code"
+    with library_faults(f"{folder}: no usable tokenizer", ModelError, advice):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError, ImportError) as error:
-        raise ModelError(f"{folder}: no usable tokenizer ({' '.join(str(error).split())[:200]})") from error
+    _check_growth(folder, tokenizer)
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"{folder}: the tokenizer has no end token (eos_token); a model could never learn to stop")
+        raise ModelError(
+            f"{folder}: the tokenizer has no end token, so a model could never learn to stop; set eos_token"
+        )
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = _padding(tokenizer)
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _check_growth(folder: Path, tokenizer: Any) -> None:
+    """Steps that rewrite text make it a little longer, never thousands of times.
+
+    Raises:
+        ModelError: they would: each of a text's characters could become so many.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    for part in (getattr(backend, name, None) for name in ("normalizer", "decoder")):
+        growth = _growth(json.loads(part.__getstate__())) if part is not None else 1
+        if growth > _MOST_GROWTH:
+            raise ModelError(
+                f"{folder}: tokenizer.json makes text up to {shown(growth)} times longer; give another one"
+            )
+
+
+def _growth(step: Any) -> int:
+    """How many characters one can become."""
+    growth = 1
+    for inner in step.get("normalizers", step.get("decoders", [])):
+        growth *= _growth(inner)
+    put, taken = step.get("content", ""), step.get("pattern", {})
+    put = put if isinstance(put, str) else ""
+    if isinstance(taken, dict) and taken.get("String"):
+        return max(growth, -(-len(put) // len(taken["String"])))
+    # A regular expression may match nothing, between any two characters.
+    return max(growth, 1 + len(put) if put else 1, len(step.get("prepend", "")))
 
 
 def _padding(tokenizer: Any) -> str:

@@ -7,26 +7,46 @@ trained. Folders by other tools lack it; they are loaded and asked by what their
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, NonNegativeInt, ValidationError
 
 from nybble.errors import InputError, ModelError
 from nybble.files import write_text
+from nybble.guard import as_path, check_links, read_object
 from nybble.hardware import Device
+from nybble.models.adapter_files import read_settings
 from nybble.models.adapters import load_adapter
 from nybble.models.load import compute_dtype, load_model
 from nybble.models.source import ModelSource, find_model
 from nybble.models.tokenizer import load_tokenizer
-from nybble.recipe import LoraSection, ModelSection, QuantizationSection, Recipe, load_recipe
+from nybble.recipe import (
+    LoraSection,
+    ModelSection,
+    QuantizationSection,
+    Recipe,
+    first_fault,
+    load_recipe,
+    stored_recipe,
+)
 from nybble.runs import RunDirectory, read_record, to_json
 
 NOTE = "nybble.json"
+
+
+class _Note(BaseModel):
+    """What `nybble.json` holds; an older one may lack some of it."""
+
+    method: Literal["qlora", "lora", "full"] | None = None
+    quantization: QuantizationSection = QuantizationSection()
+    init_lora_weights: str = LoraSection().init_lora_weights
+    prompt_form: str = ""
+    stop_tokens: tuple[NonNegativeInt, ...] = ()
+    base_fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +99,7 @@ def find_tuned(name: str, overrides: Mapping[str, Any] | None = None) -> Tuned:
     Raises:
         InputError: there is nothing of the kind, or a run has no trained weights yet.
     """
-    folder = Path(name).expanduser()
+    folder = as_path(name, InputError)
     if (folder / "run.json").is_file():
         return _of_run(name, folder, overrides)
     if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
@@ -135,13 +155,21 @@ def tokenizer_of(tuned: Tuned, source: ModelSource) -> Any:
 
 def _of_run(name: str, folder: Path, overrides: Mapping[str, Any] | None) -> Tuned:
     record, run = read_record(folder), RunDirectory(folder)
-    trained = Recipe.model_validate(record["recipe"])
+    check_links(folder)
+    trained = stored_recipe(record, folder)
     recipe = load_recipe(folder / "recipe.yaml", overrides) if overrides else trained
+    if recipe.model.trust_remote_code and not load_recipe(None, overrides).model.trust_remote_code:
+        raise ModelError(
+            f"{name}: its model runs Python code that it brings along, and a run may be somebody else's; read that "
+            "code, then say --trust_remote_code"
+        )
     is_adapter = recipe.method != "full"
     weights = run.adapter if is_adapter else run.full_model
     if not weights.is_dir():
         raise InputError(f"{name} holds no trained weights yet ({weights.name}/); wait for the run, or --resume it")
-    ledger = record["rows"]["ledger"]
+    if not isinstance(record["rows"].get("ledger"), dict):
+        raise InputError(f"{folder}/run.json: damaged (no ledger); give another run")
+    note = _note(folder / "run.json", record["rows"]["ledger"])
     base = str(weights) if not is_adapter else str(run.base) if run.base.is_dir() else None
     return Tuned(
         name=name,
@@ -152,17 +180,14 @@ def _of_run(name: str, folder: Path, overrides: Mapping[str, Any] | None) -> Tun
         original=recipe.model,
         quantization=as_trained(trained.quantization, record["model"]),
         init=trained.lora.init_lora_weights,
-        form=ledger["prompt_form"],
-        stop_tokens=tuple(ledger.get("stop_tokens", ())),
+        form=note.prompt_form,
+        stop_tokens=note.stop_tokens,
         fingerprint=record["model"].get("fingerprint"),
     )
 
 
 def _of_adapter(name: str, folder: Path, on: ModelSection) -> Tuned:
-    try:
-        named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder}/adapter_config.json is damaged ({type(error).__name__}: {error})") from error
+    named = read_settings(folder).base_model_name_or_path
     base = on.model_name_or_path or named
     if not base:
         raise ModelError(f"{folder}/adapter_config.json names no base model (base_model_name_or_path); fill it in")
@@ -170,26 +195,29 @@ def _of_adapter(name: str, folder: Path, on: ModelSection) -> Tuned:
     return _noted(name, folder, section, section, "qlora", is_adapter=True)
 
 
+def _note(file: Path, content: Any) -> _Note:
+    try:
+        return _Note.model_validate(content)
+    except ValidationError as error:
+        raise ModelError(f"{file}: damaged ({first_fault(error)}); repair or remove it") from error
+
+
 def _noted(
     name: str, folder: Path, base: ModelSection, original: ModelSection, method: str, *, is_adapter: bool
 ) -> Tuned:
     """What `nybble.json` adds to what the folder is."""
     file = folder / NOTE
-    try:
-        note = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        quantization = QuantizationSection.model_validate(note.get("quantization", {}))
-    except (ValueError, ValidationError, AttributeError) as error:
-        raise ModelError(f"{file} is damaged ({' '.join(str(error).split())[:200]}); remove it") from error
+    note = _note(file, read_object(file, ModelError, "remove it") if file.is_file() else {})
     return Tuned(
         name=name,
         folder=folder,
         is_adapter=is_adapter,
-        method=note.get("method", method) if is_adapter else method,
+        method=(note.method or method) if is_adapter else method,
         base=base,
         original=original,
-        quantization=quantization,
-        init=note.get("init_lora_weights", LoraSection().init_lora_weights),
-        form=note.get("prompt_form", ""),
-        stop_tokens=tuple(note.get("stop_tokens", ())),
-        fingerprint=note.get("base_fingerprint") if is_adapter else None,
+        quantization=note.quantization,
+        init=note.init_lora_weights,
+        form=note.prompt_form,
+        stop_tokens=note.stop_tokens,
+        fingerprint=note.base_fingerprint if is_adapter else None,
     )

@@ -6,10 +6,7 @@ or packed anew from the 16-bit one by the same encoder, which gives the same byt
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +14,11 @@ from torch import Tensor
 
 from nybble.errors import ModelError
 from nybble.kernels import dequantize, quantize
+from nybble.models.limits import weight_files
 from nybble.models.load import cached_source, packing_config
 from nybble.models.plugin import linears_to_pack
 from nybble.models.source import ModelSource
-from nybble.quant import SUFFIXES, from_bnb
+from nybble.quant import SUFFIXES, from_bnb, stored_shape
 from nybble.recipe import QuantizationSection
 
 _COMPANIONS = tuple(f".weight.{suffix}" for suffix in SUFFIXES)
@@ -54,7 +52,7 @@ class BaseWeights:
     def __enter__(self) -> BaseWeights:
         from safetensors import safe_open
 
-        for shard in _shards(self.source.folder):
+        for shard in weight_files(self.source.folder):
             file = self._stack.enter_context(safe_open(shard, framework="pt"))
             self._files |= dict.fromkeys(file.keys(), file)
         return self
@@ -79,8 +77,10 @@ class BaseWeights:
         states = [key for key in self._companions(name) if "quant_state" in key]
         if not states:
             return tuple(self._files[name].get_slice(name).get_shape())
-        state = json.loads(bytes(self._files[states[0]].get_tensor(states[0]).tolist()))
-        return tuple(state["shape"])
+        try:
+            return stored_shape(self._files[states[0]].get_tensor(states[0]))
+        except ValueError as error:
+            raise ModelError(f"{self.source.folder}: {name}: {error}; download it again") from error
 
     def read(self, name: str) -> Tensor:
         """One tensor; a packed one, or one that training packed, decoded to float32.
@@ -114,12 +114,3 @@ class BaseWeights:
 
     def _companions(self, name: str) -> list[str]:
         return [key for key in (f"{name}.{suffix}" for suffix in SUFFIXES) if key in self._files]
-
-
-def _shards(folder: Path) -> Iterable[Path]:
-    """The files that the index names, or all: a folder may hold the same weights in other forms too."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    whole = folder / "model.safetensors"
-    return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))

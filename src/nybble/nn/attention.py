@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,24 @@ def attend_rows(
     cos, sin = position
     q, k = _Rope.apply(q, cos, sin), _Rope.apply(k, cos, sin)
     return attend(q, k, v, lengths, span.scale, span.window, span.softcap).reshape(len(q), -1)
+
+
+def attend_cached(
+    q: Tensor,  # (n, heads, width), one token of each row, before rotary positions
+    k: Tensor,  # (n, kv_heads, width)
+    v: Tensor,
+    position: tuple[Tensor, Tensor],  # cos, sin: (n, rotated)
+    scale: float,
+    remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """`(n, heads * width)`, each token seeing all that `remember` gives for its key and value; no gradients.
+
+    `remember` takes keys and values `(n, kv_heads, 1, width)` and returns them with those before, `(n, kv_heads,
+    tokens, width)`: a cache's `update`.
+    """
+    turn = rows.direct(q, k).rope
+    keys, values = remember(turn(k, *position, False).unsqueeze(2), v.unsqueeze(2))
+    return rows.glance(turn(q, *position, False), keys, values, scale).view(len(q), -1)
 
 
 class _Rope(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""For cards on which even full recomputation does not fit: what can wait lies on the host.
+"""For devices on which even full recomputation does not fit: what can wait lies on the host.
 
     layer inputs        copied to pinned host memory while the next layer computes, fetched one layer ahead of the
                         backward pass (two lie on the device at a time)
@@ -9,7 +9,9 @@ Nothing that is learned changes. On devices that share their memory with the hos
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +21,27 @@ from torch.autograd.graph import saved_tensors_hooks
 from nybble.nn.recompute import recomputed
 
 
+class _State(threading.local):
+    active = False
+
+
+_state = _State()
+
+
+def on_host() -> bool:
+    """Whether what this thread allocates now is host memory: where tensors are only counted, all devices look alike."""
+    return _state.active
+
+
+@contextmanager
+def _host_side() -> Iterator[None]:
+    before, _state.active = _state.active, True
+    try:
+        yield
+    finally:
+        _state.active = before
+
+
 class HostStore:
     """Layer inputs of one micro-step, in the order of the forward pass; the backward pass takes them from the end."""
 
@@ -26,6 +49,11 @@ class HostStore:
         self._kept: list[Tensor] = []  # on the host
         self._coming: dict[int, tuple[Tensor, Any]] = {}  # place -> on its way, and what marks its arrival
         self._stream: Any = None  # of the copies; None on a CPU
+
+    def clear(self) -> None:
+        """Forget what a pass that failed has left."""
+        self._kept.clear()
+        self._coming.clear()
 
     def recomputed(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """As `nybble.nn.recompute.recomputed`, its arguments kept on the host."""
@@ -37,7 +65,8 @@ class HostStore:
             return tensor
         if tensor.is_cuda and self._stream is None:
             self._stream = torch.cuda.Stream(tensor.device)
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+        with _host_side():
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
         if self._stream is None:
             host.copy_(tensor)
         else:
@@ -67,7 +96,7 @@ class HostStore:
             return
         host = self._kept[place]
         if self._stream is None:
-            self._coming[place] = host.to(device), None
+            self._coming[place] = host.to(device, copy=True), None
             return
         with torch.cuda.stream(self._stream):
             moved = host.to(device, non_blocking=True)
@@ -80,11 +109,17 @@ class HostEmbedding:
     """The forward of an embedding whose table stays on the host."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
-        """Moves the table to the host, pinned where there is a GPU."""
+        """Moves the table to the host, pinned where there is a GPU; moving the model leaves it there."""
+        device = embedding.weight.device
         table = embedding.weight.data.to("cpu")
-        self._device = embedding.weight.device
-        embedding.weight.data = table.pin_memory() if self._device.type == "cuda" else table
+        embedding.weight.data = table.pin_memory() if device.type == "cuda" else table
+        embedding._apply = _stays.__get__(embedding)  # type: ignore[method-assign]
 
     def __call__(self, embedding: nn.Embedding, ids: Tensor) -> Tensor:
         """The rows of `ids`, on the device of `ids`; asks the device for the ids, the one wait of a micro-step."""
         return nn.functional.embedding(ids.to("cpu"), embedding.weight).to(ids.device, non_blocking=True)
+
+
+def _stays(module: nn.Module, _function: Callable[..., Any], _recurse: bool = True) -> nn.Module:
+    """In place of `Module._apply`, by which a model moves between devices."""
+    return module

@@ -8,17 +8,17 @@ outlive the forward pass (Dettmers et al. 2023, section 3). The weight never get
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nybble.kernels import dequantize, multiply
+from nybble.kernels import dequantize, is_eager
 from nybble.nn.projection import Projection, project
 from nybble.nn.scratch import scratch
 from nybble.quant import SUFFIXES, PackedWeight, from_bnb, to_bnb
 
-_FEW_ROWS = 4  # from about 5 on, decoding and a 16-bit product are faster on a CPU (8 rows: 3.8 against 5.1 ms)
 _SCALES = ("absmax", "nested_absmax", "nested_offset")
 
 
@@ -45,6 +45,8 @@ class Linear4bit(nn.Linear):
         self.quant_type = "nf4"
         self.block_size = 64
         self.source_dtype = compute_dtype
+        self.slice_elements = 0  # above 0: products decode about so many weights at a time
+        self._packed: PackedWeight | None = None
         self.weight.requires_grad_(False)
         for name in _SCALES:
             self.register_buffer(name, None)
@@ -64,10 +66,20 @@ class Linear4bit(nn.Linear):
         self.quant_type = packed.quant_type
         self.block_size = packed.block_size
         self.source_dtype = packed.dtype
+        self._packed = None
 
     @property
     def packed(self) -> PackedWeight:
         """The weight as a value; shares memory with the layer."""
+        weight, absmax, kept = self._parameters["weight"], self._buffers["absmax"], self._packed
+        if weight is None or absmax is None or not is_eager(weight, absmax):
+            return self._value()
+        # One token needs it of every layer: made anew only where the layer has other memory.
+        if kept is None or kept.absmax is not absmax or kept.packed.data_ptr() != weight.data_ptr():
+            kept = self._packed = self._value()
+        return kept
+
+    def _value(self) -> PackedWeight:
         return PackedWeight(
             self.weight.data,
             self.absmax,
@@ -102,16 +114,20 @@ class Linear4bit(nn.Linear):
         """The weight as numbers, `(out_features, in_features)` in `dtype` (default: the compute type)."""
         return dequantize(self.packed, dtype or self.compute_dtype)
 
-    def decoded(self, dtype: torch.dtype) -> Tensor:
-        """The weight in `dtype`, in memory that is used again: good until the next product of this thread."""
-        if torch.compiler.is_compiling():  # traced code gets memory of its own
-            return self.dequantize(dtype)
-        out = scratch.take((self.out_features, self.in_features), self.weight, dtype)
-        return dequantize(self.packed, dtype, out)
+    def decoded(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in `dtype`, some of its rows at a time: which, and they, good until the next of this thread.
 
-    def few_rows(self, x: Tensor) -> Tensor | None:
-        """x W^T for a few rows `(n, in_features)`, where that is faster than decoding; the weight is never written."""
-        return multiply(x, self.packed) if 0 < len(x) <= _FEW_ROWS else None
+        All at once, unless `slice_elements` says otherwise. The memory is used again.
+        """
+        if torch.compiler.is_compiling():  # traced code gets memory of its own
+            yield slice(None), self.dequantize(dtype)
+            return
+        packed = self.packed
+        if not 0 < self.slice_elements < packed.n_elements:
+            yield slice(None), dequantize(packed, dtype, scratch.take(packed.shape, self.weight, dtype))
+            return
+        for rows, part in packed.slices(self.slice_elements):
+            yield rows, dequantize(part, dtype, scratch.take(part.shape, self.weight, dtype))
 
     def projection(self) -> Projection:
         """What this layer computes, for blocks that do their own products."""
@@ -124,6 +140,7 @@ class Linear4bit(nn.Linear):
     def _apply(self, fn: Any, recurse: bool = True) -> Linear4bit:
         """`.to()` and its kin move the scales and never round them: other scales would be other weights."""
         scales = {name: getattr(self, name) for name in _SCALES}
+        self._packed = None
         super()._apply(fn, recurse)
         for name, before in scales.items():
             if before is not None and getattr(self, name).dtype != before.dtype:

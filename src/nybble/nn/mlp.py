@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nybble.kernels import rows
-from nybble.nn.projection import Kept, Projection, adapter_gradients, input_gradient, kept_of, product
+from nybble.nn.projection import Kept, Projection, adapter_gradients, input_gradient, kept_of, product, without_autocast
 from nybble.nn.recompute import recomputing
 
 
@@ -30,6 +30,7 @@ class GatedMlp:
     activation: str  # of `nybble.kernels.plain_rows.gated`
     output_is_kept: bool  # whether what follows keeps y (a norm behind the block)
     tile_rows: int = 0  # above 0: so many rows at a time, of which nothing but x is kept
+    takes_x: bool = False  # nobody else has x, so that in tiles its gradient may take its place
 
     @property
     def projections(self) -> tuple[Projection, ...]:
@@ -40,13 +41,12 @@ class GatedMlp:
         """`(..., hidden)` to the same, in the type of x."""
         flat = x.reshape(-1, x.shape[-1]).to(self.down.dtype)
         adapters = [p.adapter for p in self.projections if p.adapter is not None]
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x, self.down.dtype):
             if torch.is_grad_enabled():
                 whole = _TiledMlp if 0 < self.tile_rows < len(flat) else _GatedMlp
                 y = whole.apply(flat, self, *(master for a in adapters for master in (a.a, a.b)))
             else:
-                gate, up, _ = _gate_and_up(flat, self.inputs, generating=True)
-                y = product(rows.gated(gate, up, self.activation), self.down, generating=True)[0]
+                y = _without_gradients(flat, self)
         return cast(Tensor, y.view(x.shape).to(x.dtype))
 
 
@@ -59,6 +59,16 @@ def _gate_and_up(
     else:
         gate, up = made[0][0], made[1][0]
     return gate, up, [kept for _, kept in made]
+
+
+def _without_gradients(x: Tensor, block: GatedMlp) -> Tensor:
+    if 0 < block.tile_rows < len(x):
+        y = x.new_empty(len(x), block.down.layer.out_features)
+        for part, tile in _tiles(x, block):
+            y[part] = _without_gradients(x[part], tile)
+        return y
+    gate, up, _ = _gate_and_up(x, block.inputs, generating=True)
+    return product(rows.direct(gate, up).gated(gate, up, block.activation), block.down, generating=True)[0]
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -100,7 +110,7 @@ class _TiledMlp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         (x,) = ctx.saved_tensors
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        dx = (x if ctx.block.takes_x else torch.empty_like(x)) if ctx.needs_input_grad[0] else None
         sums: list[Tensor] = []
         with torch.autocast(grad.device.type, enabled=False):
             for part, tile in _tiles(x, ctx.block):

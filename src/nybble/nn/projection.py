@@ -11,7 +11,8 @@ pass, so no mask is stored. Adapters' gradients have the type of their masters; 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, cast
@@ -20,9 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nybble.kernels import rows
+from nybble.kernels import LowRank, most_rows, multiply, multiply_dense, rows
 from nybble.kernels.plain_rows import seed_from
 from nybble.nn.scratch import scratch
+
+FEW_ROWS = 4  # as generation has them, with weights of 16 bits
 
 
 @dataclass(frozen=True)
@@ -56,10 +59,13 @@ class Projection:
         seed = seed_from(self.adapter.seed, first * self.layer.in_features)
         return replace(self, adapter=replace(self.adapter, seed=seed))
 
-    def weight(self) -> Tensor:
-        """W `(out_features, in_features)`; of a packed layer, good until the next product of this thread."""
+    def weights(self) -> Iterator[tuple[slice, Tensor]]:
+        """W, some of its rows at a time, mostly all: which, and they, good until the next of this thread."""
         decoded = getattr(self.layer, "decoded", None)
-        return cast(Tensor, decoded(self.dtype)) if decoded else self.layer.weight.detach()
+        if decoded:
+            yield from decoded(self.dtype)
+        else:
+            yield slice(None), self.layer.weight.detach()
 
 
 def projection_of(module: nn.Module) -> Projection | None:
@@ -81,8 +87,7 @@ def project(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
     """`(..., in_features)` through each of `projections`, which share x and a compute type; in the type of x."""
     dtype = projections[0].dtype
     flat = x.reshape(-1, x.shape[-1]).to(dtype)
-    # Autocast would cast again what is already in the compute type.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x, dtype):
         if torch.is_grad_enabled():
             adapters = [p.adapter for p in projections if p.adapter is not None]
             masters = [tensor for adapter in adapters for tensor in (adapter.a, adapter.b)]
@@ -92,7 +97,20 @@ def project(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
             ]
         else:
             results = [product(flat, p, generating=True)[0] for p in projections]
+    if x.dim() == 2 and x.dtype == dtype:
+        return results
     return [y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype) for y in results]
+
+
+def without_autocast(x: Tensor, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Autocast would cast again what is in the compute type already.
+
+    Where it casts to that type it may stay: leaving it takes longer than all else that one token needs of a layer.
+    """
+    kind = x.device.type
+    if not torch.is_grad_enabled() and (not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) == dtype):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 @dataclass(frozen=True)
@@ -105,19 +123,48 @@ class Kept:
 
 
 def product(x: Tensor, p: Projection, generating: bool = False) -> tuple[Tensor, Kept | None]:
-    """y of x `(n, in_features)`, and what its backward needs; `generating`: a few rows may take the way for them."""
+    """y of x `(n, in_features)`, and what its backward needs; `generating`: without gradients."""
     layer, adapter = p.layer, p.adapter
-    few_rows = getattr(layer, "few_rows", None) if generating else None
-    y: Tensor | None = few_rows(x) if few_rows else None
+    y = _few_rows(x, p) if generating else None
     if y is None:
-        y = x @ p.weight().t()
-    if layer.bias is not None and not p.has_trained_bias:
-        y += layer.bias.to(y.dtype)
+        y = _times_transposed(x, p)
+    else:
+        adapter = None
+    bias = layer._parameters["bias"]  # torch's own way to it takes longer than a token has
+    if bias is not None and (generating or not bias.requires_grad):
+        y += bias.to(y.dtype)
     if adapter is None:
         return y, None
     kept = kept_of(x, adapter)
     y.addmm_(kept.xa, kept.b.t(), alpha=adapter.scaling)
     return y, kept
+
+
+def _times_transposed(x: Tensor, p: Projection) -> Tensor:
+    """x W^T."""
+    y: Tensor | None = None
+    for chosen, weight in p.weights():
+        if len(weight) == p.layer.out_features:
+            y = x @ weight.t()
+        else:
+            y = x.new_empty(len(x), p.layer.out_features) if y is None else y
+            torch.mm(x, weight.t(), out=y[:, chosen])
+        del weight  # before the next slice comes
+    return cast(Tensor, y)
+
+
+def _few_rows(x: Tensor, p: Projection) -> Tensor | None:
+    """The base's part and the adapter's where a way without decoding is faster; no gradients."""
+    layer, adapter, rows = p.layer, p.adapter, x.shape[0]
+    packed, low_rank = getattr(layer, "packed", None), None
+    if adapter is not None and adapter.dropout:
+        return None
+    if adapter is not None:
+        low_rank = LowRank(adapter.a, adapter.b, adapter.scaling)
+    if packed is not None:
+        return multiply(x, packed, low_rank) if 0 < rows <= most_rows(x, packed) else None
+    weight = layer.weight
+    return multiply_dense(x, weight, low_rank) if 0 < rows <= FEW_ROWS and weight.dtype == x.dtype else None
 
 
 def kept_of(x: Tensor, adapter: Adapter) -> Kept:
@@ -131,8 +178,11 @@ def kept_of(x: Tensor, adapter: Adapter) -> Kept:
 
 def input_gradient(grad: Tensor, p: Projection, into: Tensor | None) -> Tensor:
     """dy W, added to `into` where that is given; the base's part of dx."""
-    weight = p.weight()
-    return grad @ weight if into is None else into.addmm_(grad, weight)
+    for chosen, weight in p.weights():
+        part = grad[:, chosen]
+        into = part @ weight if into is None else into.addmm_(part, weight)
+        del weight
+    return cast(Tensor, into)
 
 
 def adapter_gradients(

@@ -15,11 +15,28 @@ from torch import Tensor
 class Scratch(threading.local):
     """The pieces of one thread. What `take` gives is good until the next `take` of its device and type."""
 
+    # Of all threads: a backward pass on a GPU runs in one of its own.
+    _keeps = True
+    _round = 0
+
     def __init__(self) -> None:
         self._held: dict[tuple[torch.device, torch.dtype, type[Tensor]], Tensor] = {}
+        self._held_in = Scratch._round
+
+    def keep(self, wanted: bool) -> None:
+        """Whether memory is held between uses; where it is not, each `take` is fresh, and what is held goes."""
+        if not wanted and Scratch._keeps:
+            Scratch._round += 1
+            self._held.clear()
+        Scratch._keeps = wanted
 
     def take(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
         """Contiguous memory of `shape` and `dtype` on the device of `like`; its content is left over from before."""
+        if self._held_in != Scratch._round:
+            self._held.clear()
+            self._held_in = Scratch._round
+        if not Scratch._keeps:
+            return torch.empty(shape, dtype=dtype, device=like.device)
         size = 1
         for extent in shape:
             size *= extent

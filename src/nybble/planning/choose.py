@@ -1,7 +1,8 @@
 """The choice of neutral settings within a budget, and what to change where none fits.
 
-Neutral: recomputed layers and the split of a batch into micro-batches; the loss is divided by the learned tokens of
-the whole step, so neither changes what is learned. Changes that do are only named, the cheapest for learning first.
+Neutral: recomputed layers, the rungs below full recomputation, the split of a batch into micro-batches (the loss is
+divided by the learned tokens of the whole step), the rows that are evaluated at a time. None changes what is learned.
+Changes that do are only named, the cheapest for learning first.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from nybble.planning.forecast import Batches, Forecast
 from nybble.planning.shapes import SHAPES, config_of
 from nybble.planning.step import Rows
-from nybble.recipe import Change, PhasePlan, Recipe
+from nybble.recipe import Change, PhasePlan, Recipe, RungPlan
 
 _SPLITS = 3  # splits of a batch that are looked at
 
@@ -24,25 +25,60 @@ class Choice:
 
     forecast: Forecast
     n_parts: int  # of each batch
-    average_depth: int
-    longest_depth: int
+    average_level: int
+    longest_level: int
+    eval_rows: int
     phases: tuple[PhasePlan, ...]
     fits: bool
 
     @property
+    def depths(self) -> tuple[int, int]:
+        """Layers recomputed in the average and in the longest batch."""
+        n = self.forecast.setting.n_layers
+        return min(self.average_level, n), min(self.longest_level, n)
+
+    @property
+    def lean(self) -> tuple[str, ...]:
+        """Rungs that the longest batch takes."""
+        setting = self.forecast.setting
+        beyond = self.longest_level - setting.n_layers
+        taken = setting.lean[beyond - 1] if beyond > 0 else ()
+        return tuple(r for r in setting.rungs if r in taken or (r == "embedding" and setting.host_embedding))
+
+    @property
+    def host_bytes(self) -> int:
+        """Of what waits on the host, at its highest."""
+        longest = self.forecast.longest.steady(self.longest_level)
+        return max(longest.host_bytes, self.forecast.average.steady(self.average_level).host_bytes)
+
+    @property
     def flops(self) -> int:
         """Of one batch, all parts."""
-        return self.n_parts * self.forecast.average.steady(self.average_depth).flops
+        return self.n_parts * self.forecast.average.steady(self.average_level).flops
 
     @property
     def seconds(self) -> float:
         """Of one batch, all parts."""
-        work = self.forecast.average.steady(self.average_depth)
-        return self.n_parts * self.forecast.profile.seconds(work.flops, work.moved_bytes)
+        work = self.forecast.average.steady(self.average_level)
+        return self.n_parts * self.forecast.profile.seconds(work)
 
 
 def choose(forecast: Forecast, budget_bytes: int, n_parts: int | None = None) -> Choice:
-    """The fastest split and depth within the budget; the smallest where nothing fits. `n_parts` fixes the split."""
+    """The fastest split and level within the budget; the smallest where nothing fits. `n_parts` fixes the split.
+
+    The embedding table goes to the host, where it stays, only if no batch fits without one of the rungs behind it.
+    """
+    setting = forecast.setting
+    if "embedding" not in setting.rungs or not forecast.traced:
+        return _fastest(forecast, budget_bytes, n_parts)
+    beside = replace(forecast, setting=replace(setting, host_embedding=True))
+    if setting.recipe.training.lean == "always":
+        return _fastest(beside, budget_bytes, n_parts)
+    shallow = _fastest(replace(forecast, level_limit=setting.n_layers + 1), budget_bytes, n_parts)
+    return shallow if shallow.fits else _fastest(beside, budget_bytes, n_parts)
+
+
+def _fastest(forecast: Forecast, budget_bytes: int, n_parts: int | None) -> Choice:
     size = forecast.setting.recipe.training.per_device_train_batch_size
     parts = [n_parts] if n_parts else [n for n in range(1, size + 1) if size % n == 0][: _SPLITS + 1]
     found: list[Choice] = []
@@ -50,7 +86,7 @@ def choose(forecast: Forecast, budget_bytes: int, n_parts: int | None = None) ->
         found.append(_at(forecast, n, budget_bytes))
         # Without recomputation more parts only cost, and once they cost more than they save they go on doing so.
         slower = len(found) > 1 and found[-2].fits and found[-1].seconds > found[-2].seconds
-        if found[-1].fits and (found[-1].average_depth == 0 or slower):
+        if found[-1].fits and (found[-1].average_level == 0 or slower):
             break
     fitting = [choice for choice in found if choice.fits]
     # A split must be worth more than the error of the prediction.
@@ -59,19 +95,49 @@ def choose(forecast: Forecast, budget_bytes: int, n_parts: int | None = None) ->
 
 def _at(forecast: Forecast, n_parts: int, budget_bytes: int) -> Choice:
     part = replace(forecast, batches=forecast.batches.split(n_parts)) if n_parts > 1 else forecast
-    average, longest = (part.depth_for(curve, budget_bytes) for curve in (part.average, part.longest))
-    deepest = part.deepest()
-    depths = (deepest if average is None else average, deepest if longest is None else longest)
-    phases = part.phases(*depths)
+    average, longest = (part.level_for(curve, budget_bytes) for curve in (part.average, part.longest))
+    last = part.levels[-1]
+    levels = (last if average is None else average, last if longest is None else longest)
+    eval_rows = part.evaluated_together(levels[0], budget_bytes)
+    phases = part.phases(*levels, eval_rows)
     fits = all(phase.peak_bytes <= budget_bytes for phase in phases)
-    return Choice(part, n_parts, *depths, phases, fits)
+    return Choice(part, n_parts, *levels, eval_rows, phases, fits)
+
+
+def rungs_of(choice: Choice) -> tuple[RungPlan, ...]:
+    """The longest batch at every rung, each with those before it: what is taken, and what there still is to take."""
+    forecast = choice.forecast
+    setting = replace(forecast.setting, host_embedding=False)
+    curve, n = replace(forecast, setting=setting).longest, setting.n_layers
+    named = [("nothing recomputed", 0, False), ("every layer recomputed", n, False)]
+    for rung in setting.rungs if forecast.traced else ():
+        named.append((rung, named[-1][1] + (rung != "embedding"), named[-1][2] or rung == "embedding"))
+    moved = replace(forecast, setting=replace(setting, host_embedding=True)).longest
+    made = []
+    for name, level, with_table in named:
+        work = (moved if with_table else curve).steady(level)
+        taken = (
+            name in choice.lean
+            if name in setting.rungs
+            else (choice.longest_level >= n if level else not choice.longest_level)
+        )
+        made.append(RungPlan(name, forecast.total(work.peak), work.peak.total_bytes, work.host_bytes, taken))
+    return tuple(made)
 
 
 def smallest_peak(forecast: Forecast) -> int:
-    """The highest moment of the run with all layers recomputed, where the recipe lets them be."""
-    depth = forecast.deepest()
+    """The highest moment of the run at the last level before weights are decoded in slices, which are slow to trace."""
+    setting = forecast.setting
+    if "embedding" in setting.rungs and forecast.traced:
+        forecast = replace(forecast, setting=replace(setting, host_embedding=True))
+    level = max(level for level in forecast.levels if level == forecast.levels[0] or not _slices(forecast, level))
     slim = replace(forecast, batches=replace(forecast.batches, average=forecast.batches.longest))
-    return max(phase.peak_bytes for phase in slim.phases(depth, depth))
+    return max(phase.peak_bytes for phase in slim.phases(level, level, 1))
+
+
+def _slices(forecast: Forecast, level: int) -> bool:
+    n, lean = forecast.setting.n_layers, forecast.setting.lean
+    return level > n and "slices" in lean[level - n - 1]
 
 
 def cheapest_changes(forecast: Forecast, budget_bytes: int) -> tuple[Change, ...]:
@@ -79,7 +145,7 @@ def cheapest_changes(forecast: Forecast, budget_bytes: int) -> tuple[Change, ...
     now = smallest_peak(forecast)
     found = []
     for setting, value, recipe, batches, meaning in _variants(forecast):
-        other = replace(forecast, setting=replace(forecast.setting, recipe=recipe), batches=batches)
+        other = replace(forecast, setting=forecast.setting.of(recipe=recipe), batches=batches)
         peak = smallest_peak(other)
         if peak < 0.995 * now:
             found.append(Change(setting, value, peak, peak <= budget_bytes, meaning))
@@ -101,10 +167,9 @@ def _variants(forecast: Forecast) -> Iterator[tuple[str, str, Recipe, Batches, s
             batches,
             "slower",
         )
-    if recipe.evaluation.per_device_eval_batch_size > 1:
-        one = replace(batches, evaluation=Rows(batches.evaluation.lengths[:1]))
-        other = changed(recipe, "evaluation", per_device_eval_batch_size=1)
-        yield "per_device_eval_batch_size", "1", other, one, "slower evaluation, the same figures"
+    if training.lean == "never":
+        lean = changed(recipe, "training", lean="auto")
+        yield "lean", "auto", lean, batches, "what can wait lies on the host, the MLP runs in tiles: the same result"
     size = training.per_device_train_batch_size
     if size > 1:
         sizes = {
@@ -179,7 +244,7 @@ def largest_model(forecast: Forecast, budget_bytes: int) -> tuple[str, int] | No
         return s.layers * (attention + 3 * s.hidden * s.intermediate) + s.vocabulary * s.hidden * (1 if s.tied else 2)
 
     def peak_of(key: str) -> int:
-        return smallest_peak(replace(forecast, setting=replace(forecast.setting, config=config_of(key)), traced=True))
+        return smallest_peak(replace(forecast, setting=forecast.setting.of(config=config_of(key)), traced=True))
 
     ordered = sorted(SHAPES, key=weights)
     low, high = -1, len(ordered)

@@ -1,7 +1,8 @@
 """How fast a device is and what it takes before the first tensor: measured on this machine, or published figures.
 
-A step's time is predicted as products / their rate + everything else's traffic / bandwidth. The machine's own rates
-are measured in about two seconds and kept in the cache folder. Of a named device the makers' peak figures are known; a
+A step's time is predicted as products / their rate + everything else's traffic / bandwidth, and what the host takes for
+each operator: on a CPU on top, on a GPU beside the rest. The machine's own rates are measured in about two seconds and
+kept in the cache folder. Of a named device the makers' peak figures are known; a
 training reaches a share of them that is assumed, so what follows from them is an estimate and says so.
 """
 
@@ -18,13 +19,28 @@ from nybble.cache import default_folder
 from nybble.errors import InputError
 from nybble.files import write_text
 from nybble.hardware import Device
+from nybble.planning.curve import Setting
+from nybble.planning.step import Rows, Work, batch_of, build, fill, stepper
+from nybble.recipe import load_recipe
 from nybble.training.depth import free_bytes, used_bytes
 
 _SUSTAINED_PRODUCTS, _SUSTAINED_TRAFFIC = 0.5, 0.7  # assumed shares of the published peaks
+# Of the rate of one product again and again, what those of a step reach, whose operands are not in the cache and of
+# which some are narrow; measured on a CPU (bench/plan_seconds.py).
+_STEP_SHARE = 0.8
 _CONTEXT = {"cuda": 500_000_000, "hip": 600_000_000}  # driver context, kernels, library workspaces; estimates
 # On a CPU the context is this process as it is, and what its libraries add before the first tensor of a phase: measured
 # on the bundled model (torch 2.13, transformers 5.23): 36 MB by loading, 340 MB by generation, the trainer, oneDNN.
 _LIBRARIES_LOADING, _LIBRARIES = 36_000_000, 340_000_000
+_TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+}
+_FEW = Rows((16,))
 _ALLOCATOR_SHARE = 0.03  # of the live tensors, lost between the pieces of a GPU's caching allocator; estimate
 
 
@@ -39,6 +55,8 @@ class Profile:
     memory_bytes: int  # that a run may take, what it takes already included
     context_bytes: int  # taken before the first tensor
     is_estimate: bool
+    shares_memory: bool = False  # with the host
+    operator_seconds: float = 2e-5  # of the host, for each operator; measured here, else an estimate
 
     def context_in(self, phase: str) -> int:
         """Taken besides tensors and their allocator."""
@@ -54,14 +72,18 @@ class Profile:
         """What the allocator holds beyond live tensors."""
         return 0 if self.backend == "cpu" else int(_ALLOCATOR_SHARE * live_bytes)
 
-    def seconds(self, flops: float, moved_bytes: float) -> float:
+    def seconds(self, work: Work) -> float:
         """Predicted time of a step."""
-        return flops / self.flops_per_second + moved_bytes / self.bytes_per_second
+        computing = work.flops / self.flops_per_second + work.moved_bytes / self.bytes_per_second
+        calling = work.operators * self.operator_seconds
+        return computing + calling if self.backend == "cpu" else max(computing, calling)
 
 
-def _published(name: str, backend: str, tflops: float, gigabytes_per_second: float, gigabytes: float) -> Profile:
+def _published(
+    name: str, backend: str, tflops: float, gigabytes_per_second: float, gigabytes: float, shares_memory: bool = False
+) -> Profile:
     rates = (1e12 * tflops * _SUSTAINED_PRODUCTS, 1e9 * gigabytes_per_second * _SUSTAINED_TRAFFIC)
-    return Profile(name, backend, *rates, int(1e9 * gigabytes), _CONTEXT[backend], True)
+    return Profile(name, backend, *rates, int(1e9 * gigabytes), _CONTEXT[backend], True, shares_memory)
 
 
 # Dense bfloat16 (or float16) products and bandwidth as the makers give them.
@@ -69,7 +91,7 @@ PROFILES = {
     "mi250-gcd": _published("MI250, one GCD", "hip", 181.0, 1638, 64),
     "mi300x": _published("MI300X", "hip", 1307.4, 5300, 192),
     "rx7900xtx": _published("RX 7900 XTX", "hip", 122.8, 960, 24),
-    "strix-halo": _published("Strix Halo", "hip", 59.4, 256, 96),
+    "strix-halo": _published("Strix Halo", "hip", 59.4, 256, 96, shares_memory=True),
     "rtx4090": _published("RTX 4090", "cuda", 165.2, 1008, 24),
     "h200": _published("H200", "cuda", 989.0, 4800, 141),
 }
@@ -89,57 +111,94 @@ def named_profile(name: str) -> Profile:
 
 def profile_of(device: Device) -> Profile:
     """The device of this machine; its rates are measured once and kept."""
+    return _profile(device, _kept_rates(device))
+
+
+def measured_profile(device: Device, clock: Callable[[], float] = time.perf_counter) -> Profile:
+    """The same, measured now."""
+    return _profile(device, _measured_rates(device, clock))
+
+
+Rates = tuple[float, float, float]  # products, traffic, seconds for an operator
+
+
+def _profile(device: Device, rates: Rates) -> Profile:
     where = device.torch_device
     used = used_bytes(where)
     context = used if device.type == "cpu" else _CONTEXT[device.backend]
-    rates = _rates(device)
-    return Profile(device.name, device.backend, *rates, free_bytes(where) + used, context, False)
+    memory = free_bytes(where) + used
+    products, traffic, operator = rates
+    shares = device.shares_memory
+    return Profile(device.name, device.backend, products, traffic, memory, context, False, shares, operator)
 
 
-def _rates(device: Device) -> tuple[float, float]:
+def _kept_rates(device: Device) -> Rates:
     threads = torch.get_num_threads() if device.type == "cpu" else 0
     key = f"{device.name}|{torch.__version__}|{threads}"
     file = default_folder() / "devices.json"
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
-        found = tuple(float(rate) for rate in known[key])
-        if len(found) == 2:
-            return found
+        products, traffic, operator = (float(rate) for rate in known[key])
+        return products, traffic, operator
     except (OSError, ValueError, KeyError, TypeError):
         known = {}
-    rates = (_product_rate(device), _traffic_rate(device))
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    rates = _measured_rates(device, time.perf_counter)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps({**(known if isinstance(known, dict) else {}), key: rates}))
     except OSError:
-        return rates  # a cache that cannot be written costs the next plan two seconds
+        return rates  # a cache that cannot be written costs the next plan three seconds
     return rates
 
 
-def _product_rate(device: Device) -> float:
+def _measured_rates(device: Device, clock: Callable[[], float]) -> Rates:
+    stopwatch = _Stopwatch(device, clock)
+    rates = (_product_rate(device, stopwatch), _traffic_rate(device, stopwatch), _operator_seconds(stopwatch))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return rates
+
+
+@dataclass(frozen=True)
+class _Stopwatch:
+    device: Device
+    clock: Callable[[], float]
+
+    def __call__(self, work: Callable[[], object]) -> float:
+        """Seconds of `work`: the median of many, over half a second."""
+        taken: list[float] = []
+        work()
+        started = time.perf_counter()
+        while len(taken) < 5 or time.perf_counter() - started < 0.5:
+            before = self.clock()
+            work()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            taken.append(self.clock() - before)
+        return sorted(taken)[len(taken) // 2]
+
+
+def _product_rate(device: Device, stopwatch: _Stopwatch) -> float:
     n = 1024 if device.type == "cpu" else 8192
     a, b = (torch.ones(n, n, dtype=torch.bfloat16, device=device.torch_device) for _ in range(2))
-    return 2 * n**3 / _seconds_of(lambda: torch.mm(a, b), device)
+    return _STEP_SHARE * 2 * n**3 / stopwatch(lambda: torch.mm(a, b))
 
 
-def _traffic_rate(device: Device) -> float:
+def _traffic_rate(device: Device, stopwatch: _Stopwatch) -> float:
     """Of an addition in place, which reads two numbers and writes one."""
     n = 1 << (23 if device.type == "cpu" else 26)
     a, b = (torch.ones(n, dtype=torch.bfloat16, device=device.torch_device) for _ in range(2))
-    return 3 * 2 * n / _seconds_of(lambda: a.add_(b), device)
+    return 3 * 2 * n / stopwatch(lambda: a.add_(b))
 
 
-def _seconds_of(work: Callable[[], object], device: Device) -> float:
-    """The median of many, over half a second."""
-    taken: list[float] = []
-    work()
-    started = time.perf_counter()
-    while len(taken) < 5 or time.perf_counter() - started < 0.5:
-        before = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - before)
-    return sorted(taken)[len(taken) // 2]
+def _operator_seconds(stopwatch: _Stopwatch) -> float:
+    """Of a step so small that nothing else counts."""
+    from transformers import AutoConfig
+
+    recipe = load_recipe(None, {"r": 4})
+    setting = Setting(AutoConfig.for_model("llama", **_TINY), recipe, torch.bfloat16)
+    work, _ = setting.trace(_FEW, setting.n_layers, 0)
+    model = build(setting.config, recipe, setting.dtype)
+    batch = batch_of(model, _FEW)
+    fill(model)
+    return stopwatch(stepper(model, batch, setting.dtype)) / work.operators

@@ -74,6 +74,7 @@ class Forecast:
     batches: Batches
     profile: Profile
     traced: bool = True  # else by formula
+    level_limit: int | None = None  # the last level that is looked at
 
     def curve(self, rows: Rows) -> Curve | Formula:
         """A step over `rows`."""
@@ -89,26 +90,27 @@ class Forecast:
         """A step over the average batch."""
         return self.longest if self.batches.average == self.batches.longest else self.curve(self.batches.average)
 
-    def step_memory(self, budget_bytes: int) -> StepMemory:
-        """Peaks by tokens and depth, for the training.
+    def step_memory(self, budget_bytes: int, deepest: int) -> StepMemory:
+        """Peaks by tokens and level, for the training.
 
-        Where even the longest batch takes less than half of the budget, deeper ones are not worth tracing: they count
-        as the shallowest, which is no less.
+        Where even the longest batch takes less than half of the budget, deeper levels are not worth tracing: they count
+        as the shallowest, which is no less. Nor are rungs beyond the level `deepest`, of the longest batch.
         """
-        n = self.setting.n_layers
+        n, lean = self.setting.n_layers, self.setting.lean if self.traced else ()
         rest = self.average.steady(0).rest
         base = rest["weights"] + rest["adapters"]
         ample = 2 * self.total(self.longest.steady(0).peak) < budget_bytes
-        curves = (self.average, self.longest)
-        found = {
-            self.setting.laid_out(c.rows): (c.steady(0).peak.total_bytes,) * (n + 1) if ample else c.peaks
-            for c in curves
-        }
+        found: dict[int, tuple[int, ...]] = {}
+        for curve in (self.average, self.longest):
+            peaks = (curve.steady(0).peak.total_bytes,) if ample else curve.peaks
+            peaks += tuple(curve.steady(level).peak.total_bytes for level in range(n + 1, deepest + 1))
+            found[self.setting.laid_out(curve.rows)] = peaks + peaks[-1:] * (n + 1 + len(lean) - len(peaks))
         if not ample:
-            small = self.curve(_SMALL).steady(0).peak.total_bytes  # of so few tokens the depth does not matter
-            found.setdefault(_SMALL.tokens, (small,) * (n + 1))
+            small = self.curve(_SMALL).steady(0).peak.total_bytes  # of so few tokens the level does not matter
+            found.setdefault(_SMALL.tokens, (small,) * (n + 1 + len(lean)))
         tokens = tuple(sorted(found))
-        return StepMemory(tokens, tuple(found[size] for size in tokens), base)
+        rungs = ("embedding",) if self.setting.host_embedding else ()
+        return StepMemory(tokens, tuple(found[size] for size in tokens), base, lean, rungs)
 
     def total(self, peak: Peak) -> int:
         """With context and allocator."""
@@ -124,34 +126,48 @@ class Forecast:
         parts["context"] = self.profile.context_in(name)
         return PhasePlan(name, sum(parts.values()), parts)
 
-    def depth_for(self, curve: Curve | Formula, budget_bytes: int) -> int | None:
-        """The fewest recomputed layers that fit; None where none does."""
-        n, choice = self.setting.n_layers, self.setting.recipe.training.gradient_checkpointing
-        depths = {"never": [0], "always": [n]}.get(choice, range(n + 1))
-        return next((d for d in depths if self.total(curve.steady(d).peak) <= budget_bytes), None)
+    def level_for(self, curve: Curve | Formula, budget_bytes: int) -> int | None:
+        """The first level that fits; None where none does."""
+        return next((n for n in self.levels if self.total(curve.steady(n).peak) <= budget_bytes), None)
 
-    def deepest(self) -> int:
-        """Recomputed layers at most."""
-        return 0 if self.setting.recipe.training.gradient_checkpointing == "never" else self.setting.n_layers
+    @cached_property
+    def levels(self) -> Sequence[int]:
+        """Those that the recipe allows, ascending."""
+        n, training = self.setting.n_layers, self.setting.recipe.training
+        last = n + (len(self.setting.lean) if self.traced else 0)
+        last = last if self.level_limit is None else min(last, self.level_limit)
+        if training.lean == "always":
+            return (last,)
+        return {"never": range(1), "always": range(n, last + 1)}.get(training.gradient_checkpointing, range(last + 1))
 
-    def phases(self, average_depth: int, longest_depth: int) -> tuple[PhasePlan, ...]:
+    def evaluated_together(self, level: int, budget_bytes: int) -> int:
+        """Rows that are evaluated at a time: as many as the recipe says, or as fit; the figures do not depend on it."""
+        rest, size = self.average.steady(level).rest, len(self.batches.evaluation.lengths)
+        while size > 1 and self.total(self._evaluation(rest, size).peak) > budget_bytes:
+            size = -(-size // 2)
+        return size
+
+    def phases(self, average_level: int, longest_level: int, eval_rows: int) -> tuple[PhasePlan, ...]:
         """Every phase of the run, in order."""
-        rest = self.average.steady(average_depth).rest
+        rest = self.average.steady(average_level).rest
         resting = Peak(sum(rest.values()), {**rest, "workspace": 0, "activations": 0})
         saved = rest["adapters"] or rest["weights"]
         copied = saved if self.profile.backend == "cpu" else 0  # the file is written from host memory
         return (
             self.whole("load", self._load(rest)),
-            self.whole("first step", self.average.first(average_depth).peak),
-            self.whole("steady step", self.average.steady(average_depth).peak),
-            self.whole("longest batch", self.longest.steady(longest_depth).peak),
-            self.whole("evaluation", self._evaluation(rest).peak),
+            self.whole("first step", self.average.first(average_level).peak),
+            self.whole("steady step", self.average.steady(average_level).peak),
+            self.whole("longest batch", self.longest.steady(longest_level).peak),
+            self.whole("evaluation", self._evaluation(rest, eval_rows).peak),
             self.whole("checkpoint", _with(resting, "workspace", copied)),
             self.whole("merge", self._merge()),
         )
 
-    def _evaluation(self, rest: dict[str, int]) -> Work:
-        work = (evaluation if self.traced else evaluation_by_formula)(self.setting, self.batches.evaluation)
+    def _evaluation(self, rest: dict[str, int], n_rows: int) -> Work:
+        rows = self.batches.evaluation
+        lengths = rows.lengths[:n_rows]
+        few = Rows(lengths, None if rows.learned is None else min(rows.learned, sum(lengths)))
+        work = (evaluation if self.traced else evaluation_by_formula)(self.setting, few)
         # After training the optimizer's state is there still.
         name, peak = next(iter(work.peaks.items()))
         return replace(work, peaks={name: _with(peak, "optimizer", rest["optimizer"])})
@@ -163,7 +179,8 @@ class Forecast:
         largest = max(text.hidden_size * inner, text.hidden_size**2)
         n_blocks = largest // self.setting.recipe.quantization.bnb_4bit_blocksize
         working = 2 * largest + 16 * n_blocks if self.setting.recipe.method == "qlora" else 0
-        return _with(Peak(rest["weights"], {"weights": rest["weights"]}), "workspace", working)
+        weights = rest["weights"] + self.setting.table_bytes  # it goes to the host afterwards
+        return _with(Peak(weights, {"weights": weights}), "workspace", working)
 
     def _merge(self) -> Peak:
         """One weight at a time: itself in 16 bits, what is added in float32, the sum in float32."""

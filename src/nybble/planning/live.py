@@ -20,8 +20,10 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from nybble.kernels import attention  # noqa: F401 - defines the operators that are counted
+from nybble.nn.lean import on_host
 from nybble.nn.scratch import scratch
 
+HOST = "host"  # what lies on the host is counted apart, and is no part of a device's total
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "loss", "workspace")
 
 
@@ -68,6 +70,11 @@ _FLOPS: dict[Any, Callable[..., float]] = {
 }
 
 
+# Operators that move nothing, and those that read no more of their input than they return.
+_UNTOUCHED = (torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided)
+_PICKING = (torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index_select)
+
+
 class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts while it is entered; `section` names the part of the step that a moment belongs to."""
 
@@ -76,6 +83,7 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0  # of products and attention
         self.moved_bytes = 0  # read and written by everything else
+        self.operators = 0  # that do work; views do none
         self._rounding = rounding
         self.peaks: dict[str, Peak] = {}
         self.total_bytes = 0
@@ -83,11 +91,13 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._section = ""
         self._detailed = detailed
         self._entries: dict[int, _Entry] = {}
-        self._parts = dict.fromkeys(PARTS, 0)
+        self._parts = dict.fromkeys((*PARTS, HOST), 0)
+        self.host_peak_bytes = 0
 
     def start(self, section: str) -> None:
         """Forget peaks and work so far; what is alive stays counted."""
-        self.peaks, self.flops, self.moved_bytes = {}, 0, 0
+        self.peaks, self.flops, self.moved_bytes, self.operators = {}, 0, 0, 0
+        self.host_peak_bytes = self._parts[HOST]
         self.section(section)
 
     def section(self, name: str) -> None:
@@ -126,13 +136,14 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _work(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         packet = func.overloadpacket
         formula = _FLOPS.get(packet) or flop_registry.get(packet)
+        if getattr(func, "is_view", False) or func.namespace == "prim" or packet in _UNTOUCHED:
+            return
+        self.operators += 1
         if formula is not None:
             self.flops += int(formula(*args, out_val=result))
-        elif not getattr(func, "is_view", False):
-            tensors = [
-                t for t in (*args, *(result if isinstance(result, tuple) else (result,))) if isinstance(t, Tensor)
-            ]
-            self.moved_bytes += sum(t.numel() * t.element_size() for t in tensors)
+            return
+        seen = (result, result) if packet in _PICKING else (args, result)
+        self.moved_bytes += sum(t.numel() * t.element_size() for t in tree_iter(seen) if isinstance(t, Tensor))
 
     def _count(self, tensor: Tensor, part: str | None, origin: str) -> None:
         storage = tensor.untyped_storage()
@@ -140,9 +151,9 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found = self._entries.get(key)
         if found is not None:
             if part is not None and part != found.part:
-                self._parts[found.part] -= found.n_bytes
-                self._parts[part] += found.n_bytes
+                self._add(found.part, -found.n_bytes)
                 found.part = part
+                self._add(part, found.n_bytes)
             return
         n_bytes = -(-storage.nbytes() // self._rounding) * self._rounding
         if n_bytes == 0:
@@ -150,19 +161,24 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         entry = _Entry(
             weakref.ref(storage, lambda _: self._forget(key)),
             n_bytes,
-            part or self.making,
+            part or (HOST if on_host() else self.making),
             f"{origin} {tuple(tensor.shape)} {tensor.dtype} in {self._section}" if self._detailed else "",
         )
         self._entries[key] = entry
-        self._parts[entry.part] += n_bytes
-        self.total_bytes += n_bytes
+        self._add(entry.part, n_bytes)
         self._note()
+
+    def _add(self, part: str, n_bytes: int) -> None:
+        self._parts[part] += n_bytes
+        if part == HOST:
+            self.host_peak_bytes = max(self.host_peak_bytes, self._parts[HOST])
+        else:
+            self.total_bytes += n_bytes
 
     def _forget(self, key: int) -> None:
         entry = self._entries.pop(key, None)
         if entry is not None:
-            self._parts[entry.part] -= entry.n_bytes
-            self.total_bytes -= entry.n_bytes
+            self._add(entry.part, -entry.n_bytes)
 
     def _note(self) -> None:
         peak = self.peaks.get(self._section)
@@ -171,7 +187,7 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peaks[self._section] = Peak(self.total_bytes, self._split(), self._largest() if self._detailed else [])
 
     def _split(self) -> dict[str, int]:
-        parts = dict(self._parts)
+        parts = {part: n for part, n in self._parts.items() if part != HOST}
         for piece in scratch.pieces():
             entry = self._entries.get(piece.untyped_storage()._cdata)
             if entry is not None and entry.part != "workspace":
@@ -180,5 +196,5 @@ class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return parts
 
     def _largest(self) -> list[tuple[int, str]]:
-        found = [(e.n_bytes, f"{e.part}: {e.origin}") for e in self._entries.values()]
+        found = [(e.n_bytes, f"{e.part}: {e.origin}") for e in self._entries.values() if e.part != HOST]
         return sorted(found, reverse=True)[:60]

@@ -12,7 +12,7 @@ from nybble.data import examine_rows, packs_of
 from nybble.errors import ModelError, NybbleError
 from nybble.hardware import detect_device
 from nybble.models import find_folder, find_tokenizer, read_config
-from nybble.planning.choose import changed, cheapest_changes, choose, largest_length, largest_model
+from nybble.planning.choose import Choice, changed, cheapest_changes, choose, largest_length, largest_model, rungs_of
 from nybble.planning.curve import Setting
 from nybble.planning.devices import Profile, named_profile, profile_of
 from nybble.planning.forecast import Batches, Forecast, compute_dtype_of
@@ -34,7 +34,7 @@ def find_config(model: ModelSection) -> tuple[Any, str | None]:
     if shape is not None:
         return config_of(shape), f"{name}: the known shape {shape}"
     try:
-        folder = find_folder(name, model.model_revision, with_weights=False)
+        folder = find_folder(name, model.model_revision, with_weights=False, with_code=model.trust_remote_code)
     except NybbleError as error:
         if "/" in name and Path(name).is_absolute():
             raise
@@ -74,7 +74,7 @@ def plan(
         resolved = changed(resolved, "data", max_length=limit)
     device = named_profile(profile) if profile else profile_of(detect_device(resolved.model.device))
     batches, why_not = read_batches(resolved)
-    made = make_plan(resolved, config, device, batches, largest=largest)
+    made = make_plan(resolved, config, device, batches, rungs=True, largest=largest)
     return replace(made, notes=tuple(n for n in (note, why_not, *made.notes) if n))
 
 
@@ -99,6 +99,7 @@ def make_plan(
     batches: Batches | None = None,
     *,
     micro_batch: int | None = None,
+    rungs: bool = False,
     largest: bool = False,
 ) -> Plan:
     """What `recipe` does and takes on a device, and the neutral settings that run fastest within its budget.
@@ -109,6 +110,7 @@ def make_plan(
         profile: the device.
         batches: what meets in a batch; default: every row has max_length.
         micro_batch: rows at a time, where that is settled already.
+        rungs: what the longest batch takes at every rung.
         largest: see `plan`.
 
     Raises:
@@ -118,38 +120,54 @@ def make_plan(
     budget = memory_budget(training) or profile.memory_bytes
     if not profile.is_estimate:
         budget = min(budget, profile.memory_bytes)
-    setting = Setting(config, recipe, compute_dtype_of(recipe, profile.backend), profile.rounding)
+    dtype = compute_dtype_of(recipe, profile.backend)
+    setting = Setting(config, recipe, dtype, profile.rounding, profile.shares_memory)
     forecast, notes = _forecast(setting, known, profile)
     if known.n_rows is None:
         notes.append(f"rows are not known: every row is taken as {recipe.data.max_length:,} tokens")
     size = training.per_device_train_batch_size
     choice = choose(forecast, budget, size // micro_batch if micro_batch else None)
-    seconds = choice.seconds * training.gradient_accumulation_steps
     steps = _steps(recipe, known.n_rows)
-    trainable, total = setting.parameters
-    return Plan(
+    made = _plan_of(choice, steps, budget)
+    return replace(
+        made,
         rows=known.n_rows or 0,
-        rows_per_step=size * training.gradient_accumulation_steps,
+        cheapest_changes=() if choice.fits else cheapest_changes(forecast, budget),
+        rungs=rungs_of(choice) if rungs else (),
+        largest_length=largest_length(forecast, budget) if largest else None,
+        largest_model=largest_model(forecast, budget) if largest else None,
+        notes=tuple(notes),
+    )
+
+
+def _plan_of(choice: Choice, steps: int, budget: int) -> Plan:
+    setting = choice.forecast.setting
+    training = setting.recipe.training
+    size, accumulated = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    trainable, total = setting.parameters
+    seconds = choice.seconds * accumulated
+    return Plan(
+        rows=0,
+        rows_per_step=size * accumulated,
         optimizer_steps=steps,
         gradient_checkpointing=training.gradient_checkpointing,
-        device=asdict(profile),
+        device=asdict(choice.forecast.profile),
         budget_bytes=budget,
         fits=choice.fits,
         phases=choice.phases,
-        recompute_layers=choice.average_depth,
-        recompute_layers_longest=choice.longest_depth,
+        recompute_layers=choice.depths[0],
+        recompute_layers_longest=choice.depths[1],
         n_layers=setting.n_layers,
+        lean=choice.lean,
+        host_bytes=choice.host_bytes,
         micro_batch=-(-size // choice.n_parts),
-        flops_per_step=choice.flops * training.gradient_accumulation_steps,
+        eval_batch=choice.eval_rows,
+        flops_per_step=choice.flops * accumulated,
         step_seconds=seconds,
         total_seconds=seconds * steps if steps else None,
         trainable_parameters=trainable,
         total_parameters=total,
-        cheapest_changes=() if choice.fits else cheapest_changes(forecast, budget),
-        largest_length=largest_length(forecast, budget) if largest else None,
-        largest_model=largest_model(forecast, budget) if largest else None,
-        step_memory=choice.forecast.step_memory(budget),
-        notes=tuple(notes),
+        step_memory=choice.forecast.step_memory(budget, choice.longest_level),
     )
 
 

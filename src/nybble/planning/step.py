@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from nybble.data import FlatBatch, PadBatch
 from nybble.data.batches import Group
-from nybble.models import attach, blocks_of
+from nybble.models import Ladder, attach, blocks_of
 from nybble.models.families import swap_blocks
 from nybble.models.lora import share_seeds
 from nybble.nn import Linear4bit
 from nybble.nn.recompute import recomputed, recomputing
 from nybble.nn.scratch import scratch
 from nybble.nn.seeds import Seeds
-from nybble.planning.live import LiveTensors, Peak
+from nybble.planning.live import HOST, LiveTensors, Peak
 from nybble.quant import PackedWeight
 from nybble.quant.packed import NESTED_BLOCK_SIZE
 from nybble.recipe import Recipe
@@ -66,7 +66,9 @@ class Work:
     peaks: dict[str, Peak]  # of each section
     flops: int
     moved_bytes: int
+    operators: int  # that do work: each costs the host some time
     rest: dict[str, int]  # bytes alive afterwards, by part
+    host_bytes: int = 0  # of what waits on the host, at its highest
 
     @property
     def peak(self) -> Peak:
@@ -157,11 +159,12 @@ def _packed(shape: tuple[int, int], block_size: int, is_nested: bool, dtype: tor
     return PackedWeight(codes, scales, shape, block_size, "nf4", dtype, *nested)
 
 
-def adopt(live: LiveTensors, model: Any) -> None:
-    """Count the model's own tensors."""
+def adopt(live: LiveTensors, model: Any, ladder: Ladder | None = None) -> None:
+    """Count the model's own tensors, those on the host as such."""
     live.adopt([*model.parameters(), *model.buffers()], "weights")
     # A tied or packed tensor counts once; adapters are what PEFT added.
     live.adopt([p for name, p in model.named_parameters() if "lora_" in name], "adapters")
+    live.adopt(ladder.on_host if ladder else (), HOST)
 
 
 def batch_of(model: Any, rows: Rows) -> dict[str, Any]:
@@ -177,13 +180,15 @@ def _like(batch: dict[str, Any]) -> dict[str, Any]:
 def run_steps(
     live: LiveTensors,
     model: Any,
-    recipe: Recipe,
     batch: dict[str, Any],
     n_recomputed: int,
     dtype: torch.dtype,
     n_steps: int = 2,
+    ladder: Ladder | None = None,
 ) -> list[Work]:
     """So many steps over `batch`; the first makes the optimizer's state and the reused memory, unless they are there.
+
+    `ladder`: what decides how layers are recomputed; it has taken its rungs already.
 
     With one step the state is made beforehand, and `scratch` should hold what earlier steps left there.
     """
@@ -191,7 +196,8 @@ def run_steps(
     model.train()
     layers = decoder_layers(model)
     for number, layer in enumerate(layers):
-        layer._gradient_checkpointing_func = recomputed  # type: ignore[assignment]
+        if ladder is None or not ladder.rungs:
+            layer._gradient_checkpointing_func = recomputed  # type: ignore[assignment]
         layer.gradient_checkpointing = number < n_recomputed  # type: ignore[assignment]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
@@ -200,7 +206,7 @@ def run_steps(
         if n_steps == 1:
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
-            _update(live, optimizer, trained, recipe)
+            _update(live, optimizer, trained)
         for _ in range(n_steps):
             live.start("forward")
             inputs = _like(batch)
@@ -209,15 +215,38 @@ def run_steps(
             loss.backward()
             del loss
             live.section("update")
-            _update(live, optimizer, trained, recipe)
+            _update(live, optimizer, trained)
             del inputs
-            done.append(Work(live.peaks, live.flops, live.moved_bytes, live.parts()))
+            done.append(
+                Work(live.peaks, live.flops, live.moved_bytes, live.operators, live.parts(), live.host_peak_bytes)
+            )
     return done
 
 
-def _update(live: LiveTensors, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter], recipe: Recipe) -> None:
+def stepper(model: Any, batch: dict[str, Any], dtype: torch.dtype, n_recomputed: int = 0) -> Callable[[], None]:
+    """A step over `batch` on real tensors, to be timed; nothing is counted."""
+    share_seeds(model, Seeds(0, 0))
+    model.train()
+    for number, layer in enumerate(decoder_layers(model)):
+        layer._gradient_checkpointing_func = recomputed  # type: ignore[assignment]
+        layer.gradient_checkpointing = number < n_recomputed  # type: ignore[assignment]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, fused=True)
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = model(**batch, num_items_in_batch=1).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _update(live: LiveTensors, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
     with live.part("workspace"):
-        torch.nn.utils.clip_grad_norm_(trained, recipe.training.max_grad_norm or 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
     with live.part("optimizer"):
         optimizer.step()
     optimizer.zero_grad()
@@ -245,7 +274,7 @@ def run_evaluation(live: LiveTensors, model: Any, batch: dict[str, Any], dtype: 
     with live, torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         live.start("evaluate")
         model(**_like(batch))
-    return Work(live.peaks, live.flops, live.moved_bytes, live.parts())
+    return Work(live.peaks, live.flops, live.moved_bytes, live.operators, live.parts())
 
 
 @contextmanager
@@ -319,3 +348,4 @@ def reusing(pieces: Reused = ()) -> Iterator[None]:
         yield
     finally:
         scratch.clear()
+        scratch.keep(True)

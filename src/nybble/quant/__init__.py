@@ -1,7 +1,7 @@
 """The 4-bit format: value tables, packed weights, encode and decode in plain torch, bitsandbytes' file layout."""
 
 from nybble.quant.blockwise import decode, decode_absmax, encode
-from nybble.quant.bnb_layout import SUFFIXES, from_bnb, to_bnb
+from nybble.quant.bnb_layout import SUFFIXES, from_bnb, stored_shape, to_bnb
 from nybble.quant.codebooks import BLOCK_SIZES, QUANT_TYPES, codebook, dynamic_codebook
 from nybble.quant.feedback import damp, encode_calibrated
 from nybble.quant.packed import NESTED_BLOCK_SIZE, PackedWeight
@@ -25,5 +25,6 @@ __all__ = [
     "encode_searched",
     "from_bnb",
     "low_rank",
+    "stored_shape",
     "to_bnb",
 ]

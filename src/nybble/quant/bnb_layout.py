@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nybble.guard import shown
 from nybble.quant.codebooks import QUANT_TYPES, codebook, dynamic_codebook
 from nybble.quant.packed import NESTED_BLOCK_SIZE, PackedWeight
 
@@ -30,6 +31,7 @@ SUFFIXES = (
     "absmax", "quant_map", "nested_absmax", "nested_quant_map", *(STATE_PREFIX + name for name in QUANT_TYPES)
 )  # fmt: skip
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_MOST_OFFSET = torch.finfo(torch.float32).max
 _MAX_STATE_BYTES = 4096  # a state is about 200 bytes of JSON
 
 
@@ -76,18 +78,24 @@ def from_bnb(packed: Tensor, tensors: Mapping[str, Tensor], shape: tuple[int, ..
     quant_type = states[0].removeprefix(STATE_PREFIX)
     stored_shape = tuple(state["shape"])
     if state["quant_type"] != quant_type:
-        raise ValueError(f"key says {quant_type}, state says {state['quant_type']!r}")
+        raise ValueError(f"key says {quant_type}, state says {shown(state['quant_type'])}")
     if shape is not None and stored_shape != tuple(shape):
         raise ValueError(f"shape {stored_shape} is stored, the layer has {tuple(shape)}")
     if "absmax" not in tensors:
         raise ValueError("absmax is missing")
     _check_table(tensors, "quant_map", codebook(quant_type))
+    for name in ("absmax", "nested_absmax"):
+        scales = tensors.get(name)
+        if scales is not None and scales.is_floating_point() and not scales.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinite scales")
     nested: dict[str, Tensor] = {}
     if "nested_blocksize" in state or "nested_absmax" in tensors:
         if "nested_absmax" not in tensors or "nested_offset" not in state:
             raise ValueError("double quantization needs nested_absmax and a nested_offset in the state")
         if state.get("nested_blocksize") != NESTED_BLOCK_SIZE:
-            raise ValueError(f"nested_blocksize must be {NESTED_BLOCK_SIZE}, got {state.get('nested_blocksize')!r}")
+            raise ValueError(
+                f"nested_blocksize must be {NESTED_BLOCK_SIZE}, got {shown(state.get('nested_blocksize'))}"
+            )
         _check_table(tensors, "nested_quant_map", dynamic_codebook())
         offset = torch.tensor(float(state["nested_offset"]), dtype=torch.float32, device=packed.device)
         nested = {"nested_absmax": tensors["nested_absmax"], "nested_offset": offset}
@@ -102,30 +110,42 @@ def from_bnb(packed: Tensor, tensors: Mapping[str, Tensor], shape: tuple[int, ..
     )
 
 
+def stored_shape(encoded: Tensor) -> tuple[int, ...]:
+    """The shape of a weight before it was packed, by its `quant_state` alone.
+
+    Raises:
+        ValueError: that is none.
+    """
+    return tuple(_read_state(encoded)["shape"])
+
+
 def _read_state(encoded: Tensor) -> dict[str, Any]:
     if encoded.dtype != torch.uint8 or encoded.numel() > _MAX_STATE_BYTES:
         raise ValueError(f"quant_state must be at most {_MAX_STATE_BYTES} uint8, got {encoded.numel()} {encoded.dtype}")
     try:
-        state = json.loads(bytes(encoded.cpu().tolist()))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        state = json.loads(bytes(encoded.cpu().reshape(-1).tolist()))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"quant_state is not JSON ({error})") from error
     if not isinstance(state, dict) or not {"quant_type", "blocksize", "dtype", "shape"} <= state.keys():
         raise ValueError("quant_state must hold quant_type, blocksize, dtype and shape")
     if type(state["blocksize"]) is not int:
-        raise ValueError(f"blocksize must be a number, got {state['blocksize']!r}")
-    if type(state.get("nested_offset", 0.0)) not in (int, float):
-        raise ValueError(f"nested_offset must be a number, got {state['nested_offset']!r}")
+        raise ValueError(f"blocksize must be a number, got {shown(state['blocksize'])}")
+    offset = state.get("nested_offset", 0.0)
+    if type(offset) not in (int, float) or not abs(offset) <= _MOST_OFFSET:  # NaN is none either
+        raise ValueError(f"nested_offset must be a finite number, got {shown(offset)}")
     if not isinstance(state["dtype"], str) or state["dtype"] not in _DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {state['dtype']!r}")
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {shown(state['dtype'])}")
     shape = state["shape"]
     if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
-        raise ValueError(f"shape must be a list of positive numbers, got {shape!r}")
+        raise ValueError(f"shape must be a list of positive numbers, got {shown(shape)}")
     return state | {"dtype": _DTYPES[state["dtype"]]}
 
 
 def _check_table(tensors: Mapping[str, Tensor], name: str, expected: Tensor) -> None:
     if name not in tensors:
         raise ValueError(f"{name} is missing")
+    if tensors[name].numel() != expected.numel():
+        raise ValueError(f"{name} holds {tensors[name].numel():,} values, bitsandbytes' table has {expected.numel()}")
     table = tensors[name].float().cpu().reshape(-1)
-    if table.shape != expected.shape or not torch.allclose(table, expected, rtol=0, atol=1e-6):
+    if not torch.allclose(table, expected, rtol=0, atol=1e-6):
         raise ValueError(f"{name} holds other values than bitsandbytes' table")

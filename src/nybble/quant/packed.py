@@ -13,8 +13,9 @@ One block worked by hand: weights (1.0, -0.5, 0.1, 0.0), block of 4 for brevity:
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import torch
@@ -77,6 +78,30 @@ class PackedWeight:
     def n_bytes(self) -> int:
         """Bytes of codes and scales together."""
         return sum(t.numel() * t.element_size() for t in self._tensors().values())
+
+    def slices(self, n_elements: int) -> Iterator[tuple[slice, PackedWeight]]:
+        """The weight some rows at a time, of about `n_elements` weights: which rows, and they; sharing memory.
+
+        Of a matrix. A slice ends where a byte, a block and a run of nested scales end.
+        """
+        n_rows, width = self.shape
+        run = self.block_size * (NESTED_BLOCK_SIZE if self.is_nested else 1)
+        unit = run // gcd(run, width)  # rows that are whole runs
+        step = max(1, n_elements // (unit * width)) * unit
+        for first in range(0, n_rows, step):
+            rows = slice(first, min(first + step, n_rows))
+            start, end = rows.start * width, rows.stop * width
+            nested = self.nested_absmax[start // run : -(-end // run)] if self.nested_absmax is not None else None
+            yield (
+                rows,
+                replace(
+                    self,
+                    packed=self.packed[start // 2 : (end + 1) // 2],
+                    absmax=self.absmax[start // self.block_size : -(-end // self.block_size)],
+                    shape=(rows.stop - rows.start, width),
+                    nested_absmax=nested,
+                ),
+            )
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same weight on another device."""

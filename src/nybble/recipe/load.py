@@ -17,8 +17,11 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from nybble.errors import RecipeError
+from nybble.guard import brief, redact, shown
 from nybble.recipe.schema import Recipe, Section
 
+_MOST_BYTES = 16 << 10  # of a recipe; one with every setting has four thousand
+_MOST_BRACKETS = 16  # within each other; PyYAML takes the square of them in time
 # Settings of other tools that are not a renaming of one of ours.
 _HINTS = {
     "load_in_4bit": "method: qlora",
@@ -101,19 +104,32 @@ def load_recipe(path: Path | str | None = None, overrides: Mapping[str, Any] | N
     for key, value in _flat(_read(path) if path is not None else {}, str(path)):
         setting_path = _resolve(key, names)
         if setting_path in said:
-            raise RecipeError(f"{path}: {said[setting_path]!r} and {key!r} are the same setting; keep one")
+            raise RecipeError(f"{path}: {shown(said[setting_path])} and {shown(key)} are the same setting; keep one")
         said[setting_path] = key
         _put(values, setting_path, value)
     settings = {item.path: item for item in all_settings()}
     for key, value in (overrides or {}).items():
         setting_path = _resolve(key, names)
         _put(values, setting_path, _from_text(value, settings[setting_path]))
+    _check_secrets(values)
     nested: dict[str, Any] = {k: v for k, v in values.items() if k}
     nested.update(values.get("", {}))
     try:
         return Recipe.model_validate(nested)
     except ValidationError as error:
         raise RecipeError(_one_line(error)) from error
+
+
+def stored_recipe(record: Mapping[str, Any], where: Path) -> Recipe:
+    """The recipe in a run's record.
+
+    Raises:
+        RecipeError: this version cannot read it.
+    """
+    try:
+        return Recipe.model_validate(record["recipe"])
+    except ValidationError as error:
+        raise RecipeError(f"{where}/run.json: recipe of another version, or damaged ({_one_line(error)})") from error
 
 
 def save_recipe(recipe: Recipe) -> str:
@@ -131,27 +147,81 @@ def _read(path: Path | str) -> Mapping[str, Any]:
     if not file.is_file():
         raise RecipeError(f"recipe {str(file)!r} does not exist; give a YAML file, or flags alone")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # PyYAML lets Python's own errors through
-        raise RecipeError(f"{file}: not YAML ({' '.join(str(error).split())})") from error
+        size = file.stat().st_size
+        if size > _MOST_BYTES:
+            raise RecipeError(
+                f"{file}: {size:,} bytes; a recipe has at most {_MOST_BYTES:,}: give the YAML file of one"
+            )
+        content = _parse(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{file}: cannot be read ({error.strerror}); give a YAML file that can") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{file}: not YAML ({_fault(error)}); repair it, see `nybble settings`") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise RecipeError(f"{file}: holds a {type(content).__name__}, a recipe is a mapping of settings")
+        raise RecipeError(f"{file}: holds a {type(content).__name__}; a recipe is settings as `name: value`")
     return content
+
+
+def _fault(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return brief(error)
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only, without aliases: a few lines of them stand for gigabytes, and a recipe has no use for them."""
+
+    def fetch_flow_collection_start(self, token_class: Any) -> None:
+        if self.flow_level >= _MOST_BRACKETS:
+            raise yaml.YAMLError(f"brackets {self.flow_level + 1} deep: a recipe has two levels")
+        super().fetch_flow_collection_start(token_class)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias, *name: write the value itself")
+        return super().compose_node(parent, index)
+
+
+def _parse(text: str) -> Any:
+    """YAML as plain data.
+
+    Raises:
+        yaml.YAMLError, ValueError, RecursionError: it is none.
+    """
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # PyYAML lets Python's own through
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _check_secrets(values: Mapping[str, Mapping[str, Any]]) -> None:
+    """What a recipe says is written into the run, its reports and its model card."""
+    for section, settings in values.items():
+        for name, value in settings.items():
+            texts = [text for text in (value if isinstance(value, list | tuple) else [value]) if isinstance(text, str)]
+            if any(redact(text) != text for text in texts):
+                raise RecipeError(
+                    f"{section}{'.' if section else ''}{name}: holds a token or a password, and a recipe is kept with "
+                    "the run; leave it out and log in with `hf auth login`"
+                )
 
 
 def _flat(content: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
     sections = {name for name, field in Recipe.model_fields.items() if isinstance(field.default, Section)}
-    for key, value in content.items():
+    for name, value in content.items():
+        key = name if isinstance(name, str) else shown(name)
         if key in sections and isinstance(value, dict):
-            yield from ((f"{key}.{inner}", v) for inner, v in value.items())
+            yield from ((f"{key}.{inner if isinstance(inner, str) else shown(inner)}", v) for inner, v in value.items())
         elif key in sections and value is None:
             continue
         elif isinstance(value, dict):
-            raise RecipeError(f"{where}: unknown section {key!r}; allowed: {', '.join(sorted(sections))}")
+            raise RecipeError(f"{where}: unknown section {shown(key)}; allowed: {', '.join(sorted(sections))}")
         else:
-            yield str(key), value
+            yield key, value
 
 
 def _spellings() -> dict[str, str]:
@@ -170,10 +240,10 @@ def _resolve(key: str, names: Mapping[str, str]) -> str:
     if section and last in names and names[last].startswith(f"{section}."):
         return names[last]
     if last in _HINTS:
-        raise RecipeError(f"unknown setting {key!r}; say {_HINTS[last]}")
+        raise RecipeError(f"unknown setting {shown(key)}; say {_HINTS[last]}")
     near = difflib.get_close_matches(last, names, n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else "`nybble settings` lists them all"
-    raise RecipeError(f"unknown setting {key!r}; {hint}")
+    raise RecipeError(f"unknown setting {shown(key)}; {hint}")
 
 
 def _put(values: dict[str, dict[str, Any]], path: str, value: Any) -> None:
@@ -190,14 +260,21 @@ def _from_text(value: Any, setting: Setting) -> Any:
     if setting.is_text and not value.startswith("["):
         return value
     try:
-        return yaml.safe_load(value)
+        return _parse(value)
     except (yaml.YAMLError, ValueError, RecursionError):
         return value
 
 
+def first_fault(error: ValidationError) -> str:
+    """The first of what pydantic found, on one line."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))[:100]
+    return f"{where}: got {shown(first['input'])}; {first['msg']}" if where else first["msg"]
+
+
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("constrained", "function")))
+    path = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("constrained", "function")))[:100]
     message = first["msg"].removeprefix("Value error, ")
     if not path:
         return message
@@ -206,7 +283,7 @@ def _one_line(error: ValidationError) -> str:
         return f"{path}: {message}"
     same = [e["msg"] for e in error.errors() if ".".join(map(str, e["loc"])).startswith(setting.path)]  # one a choice
     allowed = " or ".join(m[0].lower() + m[1:] for m in (text.removeprefix("Value error, ") for text in same))
-    return f"{setting.path}: got {first['input']!r}; {allowed} ({setting.meaning}; default {setting.default!r})"
+    return f"{setting.path}: got {shown(first['input'])}; {allowed} ({setting.meaning}; default {setting.default!r})"
 
 
 def within_context(recipe: Recipe, limit: int | None, note: Callable[[str], None]) -> Recipe:

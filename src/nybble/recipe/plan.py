@@ -27,13 +27,29 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Peak of a training step by its tokens and by the number of recomputed layers."""
+    """Peak of a training step by its tokens and by the level of what is done to make it small.
+
+    Level 0 .. n is so many of the n layers recomputed; each level of `lean` recomputes all and takes rungs besides
+    (`nybble.models.lean`).
+    """
 
     tokens: tuple[int, ...]  # of the batches that were looked at, ascending
-    peaks: tuple[tuple[int, ...], ...]  # bytes for each of them, by depth 0 .. all layers
+    peaks: tuple[tuple[int, ...], ...]  # bytes for each of them, by level
     base_bytes: int  # of it, what is alive before training: weights and adapters
+    lean: tuple[tuple[str, ...], ...] = ()
+    rungs: tuple[str, ...] = ()  # taken at every level
 
-    def above_base(self, n_tokens: int, depth: int) -> int:
+    @property
+    def n_levels(self) -> int:
+        """Levels, from 0 on."""
+        return len(self.peaks[0])
+
+    def rungs_at(self, level: int) -> tuple[str, ...]:
+        """Rungs that a level takes."""
+        beyond = level - (self.n_levels - len(self.lean))
+        return (*self.rungs, *(self.lean[beyond] if beyond >= 0 else ()))
+
+    def above_base(self, n_tokens: int, level: int) -> int:
         """Bytes above weights and adapters.
 
         The peak is the largest of several linear functions of the tokens, so a straight line between two batches lies
@@ -41,19 +57,30 @@ class StepMemory:
         """
         right = min(max(bisect_left(self.tokens, n_tokens), 1), len(self.tokens) - 1)
         if right == 0:
-            return self.peaks[0][depth] - self.base_bytes
+            return self.peaks[0][level] - self.base_bytes
         (x0, x1), (y0, y1) = (
             self.tokens[right - 1 : right + 1],
-            (row[depth] for row in self.peaks[right - 1 : right + 1]),
+            (row[level] for row in self.peaks[right - 1 : right + 1]),
         )
         at = y0 + (y1 - y0) * (max(n_tokens, self.tokens[0]) - x0) / (x1 - x0)
         return int(at) - self.base_bytes
 
-    def depth_for(self, n_tokens: int, room_bytes: float) -> int:
-        """The fewest recomputed layers with which a batch stays within the room; all of them if none does."""
-        deepest = len(self.peaks[0]) - 1
-        fits = (depth for depth in range(deepest) if self.above_base(n_tokens, depth) <= room_bytes)
-        return next(fits, deepest)
+    def level_for(self, n_tokens: int, room_bytes: float) -> int:
+        """The first level at which a batch stays within the room; the last if it does at none."""
+        last = self.n_levels - 1
+        fits = (level for level in range(last) if self.above_base(n_tokens, level) <= room_bytes)
+        return next(fits, last)
+
+
+@dataclass(frozen=True)
+class RungPlan:
+    """What the longest batch takes with a rung and all before it (`nybble.models.lean`)."""
+
+    name: str
+    peak_bytes: int
+    live_bytes: int  # of it, tensors
+    host_bytes: int  # waiting on the host
+    taken: bool
 
 
 @dataclass(frozen=True)
@@ -82,7 +109,11 @@ class Plan:
     recompute_layers: int = 0  # of the average batch
     recompute_layers_longest: int = 0  # of the longest batch
     n_layers: int = 0  # that could be recomputed
+    lean: tuple[str, ...] = ()  # rungs beyond, that the longest batch takes
+    host_bytes: int = 0  # what then waits on the host
+    rungs: tuple[RungPlan, ...] = ()  # where asked for
     micro_batch: int = 0  # rows that go through the model at a time
+    eval_batch: int = 0  # rows that are evaluated at a time
     flops_per_step: int = 0
     step_seconds: float | None = None
     total_seconds: float | None = None
@@ -118,11 +149,12 @@ class Plan:
         recomputed = f"{self.recompute_layers} of {self.n_layers} layers recomputed"
         if self.recompute_layers_longest != self.recompute_layers:
             recomputed += f" ({self.recompute_layers_longest} in the longest batch)"
+        further = f"; lean: {', '.join(self.lean)}" if self.lean else ""
         return (
             f"{verdict}: {format_bytes(worst.peak_bytes)} of {format_bytes(self.budget_bytes)} on "
             f"{self.device['name']}, highest in: {worst.name}",
             f"of it {', '.join(f'{name} {format_bytes(n)}' for name, n in parts[:4])}",
-            f"{self.micro_batch} rows at a time, {recomputed}; {self.flops_per_step / 1e12:.3g} TFLOP a step, "
+            f"{self.micro_batch} rows at a time, {recomputed}{further}; {self.flops_per_step / 1e12:.3g} TFLOP a step, "
             f"{format_seconds(self.step_seconds)} at {rate / 1e12:.3g} TFLOP/s{estimate}",
         )
 

@@ -47,7 +47,7 @@ class Section(BaseModel):
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Pydantic reads true as 1; a flag without its value must not become one."""
         wanted = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and wanted in (int, float, int | None, Rate):
+        if isinstance(value, bool) and wanted in (int, float, int | None, float | None, Rate):
             raise ValueError(f"input should be a number, not {str(value).lower()}")
         return value
 
@@ -281,10 +281,11 @@ class TrainingSection(Section):
     memory_budget: str | None = setting(
         None, "memory that training may take, e.g. 8GiB; default: what the device has free", neutral=True
     )
-    lean: bool = setting(
-        False,
-        "for a device that recomputing every layer does not fit: layer inputs and the embedding table wait on the "
-        "host, the MLP runs in tiles; slower, and nothing that is learned changes",
+    lean: Literal["auto", "never", "always"] = setting(
+        "auto",
+        "below recomputing every layer: layer inputs and the embedding table wait on the host, the MLP runs in tiles, "
+        "weights are decoded in slices; as much of it as memory forces, none, or all; slower, and nothing that is "
+        "learned changes; true means always",
         neutral=True,
     )
     parity_steps: int = setting(
@@ -301,6 +302,9 @@ class TrainingSection(Section):
     )
     max_seconds: float | None = setting(
         None, "time the whole run may take: it saves and stops before", unit="seconds", neutral=True, gt=0
+    )
+    deterministic: bool = setting(
+        False, "on a GPU: only what adds in a fixed order, so that two runs have the same bits; slower", neutral=True
     )
     bad_batch: Literal["stop", "skip"] = setting(
         "stop", "what a loss or gradient that is no number, or a spike of the gradient, leads to", neutral=True
@@ -319,7 +323,7 @@ class TrainingSection(Section):
     push_to_hub: bool = setting(False, "upload the adapter to the hub at the end", neutral=True)
     hub_model_id: str | None = setting(None, "repository for push_to_hub", neutral=True)
 
-    @field_validator("gradient_checkpointing", mode="before")
+    @field_validator("gradient_checkpointing", "lean", mode="before")
     @classmethod
     def _words(cls, value: Any) -> Any:
         return {"true": "always", "false": "never"}.get(str(value).lower(), value)

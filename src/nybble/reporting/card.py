@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nybble.reporting.pages import in_markdown
 from nybble.units import format_count, format_number, format_share
 
 
@@ -23,7 +24,7 @@ def model_card(record: Mapping[str, Any]) -> str:
             *head,
             "---",
             "",
-            f"# {recipe['method']} of {Path(base_name).name if is_local else base_name}",
+            f"# {recipe['method']} of {in_markdown(Path(base_name).name if is_local else base_name)}",
             "",
             f"Trained with Nybble {record['versions'].get('nybble', '')} on {format_count(ledger['rows_used'])} rows "
             f"({format_count(ledger['tokens_trained'])} learned tokens, rows SHA-256 {record['rows']['sha256'][:16]}).",

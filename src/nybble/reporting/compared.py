@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any
 
 from nybble.errors import InputError
 from nybble.files import write_text
+from nybble.guard import as_path, read_object, shown
 from nybble.reporting.events import loss_points, memory_points, predicted_line, read_events, speed_points
 from nybble.reporting.ledger import ledger_lines
-from nybble.reporting.pages import fill
+from nybble.reporting.pages import fill, of_record
 from nybble.reporting.plots import COLORS, DASHES, Line, draw, draw_intervals
 from nybble.reporting.render import environment, recipe_lines, skipped_note, write_report
 from nybble.runs import read_lines, read_record, to_json
@@ -41,6 +41,11 @@ def write_comparison_report(folder: Path) -> Path:
         InputError: it is no comparison, or comparison.json is damaged.
     """
     comparison = _read(folder)
+    with of_record(folder / "comparison.json"):
+        return _write(folder, comparison)
+
+
+def _write(folder: Path, comparison: Mapping[str, Any]) -> Path:
     arms = comparison["arms"]
     runs = [run for number, arm in enumerate(arms) for run in _runs(folder, number, arm)]
     first = runs[0].record if runs else None
@@ -110,13 +115,14 @@ def _read(folder: Path) -> dict[str, Any]:
     file = folder / "comparison.json"
     if not file.is_file():
         raise InputError(f"{folder} is no comparison (no comparison.json); give the folder of a `nybble compare`")
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        is_whole = isinstance(found["verdict"], str) and all(isinstance(arm["run_dirs"], list) for arm in found["arms"])
-    except (ValueError, KeyError, TypeError):
-        is_whole = False
-    if not is_whole:
-        raise InputError(f"{file}: damaged; run the same `nybble compare` again, which writes it anew")
+    advice = "run the same `nybble compare` again, which writes it anew"
+    found = read_object(file, InputError, advice)
+    with of_record(file):
+        if not isinstance(found["verdict"], str):
+            raise TypeError("verdict is no text")
+        for name in [name for arm in found["arms"] for name in arm["run_dirs"]]:
+            if as_path(name, InputError).name != name:
+                raise InputError(f"{file}: names the run {shown(name)}; allowed are folders beside it: {advice}")
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from nybble.reporting.plots import GREY, Line
 from nybble.runs import read_whole_lines
 
+_LARGEST = 1e18
 _NUMBERS = ("step", "tokens", "seconds", "peak_bytes")
 _MAY_BE_NONE = ("loss", "eval_loss")
 Events = Sequence[Mapping[str, Any]]
@@ -24,9 +25,14 @@ def read_events(run_dir: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _is_event(line: Mapping[str, Any]) -> bool:
-    return all(isinstance(line.get(name), int | float) for name in _NUMBERS) and all(
-        isinstance(line.get(name), int | float | None) for name in _MAY_BE_NONE
+    return all(_is_number(line.get(name)) for name in _NUMBERS) and all(
+        line.get(name) is None or _is_number(line[name]) for name in _MAY_BE_NONE
     )
+
+
+def _is_number(value: Any) -> bool:
+    """One that a curve can show."""
+    return isinstance(value, int | float) and abs(value) < _LARGEST  # NaN is not
 
 
 def held_out_points(record: Mapping[str, Any], events: Events) -> list[tuple[float, float]]:

@@ -73,7 +73,7 @@ def _figure(name: str, height: float = 2.9) -> Iterator[tuple[Any, Any]]:
     from matplotlib.figure import Figure
 
     # A fixed salt and no date make the same figures give the same bytes.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "text.parse_math": False}):
         figure = Figure(figsize=(4.8, height), layout="constrained")  # legible when a phone shrinks it
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()

@@ -17,7 +17,7 @@ from nybble.reporting.events import (
     speed_points,
 )
 from nybble.reporting.ledger import ledger_lines
-from nybble.reporting.pages import fill
+from nybble.reporting.pages import fill, of_record
 from nybble.reporting.plots import BLUE, GREY, ORANGE, Line, draw
 from nybble.runs import read_lines, read_record
 from nybble.units import format_bytes, format_count, format_number, format_seconds, format_share
@@ -32,6 +32,11 @@ def write_report(run_dir: Path) -> Path:
         InputError: it is no run directory.
     """
     record = read_record(run_dir)
+    with of_record(run_dir / "run.json"):
+        return _write(run_dir, record)
+
+
+def _write(run_dir: Path, record: Mapping[str, Any]) -> Path:
     events, n_skipped = read_events(run_dir)
     samples = [s for s in read_lines(run_dir / "samples.jsonl") if s.get("step") is None]
     content = {

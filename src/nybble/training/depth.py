@@ -1,18 +1,21 @@
 """How many decoder layers are computed again in the backward pass: as many as memory forces, batch by batch.
 
 Training without recomputation costs 4 FLOP a weight and token under frozen weights, with all of it 6 (Chen et al.
-2016), so a layer is only recomputed where its activations do not fit. What a batch takes at each depth says the plan.
+2016), so a layer is only recomputed where its activations do not fit. What a batch takes at each level says the plan.
 The first layers are recomputed: their turn in the backward pass comes last, when the activations of the others are
-gone.
+gone. Where all of them are not enough, further levels go down the ladder of `nybble.models.lean`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 import torch
 from torch import nn
 
 from nybble.errors import RecipeError
 from nybble.hardware import Device
+from nybble.models import RUNGS, Ladder
 from nybble.nn.recompute import recomputed
 from nybble.recipe import StepMemory, TrainingSection
 from nybble.units import parse_bytes
@@ -21,15 +24,29 @@ _SHARE = 0.95  # of the room that is filled: the allocator's pieces do not fit e
 
 
 class Recomputation:
-    """Switches recomputation of a model's decoder layers, batch by batch."""
+    """Switches recomputation of a model's decoder layers, and what lies below it, batch by batch."""
 
-    def __init__(self, model: nn.Module, memory: StepMemory | None, room: Room | None = None) -> None:
-        """`memory` or `room` None: all layers are recomputed always."""
+    def __init__(
+        self,
+        model: nn.Module,
+        memory: StepMemory | None,
+        room: Room | None = None,
+        ladder: Ladder | None = None,
+        *,
+        shallowest: int = 0,
+        rungs: Collection[str] = (),
+    ) -> None:
+        """`memory` or `room` None: all layers are recomputed always, with `rungs`; `shallowest`: level at least."""
         self._layers = decoder_layers(model)
-        self._memory = memory
+        self._memory = memory if room is not None else None
         self._room = room
+        self._ladder = ladder
+        self._shallowest = shallowest
+        self._rungs = rungs
+        self._level = 0
         self.depth = 0  # layers recomputed in the batch that was prepared last
         self.deepest = 0  # in any so far
+        self.taken: set[str] = set()  # rungs, in any so far
         for layer in self._layers:
             layer._gradient_checkpointing_func = recomputed  # type: ignore[assignment]
 
@@ -38,24 +55,37 @@ class Recomputation:
         if self._memory is None or self._room is None:
             self._set(len(self._layers))
         else:
-            self._set(self._memory.depth_for(n_tokens, self._room.bytes_now()))
+            self._set(max(self._shallowest, self._memory.level_for(n_tokens, self._room.bytes_now())))
         return self.depth
 
     def deepen(self, n_tokens: int) -> bool:
-        """After a batch ran out of memory: give it and later ones less room; False where all layers are recomputed."""
-        if self._memory is None or self._room is None or self.depth == len(self._layers):
+        """After a batch ran out of memory: give it and later ones less room; False where nothing is left to give."""
+        if self._memory is None or self._room is None or self._level == self._memory.n_levels - 1:
             return False
-        before = self.depth
+        before = self._level
         self._room.limit_to(_SHARE * self._memory.above_base(n_tokens, before))
-        # The curve may be flat: at least one layer more each time.
-        self._set(max(before + 1, self._memory.depth_for(n_tokens, self._room.bytes_now())))
+        # The curve may be flat: at least one level more each time.
+        self._set(max(before + 1, self._memory.level_for(n_tokens, self._room.bytes_now())))
         return True
 
-    def _set(self, depth: int) -> None:
+    @property
+    def in_words(self) -> str | None:
+        """What was done so far."""
+        if not self.deepest:
+            return None
+        further = "".join(f"; {words}" for rung, words in RUNGS.items() if rung in self.taken)
+        return f"up to {self.deepest} layers were recomputed to stay within memory{further}"
+
+    def _set(self, level: int) -> None:
+        self._level = level
+        self.depth = min(level, len(self._layers))
+        rungs = self._rungs if self._memory is None else self._memory.rungs_at(level)
         for number, layer in enumerate(self._layers):
-            layer.gradient_checkpointing = number < depth  # type: ignore[assignment]
-        self.depth = depth
-        self.deepest = max(self.deepest, depth)
+            layer.gradient_checkpointing = number < self.depth  # type: ignore[assignment]
+        if self._ladder is not None:
+            self._ladder.take(rungs)
+            self.taken.update(rungs)
+        self.deepest = max(self.deepest, self.depth)
 
 
 class Room:
@@ -80,12 +110,24 @@ class Room:
 def recomputation_for(
     model: nn.Module, section: TrainingSection, device: Device, memory: StepMemory | None
 ) -> Recomputation | None:
-    """What decides how many layers of `model` are recomputed; None where none ever is."""
-    if section.gradient_checkpointing == "never" or not decoder_layers(model):
+    """What decides how many layers of `model` are recomputed; None where none ever is.
+
+    Raises:
+        RecipeError: `lean: always`, and the model has nothing to be lean with.
+    """
+    layers = decoder_layers(model)
+    ladder = Ladder(model)
+    if section.lean == "always":
+        if not ladder.rungs:
+            raise RecipeError("training.lean always is for families that run through our blocks; set it to auto")
+        return Recomputation(model, None, None, ladder, rungs=ladder.gaining(device.shares_memory))
+    if section.gradient_checkpointing == "never" or not layers:
         return None
-    if section.gradient_checkpointing == "always":
-        return Recomputation(model, None)
-    return Recomputation(model, memory, Room(device.torch_device, memory_budget(section)))
+    if memory is not None:
+        ladder.take(memory.rungs)  # before the room is measured
+    shallowest = len(layers) if section.gradient_checkpointing == "always" else 0
+    room = Room(device.torch_device, memory_budget(section))
+    return Recomputation(model, memory, room, ladder, shallowest=shallowest)
 
 
 def memory_budget(section: TrainingSection) -> int | None:

@@ -18,11 +18,18 @@ from nybble.recipe import EvaluationSection
 from nybble.runs import Evaluation, RowLoss
 
 
+def device_of(model: Any) -> torch.device:
+    """Where a model computes; its first parameter, the embedding table, may wait on the host."""
+    *_, last = model.parameters()
+    device: torch.device = last.device
+    return device
+
+
 @contextmanager
 def evaluation_mode(model: Any, compute_dtype: torch.dtype) -> Iterator[None]:
     """No gradients, no dropout, the arithmetic of the training step; the training mode is put back afterwards."""
     was_training = model.training
-    device = next(model.parameters()).device
+    device = device_of(model)
     model.eval()
     try:
         with torch.no_grad(), torch.autocast(device.type, compute_dtype, enabled=compute_dtype != torch.float32):
@@ -87,7 +94,7 @@ def batches_for(model: Any, tokenizer: Any) -> FlatBatch | PadBatch:
 
 def _row_losses(model: Any, examples: Sequence[Example], batch_size: int, collate: FlatBatch | PadBatch) -> list[float]:
     """The summed loss of each example, in nats."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     # Rows of like length share a batch: the sums do not depend on it, the padding does.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
     found = [0.0] * len(examples)
@@ -115,7 +122,7 @@ def _by_row(model: Any, batch: dict[str, Any], n_learned: Sequence[int]) -> list
 
 
 def _generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], section: EvaluationSection) -> list[str]:
-    device = next(model.parameters()).device
+    device = device_of(model)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     configured = model.generation_config.eos_token_id

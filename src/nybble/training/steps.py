@@ -51,6 +51,11 @@ class StepTrainer(ResumableTrainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of one micro-batch."""
+        # The backward pass on a GPU would run in a thread of its own, with reused memory of its own.
+        with torch.autograd.set_multithreading_enabled(False):
+            return self._taken(model, inputs, num_items_in_batch)
+
+    def _taken(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         step = self.state.global_step
         number, was_done = self.next_micro_batch()
         if was_done:
@@ -100,8 +105,8 @@ class StepTrainer(ResumableTrainer):
                 f"{len(self.parities)} micro-steps beside the plain path: loss within {loss:.1e}, "
                 f"gradients within {gradient:.1e}"
             )
-        if self._recomputation is not None and self._recomputation.deepest:
-            made.append(f"up to {self._recomputation.deepest} layers were recomputed to stay within memory")
+        if self._recomputation is not None and self._recomputation.in_words:
+            made.append(self._recomputation.in_words)
         return tuple(made)
 
     def _compare(self, model: Any, inputs: dict[str, Any], n_items: Any) -> None:

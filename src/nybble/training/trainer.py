@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from nybble.data import Groups
-from nybble.errors import CannotRunError, InputError, RecipeError, StoppedError
+from nybble.errors import CannotRunError, InputError, StoppedError
 from nybble.hardware import Device, PeakMemory
-from nybble.models import blocks_of, go_lean
 from nybble.nn.seeds import Seeds
 from nybble.processes import Processes
 from nybble.recipe import StepMemory, TrainingSection
@@ -20,7 +19,7 @@ from nybble.runs import Observer, RunDirectory
 from nybble.training.arguments import trackers, training_arguments
 from nybble.training.callbacks import Checks, CountingBatch, Drawn, Logbook, Stops
 from nybble.training.continuation import Checkpointing
-from nybble.training.depth import Recomputation, recomputation_for
+from nybble.training.depth import recomputation_for
 from nybble.training.evaluate import batches_for
 from nybble.training.health import Health
 from nybble.training.saving import Resumed, Saver
@@ -93,7 +92,7 @@ def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSec
     done, saved_in = setup.checkpointing, run.checkpoints if setup.checkpointing else None
     trainer = StepTrainer(
         seeds,
-        _recomputation(model, section, setup),
+        recomputation_for(model, section, setup.device, setup.memory),
         setup.observer.note,
         section.parity_steps,
         saver=saver,
@@ -113,7 +112,7 @@ def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSec
         run.drop_lines_after(setup.resumed.step)
     logbook.accumulation = lambda: trainer.current_gradient_accumulation_steps
     checks.log = trainer.log
-    with stops, _said_plainly(setup.device, saver):
+    with stops, _said_plainly(setup.device, saver), _deterministic(section.deterministic):
         outcome = trainer.train(str(setup.resumed.path) if setup.resumed else None)
         saver.finish()
     _check_ending(trainer, health, stops, saver, section)
@@ -141,6 +140,18 @@ def _saver(section: TrainingSection, setup: Setup) -> Saver:
         done.resumed.path if done.resumed else None,
         done.damaged,
     )
+
+
+@contextmanager
+def _deterministic(is_wanted: bool) -> Iterator[None]:
+    """torch's deterministic algorithms where it has them, while training; cuBLAS needs a variable, too (docs)."""
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if is_wanted:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
 @contextmanager
@@ -183,18 +194,6 @@ def _check_ending(trainer: Any, health: Health, stops: Stops, saver: Saver, sect
     if saver.refusal is not None:
         raise CannotRunError(f"{at}, and its state could not be saved ({saver.refusal}); {saver.way_on}")
     raise StoppedError(f"{at}: saved; go on with --resume")
-
-
-def _recomputation(model: Any, section: TrainingSection, setup: Setup) -> Recomputation | None:
-    """What decides how many layers are recomputed; under `lean` all are, and what can wait goes to the host."""
-    if not section.lean:
-        return recomputation_for(model, section, setup.device, setup.memory)
-    if not blocks_of(model).flattened:
-        raise RecipeError("training.lean works for the families that run through our blocks; set it to false")
-    every_layer = section.model_copy(update={"gradient_checkpointing": "always"})
-    recomputation = recomputation_for(model, every_layer, setup.device, setup.memory)
-    setup.observer.note("lean: " + ", ".join(go_lean(model)))
-    return recomputation
 
 
 def _tensorboard(section: TrainingSection, setup: Setup) -> list[Any]:

@@ -1,0 +1,113 @@
+/* x W^T for a few rows of x, straight from the codes, with AVX-512; chosen at run time.
+
+128 codes lie in a register, 8 to a lane; each shift brings up the next of every lane (or, of bfloat16, of both halves of
+it), whose values a permutation looks up for all rows of x. `widen` in native.c lays x in that order. Sums are float32.
+In bfloat16 the values are rounded (see `Tables`), once for all weights; scales are not. */
+
+#pragma once
+
+#include "native_x86.h"
+
+#if defined(__x86_64__)
+
+/* Scales of `per_group` blocks beside each other, lane by lane. All by loads, which cost nothing beside permutations,
+and made while codes are under way from memory: read ahead for many rows, nothing would be under way meanwhile. */
+AVX512 static inline __attribute__((always_inline)) __m512 spread_avx512(const float *table, const int64_t *places,
+                                                                         int per_group)
+{
+    static const __mmask16 halves[] = {0xFFFF, 0xFF00}, quarters[] = {0xFFFF, 0x00F0, 0x0F00, 0xF000};
+    const __mmask16 *masks = per_group == 4 ? quarters : halves;
+    __m512 spread = _mm512_set1_ps(table[places[0]]);
+#pragma GCC unroll 4
+    for (int i = 1; i < per_group; i++)
+        spread = _mm512_mask_broadcastss_ps(spread, masks[i], _mm_load_ss(table + places[i]));
+    return spread;
+}
+
+/* `there`: how many of these blocks there are. */
+AVX512 static inline __attribute__((always_inline)) __m512 scales_avx512(const Packed *p, int64_t block, int there,
+                                                                         int per_group, int is_nested)
+{
+    int64_t places[4], codes[4], nested[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < per_group; i++) {
+        places[i] = block + (i < there ? i : there - 1);
+        codes[i] = is_nested ? p->absmax8[places[i]] : 0;
+        nested[i] = places[i] >> 8;
+    }
+    if (!is_nested)
+        return spread_avx512(p->absmax, places, per_group);
+    __m512 product = _mm512_mul_ps(spread_avx512(p->table8, codes, per_group),
+                                   spread_avx512(p->nested, nested, per_group));
+    return _mm512_add_ps(product, _mm512_set1_ps(p->offset));
+}
+
+#define SET AVX512
+#define FN(name) name##_avx512
+#define NUMBER float
+#define TABLE __m512
+#define OPEN(tables) _mm512_loadu_ps((tables)->lut)
+#define UNIT(tables) 1.0f
+#define VALUES 16
+#define SHIFTED(codes) _mm512_srli_epi32(codes, 4)
+#define LOOK_UP(codes, table) _mm512_permutexvar_ps(codes, table)
+#define ADD(sums, values, x) _mm512_fmadd_ps(values, _mm512_loadu_ps(x), sums)
+#include "native_few_loops.h"
+
+#define SHARED_AVX512 widen_avx2, errors_avx512, nearest_avx512, decode_avx512, dot_avx512, dense_avx512, 16, multiply_avx512
+
+static const Kernels WITH_AVX512 = {SHARED_AVX512, 0, 0};
+
+/* ---- AVX512-BF16 ---- */
+
+#if defined(__has_include)
+#if __has_include(<avx512bf16intrin.h>)
+#define HAS_BF16
+#endif
+#endif
+
+#ifdef HAS_BF16
+
+#define BF16 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512bf16")))
+#define SET BF16
+#define FN(name) name##_bf16
+#define NUMBER uint16_t
+#define TABLE __m512i
+#define OPEN(tables) _mm512_loadu_si512((tables)->rounded)
+#define UNIT(tables) (tables)->unit
+#define VALUES 32
+#define SHIFTED(codes) _mm512_srli_epi16(codes, 4)
+#define LOOK_UP(codes, table) _mm512_permutexvar_epi16(codes, table)
+#define ADD(sums, values, x) _mm512_dpbf16_ps(sums, (__m512bh)(values), (__m512bh)_mm512_loadu_si512(x))
+#include "native_few_loops.h"
+
+/* sums[row][feature] += row of x times feature, for 4 of each side by side, over n columns: a multiple of 32. */
+BF16 static void tile_bf16(const uint16_t *const *x, const uint16_t *const *w, int64_t n, float (*sums)[TILE])
+{
+    __m512 lanes[TILE][TILE];
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE * TILE; i++)
+        lanes[i / TILE][i % TILE] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < n; i += 32) {
+        __m512bh rows[TILE];
+#pragma GCC unroll 4
+        for (int row = 0; row < TILE; row++)
+            rows[row] = (__m512bh)_mm512_loadu_si512(x[row] + i);
+#pragma GCC unroll 4
+        for (int feature = 0; feature < TILE; feature++) {
+            __m512bh weights = (__m512bh)_mm512_loadu_si512(w[feature] + i);
+#pragma GCC unroll 4
+            for (int row = 0; row < TILE; row++)
+                lanes[row][feature] = _mm512_dpbf16_ps(lanes[row][feature], rows[row], weights);
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE * TILE; i++)
+        sums[i / TILE][i % TILE] += _mm512_reduce_add_ps(lanes[i / TILE][i % TILE]);
+}
+
+static const Kernels WITH_BF16 = {SHARED_AVX512, multiply_bf16, tile_bf16};
+
+#endif
+
+#endif

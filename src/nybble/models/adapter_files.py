@@ -1,0 +1,158 @@
+"""An adapter's two files, read as data: nothing in them is imported, matched as a pattern or believed without a check.
+
+PEFT would take names of modules as regular expressions, ranks as sizes to allocate and a Megatron section as a module
+to import. So its config is written anew here from what the tensors are, and PEFT is given that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from torch import nn
+
+from nybble.errors import ModelError
+from nybble.guard import check_links, read_object, shown
+from nybble.models.limits import StoredTensor, read_header
+from nybble.recipe import first_fault
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+_ADVICE = "give the adapter folder as PEFT saved it"
+_A, _B = ("lora_A.weight", "lora_embedding_A"), ("lora_B.weight", "lora_embedding_B")
+# What PEFT may ask for beside `Settings` that changes nothing once an adapter is trained.
+_OF_TRAINING = {
+    *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "target_modules", "exclude_modules"),
+    *("lora_dropout", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "megatron_core"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config"),
+    "ensure_weight_tying",
+}
+_Name = Annotated[str, StringConstraints(pattern=r"^[\w.]{1,200}$")]  # no pattern: it would be matched as one
+
+
+class Settings(BaseModel):
+    """What of adapter_config.json decides what the adapter computes."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, frozen=True)
+
+    peft_type: str
+    base_model_name_or_path: str | None = None
+    r: int = Field(ge=1, le=1 << 16)
+    lora_alpha: float
+    use_rslora: bool = False
+    use_dora: bool = False
+    fan_in_fan_out: bool = False
+    lora_bias: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    modules_to_save: list[_Name] | None = None
+    alpha_pattern: dict[_Name, float] | None = None
+
+    @property
+    def unknown(self) -> list[str]:
+        """Further settings that change what is computed."""
+        return [name for name, value in (self.model_extra or {}).items() if value and name not in _OF_TRAINING]
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """A checked adapter folder."""
+
+    folder: Path
+    settings: Settings
+    tensors: Mapping[str, StoredTensor]  # without their first name, which every adapter has
+
+    def ranks(self) -> dict[str, int]:
+        """Adapted module -> rank, by its tensors.
+
+        Raises:
+            ModelError: a pair of factors does not belong together.
+        """
+        found = {}
+        for name, tensor in self.tensors.items():
+            kind = next((i for i, end in enumerate(_A) if name.endswith(f".{end}")), None)
+            if kind is None:
+                continue
+            module = name.removesuffix(f".{_A[kind]}")
+            other = self.tensors.get(f"{module}.{_B[kind]}")
+            if other is None or len(tensor.shape) < 2 or len(other.shape) < 2 or tensor.shape[0] != other.shape[1]:
+                raise ModelError(
+                    f"{self.folder}: {shown(module)} lacks a factor, or has two that do not fit; {_ADVICE}"
+                )
+            found[module] = tensor.shape[0]
+        if not found:
+            raise ModelError(f"{self.folder}/{WEIGHTS} holds no LoRA factors; {_ADVICE}")
+        return found
+
+    def to_peft(self, model: nn.Module) -> Any:
+        """PEFT's config for putting the adapter on `model`.
+
+        Raises:
+            ModelError: `model` lacks a module, or has one of another size.
+        """
+        from peft import LoraConfig
+
+        settings, ranks = self.settings, self.ranks()
+        if settings.unknown:
+            raise ModelError(
+                f"{self.folder}/{CONFIG}: {', '.join(settings.unknown)[:200]} is not known; LoRA, rsLoRA and DoRA are"
+            )
+        modules = dict(model.named_modules())
+        for module in ranks:
+            self._check_size(module, modules.get(module))
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            inference_mode=True,
+            target_modules=list(ranks),
+            rank_pattern={module: rank for module, rank in ranks.items() if rank != settings.r},
+            **settings.model_dump(exclude={"peft_type", *(settings.model_extra or {})}, exclude_none=True),
+        )
+
+    def _check_size(self, module: str, layer: nn.Module | None) -> None:
+        a, b = (self.tensors.get(f"{module}.{ends[0]}") for ends in (_A, _B))
+        sizes = (getattr(layer, "out_features", None), getattr(layer, "in_features", None))
+        if layer is None or (
+            a is not None and b is not None and None not in sizes and (b.shape[0], a.shape[1]) != sizes
+        ):
+            has = "which this base does not have" if layer is None else f"which is {sizes[0]} x {sizes[1]} in this base"
+            raise ModelError(
+                f"{self.folder}: adapter does not fit this base: it changes {shown(module)}, {has}; give the base that "
+                "it was trained on"
+            )
+
+
+def read_adapter(folder: Path) -> AdapterFiles:
+    """The adapter in `folder`, checked; no tensor is read.
+
+    Raises:
+        ModelError: there is none, it is damaged or a pickle, of another kind than LoRA, or holds a link elsewhere.
+    """
+    settings = read_settings(folder)
+    if settings.peft_type != "LORA":
+        raise ModelError(f"{folder}: a {shown(settings.peft_type)} adapter; LoRA, rsLoRA and DoRA are read")
+    file = folder / WEIGHTS
+    if not file.is_file():
+        pickles = sorted(path.name for ending in ("bin", "pt", "pth", "ckpt") for path in folder.glob(f"*.{ending}"))
+        if pickles:
+            raise ModelError(f"{folder}: {pickles[0]} is a pickle, which can run code; convert it to {WEIGHTS}")
+        raise ModelError(f"{folder} holds no {WEIGHTS}; {_ADVICE}")
+    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in read_header(file)[0].items()}
+    return AdapterFiles(folder, settings, tensors)
+
+
+def read_settings(folder: Path) -> Settings:
+    """What adapter_config.json says.
+
+    Raises:
+        ModelError: there is none, or it is damaged.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        raise ModelError(f"{folder} holds no adapter ({CONFIG}); {_ADVICE}")
+    check_links(folder, ModelError)
+    try:
+        return Settings.model_validate(read_object(file, ModelError, _ADVICE))
+    except ValidationError as error:
+        raise ModelError(f"{file}: {first_fault(error)}; {_ADVICE}") from error

@@ -1,0 +1,135 @@
+"""Runs that are interrupted from outside: signals, kills, disks that refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nybble.checkpoints import list_checkpoints, verify
+
+BENCH = Path(__file__).parents[2] / "bench"
+SETTINGS = {"device": "cpu", "eval_fraction": 0, "logging_steps": 1, "save_steps": 5, "max_steps": 4000}
+
+
+def words(base: Path, rows: Path, out: Path, **changes: object) -> list[str]:
+    settings = {"model_name_or_path": base, "dataset_name": rows, "output_dir": out, **SETTINGS, **changes}
+    return ["train", *(str(word) for name, value in settings.items() for word in (f"--{name}", value))]
+
+
+def has_checkpoints(out: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not list_checkpoints([out / "checkpoints"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_second_signal_ends_at_once_and_leaves_the_last_checkpoint_whole(
+    tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "nybble", *words(tiny_llama(), rows_file, out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    has_checkpoints(out)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "nybble: stopped at once; the last checkpoint is whole"
+    verify(list_checkpoints([out / "checkpoints"])[0])
+
+
+def test_the_command_line_resumes_refuses_and_goes_on_by_force(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    base, out = tiny_llama(), tmp_path / "run"
+    stopped = nybble(*words(base, rows_file, out, max_seconds=0.001))
+    assert stopped.code == 4, stopped.err
+    assert "max_seconds at step 1 of 4000: saved; go on with --resume" in stopped.err.splitlines()[-1]
+    refused = nybble(*words(base, rows_file, out, max_steps=6, learning_rate=1e-3), "--resume")
+    assert refused.code == 2
+    assert "training.max_steps (was 4000, is 6), training.learning_rate (was 0.0002, is 0.001)" in refused.err
+    assert json.loads((out / "run.json").read_text())["status"] == "stopped"
+    forced = nybble(*words(base, rows_file, out, max_steps=6, learning_rate=1e-3), "--resume", "--force", "--json")
+    assert forced.code == 0, forced.err
+    assert "going on by force, although different" in forced.err
+    assert forced.json["status"] == "done"
+
+
+@pytest.mark.parametrize("init", ["default", "pissa"])
+def test_a_base_that_was_fitted_to_the_rows_is_kept_for_the_resumed_run(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path, init: str
+) -> None:
+    settings = {"encoder": "calibrated", "init_lora_weights": init, "max_steps": 6, "eval_fraction": 0.2}
+    straight, out = tmp_path / "straight", tmp_path / "run"
+    undisturbed = nybble(*words(tiny_llama(), rows_file, straight, **settings), "--json")
+    assert undisturbed.code == 0, undisturbed.err
+    assert nybble(*words(tiny_llama(), rows_file, out, **settings, max_seconds=0.001)).code == 4
+    done = nybble(*words(tiny_llama(), rows_file, out, **settings), "--resume", "--json")
+    assert done.code == 0, done.err
+    for name in ("loss", "n_tokens"):
+        assert done.json["evaluation_base"][name] == undisturbed.json["evaluation_base"][name]
+    adapter = Path("adapter") / "adapter_model.safetensors"
+    assert (out / adapter).read_bytes() == (straight / adapter).read_bytes()
+    assert done.json["eval_loss"] == undisturbed.json["eval_loss"]
+
+
+def test_resume_before_the_first_checkpoint_begins_anew(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    base, out = tiny_llama(), tmp_path / "run"
+    assert nybble(*words(base, rows_file, out, max_steps=2)).code == 0
+    shutil.rmtree(out / "checkpoints")
+    shutil.rmtree(out / "adapter")
+    done = nybble(*words(base, rows_file, out, max_steps=2), "--resume")
+    assert done.code == 0, done.err
+    assert "no checkpoint was written yet: the run begins anew" in done.err
+    assert [json.loads(line)["step"] for line in (out / "events.jsonl").read_text().splitlines()] == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_run_can_be_checked_on_the_users_machine(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    assert nybble(*words(tiny_llama(), rows_file, out, max_steps=2, gradient_accumulation_steps=4)).code == 0
+    before = sorted(path.relative_to(out) for path in out.rglob("*"))
+    done = nybble("resume-check", out, "--steps", 24, "--json")
+    assert done.code == 0, done.err
+    assert done.json["identical"] is True
+    assert done.json["interruptions"]
+    assert done.json["n_tensors"] > 20
+    assert sorted(path.relative_to(out) for path in out.rglob("*")) == before
+    assert nybble("resume-check", tmp_path).code == 2
+
+
+def bench(program: str, *more: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, BENCH / program, *more], capture_output=True, text=True, check=False, cwd=BENCH.parent
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.slow
+def test_thirty_kills_change_nothing() -> None:
+    found = bench("chaos.py", "--kills", "30", "--seed", "1")
+    assert found["kills"] >= 30
+    assert found["identical"] == found["runs"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("cc"), reason="needs Linux and a compiler")
+def test_no_refused_write_loses_anything() -> None:
+    found = bench("faults.py", "--every", "61")
+    assert found["runs"] >= 10
+    assert found["lost"] == []
