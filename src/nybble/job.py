@@ -21,7 +21,7 @@ from nybble.planning import Batches, among, plan_training, share_of
 from nybble.processes import Processes
 from nybble.recipe import EvaluationSection, Plan, Recipe, shared_among, step_rows, within_context
 from nybble.runs import Evaluation, Observer, RunDirectory, RunRecord, Sample, StepEvent
-from nybble.sharded import check_shardable
+from nybble.sharded import for_shards
 from nybble.training import (
     Checkpointing,
     check_training,
@@ -146,7 +146,9 @@ def prepare_all(
         with processes.together():
             if are_first == (processes.local_rank == 0):
                 made.append(prepare(recipe, overwrite, resume, force, watch, processes))
-    (job,) = made
+    # Free memory differs; what is split in another way would not meet in the same step.
+    plans = processes.gather(made[0].plan)
+    job = replace(made[0], plan=min(plans, key=lambda plan: (plan.fits, plan.micro_batch, plan.eval_batch)))
     found = job.checkpointing.resumed
     processes.agree({"the rows' hash": job.prepared.fingerprint, "the checkpoint": found.path.name if found else None})
     return job
@@ -176,7 +178,7 @@ def prepare(
     if processes.are_many and recipe.training.learning_rate == "probe":
         raise RecipeError("learning_rate: probe works in one process; run `nybble probe` first and give the rate found")
     if processes.are_many and recipe.training.distributed == "fsdp":
-        check_shardable(recipe)
+        recipe = for_shards(recipe)
     limit, began, output = recipe.training.max_seconds, time.monotonic(), recipe.training.output_dir
     parents = folders_of(Path(output).expanduser(), recipe.training)
     elsewhere = resume and bool(list_checkpoints(parents[1:]))

@@ -18,11 +18,11 @@ from nybble.training.depth import decoder_layers
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")  # that work on shards
 
 
-def check_shardable(recipe: Recipe) -> None:
-    """What is not offered in shards.
+def for_shards(recipe: Recipe) -> Recipe:
+    """The recipe without what a plan may choose but shards do not take: the rungs of `lean`.
 
     Raises:
-        RecipeError: the recipe asks for it.
+        RecipeError: it asks for what is not offered in shards.
     """
     training, lora = recipe.training, recipe.lora
     refused = {
@@ -30,13 +30,14 @@ def check_shardable(recipe: Recipe) -> None:
         "encoder: calibrated": recipe.method == "qlora" and recipe.quantization.encoder == "calibrated",
         f"init_lora_weights: {lora.init_lora_weights}": lora.init_lora_weights != "default",
         "use_dora": lora.use_dora,
-        "lean": training.lean,
+        "lean: always": training.lean == "always",
         "parity_steps": bool(training.parity_steps),
         f"optim: {training.optim} (but {', '.join(_OPTIMIZERS)} do)": training.optim not in _OPTIMIZERS,
     }
     for setting, is_asked_for in refused.items():
         if is_asked_for:
             raise RecipeError(f"distributed: fsdp does not work with {setting}; leave it away, or use distributed: ddp")
+    return recipe.model_copy(update={"training": training.model_copy(update={"lean": "never"})})
 
 
 def load_in_shards(

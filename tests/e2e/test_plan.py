@@ -151,3 +151,25 @@ def test_a_run_keeps_predicted_beside_measured(
     report = (tmp_path / "run" / "report.md").read_text()
     assert "| phase | predicted |" in report
     shutil.rmtree(tmp_path / "run")
+
+
+def test_what_processes_take_and_send(nybble: Callable[..., Any], tiny_llama: Callable[..., Path]) -> None:
+    def planned(*words: object) -> Any:
+        settings = ("--model", tiny_llama(), "--per_device_train_batch_size", 4, "--max_length", 32, "--device", "cpu")
+        outcome = nybble("plan", *settings, *words, "--json")
+        assert outcome.code == 0, outcome.err
+        return outcome.json
+
+    alone, ddp = planned("--processes", 1), planned("--processes", 2)
+    gradients = 4 * alone["plan"]["trainable_parameters"]
+    assert alone["sent_bytes_per_step"] == 0
+    assert ddp["sent_bytes_per_step"] == gradients  # 2 (N - 1) / N of them
+    assert "sharding is not worth it" in ddp["advice"]
+    fsdp = planned("--processes", 2, "--distributed", "fsdp")
+    parts, whole = ({p["name"]: p["parts"] for p in made["plan"]["phases"]}["steady step"] for made in (fsdp, alone))
+    for name in ("weights", "adapters", "optimizer"):
+        assert parts[name] == whole[name] // 2, name
+    sent = (2 * (whole["weights"] + whole["adapters"]) + gradients) / 2
+    assert fsdp["sent_bytes_per_step"] == pytest.approx(sent, rel=0.01)
+    assert fsdp["plan"]["rows_per_step"] == 2
+    assert nybble("plan", "--model", tiny_llama(), "--processes", 3).code == 2

@@ -71,7 +71,8 @@ class Linear4bit(nn.Linear):
     @property
     def packed(self) -> PackedWeight:
         """The weight as a value; shares memory with the layer."""
-        weight, absmax, kept = self._parameters["weight"], self._buffers["absmax"], self._packed
+        # Scales that are a parameter come and go with their shards: nothing is kept of them.
+        weight, absmax, kept = self._parameters["weight"], self._buffers.get("absmax"), self._packed
         if weight is None or absmax is None or not is_eager(weight, absmax):
             return self._value()
         # One token needs it of every layer: made anew only where the layer has other memory.

@@ -172,7 +172,8 @@ def plan_in_shards(
     sizes = Sizes.of(config, recipe, compute_dtype_of(recipe, profile.backend))
     saved = max(0, sizes.whole - sizes.whole // n - sizes.gathered)
     limit = memory_budget(recipe.training)
-    training = recipe.training.model_copy(update={"memory_budget": f"{limit + saved}"} if limit else {})
+    changed = {"lean": "never", **({"memory_budget": f"{limit + saved}"} if limit else {})}
+    training = recipe.training.model_copy(update=changed)
     wider = replace(profile, memory_bytes=profile.memory_bytes + saved)
     made = make_plan(recipe.model_copy(update={"training": training}), config, wider, batches, micro_batch=micro_batch)
     phases = tuple(_in_shards(phase, sizes, n, profile) for phase in made.phases)
