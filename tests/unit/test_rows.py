@@ -152,7 +152,7 @@ def test_a_byte_order_mark_is_no_part_of_the_rows(tmp_path: Path, name: str) -> 
 
 @pytest.mark.parametrize("name", ["/no/such/rows", "no_such.jsonl", "./no_such", "~/no_such_rows", "a/b/c", "N.CSV"])
 def test_a_missing_file_is_named(name: str) -> None:
-    assert refusal(name) == f"rows file {name!r} does not exist"
+    assert refusal(name) == f"rows file {name!r} does not exist; give a file, a folder of files, or a hub id"
 
 
 def test_no_name_is_told_what_to_give() -> None:
@@ -177,7 +177,7 @@ def test_a_hub_id_without_network_cannot_run() -> None:
     ],
 )
 def test_a_file_without_rows_is_refused(tmp_path: Path, name: str, content: str) -> None:
-    assert refusal(tmp_path / name, content) == " holds no rows"
+    assert refusal(tmp_path / name, content) == " holds no rows; give a file that does"
 
 
 def test_a_parquet_file_without_rows_is_refused(tmp_path: Path) -> None:
