@@ -252,7 +252,7 @@ def test_rows_that_are_all_cut_short_are_refused(prepare: Call, text: str, said:
         ),
         (
             [{"messages": [{"role": "user", "content": [3]}]}],
-            "row 1 turn 1: a content's part is 'int'; allowed is text",
+            "row 1 turn 1: a content's part is 'int'; allowed is {'type'",
         ),
         ([{"messages": TURNS}, {"messages": [QUESTION]}], "row 2: no assistant turn, so nothing to learn"),
         ([{"conversations": [{"from": "human", "value": "x"}]}], "row 1: no assistant turn"),
