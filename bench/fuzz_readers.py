@@ -155,7 +155,8 @@ def _recipes() -> list[bytes]:
     from nybble.recipe import Recipe, save_recipe
 
     flat = b"method: qlora\nmodel_name_or_path: a\nlr: 2e-4\ntarget_modules: [q_proj, v_proj]\nr: 8 # rank\n"
-    return [save_recipe(Recipe()).encode(), flat, b"training: {lr: 1, seed: 3}\n", b"paths: >\n  a\n  b\n"]
+    whole = save_recipe(Recipe()).encode()
+    return [whole[:900], whole[-700:], flat, b"training: {lr: 1, seed: 3}\n", b"paths: >\n  a\n  b\n"]
 
 
 def _tables() -> list[bytes]:

@@ -108,7 +108,13 @@ def brief(error: BaseException) -> str:
     if said.startswith("Exceeds the limit"):  # Python's own, which goes on with what a programmer could do
         return "a number of more than 4,300 digits"
     said = f"{type(error).__name__}: {said}" if isinstance(error, LookupError) else said
-    return (said if len(said) <= _MOST_SHOWN else f"{said[:_MOST_SHOWN]}..").rstrip(". ") or type(error).__name__
+    return clipped(said).rstrip(". ") or type(error).__name__
+
+
+def clipped(text: str) -> str:
+    """Text of others on one line that is not endless."""
+    said = " ".join(text.split())
+    return said if len(said) <= _MOST_SHOWN else f"{said[:_MOST_SHOWN]}.."
 
 
 def shown(value: Any) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from nybble.data.rendered import find_answers, with_system, without_stop
 from nybble.data.rows import Row, Rows, check_text
 from nybble.errors import RowsError
-from nybble.guard import brief, shown
+from nybble.guard import brief, clipped, shown
 from nybble.recipe import DataSection
 
 
@@ -273,7 +273,7 @@ def _text(row: Row, column: str, where: str) -> str:
 
 
 def _columns(row: Row) -> str:
-    return " ".join(", ".join(map(str, row)).split())[:200] or "none"
+    return clipped(", ".join(map(str, row))) or "none"
 
 
 def _list(row: Row, column: str, where: str) -> list[Any]:

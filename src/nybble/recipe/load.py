@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from nybble.errors import RecipeError
-from nybble.guard import brief, redact, shown
+from nybble.guard import brief, clipped, redact, shown
 from nybble.recipe.schema import Recipe, Section
 
 _MOST_BYTES = 16 << 10  # of a recipe; one with every setting has four thousand
@@ -168,7 +168,7 @@ def _fault(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.start} is not UTF-8"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"line {error.problem_mark.line + 1}: {error.problem}"
+        return f"line {error.problem_mark.line + 1}: {clipped(str(error.problem))}"
     return brief(error)
 
 
