@@ -71,8 +71,11 @@ class Linear4bit(nn.Linear):
     @property
     def packed(self) -> PackedWeight:
         """The weight as a value; shares memory with the layer. The same object as long as that memory is the same."""
-        weight, absmax, kept = self._parameters["weight"], self._buffers["absmax"], self._packed
-        if kept is None or kept.absmax is not absmax or kept.packed.data_ptr() != weight.data_ptr():
+        weight: Any = self._parameters["weight"]
+        absmax: Any = self._buffers["absmax"]
+        kept = self._packed
+        # Of tensors without data the storage's identity is all there is.
+        if kept is None or kept.absmax is not absmax or _storage(kept.packed) != _storage(weight):
             kept = self._packed = PackedWeight(
                 weight.data,
                 absmax,
@@ -166,3 +169,7 @@ class Linear4bit(nn.Linear):
         # The scales travel under bitsandbytes' keys, not as buffers.
         own = {f"{prefix}{name}" for name in _SCALES}
         missing_keys[:] = [key for key in missing_keys if key not in own]
+
+
+def _storage(tensor: Any) -> int:
+    return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
