@@ -134,6 +134,15 @@ class PeakMemory:
         return _resident_peak_bytes()
 
 
+def reserved_bytes(device: Device) -> int | None:
+    """The most that torch's allocator has taken of a GPU since the last reset, live or not; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    return int(torch.cuda.max_memory_reserved())
+
+
 def _reset_resident_peak() -> None:
     clear_refs = Path("/proc/self/clear_refs")
     if clear_refs.exists() and os.access(clear_refs, os.W_OK):

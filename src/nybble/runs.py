@@ -122,6 +122,7 @@ class RunRecord:
     evaluation_tuned: Evaluation | None = None
     eval_loss: float | None = None
     peak_bytes: int | None = None
+    reserved_bytes: int | None = None  # by torch's allocator, at most; None on a CPU
     seconds: float | None = None
     run_dir: str = ""
 

@@ -104,6 +104,24 @@ def test_wrong_words_are_refused_before_anything_runs(
     assert not (tmp_path / "run-compare").exists()
 
 
+@pytest.mark.slow
+def test_what_does_not_fit_is_planned_and_not_run(
+    nybble: Callable[..., Any], recipe_file: Path, tmp_path: Path
+) -> None:
+    done = nybble("compare", recipe_file, "--methods", "qlora,full", "--memory_budget", "1MB")
+    assert done.code == 3
+    assert "of 1.00 MB" in done.err
+    folder = tmp_path / "run-compare"
+    qlora, full = json.loads((folder / "comparison.json").read_text())["arms"]
+    for arm in (qlora, full):
+        assert (arm["status"], arm["measured"]) == ("does not fit", False)
+        assert arm["predicted_bytes"] > 1e6
+        assert arm["peak_bytes"] is None
+    assert qlora["trainable_parameters"] < full["trainable_parameters"] == full["total_parameters"]
+    assert "predicted, not run | predicted, not run" in (folder / "report.md").read_text()
+    assert not (folder / "qlora").exists()
+
+
 def test_where_no_arm_runs_the_reason_is_told(nybble: Callable[..., Any], recipe_file: Path, tmp_path: Path) -> None:
     done = nybble("compare", recipe_file, "--methods", "lora", "--dataset_name", tmp_path / "none.jsonl")
     assert done.code == 2

@@ -245,7 +245,10 @@ def test_rows_that_are_all_cut_short_are_refused(prepare: Call, text: str, said:
         ([{"messages": [{"role": "bard", "content": "x"}]}], "row 1 turn 1: unknown role 'bard'; allowed: system"),
         ([{"messages": [ANSWER, {"role": "user"}]}], "row 1 turn 2: needs 'role' and 'content'"),
         ([{"messages": [ANSWER, "x"]}], "row 1 turn 2: needs 'role' and 'content', got 'x'"),
-        ([{"messages": [{"role": "assistant", "content": None}]}], "row 1 turn 1: content is of type NoneType, not text"),
+        (
+            [{"messages": [{"role": "assistant", "content": None}]}],
+            "row 1 turn 1: content is of type NoneType, not text",
+        ),
         (
             [{"messages": [{"role": "user", "content": [{"type": "image"}]}]}],
             "row 1 turn 1: a content's part is 'image'",

@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from nybble.comparison.arms import Trial
-from nybble.errors import StoppedError
+from nybble.errors import NybbleError, StoppedError
+from nybble.planning import plan
+from nybble.recipe import Recipe
 from nybble.runs import Observer, RunDirectory, read_record
 
+_DOES_NOT_FIT = 3
 _STOPPED = (4, 130)  # `nybble train` ended by a signal
 
 
@@ -24,6 +27,7 @@ class Ending:
 
     code: int
     error: str | None  # its last line, where it failed
+    predicted: dict[str, Any] | None = None  # figures of an arm that does not fit the device
 
 
 def is_done(trial: Trial) -> bool:
@@ -63,7 +67,24 @@ def run_trial(trial: Trial, log: Path, watch: Observer) -> Ending:
             watch.note(line.strip())
     if child.returncode in _STOPPED:
         raise StoppedError(f"stopped in {trial.run_dir.name}: saved; the same command again goes on from there")
-    return Ending(child.returncode, _reason(child.returncode, last))
+    predicted = predict(trial.recipe) if child.returncode == _DOES_NOT_FIT else None
+    return Ending(child.returncode, _reason(child.returncode, last), predicted)
+
+
+def predict(recipe: Recipe) -> dict[str, Any] | None:
+    """What a plan says of a run that does not fit; None where it does fit, and something else is lacking."""
+    try:
+        made = plan(recipe)
+    except NybbleError:
+        return None
+    if made.fits:
+        return None
+    return {
+        "predicted_bytes": made.peak_bytes,
+        "device": made.device["name"],
+        "trainable_parameters": made.trainable_parameters,
+        "total_parameters": made.total_parameters,
+    }
 
 
 def _reason(code: int, last: str) -> str | None:

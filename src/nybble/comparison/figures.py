@@ -39,7 +39,8 @@ class Arm:
     exact_match_interval: Interval | None = None
     train_loss: float | None = None
     peak_bytes: int | None = None  # highest of all phases and seeds
-    predicted_bytes: int | None = None
+    reserved_bytes: int | None = None  # by torch's allocator on a GPU; None on a CPU
+    predicted_bytes: int | None = None  # of an arm that does not fit: all there is
     device: str | None = None
     seconds: float | None = None
     seconds_to_first_step: float | None = None
@@ -133,7 +134,9 @@ def _arm(
         "learning_rate_source": plan.rate_source,
         "run_dirs": tuple(trial.run_dir.name for trial in plan.trials),
     }
-    return Arm(**arm | _figures(list(done.values()), list(done), judged)) if done else Arm(**arm)
+    if done:
+        return Arm(**arm | _figures(list(done.values()), list(done), judged))
+    return Arm(**arm | (failure.predicted or {} if failure else {}))
 
 
 def _figures(
@@ -156,6 +159,7 @@ def _figures(
         "exact_match": _mean([t["exact_match"] for t in tuned]),
         "exact_match_interval": Interval(right.value, max(0.0, right.low), min(1.0, right.high)) if right else None,
         "peak_bytes": max(record["peak_bytes"] for record in records),
+        "reserved_bytes": max((r["reserved_bytes"] for r in records if r.get("reserved_bytes")), default=None),
         "predicted_bytes": max(predicted, default=None),
         "device": first["device"]["name"],
         "trainable_parameters": first["trainable_parameters"],

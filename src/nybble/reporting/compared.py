@@ -95,6 +95,7 @@ def comparison_lines(arms: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]
         ("its 95 % interval", [_span(arm["exact_match_interval"], format_share) for arm in arms]),
         ("training loss", [format_number(arm["train_loss"]) for arm in arms]),
         ("peak memory", [format_bytes(arm["peak_bytes"]) for arm in arms]),
+        ("peak memory, reserved", [format_bytes(arm.get("reserved_bytes")) for arm in arms]),
         ("peak memory, predicted", [format_bytes(arm["predicted_bytes"]) for arm in arms]),
         ("4-bit weights, bits each", [format_number(arm["bits_per_weight"], 3) for arm in arms]),
         ("trained parameters", [format_count(arm["trainable_parameters"]) for arm in arms]),

@@ -15,7 +15,7 @@ from typing import Any
 
 from nybble.data import Prepared
 from nybble.errors import InputError, NybbleError, StoppedError
-from nybble.hardware import Device, PeakMemory
+from nybble.hardware import Device, PeakMemory, reserved_bytes
 from nybble.recipe import Plan, Recipe
 from nybble.runs import Phase, RunDirectory, RunRecord
 
@@ -65,6 +65,8 @@ class Witness:
         record = self.record
         record.seconds = time.monotonic() - self._started
         record.peak_bytes = max((phase.measured_bytes for phase in record.phases.values()), default=None)
+        reserved = reserved_bytes(self._device)
+        record.reserved_bytes = None if reserved is None else max(reserved, record.reserved_bytes or 0)
         self._run.write_record(record)
 
     @contextmanager
