@@ -44,6 +44,10 @@ bench: install
 	$(BIN)/python bench/generate.py
 	$(BIN)/python bench/saving.py
 	$(BIN)/python bench/merge_memory.py
+	$(BIN)/python bench/distributed.py held
+	$(BIN)/python bench/distributed.py table
+	$(if $(DATA),$(BIN)/python bench/distributed.py --data $(DATA) killed)
+	$(if $(DATA),$(BIN)/python bench/distributed.py --data $(DATA) learning)
 	$(if $(DATA),$(BIN)/python bench/merging.py --data $(DATA))
 	$(if $(DATA),$(BIN)/python bench/curve.py --data $(DATA))
 	$(if $(DATA),$(BIN)/python bench/real_rows.py --data $(DATA))

@@ -77,7 +77,12 @@ def start(count: int, data: Path, out: Path, *more: str) -> subprocess.Popen[byt
 def done(process: subprocess.Popen[bytes], out: Path) -> None:
     """Wait, and stop where it failed."""
     if process.wait(600):
-        raise SystemExit(out.with_suffix(".log").read_text()[-2000:])
+        raise SystemExit("\n".join(_said(out)))
+
+
+def _said(out: Path) -> list[str]:
+    """The errors of a run that failed."""
+    return [line for line in out.with_suffix(".log").read_text().splitlines() if line.startswith("nybble: ")]
 
 
 def left(out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
@@ -119,7 +124,7 @@ def killed(data: Path) -> dict[str, Any]:
             process = start(2, data, torn, "--distributed", distributed)
             while not any((torn / "checkpoints").glob("checkpoint-*")):
                 if process.poll() is not None:
-                    raise SystemExit(torn.with_suffix(".log").read_text()[-2000:])
+                    raise SystemExit("\n".join(_said(torn)))
                 time.sleep(0.05)
             children = psutil.Process(process.pid).children()
             victim = next(child for child in children if child.environ().get("RANK") == "1")

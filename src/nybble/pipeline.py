@@ -132,7 +132,8 @@ def _write_down(job: Job) -> None:
 
 def _load(job: Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
     job.watch.stage("load")
-    recipe, kept = job.recipe, job.run.base.is_dir()  # kept: a resumed run goes on with the base that it began with
+    recipe = job.recipe
+    kept = job.processes.gather(job.run.base.is_dir())[0]  # a resumed run goes on with the base that it began with
     section = recipe.model.model_copy(update={"model_name_or_path": str(job.run.base)}) if kept else recipe.model
     source = find_model(section) if kept else job.source
     with witness.phase("load"):
@@ -203,10 +204,10 @@ def _attach(job: Job, model: Any, starts: Starts) -> Any:
         base_name = str(job.run.base.resolve()) if job.run.base.is_dir() else job.source.name
         model = attach(model, job.recipe.lora, base_name, starts)
         kept = job.run.base / "start"  # what no other start gives again
-        if starts:
+        if starts and job.processes.is_main:
             with whole_folder(kept) as folder:
                 save_adapter(model, folder)
-        elif kept.is_dir():
+        elif kept.is_dir() and not starts:
             put_weights_back(model, load_file(kept / "adapter_model.safetensors"))
     return model
 

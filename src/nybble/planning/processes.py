@@ -78,7 +78,7 @@ class SharedPlan:
     plan: Plan  # of one process
     sent_bytes_per_step: int  # and received, by each
     step_seconds: float | None
-    alone_seconds: float | None  # of the same step in one process
+    alone_seconds: float | None  # of the same step in one process, in the same micro-batches
     advice: str
 
     @property
