@@ -1,7 +1,8 @@
 """The path in native code: the loops of `native.c`, single-threaded over a range of blocks, split over threads here.
 
-Results have the bits of the reference whatever the instruction set and the number of threads; only the sums of
-`multiply` may differ in their last places. The library is compiled when the package is installed and loaded on first
+Results have the bits of the reference whatever the instruction set and the number of threads; only products differ: the
+sums of `multiply` in their last places, and in bfloat16, on processors with instructions for it, as products with a
+rounded weight do. The library is compiled when the package is installed and loaded on first
 use; without it (no C compiler then) `unavailable` says so and the plain path runs.
 """
 

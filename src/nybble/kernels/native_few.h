@@ -81,13 +81,31 @@ static const Kernels WITH_AVX512 = {SHARED_AVX512, 0, 0};
 #define ADD(sums, values, x) _mm512_dpbf16_ps(sums, (__m512bh)(values), (__m512bh)_mm512_loadu_si512(x))
 #include "native_few_loops.h"
 
+/* The sums of 16 registers, in their order: halves are added crosswise, each time of half as many registers. */
+BF16 static inline __attribute__((always_inline)) __m512 sums_of_16(const __m512 *x)
+{
+    __m512 four[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        __m512 first = _mm512_add_ps(_mm512_unpacklo_ps(x[4 * i], x[4 * i + 1]), _mm512_unpackhi_ps(x[4 * i], x[4 * i + 1]));
+        __m512 last =
+            _mm512_add_ps(_mm512_unpacklo_ps(x[4 * i + 2], x[4 * i + 3]), _mm512_unpackhi_ps(x[4 * i + 2], x[4 * i + 3]));
+        __m512d pair[2] = {_mm512_castps_pd(first), _mm512_castps_pd(last)};
+        four[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(pair[0], pair[1])),
+                                _mm512_castpd_ps(_mm512_unpackhi_pd(pair[0], pair[1])));
+    }
+    __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(four[0], four[1], 0x44), _mm512_shuffle_f32x4(four[0], four[1], 0xEE));
+    __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(four[2], four[3], 0x44), _mm512_shuffle_f32x4(four[2], four[3], 0xEE));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xDD));
+}
+
 /* sums[row][feature] += row of x times feature, for 4 of each side by side, over n columns: a multiple of 32. */
 BF16 static void tile_bf16(const uint16_t *const *x, const uint16_t *const *w, int64_t n, float (*sums)[TILE])
 {
-    __m512 lanes[TILE][TILE];
+    __m512 lanes[TILE * TILE];
 #pragma GCC unroll 16
     for (int i = 0; i < TILE * TILE; i++)
-        lanes[i / TILE][i % TILE] = _mm512_setzero_ps();
+        lanes[i] = _mm512_setzero_ps();
     for (int64_t i = 0; i < n; i += 32) {
         __m512bh rows[TILE];
 #pragma GCC unroll 4
@@ -98,12 +116,10 @@ BF16 static void tile_bf16(const uint16_t *const *x, const uint16_t *const *w, i
             __m512bh weights = (__m512bh)_mm512_loadu_si512(w[feature] + i);
 #pragma GCC unroll 4
             for (int row = 0; row < TILE; row++)
-                lanes[row][feature] = _mm512_dpbf16_ps(lanes[row][feature], rows[row], weights);
+                lanes[TILE * row + feature] = _mm512_dpbf16_ps(lanes[TILE * row + feature], rows[row], weights);
         }
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < TILE * TILE; i++)
-        sums[i / TILE][i % TILE] += _mm512_reduce_add_ps(lanes[i / TILE][i % TILE]);
+    _mm512_storeu_ps(sums, _mm512_add_ps(_mm512_loadu_ps(sums), sums_of_16(lanes)));
 }
 
 static const Kernels WITH_BF16 = {SHARED_AVX512, multiply_bf16, tile_bf16};
