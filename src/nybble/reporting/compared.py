@@ -182,8 +182,11 @@ def _plots(arms: Sequence[Mapping[str, Any]], runs: Sequence[_Run]) -> list[tupl
             found.append(Line(label, x, y, COLORS[run.arm % len(COLORS)], DASHES[run.arm % len(DASHES)]))
         return found
 
+    first = {run.arm: run for run in reversed(runs)}  # an arm's seeds are predicted alike
     predicted = [
-        line for run in runs for line in predicted_line(f"{arms[run.arm]['name']}, predicted", run.record, run.events)
+        line
+        for arm, run in sorted(first.items())
+        for line in predicted_line(f"{arms[arm]['name']}, predicted", run.record, run.events)
     ]
     drawn = (
         ("Held-out loss", intervals),
