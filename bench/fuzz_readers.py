@@ -156,7 +156,13 @@ def _recipes() -> list[bytes]:
 
     flat = b"method: qlora\nmodel_name_or_path: a\nlr: 2e-4\ntarget_modules: [q_proj, v_proj]\nr: 8 # rank\n"
     whole = save_recipe(Recipe()).encode()
-    return [whole[:900], whole[whole.index(b"evaluation:") :], flat, b"training: {lr: 1, seed: 3}\n", b"paths: >\n  a\n  b\n"]
+    return [
+        whole[:900],
+        whole[whole.index(b"evaluation:") :],
+        flat,
+        b"training: {lr: 1, seed: 3}\n",
+        b"paths: >\n  a\n  b\n",
+    ]
 
 
 def _tables() -> list[bytes]:

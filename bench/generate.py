@@ -5,8 +5,8 @@
 
 A Llama of random weights is packed by `nybble quantize`; both sides load that folder and generate alternately in one
 process; above rank 0 each with adapters on all linears, ours and PEFT's. First-token time is the whole of the prompt;
-the rest is tokens a second after it. Medians of wall time and of one thread's processor time, which leaves out what else
-the machine did. One JSON object last.
+the rest is tokens a second after it. Medians of wall time and of one thread's processor time, which leaves out what
+else the machine did. One JSON object last.
 """
 
 from __future__ import annotations
