@@ -189,6 +189,10 @@ def _meet(processes: Processes, backend: str) -> None:
 
     try:
         store, rank, count = next(rendezvous("env://", timeout=timedelta(seconds=_SECONDS_TO_MEET)))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(count):
+            # One machine's launcher keeps its store when it begins anew: addresses of the dead must not be read. On
+            # several, restarts are counted apart, and the c10d rendezvous makes a store for each.
+            store = dist.PrefixStore(f"start {processes.restarts}", store)  # type: ignore[attr-defined]
         wait = timedelta(seconds=_SECONDS_TO_WAIT)
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=wait)
     except (RuntimeError, ValueError) as error:

@@ -62,8 +62,14 @@ def launch(tmp_path: Path, found_paths: Path) -> Launch:
         context = multiprocessing.get_context("fork")
         started = []
         for rank in range(count):
-            named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
-            environment = {**{k: str(v) for k, v in named.items()}, "MASTER_PORT": str(port), **variables}
+            named: dict[str, object] = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": count,
+                "MASTER_ADDR": "127.0.0.1",
+            }
+            named |= {"LOCAL_WORLD_SIZE": count, "MASTER_PORT": str(port)}
+            environment = {**{k: str(v) for k, v in named.items()}, **variables}
             ours = [str(word) for word in (*words, *((own or {}).get(rank, ())))]
             file = tmp_path / f"err-{rank}"
             started.append(context.Process(target=_process, args=(rank, environment, ours, file, setup)))
