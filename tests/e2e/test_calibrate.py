@@ -53,7 +53,7 @@ def test_a_resumed_run_goes_on_with_the_base_it_began_with(
     schedule = ("--lr_scheduler_type", "constant", "--save_steps", "2", "--learning_rate", "1e-2", "--n_samples", "0")
     assert nybble("train", *given, *schedule, "--output_dir", whole, "--max_steps", "4").code == 0
     assert nybble("train", *given, *schedule, "--output_dir", parted, "--max_steps", "2").code == 0
-    resumed = nybble("train", *given, *schedule, "--output_dir", parted, "--max_steps", "4", "--resume")
+    resumed = nybble("train", *given, *schedule, "--output_dir", parted, "--max_steps", "4", "--resume", "--force")
     assert resumed.code == 0, resumed.err
     assert "calibrating" not in resumed.err
     a, b = adapter(whole), adapter(parted)

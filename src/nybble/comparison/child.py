@@ -13,7 +13,6 @@ from typing import Any
 
 from nybble.comparison.arms import Trial
 from nybble.errors import NybbleError, StoppedError
-from nybble.planning import plan
 from nybble.recipe import Recipe
 from nybble.runs import Observer, RunDirectory, read_record
 
@@ -73,6 +72,8 @@ def run_trial(trial: Trial, log: Path, watch: Observer) -> Ending:
 
 def predict(recipe: Recipe) -> dict[str, Any] | None:
     """What a plan says of a run that does not fit; None where it does fit, and something else is lacking."""
+    from nybble.planning import plan  # brings torch
+
     try:
         made = plan(recipe)
     except NybbleError:
