@@ -82,7 +82,7 @@ def test_questions_of_a_file(nybble: Callable[..., Any], runs: dict[str, Path], 
     assert [(a["prompt"], a["tuned"]) for a in answers] == [(a.prompt, a.tuned) for a in ask(runs["next"], QUESTIONS)]
     lines.write_text('{"prompt": "a"}\n{"question": "b"}\n')
     done = nybble("ask", runs["next"], "--file", lines)
-    assert (done.code, "q.jsonl line 2: needs a string" in done.err) == (2, True)
+    assert (done.code, "q.jsonl line 2: no question" in done.err) == (2, True)
     assert "does not exist" in nybble("ask", runs["next"], "--file", tmp_path / "none").err
 
 
