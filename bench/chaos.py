@@ -31,6 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
 from nybble import bundled, checkpoints, job, pipeline
@@ -199,6 +200,7 @@ def fork(run: Callable[[], object], log: Path) -> Process:
 
 def plan_once(settings: dict[str, Any], folder: Path) -> None:
     """Let every run take the plan that is made here."""
+    torch.set_num_threads(1)  # OpenMP's threads are not there after a fork, and its loops would wait for them
     recipe = load_recipe(None, {**settings, "output_dir": str(folder / "plan")})
     made = job.prepare(recipe, False, False, False, Silent()).plan
     job.plan_training = lambda *_: made

@@ -113,7 +113,12 @@ def test_a_run_can_be_checked_on_the_users_machine(
 
 def bench(program: str, *more: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, BENCH / program, *more], capture_output=True, text=True, check=False, cwd=BENCH.parent
+        [sys.executable, BENCH / program, *more],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=BENCH.parent,
+        timeout=900,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     found: dict[str, Any] = json.loads(done.stdout)
