@@ -113,7 +113,9 @@ def read_questions(file: Path) -> list[str]:
             raise RowsError(f"{file} line {number}: not JSON ({brief(error)}); repair the line") from error
         text = value.get("prompt") if isinstance(value, dict) else value
         if not isinstance(text, str):
-            raise RowsError(f"{file} line {number}: no question; allowed are a string and an object with the string 'prompt'")
+            raise RowsError(
+                f"{file} line {number}: no question; allowed are a string and an object with the string 'prompt'"
+            )
         found.append(text)
     return found
 
