@@ -5,9 +5,9 @@
 A Llama of random weights (hidden 1024, 8 layers, vocabulary 32,000) in 4 bits, r=16 on all linears, 32 bundled rows a
 step. The arms take turns in one process: no checkpoint but the last, one every ten steps, one every step. Seconds a
 step are from the logged steps, the first one left out; processor seconds are those of the process, its writing thread
-with it, and depend less on what else the machine does. `stall` is what the training thread itself spends on a
-checkpoint (copying to the host, waiting for the write before), `write` what the other thread takes meanwhile. Ratios
-are of medians. Prints a table and one JSON object last.
+with it. `copy` and `write` are processor seconds of a checkpoint in the training thread and in the one that writes:
+unlike the others they hardly depend on what else the machine does. Ratios are of medians. Prints a table and one JSON
+object last.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ def main() -> None:
     medians = {
         arm: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for arm, runs in found.items()
     }
-    print("| checkpoints | s a step | x | processor s a step | x | stall ms | write ms |")
+    print("| checkpoints | s a step | x | processor s a step | x | copy, ms | write, ms |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for arm, figures in medians.items():
         step, cpu = figures["step_seconds"], figures["cpu_seconds"]
         print(
             f"| {arm} | {step:.3f} | {step / medians['none']['step_seconds']:.4f} | {cpu:.3f} "
-            f"| {cpu / medians['none']['cpu_seconds']:.4f} | {1e3 * figures['stall_seconds']:.1f} "
+            f"| {cpu / medians['none']['cpu_seconds']:.4f} | {1e3 * figures['copy_seconds']:.1f} "
             f"| {1e3 * figures['write_seconds']:.1f} |"
         )
     print(json.dumps({"benchmark": "saving", **vars(arguments), "medians": medians, "runs": found, **here()}))
@@ -109,20 +109,20 @@ def measure(base: Path, out: Path, arm: str, steps: int) -> dict[str, float]:
         "save_steps": ARMS[arm],
         "report_to": "none",
     }
-    stalls: list[float] = []
+    copies: list[float] = []
     writes: list[float] = []
     save, write = ResumableTrainer._save_checkpoint, Saver._write
 
     def timed(method: Any, into: list[float]) -> Any:
         def call(self: Any, *given: Any) -> Any:
-            began = time.monotonic()
+            began = time.thread_time()
             result = method(self, *given)
-            into.append(time.monotonic() - began)
+            into.append(time.thread_time() - began)
             return result
 
         return call
 
-    ResumableTrainer._save_checkpoint = timed(save, stalls)
+    ResumableTrainer._save_checkpoint = timed(save, copies)
     Saver._write = timed(write, writes)
     clock = ProcessorClock()
     try:
@@ -134,7 +134,7 @@ def measure(base: Path, out: Path, arm: str, steps: int) -> dict[str, float]:
     return {
         "step_seconds": (events[-1]["seconds"] - events[0]["seconds"]) / (steps - 1),
         "cpu_seconds": (clock.at[-1] - clock.at[0]) / (steps - 1),
-        "stall_seconds": statistics.median(stalls),
+        "copy_seconds": statistics.median(copies),
         "write_seconds": statistics.median(writes),
         "checkpoint_bytes": sum(file.stat().st_size for file in newest.iterdir()),
     }
