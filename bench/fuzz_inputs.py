@@ -35,8 +35,8 @@ def changed(seeds: Sequence[bytes], number: int, change: Change) -> bytes:
         other = dice.choice(seeds)
         found = found[: dice.randrange(len(found) + 1)] + other[dice.randrange(len(other) + 1) :]
     for _ in range(dice.choice((1, 1, 1, 2, 3, 8))):
-        found = change(found, dice)
-    return found[:MOST_BYTES]
+        found = change(found, dice)[:MOST_BYTES]
+    return found
 
 
 def change_bytes(data: bytes, dice: random.Random) -> bytes:

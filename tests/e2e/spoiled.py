@@ -131,7 +131,7 @@ def _spoil_weights(here: Path) -> None:
 def _spoil_configs(here: Path) -> None:
     changes: dict[str, dict[str, Any]] = {
         "layers": {"num_hidden_layers": 10**9},
-        "many": {"num_hidden_layers": 5000},
+        "many": {"num_hidden_layers": 2000},
         "wide": {"hidden_size": 10**12},
         "larger": {"vocab_size": 10**7},
         "heads": {"num_attention_heads": 7, "hidden_size": 64, "head_dim": None},
@@ -141,6 +141,7 @@ def _spoil_configs(here: Path) -> None:
     }
     for name, change in changes.items():
         _change(_copy(here, name) / "config.json", **change)
+    (_copy(here, "beams") / "generation_config.json").write_text('{"num_beams": 1000000}')
     texts = {
         "encoder": '{"model_type": "t5"}',
         "nojson": "{",

@@ -19,7 +19,9 @@ _AGAIN = "download it again"
 _MOST_HEADER_BYTES = 64 << 20  # 400,000 tensors
 # Pattern of a config's name -> the largest number that it may hold; the first that matches counts.
 _CEILINGS = (
-    (re.compile("layer|block|depth|head|expert|label"), 1 << 16),
+    (re.compile("beam|sequences"), 1 << 6),  # of generation: each has keys and values of its own
+    (re.compile("layers|n_layer|depth"), 1 << 11),  # each is built, module by module
+    (re.compile("layer|block|head|expert|label"), 1 << 16),
     (re.compile("position|length|window|ctx|seq|token|_id"), 1 << 31),  # contexts, and numbers of tokens
     (re.compile("size|dim|embd|inner|rank|kernel|width|state"), 1 << 24),
     (re.compile(""), 1 << 53),

@@ -68,6 +68,8 @@ def find_model(section: ModelSection) -> ModelSource:
     if (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder} holds an adapter, which names a base elsewhere; give the folder of the base itself")
     config = read_config(folder, section.trust_remote_code)
+    if (folder / "generation_config.json").is_file():
+        read_numbers(folder / "generation_config.json")
     tensors = [tensor for file in weight_files(folder) for tensor in read_header(file)[0].values()]
     if not section.trust_remote_code:
         check_fits(folder, config, tensors)
