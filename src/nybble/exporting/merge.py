@@ -51,6 +51,7 @@ from nybble.units import format_bytes
 TARGETS = ("auto", "dequantized", "original", "4bit")
 DTYPES = ("bfloat16", "float16", "float32")
 UNVERIFIED = "UNVERIFIED"
+ENCODER = "calibrated"  # of what is packed anew
 _ANEW = "4bit-"  # with the base behind it: a target that is encoded anew
 _PACKED_SHARE = 0.5  # of the 16-bit bytes, at most, that the 4-bit folder takes: embeddings and head stay whole
 
@@ -290,7 +291,7 @@ class _Written:
         whole = folder.with_name(f"{folder.name}.16bit")
         shutil.rmtree(whole, ignore_errors=True)
         folder.rename(whole)
-        quantization = job.recipe.quantization.model_copy(update={"cache": False, "encoder": "calibrated"})
+        quantization = job.recipe.quantization.model_copy(update={"cache": False, "encoder": ENCODER})
         section = job.recipe.model.model_copy(update={"model_name_or_path": str(whole), "model_revision": None})
         source: ModelSource = find_model(section)
         model, _report = load_model(source, "qlora", section, quantization, job.device)

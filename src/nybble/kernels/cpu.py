@@ -2,8 +2,8 @@
 
 Results have the bits of the reference whatever the instruction set and the number of threads; only products differ: the
 sums of `multiply` in their last places, and in bfloat16, on processors with instructions for it, as products with a
-rounded weight do. The library is compiled when the package is installed and loaded on first
-use; without it (no C compiler then) `unavailable` says so and the plain path runs.
+rounded weight do. The library is compiled when the package is installed and loaded on first use; without it (no C
+compiler then) `unavailable` says so and the plain path runs.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 /* The loops of the 4-bit format for one core: decode, x W^T for a few rows, and the three steps of the encoder.
 
 Every float32 operation and its order are those of `nybble.quant` (decode, search), so that all bits are the same; only
-the sums of `nybble_gemv` are free. Nothing here may be contracted into fused multiply-adds: -ffp-contract=off.
+the sums of `nybble_multiply` are free. Nothing here may be contracted into fused multiply-adds: -ffp-contract=off.
 
 Decoding is table look-up: a block has 16 different values, so these are multiplied and rounded once per block and then
 moved by code. Encoding finds the nearest value by a search tree over the 15 midpoints, node k's children 2k and 2k + 1:
 four steps lead from node 1 to node 16 + rank.
 
-Sets of inner loops, chosen at run time: AVX-512 and AVX2 (native_x86.h), and plain C (native_plain.h). The
-functions here walk over blocks [first, last) and call the chosen set. Loaded with ctypes: no Python header is needed,
+Sets of inner loops, chosen at run time: AVX-512 with and without bfloat16 (native_few.h), AVX2 (native_x86.h), and plain C
+(native_plain.h). The functions here walk over blocks [first, last) and call the chosen set. Loaded with ctypes: no Python header is needed,
 and there is no PyInit. */
 
 #include <stdatomic.h>
@@ -218,20 +218,21 @@ static void order(const Product *product)
     }
 }
 
-enum { MANY_ROWS = 256 }; /* at most */
+enum { MANY_ROWS = 128 }; /* at most, as cpu.py knows */
 enum { STEP = 64 }; /* features that a thread takes at a time, about 5 us: all are done at about the same time */
 
-static void put(const Product *product, int64_t feature, int64_t first, int64_t rows, float *sums)
+/* What the base gives a feature, and the adapter to it. */
+static void put(const Product *product, int64_t feature, float *sums)
 {
     if (product->a) {
         float added[MAX_ROWS];
-        active->dense(product->b + feature * product->rank, FLOAT32, product->rank,
-                      product->inner + first * product->rank, product->rank, rows, added);
-        for (int64_t row = 0; row < rows; row++)
+        active->dense(product->b + feature * product->rank, FLOAT32, product->rank, product->inner, product->rank,
+                      product->rows, added);
+        for (int64_t row = 0; row < product->rows; row++)
             sums[row] += added[row];
     }
-    for (int64_t row = 0; row < rows; row++) {
-        int64_t place = (first + row) * product->out_features + feature;
+    for (int64_t row = 0; row < product->rows; row++) {
+        int64_t place = row * product->out_features + feature;
         if (product->dtype == FLOAT32)
             ((float *)product->out)[place] = sums[row];
         else
@@ -247,17 +248,12 @@ static void multiply_codes(const void *given, int64_t first, int64_t last)
     for (int64_t count; first < last; first += count) {
         count = last - first < STEP ? last - first : STEP;
         Piece piece = {product->packed, first, count, product->in_features};
-        for (int64_t row = 0, rows; row < product->rows; row += rows) {
-            const float *x = product->wide + row * product->stride;
-            const uint16_t *halves = (const uint16_t *)product->wide + row * product->stride;
-            rows = product->rows - row < MAX_ROWS ? product->rows - row : MAX_ROWS;
-            if (is_half(product))
-                active->multiply16(&piece, halves, product->stride, rows, sums);
-            else
-                active->multiply(&piece, x, product->stride, rows, sums);
-            for (int64_t i = 0; i < count; i++)
-                put(product, first + i, row, rows, sums + i * rows);
-        }
+        if (is_half(product))
+            active->multiply16(&piece, (const uint16_t *)product->wide, product->stride, product->rows, sums);
+        else
+            active->multiply(&piece, product->wide, product->stride, product->rows, sums);
+        for (int64_t i = 0; i < count; i++)
+            put(product, first + i, sums + i * product->rows);
     }
 }
 
@@ -311,7 +307,7 @@ static void multiply_decoded(const void *given, int64_t first, int64_t last)
             for (int64_t row = 0; row < product->rows; row++)
                 sums[row] += active->dot(values + from - block * p->block, x + row * product->stride, end - from);
         }
-        put(product, feature, 0, product->rows, sums);
+        put(product, feature, sums);
     }
 }
 
@@ -324,7 +320,7 @@ static void multiply_dense(const void *given, int64_t first, int64_t last)
         const char *weights = (const char *)product->dense + feature * row_bytes;
         active->dense(weights, product->dtype, product->in_features, product->wide, product->stride, product->rows,
                       sums);
-        put(product, feature, 0, product->rows, sums);
+        put(product, feature, sums);
     }
 }
 
@@ -343,7 +339,7 @@ static void reduce(const Product *product)
     }
 }
 
-/* x W^T on `threads` threads; a feature is the work of one of them, so that their number changes no bit. Returns 0, or -1
+/* x (W + s B A)^T on `threads` threads; a feature is the work of one of them, so that their number changes no bit. Returns 0, or -1
 where there is no memory. */
 EXPORT int nybble_multiply(Product *product, int64_t threads)
 {
