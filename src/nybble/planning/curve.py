@@ -172,8 +172,10 @@ class Curve:
             return self._trace(recomputed, kept, rungs)
         if not recomputed:
             return _line(self._trace(0, 2), [(kept - 2, self._trace(0, 3))])
+        if rungs:  # of layers that wait on the host, the highest is one between: two lie on the device
+            return _line(self._trace(3, 0, rungs), [(recomputed - 3, self._trace(4, 0, rungs))])
         if not kept:
-            return _line(self._trace(2, 0, rungs), [(recomputed - 2, self._trace(3, 0, rungs))])
+            return _line(self._trace(2, 0), [(recomputed - 2, self._trace(3, 0))])
         more = [(recomputed - 2, self._trace(3, 2)), (kept - 2, self._trace(2, 3))]
         return _line(self._trace(2, 2), more)
 
