@@ -2,8 +2,7 @@
 
 All 32 layers are run on tensors without data, forward, backward and update, and every storage is counted while it is
 alive; nothing is extrapolated and no weights are needed. Where all layers are recomputed, also down the ladder below.
-Prints a table, the largest tensors at each peak with
---tensors, and one JSON object last. About half a minute a case.
+Prints a table, the largest tensors at each peak with --tensors, and one JSON object last. About half a minute a case.
 
     python bench/memory.py [--tensors]
 """

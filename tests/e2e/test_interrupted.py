@@ -47,6 +47,16 @@ def test_a_second_signal_ends_at_once_and_leaves_the_last_checkpoint_whole(
     verify(list_checkpoints([out / "checkpoints"])[0])
 
 
+def test_sigterm_outside_the_training_ends_as_ctrl_c_does() -> None:
+    program = (
+        "import os, signal, sys; from nybble.cli import main; "
+        "main.app.command('wait')(lambda: os.kill(os.getpid(), signal.SIGTERM)); sys.argv = ['nybble', 'wait']; main.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 130
+    assert done.stderr == "nybble: stopped at once; the last checkpoint is whole\n"
+
+
 def test_the_command_line_resumes_refuses_and_goes_on_by_force(
     nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
 ) -> None:

@@ -28,7 +28,7 @@ from nybble.cli import (
     settings,
     train,
 )
-from nybble.cli.process import own_process
+from nybble.cli.process import own_process, stop_as_by_ctrl_c
 from nybble.cli.terminal import visible
 from nybble.errors import NybbleError
 from nybble.guard import redact
@@ -65,6 +65,7 @@ app.command("settings")(settings.settings)
 def main() -> None:
     """Run the command line and exit: 0 done, 2 wrong input, 3 cannot run here, 4 stopped and saved, 1 our fault."""
     own_process()
+    stop_as_by_ctrl_c()
     sys.exit(run(sys.argv[1:]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 
 def own_process() -> None:
@@ -12,3 +13,15 @@ def own_process() -> None:
     same cores, and other programs may be there (two threads beside other work were 5 to 8 times slower than one).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def stop_as_by_ctrl_c() -> None:
+    """SIGTERM, as schedulers send it, ends what is under way as SIGINT does; training handles both itself."""
+    owner = os.getpid()
+
+    def stop(number: int, _frame: object) -> None:
+        if os.getpid() != owner:  # a child that was forked since
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)

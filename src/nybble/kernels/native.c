@@ -7,9 +7,9 @@ Decoding is table look-up: a block has 16 different values, so these are multipl
 moved by code. Encoding finds the nearest value by a search tree over the 15 midpoints, node k's children 2k and 2k + 1:
 four steps lead from node 1 to node 16 + rank.
 
-Sets of inner loops, chosen at run time: AVX-512 with and without bfloat16 (native_few.h), AVX2 (native_x86.h), and plain C
-(native_plain.h). The functions here walk over blocks [first, last) and call the chosen set. Loaded with ctypes: no Python header is needed,
-and there is no PyInit. */
+Sets of inner loops, chosen at run time: AVX-512 with and without bfloat16 (native_few.h), AVX2 (native_x86.h), and plain
+C (native_plain.h). The functions here walk over blocks [first, last) and call the chosen set. Loaded with ctypes: no
+Python header is needed, and there is no PyInit. */
 
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -339,8 +339,8 @@ static void reduce(const Product *product)
     }
 }
 
-/* x (W + s B A)^T on `threads` threads; a feature is the work of one of them, so that their number changes no bit. Returns 0, or -1
-where there is no memory. */
+/* x (W + s B A)^T on `threads` threads; a feature is the work of one of them, so that their number changes no bit.
+Returns 0, or -1 where there is no memory. */
 EXPORT int nybble_multiply(Product *product, int64_t threads)
 {
     if (is_half(product) && product->rows > MAX_ROWS) {

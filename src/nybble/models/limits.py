@@ -123,7 +123,7 @@ def weight_files(folder: Path) -> list[Path]:
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise ModelError(
-            f"{folder}: {len(missing)} of {len(needed)} shards are missing, e.g. {shown(missing[0])}; {_AGAIN}"
+            f"{folder}: missing shards: {len(missing)} of {len(needed)}, e.g. {shown(missing[0])}; {_AGAIN}"
         )
     return [folder / name for name in needed]
 

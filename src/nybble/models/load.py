@@ -214,7 +214,7 @@ def _from_pretrained(
         raise ModelError(f"{source.name}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise ModelError(f"{source.name}: {len(missing)} tensors are missing, e.g. {missing[0]}; download it again")
+        raise ModelError(f"{source.name}: missing tensors: {len(missing)}, e.g. {missing[0]}; download it again")
     return loaded
 
 

@@ -8,6 +8,7 @@ device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,8 @@ from torch import Tensor
 from nybble.kernels import rows
 from nybble.nn.scratch import scratch
 
-_PIECE_BYTES = 1 << 26  # of logits at a time; a product with at least 1,024 rows is as fast as a larger one
-_LEAST_ROWS = 256
+_PIECE_BYTES = 1 << 26  # of logits at a time
+_LEAST_ROWS, _MOST_ROWS = 256, 1024  # a product with so many is as fast as a larger one
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ def token_losses(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
 def _pieces(hidden: Tensor, low: Tensor, targets: Tensor, head: Head) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Some rows at a time: which, their logits, which have become their own gradient, and their losses."""
     vocabulary = len(low)
-    step = max(_LEAST_ROWS, _PIECE_BYTES // (vocabulary * hidden.element_size()))
+    most = min(_MOST_ROWS, max(_LEAST_ROWS, _PIECE_BYTES // (vocabulary * hidden.element_size())))
+    n_pieces = math.ceil(len(hidden) / most) or 1
+    step = math.ceil(len(hidden) / n_pieces / 16) * 16 or 1  # alike: a small last one would read the head for little
     for first in range(0, len(hidden), step):
         chosen = slice(first, first + step)
         piece = hidden[chosen]
@@ -70,6 +73,14 @@ def _pieces(hidden: Tensor, low: Tensor, targets: Tensor, head: Head) -> Iterato
             logits += head.bias.to(logits.dtype)
         losses = rows.cross_entropy_(logits, targets[chosen], head.softcap)
         yield chosen, logits, losses
+
+
+def _back_through(d_logits: Tensor, weight: Tensor, out: Tensor) -> None:
+    """The gradient of the hidden states; of up to 1,024 rows oneDNN makes its transpose in 0.85 of the time."""
+    if out.device.type == "cpu" and out.dtype == torch.bfloat16:
+        out.copy_(torch.mm(weight.t(), d_logits.t()).t())
+    else:
+        torch.mm(d_logits, weight, out=out)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -83,7 +94,7 @@ class _SummedLoss(torch.autograd.Function):
         for chosen, logits, losses in _pieces(hidden, low, targets, head):
             total += losses.sum()
             if d_hidden is not None:
-                torch.mm(logits, low, out=d_hidden[chosen])
+                _back_through(logits, low, d_hidden[chosen])
             if d_weight is not None:
                 d_weight += logits.t() @ hidden[chosen]
         ctx.save_for_backward(*(t for t in (d_hidden, d_weight) if t is not None))
