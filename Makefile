@@ -45,6 +45,7 @@ bench: install
 	$(BIN)/python bench/saving.py
 	$(BIN)/python bench/merge_memory.py
 	$(BIN)/python bench/distributed.py held
+	$(BIN)/python bench/distributed.py live
 	$(BIN)/python bench/distributed.py table
 	$(if $(DATA),$(BIN)/python bench/distributed.py --data $(DATA) killed)
 	$(if $(DATA),$(BIN)/python bench/distributed.py --data $(DATA) learning)

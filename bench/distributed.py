@@ -3,6 +3,7 @@
     python bench/distributed.py --data DATA learning     losses and adapters of 1, 2 and 4 processes, ddp and fsdp
     python bench/distributed.py --data DATA killed       torchrun begins anew after SIGKILL; the bits of the result
     python bench/distributed.py held                     bytes that each of 2 processes holds of a 7B-shaped model
+    python bench/distributed.py live                     the most that is alive in each while it trains, beside the plan
     python bench/distributed.py table                    the planner's prediction for 70B (no measurement)
 
 DATA holds models/ and rows/. Figures are of gloo on a CPU: they show that the result is right, not how fast it is.
@@ -19,6 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,19 +29,26 @@ from typing import Any
 import psutil
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
+from nybble.data import Example, Groups
 from nybble.hardware import detect_device
 from nybble.models import held_bytes, shard
 from nybble.nn import Linear4bit
-from nybble.planning import PROFILES, find_config, make_plan, plan_in_shards, share_of
+from nybble.planning import PROFILES, find_config, make_plan, plan_in_shards, profile_of, share_of
 from nybble.planning.processes import Sizes, sent_bytes
 from nybble.planning.step import build, config_with, fill
 from nybble.processes import joined
 from nybble.recipe import load_recipe
-from nybble.training import software_versions
+from nybble.runs import RunDirectory, Silent
+from nybble.sharded import for_shards
+from nybble.training import Setup, software_versions, train_model
 from nybble.training.depth import decoder_layers
 
 _STEPS = 20
+_LENGTH = 256
 _LAYERS = 8  # of a 7B-shaped model's 32: what two processes hold of it fits this machine
 _CARDS = {24: "rtx4090", 48: "rtx4090", 80: "h200", 192: "mi300x"}  # GB -> whose rates are taken
 
@@ -138,14 +148,73 @@ def killed(data: Path) -> dict[str, Any]:
     return found
 
 
+def in_two_processes(what: str) -> dict[str, Any]:
+    """This program, started again."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", __file__, what]
+    out = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    return dict(json.loads(out.stdout.strip().splitlines()[-1])["figures"])
+
+
+class Storages(TorchDispatchMode):
+    """The most bytes of tensors alive. Asks all storages at each operator, for FSDP2 empties and refills its own."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.most = 0
+        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._see(tensors)
+
+    def _see(self, values: Any) -> None:
+        for value in tree_iter(values):
+            if isinstance(value, torch.Tensor):
+                storage = (value.to_local() if isinstance(value, DTensor) else value).untyped_storage()
+                self._seen[storage._cdata] = weakref.ref(storage)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._see((args, kwargs, result))
+        alive = {key: storage for key, reference in self._seen.items() if (storage := reference()) is not None}
+        self._seen = {key: self._seen[key] for key in alive}
+        self.most = max(self.most, sum(storage.nbytes() for storage in alive.values()))
+        return result
+
+
+def live() -> dict[str, Any]:
+    """Started by itself in two processes: three steps of Llama-2-7B's shape with fewer layers, in shards."""
+    if "RANK" not in os.environ:
+        return in_two_processes("live")
+    found: dict[str, Any] = {}
+    with joined(True) as processes:
+        for depth in ("never", "always"):
+            settings = {"model": "llama-2-7b", "distributed": "fsdp", "per_device_train_batch_size": 2, "device": "cpu"}
+            settings |= {"max_length": _LENGTH, "gradient_checkpointing": depth, "report_to": "none"}
+            recipe = for_shards(load_recipe(None, settings))
+            config = config_with(find_config(recipe.model)[0], _LAYERS // 2)
+            share, device = share_of(recipe, 2), detect_device("cpu")
+            plan = plan_in_shards(share, config, profile_of(device), None, 2)
+            model = build(config, recipe, torch.bfloat16)
+            if processes.is_main:
+                fill(model)
+            shard(model, decoder_layers(model), processes, device.torch_device)
+            ids = [1] * _LENGTH
+            groups = Groups([Example(ids, ids, 1, 1, 0, (2,), 0, 0, False) for _ in range(6)])
+            with tempfile.TemporaryDirectory() as folder, Storages([*model.parameters(), *model.buffers()]) as seen:
+                where = (RunDirectory(Path(folder)), device, torch.bfloat16, Silent(), lambda _: 0.0, 0, 3)
+                setup = Setup(*where, plan.step_memory, processes=processes)
+                train_model(model, None, groups, share.training.model_copy(update={"output_dir": folder}), setup)
+            planned = max(phase.live_bytes for phase in plan.phases if phase.name in ("first step", "steady step"))
+            measured = processes.gather(seen.most)
+            found[depth] = {"measured_bytes": measured, "planned_bytes": planned, "error": planned / max(measured) - 1}
+            del model
+    return found
+
+
 def held() -> dict[str, Any]:
     """Started by itself in two processes: a model of Llama-2-7B's shape with fewer layers, of zeros."""
     if "RANK" not in os.environ:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", __file__, "held"]
-        out = subprocess.run(
-            command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        return dict(json.loads(out.stdout.strip().splitlines()[-1])["figures"])
+        return in_two_processes("held")
     recipe = load_recipe(None, {"model_name_or_path": "llama-2-7b"})
     config = config_with(find_config(recipe.model)[0], _LAYERS)
     with joined(True) as processes:
@@ -201,13 +270,17 @@ def table() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure one of the four and print it."""
+    """Measure one of the five and print it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="folder with models/ and rows/")
-    parser.add_argument("what", choices=["learning", "killed", "held", "table"])
+    parser.add_argument("what", choices=["learning", "killed", "held", "live", "table"])
     given = parser.parse_args()
-    figures = {"learning": lambda: learning(given.data), "killed": lambda: killed(given.data)}
-    result = figures[given.what]() if given.what in figures else {"held": held, "table": table}[given.what]()
+    figures: dict[str, Callable[[], dict[str, Any]]] = {
+        "learning": lambda: learning(given.data),
+        "killed": lambda: killed(given.data),
+    }
+    figures |= {"held": held, "live": live, "table": table}
+    result = figures[given.what]()
     device = "none: a prediction" if given.what == "table" else detect_device("cpu").name
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps({"what": given.what, "device": device, "versions": software_versions(), "figures": result}))

@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's, told apart by the colour-blind
 
@@ -32,7 +33,7 @@ def main() -> None:
     """Draw."""
     source, target = map(Path, sys.argv[1:])
     found = json.loads(source.read_text(encoding="utf-8"))
-    with rc_context({"svg.hashsalt": "growth", "font.size": 9}):
+    with rc_context({"svg.hashsalt": "growth", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(8.4, 4.4), layout="constrained")
         FigureCanvasSVG(figure)
         rows = figure.subplots(2, 3, sharex="col", sharey="row")
@@ -44,6 +45,7 @@ def main() -> None:
             rows[1][column].set_xlabel(label)
             for axes in (rows[0][column], rows[1][column]):
                 axes.set_xlim(left=0)
+                axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
                 axes.set_ylim(bottom=0)
                 axes.grid(alpha=0.25)
                 axes.spines[["top", "right"]].set_visible(False)

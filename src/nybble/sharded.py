@@ -59,7 +59,7 @@ def load_in_shards(
     report, packing = processes.gather((found, packing) if made is not None else None)[0]
     if made is None:
         made = build(source.config, recipe.model_copy(update={"quantization": packing}), dtype)
-    shard(made, decoder_layers(made), processes, device.torch_device)
+    shard(made, decoder_layers(made), processes, device.torch_device, offload=recipe.training.fsdp_cpu_offload)
     return made, dtype, report
 
 

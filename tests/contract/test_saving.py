@@ -72,6 +72,23 @@ def test_a_full_disk_is_told_and_training_goes_on(
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_an_optimizer_that_no_checkpoint_can_hold_is_found_at_the_second_step(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, made = torch.optim.AdamW.step, []
+
+    def odd(self: torch.optim.AdamW, *given: Any, **named: Any) -> Any:
+        made.append(update(self, *given, **named))
+        for state in self.state.values():
+            state["projector"] = object()
+        return made[-1]
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", odd)
+    with pytest.raises(CannotRunError, match=r"optim adamw_\w+: optimizer\.state\.0\.projector is a builtins\.object"):
+        world(save_steps=1000).train(tmp_path / "out")
+    assert len(made) == 1
+
+
 def test_a_spare_folder_takes_what_the_disk_refuses_and_is_resumed_from(
     world: World, refuse: Refuse, stopped: Callable[..., Path], everything: Left, tmp_path: Path
 ) -> None:

@@ -172,4 +172,11 @@ def test_what_processes_take_and_send(nybble: Callable[..., Any], tiny_llama: Ca
     sent = (2 * (whole["weights"] + whole["adapters"]) + gradients) / 2
     assert fsdp["sent_bytes_per_step"] == pytest.approx(sent, rel=0.01)
     assert fsdp["plan"]["rows_per_step"] == 2
+    away = planned("--processes", 2, "--distributed", "fsdp", "--fsdp_cpu_offload", "true")
+    left = {p["name"]: p["parts"] for p in away["plan"]["phases"]}["steady step"]
+    assert not any(left[name] for name in ("weights", "adapters", "gradients", "optimizer"))
+    assert left["gathered"] == parts["gathered"] * 3 // 2  # whole, and the half that came from the host for it
+    held = (whole["weights"] + whole["adapters"] + whole["optimizer"] + gradients) / 2
+    assert away["plan"]["host_bytes"] == pytest.approx(held, rel=0.01)
+    assert away["step_seconds"] >= fsdp["step_seconds"]
     assert nybble("plan", "--model", tiny_llama(), "--processes", 3).code == 2

@@ -23,6 +23,7 @@ from nybble.checkpoints import list_checkpoints
 from nybble.cli.main import run as run_nybble
 
 _SECONDS = 120  # until a process that does not end fails its test
+OFFLOADED = ("--distributed", "fsdp", "--fsdp_cpu_offload", "true")
 ROWS = 23  # of which steps of 4 leave 3 in the last, which neither 2 nor 4 processes share evenly
 
 
@@ -144,7 +145,13 @@ def _libraries() -> None:
 
 @pytest.mark.parametrize(
     ("count", "split"),
-    [(4, ()), (2, ("--lora_dropout", 0.2)), (2, ("--distributed", "fsdp")), (2, ("--init_lora_weights", "loftq"))],
+    [
+        (4, ()),
+        (2, ("--lora_dropout", 0.2)),
+        (2, ("--distributed", "fsdp")),
+        (2, OFFLOADED),
+        (2, ("--init_lora_weights", "loftq")),
+    ],
 )
 def test_several_processes_learn_what_one_does(
     launch: Launch, words: list[object], tmp_path: Path, count: int, split: tuple[object, ...]
@@ -161,7 +168,7 @@ def test_several_processes_learn_what_one_does(
     for name, tensor in expected.items():
         assert (found[name] - tensor).abs().max() < 1e-4, name
     assert outcome.err[1:] == ("",) * (count - 1)  # the others are silent
-    if "fsdp" in split:
+    if split == ("--distributed", "fsdp"):
         _check_shares(tmp_path / "many")
 
 
@@ -175,10 +182,11 @@ def _check_shares(run: Path) -> None:
     assert planned["weights"] + planned["adapters"] == pytest.approx(max(held), rel=0.05)
 
 
+@pytest.mark.parametrize("how", [("--distributed", "fsdp"), OFFLOADED], ids=["shards", "offloaded"])
 def test_a_run_of_which_a_process_was_killed_goes_on_to_the_same_bits(
-    launch: Launch, words: list[object], tmp_path: Path
+    launch: Launch, words: list[object], tmp_path: Path, how: tuple[str, ...]
 ) -> None:
-    words = [*words, "--distributed", "fsdp"]
+    words = [*words, *how]
 
     def die(rank: int) -> None:
         from nybble.training.callbacks import Stops

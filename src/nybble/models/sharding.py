@@ -23,14 +23,23 @@ from nybble.nn import Linear4bit
 from nybble.processes import Processes
 
 
-def shard(model: Any, layers: list[nn.Module], processes: Processes, device: torch.device) -> None:
+def shard(
+    model: Any, layers: list[nn.Module], processes: Processes, device: torch.device, *, offload: bool = False
+) -> None:
     """Shard `model` over `processes`, in place; its tensors are on the host in the first and on meta in the others.
+
+    Args:
+        model: the base with its adapters.
+        layers: its decoder layers, each gathered by itself.
+        processes: that share it.
+        device: of this process.
+        offload: shards wait in (pinned) host memory; a layer's goes to the device when the layer is gathered.
 
     Raises:
         InputError: the processes' models differ.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
     root = model.get_base_model() if hasattr(model, "get_base_model") else model
     packed = [module for module in root.modules() if isinstance(module, Linear4bit)]
@@ -41,10 +50,11 @@ def shard(model: Any, layers: list[nn.Module], processes: Processes, device: tor
     processes.agree({name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors})
     for module, (quant_type, source_dtype) in zip(packed, kinds, strict=True):
         module.quant_type, module.source_dtype = quant_type, source_dtype
+    policy = CPUOffloadPolicy(pin_memory=device.type != "cpu") if offload else OffloadPolicy()
     mesh = init_device_mesh(device.type, (processes.count,))
     for unit in (*layers, root):
         _receive(unit, processes, device)
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
     root.generation_config = processes.gather(root.generation_config)[0]
 
 
@@ -106,10 +116,10 @@ def whole(value: Any) -> Any:
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor in the shards of `parameter`, on its device; nothing is sent, each process has the whole."""
+    """A whole tensor in the shards of `parameter`, where that lies; nothing is sent, each process has the whole."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
         return tensor
-    there = tensor.to(parameter.device)
-    return distribute_tensor(there, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    shards = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return shards.to(parameter.device)  # the host, where shards wait there

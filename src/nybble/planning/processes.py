@@ -9,6 +9,9 @@ choice of recomputation with it.
     sent under fsdp   2 (N-1)/N x weights and adapters, for forward and backward of each micro-batch (all-gather),
                       (N-1)/N x gradients behind it (reduce-scatter)
 
+Where shards wait on the host (`fsdp_cpu_offload`) a device holds none of them, only what is gathered; they and their
+gradients cross the same links, 1/N of them for each time that all is gathered.
+
 Traffic overlaps with computing: a step takes the longer of both. The rate of the links is assumed, so times are
 estimates.
 """
@@ -146,8 +149,9 @@ def plan_shared(recipe: Recipe, config: Any, profile: Profile, n: int, batches: 
     made = plan_in_shards(share, config, profile, batches, n) if in_shards else whole
     split = in_micro_batches(share.training, made.micro_batch).gradient_accumulation_steps
     sent = sent_bytes(sizes, n, split if in_shards else 0)
+    fetched = _fetched_bytes(sizes, n, split) if in_shards and recipe.training.fsdp_cpu_offload else 0
     alone = None if made.step_seconds is None else n * made.step_seconds
-    seconds = None if made.step_seconds is None else max(made.step_seconds, sent / _LINK)
+    seconds = None if made.step_seconds is None else max(made.step_seconds, (sent + fetched) / _LINK)
     return SharedPlan(
         n, "fsdp" if in_shards else "ddp", made, sent, seconds, alone, _advice(whole, sizes, n, in_shards, sent)
     )
@@ -170,13 +174,15 @@ def plan_in_shards(
 ) -> Plan:
     """The plan of one of `n` processes under fsdp; `recipe` and `batches` are its share."""
     sizes = Sizes.of(config, recipe, compute_dtype_of(recipe, profile.backend))
-    saved = max(0, sizes.whole - sizes.whole // n - sizes.gathered)
+    held = 0 if recipe.training.fsdp_cpu_offload else 1  # of the shards, by the device
+    gathered = sizes.gathered if held else sizes.gathered + sizes.gathered // n  # from a shard that came for it
+    saved = max(0, sizes.whole - held * sizes.whole // n - gathered)
     limit = memory_budget(recipe.training)
     changed = {"lean": "never", **({"memory_budget": f"{limit + saved}"} if limit else {})}
     training = recipe.training.model_copy(update=changed)
     wider = replace(profile, memory_bytes=profile.memory_bytes + saved)
     made = make_plan(recipe.model_copy(update={"training": training}), config, wider, batches, micro_batch=micro_batch)
-    phases = tuple(_in_shards(phase, sizes, n, profile) for phase in made.phases)
+    phases = tuple(_in_shards(phase, n, held, gathered, profile) for phase in made.phases)
     budget = None if made.budget_bytes is None else made.budget_bytes - saved
     peak = max(phase.peak_bytes for phase in phases)
     changes = tuple(replace(c, peak_bytes=c.peak_bytes - saved) for c in made.cheapest_changes)
@@ -186,13 +192,14 @@ def plan_in_shards(
         budget_bytes=budget,
         fits=budget is None or peak <= budget,
         cheapest_changes=changes,
+        host_bytes=0 if held else (sizes.whole + 3 * 4 * sizes.trained) // n,  # gradients and Adam's two moments
     )
 
 
-def _in_shards(phase: PhasePlan, sizes: Sizes, n: int, profile: Profile) -> PhasePlan:
-    parts = {name: size // n if name in _SHARDED else size for name, size in phase.parts.items()}
+def _in_shards(phase: PhasePlan, n: int, held: int, gathered: int, profile: Profile) -> PhasePlan:
+    parts = {name: held * size // n if name in _SHARDED else size for name, size in phase.parts.items()}
     if "weights" in parts:
-        parts["gathered"] = sizes.gathered
+        parts["gathered"] = gathered
     live = sum(size for name, size in parts.items() if name not in ("context", "allocator"))
     parts["allocator"] = profile.allocator_bytes(live)
     return PhasePlan(phase.name, sum(parts.values()), parts)
@@ -203,6 +210,11 @@ def sent_bytes(sizes: Sizes, n: int, micro_batches: int) -> int:
     gradients = 4 * sizes.trained
     sent = 2 * gradients if not micro_batches else micro_batches * (2 * sizes.whole + gradients)
     return sent * (n - 1) // n
+
+
+def _fetched_bytes(sizes: Sizes, n: int, micro_batches: int) -> int:
+    """Bytes of its own shards that each process moves between host and device in a step."""
+    return micro_batches * (2 * sizes.whole + 2 * 4 * sizes.trained) // n
 
 
 def _advice(whole: Plan, sizes: Sizes, n: int, in_shards: bool, sent: int) -> str:

@@ -150,6 +150,7 @@ class Plan:
         if self.recompute_layers_longest != self.recompute_layers:
             recomputed += f" ({self.recompute_layers_longest} in the longest batch)"
         further = f"; lean: {', '.join(self.lean)}" if self.lean else ""
+        further += f"; {format_bytes(self.host_bytes)} wait on the host" if self.host_bytes else ""
         return (
             f"{verdict}: {format_bytes(worst.peak_bytes)} of {format_bytes(self.budget_bytes)} on "
             f"{self.device['name']}, highest in: {worst.name}",

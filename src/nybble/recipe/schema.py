@@ -278,6 +278,12 @@ class TrainingSection(Section):
         "several processes: each holds the whole model (ddp), or a shard of every weight (fsdp, torch's FSDP2)",
         neutral=True,
     )
+    fsdp_cpu_offload: bool = setting(
+        False,
+        "with distributed: fsdp, the shards wait in host memory, where the optimizer works too; a device holds what it "
+        "computes with alone; slower",
+        neutral=True,
+    )
     memory_budget: str | None = setting(
         None, "memory that training may take, e.g. 8GiB; default: what the device has free", neutral=True
     )
@@ -368,6 +374,8 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         if self.training.push_to_hub and not self.training.hub_model_id:
             raise ValueError("push_to_hub needs hub_model_id; name the repository, e.g. --hub_model_id you/adapter")
+        if self.training.fsdp_cpu_offload and self.training.distributed != "fsdp":
+            raise ValueError("fsdp_cpu_offload moves shards; use it with distributed: fsdp, or leave it away")
         if self.lora.init_lora_weights != "default" and (self.method != "qlora" or self.lora.use_dora):
             raise ValueError(
                 f"init_lora_weights {self.lora.init_lora_weights!r} starts plain LoRA on a 4-bit base; "

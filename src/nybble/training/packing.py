@@ -22,8 +22,10 @@ class CannotPackError(Exception):
     """A state holds what a checkpoint cannot hold."""
 
 
-def pack(value: Any, tensors: dict[str, Tensor], at: str = "") -> Any:
+def pack(value: Any, tensors: dict[str, Tensor] | None, at: str = "") -> Any:
     """`value` as JSON; its tensors and arrays are copied to the host and added to `tensors` under where they stand.
+
+    Without `tensors` nothing is copied: whether it can be packed is all that is asked.
 
     Raises:
         CannotPackError: something in it is neither plain data nor a plain tensor.
@@ -35,7 +37,8 @@ def pack(value: Any, tensors: dict[str, Tensor], at: str = "") -> Any:
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value.copy())
     if type(value) in (Tensor, torch.nn.Parameter):
-        tensors[at] = value.detach().to("cpu", copy=True).contiguous()
+        if tensors is not None:
+            tensors[at] = value.detach().to("cpu", copy=True).contiguous()
         return {"$tensor": at}
     if isinstance(value, list | tuple):
         items = [pack(item, tensors, f"{at}.{number}") for number, item in enumerate(value)]

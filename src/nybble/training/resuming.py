@@ -26,12 +26,12 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 from transformers import Trainer, TrainerCallback
 
 from nybble.checkpoints import STATE, Place, read_json
-from nybble.errors import InputError
+from nybble.errors import CannotRunError, InputError
 from nybble.models import put_weights_back, shard_like, trained_weights, whole
 from nybble.processes import Processes
 from nybble.training.generators import generator_states, set_generator_states
 from nybble.training.health import Health
-from nybble.training.packing import pack, unpack
+from nybble.training.packing import CannotPackError, pack, unpack
 from nybble.training.saving import Resumed, Saver, Snapshot
 
 _ABOUT = ("identity", "recipe", "versions")  # what a checkpoint says, and does not put back
@@ -66,6 +66,7 @@ class ResumableTrainer(Trainer):
         self._done_before = (-1, 0)  # the same when the run was resumed
         self._generators: Any = None  # to be put back
         self._at_epoch_begin = False
+        self._can_be_packed = False  # the optimizer's state: asked once there is one
         self.add_callback(_PutBack(self))
 
     def next_micro_batch(self) -> tuple[int, bool]:
@@ -103,6 +104,9 @@ class ResumableTrainer(Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """The norm; where the step is judged bad, its gradients are gone, so that no weight and no moment changes."""
+        if not self._can_be_packed and self.optimizer.state:
+            self._packed({"optimizer": self.optimizer.state_dict()}, None)
+            self._can_be_packed = True
         norm = whole(super()._get_grad_norm(model, grad_norm))
         if self.processes.are_many:  # each had its share of the step, scaled up by their number
             self.step_loss.copy_(self.processes.mean(self.step_loss))
@@ -150,7 +154,7 @@ class ResumableTrainer(Trainer):
                 "last_logged_step": self._globalstep_last_logged,
             },
         }
-        packed = pack(state, tensors)
+        packed = self._packed(state, tensors)
         return Snapshot(
             place=Place(step, done),
             weights={name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in weights.items()},
@@ -159,6 +163,15 @@ class ResumableTrainer(Trainer):
             texts={**texts, "trainer_state.json": json.dumps(dataclasses.asdict(self.state), indent=1)},
             state={**self._about, **packed},
         )
+
+    def _packed(self, state: Mapping[str, Any], tensors: dict[str, Tensor] | None) -> Any:
+        try:
+            return pack(state, tensors)
+        except CannotPackError as error:
+            raise CannotRunError(
+                f"optim {getattr(self.args.optim, 'value', self.args.optim)}: {error}, which no checkpoint can hold; "
+                "choose another, e.g. adamw_torch_fused"
+            ) from error
 
     def _trained(self) -> list[tuple[str, Tensor]]:
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
