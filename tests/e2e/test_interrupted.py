@@ -50,7 +50,8 @@ def test_a_second_signal_ends_at_once_and_leaves_the_last_checkpoint_whole(
 def test_sigterm_outside_the_training_ends_as_ctrl_c_does() -> None:
     program = (
         "import os, signal, sys; from nybble.cli import main; "
-        "main.app.command('wait')(lambda: os.kill(os.getpid(), signal.SIGTERM)); sys.argv = ['nybble', 'wait']; main.main()"
+        "main.app.command('wait')(lambda: os.kill(os.getpid(), signal.SIGTERM)); "
+        "sys.argv = ['nybble', 'wait']; main.main()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 130

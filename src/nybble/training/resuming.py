@@ -27,7 +27,7 @@ from transformers import Trainer, TrainerCallback
 
 from nybble.checkpoints import STATE, Place, read_json
 from nybble.errors import CannotRunError, InputError
-from nybble.models import put_weights_back, shard_like, trained_weights, whole
+from nybble.models import is_sharded, put_weights_back, shard_like, trained_weights, whole
 from nybble.processes import Processes
 from nybble.training.generators import generator_states, set_generator_states
 from nybble.training.health import Health
@@ -66,7 +66,7 @@ class ResumableTrainer(Trainer):
         self._done_before = (-1, 0)  # the same when the run was resumed
         self._generators: Any = None  # to be put back
         self._at_epoch_begin = False
-        self._can_be_packed = False  # the optimizer's state: asked once there is one
+        self._can_be_packed = is_sharded(self.model)  # the optimizer's state: asked once there is one
         self.add_callback(_PutBack(self))
 
     def next_micro_batch(self) -> tuple[int, bool]:
