@@ -287,7 +287,9 @@ class RunDirectory:
         return next(iter(list_checkpoints([self.checkpoints])), None)
 
     def write_record(self, record: RunRecord) -> None:
-        """Write run.json."""
+        """Write run.json, and lines that had to wait."""
+        for name in self._waiting:
+            self._write_waiting(name)
         record.run_dir = str(self.path)
         write_text(self.path / "run.json", f"{to_json(record.to_json(), indent=2)}\n")
 
@@ -320,6 +322,9 @@ class RunDirectory:
 
     def write_manifest(self) -> None:
         """Sizes and hashes of the finished run's files; checkpoints are not part of the result."""
+        for name, lines in self._waiting.items():
+            if refusal := self._write_waiting(name):
+                self.warn(f"{self.path / name}: {refusal.strerror or refusal}; its last lines are lost: {len(lines)}")
         files = {}
         for file in sorted(self.path.rglob("*")):
             name = file.relative_to(self.path).as_posix()
@@ -328,16 +333,22 @@ class RunDirectory:
         write_text(self.path / "manifest.json", json.dumps(files, indent=1) + "\n")
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        """Add a line; if the system refuses, it waits for the next one, and training does not stop for it."""
+        """Add a line; if the system refuses, it waits for the next one or for run.json, and training does not stop for it."""
         waiting = self._waiting.setdefault(name, [])
         waiting.append(redact(f"{to_json(line)}\n").encode())
+        if (refusal := self._write_waiting(name)) and len(waiting) == 1:
+            self.warn(f"{self.path / name}: {refusal.strerror or refusal}; its lines wait until it can be written")
+
+    def _write_waiting(self, name: str) -> OSError | None:
+        """Add the lines that wait; what the system says if it refuses."""
+        waiting = self._waiting[name]
         try:
-            append_lines(self.path / name, waiting)
+            if waiting:
+                append_lines(self.path / name, waiting)
         except OSError as error:
-            if len(waiting) == 1:
-                self.warn(f"{self.path / name}: {error.strerror or error}; its lines wait until it can be written")
-        else:
-            waiting.clear()
+            return error
+        waiting.clear()
+        return None
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -17,6 +17,7 @@ from nybble.recipe import ModelSection
 
 _MOST_BYTES = 128 << 20  # of a vocabulary; the largest known, of 262,144 tokens, has 33 million
 _MOST_GROWTH = 1 << 14
+_UNKNOWN = "\ue000 \U0001f9ff"  # hardly in a vocabulary: what stands for the unknown is looked up, and may be missing
 _NAMES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
 
 
@@ -73,6 +74,7 @@ def _read(folder: Path, trust_remote_code: bool) -> Any:
         advice = "it brings Python code along (auto_map): read that, then say --trust_remote_code"
     with library_faults(f"{folder}: no usable tokenizer", ModelError, advice):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer(_UNKNOWN)
     _check_growth(folder, tokenizer)
     if tokenizer.eos_token_id is None:
         raise ModelError(

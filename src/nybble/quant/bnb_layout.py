@@ -32,6 +32,7 @@ SUFFIXES = (
 )  # fmt: skip
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _MOST_OFFSET = torch.finfo(torch.float32).max
+_MOST_ELEMENTS = 1 << 62
 _MAX_STATE_BYTES = 4096  # a state is about 200 bytes of JSON
 
 
@@ -128,15 +129,15 @@ def _read_state(encoded: Tensor) -> dict[str, Any]:
         raise ValueError(f"quant_state is not JSON ({error})") from error
     if not isinstance(state, dict) or not {"quant_type", "blocksize", "dtype", "shape"} <= state.keys():
         raise ValueError("quant_state must hold quant_type, blocksize, dtype and shape")
-    if type(state["blocksize"]) is not int:
-        raise ValueError(f"blocksize must be a number, got {shown(state['blocksize'])}")
+    if type(state["blocksize"]) is not int or not 0 < state["blocksize"] <= _MOST_ELEMENTS:
+        raise ValueError(f"blocksize must be a positive number, got {shown(state['blocksize'])}")
     offset = state.get("nested_offset", 0.0)
     if type(offset) not in (int, float) or not abs(offset) <= _MOST_OFFSET:  # NaN is none either
         raise ValueError(f"nested_offset must be a finite number, got {shown(offset)}")
     if not isinstance(state["dtype"], str) or state["dtype"] not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {shown(state['dtype'])}")
     shape = state["shape"]
-    if not isinstance(shape, list) or not all(type(n) is int and n > 0 for n in shape):
+    if not isinstance(shape, list) or not all(type(n) is int and 0 < n <= _MOST_ELEMENTS for n in shape):
         raise ValueError(f"shape must be a list of positive numbers, got {shown(shape)}")
     return state | {"dtype": _DTYPES[state["dtype"]]}
 

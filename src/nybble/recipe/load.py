@@ -268,13 +268,13 @@ def _from_text(value: Any, setting: Setting) -> Any:
 def first_fault(error: ValidationError) -> str:
     """The first of what pydantic found, on one line."""
     first = error.errors(include_url=False)[0]
-    where = ".".join(map(str, first["loc"]))[:100]
+    where = clipped(".".join(map(str, first["loc"])))
     return f"{where}: got {shown(first['input'])}; {first['msg']}" if where else first["msg"]
 
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("constrained", "function")))[:100]
+    path = clipped(".".join(str(p) for p in first["loc"] if not str(p).startswith(("constrained", "function"))))
     message = first["msg"].removeprefix("Value error, ")
     if not path:
         return message
