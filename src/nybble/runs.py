@@ -323,8 +323,7 @@ class RunDirectory:
     def write_manifest(self) -> None:
         """Sizes and hashes of the finished run's files; checkpoints are not part of the result."""
         for name, lines in self._waiting.items():
-            if refusal := self._write_waiting(name):
-                self.warn(f"{self.path / name}: {refusal.strerror or refusal}; its last lines are lost: {len(lines)}")
+            self._write_waiting(name, f"its last lines are lost: {len(lines)}")
         files = {}
         for file in sorted(self.path.rglob("*")):
             name = file.relative_to(self.path).as_posix()
@@ -333,22 +332,21 @@ class RunDirectory:
         write_text(self.path / "manifest.json", json.dumps(files, indent=1) + "\n")
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        """Add a line; if the system refuses, it waits for the next one or for run.json, and training does not stop for it."""
+        """Add a line; if the system refuses, it waits for the next one or run.json, and training goes on."""
         waiting = self._waiting.setdefault(name, [])
         waiting.append(redact(f"{to_json(line)}\n").encode())
-        if (refusal := self._write_waiting(name)) and len(waiting) == 1:
-            self.warn(f"{self.path / name}: {refusal.strerror or refusal}; its lines wait until it can be written")
+        self._write_waiting(name, "its lines wait until it can be written" if len(waiting) == 1 else "")
 
-    def _write_waiting(self, name: str) -> OSError | None:
-        """Add the lines that wait; what the system says if it refuses."""
+    def _write_waiting(self, name: str, otherwise: str = "") -> None:
+        """Add the lines that wait; if the system refuses, they stay, and `otherwise` is said."""
         waiting = self._waiting[name]
         try:
             if waiting:
                 append_lines(self.path / name, waiting)
+            waiting.clear()
         except OSError as error:
-            return error
-        waiting.clear()
-        return None
+            if otherwise:
+                self.warn(f"{self.path / name}: {error.strerror or error}; {otherwise}")
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

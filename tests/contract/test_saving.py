@@ -120,6 +120,25 @@ def test_a_stop_that_cannot_be_saved_says_so(
     assert names(tmp_path / "out") == ["checkpoint-1"]
 
 
+@pytest.mark.parametrize("at", [8, None])
+def test_the_last_checkpoint_is_tried_once_more(
+    world: World, refuse: Refuse, stop_after: Callable[[int | None], None], tmp_path: Path, at: int | None
+) -> None:
+    """Nothing newer comes after it, so a disk that was full for a moment must not cost what it holds."""
+    made = world(save_steps=1)
+    before, last = ("checkpoint-3", "checkpoint-3.1") if at else ("checkpoint-6", "checkpoint-7")
+    first = 6 * 3 + 1 if at else 6 * 6 + 1  # a checkpoint has six files
+    refuse(FULL, tmp_path / "out", first, last=first)
+    stop_after(at)
+    if at:
+        with pytest.raises(StoppedError, match="saved; go on with --resume"):
+            made.train(tmp_path / "out")
+    else:
+        made.train(tmp_path / "out")
+    assert names(tmp_path / "out") == [last, before]
+    assert sum("could not be written" in text for text in made.said) == 1
+
+
 def test_a_folder_that_vanishes_is_made_again(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made, out = world(save_steps=1, logging_steps=1), tmp_path / "out"
     write = checkpoints.write_checkpoint

@@ -161,6 +161,8 @@ def _spoil_tokenizers(here: Path) -> None:
         tokenizer_class="Mine",
         auto_map={"AutoTokenizer": ["mine.Mine", None]},
     )
+    model = json.loads((here / "model" / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    _change(_copy(here, "unknowing") / "tokenizer.json", pre_tokenizer=None, model={**model, "unk_token": "<gone>"})
     step = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
     _change(_copy(here, "growing") / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [step] * 64})
     folder = _copy(here, "foreign")
@@ -213,6 +215,7 @@ def _spoil_records(here: Path) -> None:
         "ledgerless": json.dumps(record | {"rows": {}}),
         "phaseless": json.dumps(record | {"phases": {"train": 3}}),
         "future": json.dumps(record | {"recipe": {"method": "quantum"}}),
+        "lines": json.dumps(record | {"recipe": {"lora\nof two lines": 1}}),
         "trusting": json.dumps(trusting),
     }
     for name, text in broken.items():

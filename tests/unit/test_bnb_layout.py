@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nybble.guard import shown
 from nybble.kernels import dequantize
 from nybble.quant import BLOCK_SIZES, QUANT_TYPES, SUFFIXES, PackedWeight, decode, encode, from_bnb, to_bnb
 
@@ -190,9 +191,9 @@ def test_damaged_weight_is_refused_by_name(case: str) -> None:
 
 
 # What JSON can hold in the place of a number or a name.
-NONSENSE = (None, "64", "x", 0, -64, 64.5, True, [64], {"a": 1}, 10**30)
+NONSENSE = (None, "64", "x", 0, -64, 64.5, True, [64], {"a": 1}, 10**30, 10**300)
 IN_THE_STATE = [
-    pytest.param(field, value, id=f"{field}={value!r}")
+    pytest.param(field, value, id=f"{field}={shown(value)}")
     for field in ("quant_type", "blocksize", "dtype", "shape", "nested_blocksize")
     for value in NONSENSE
 ]
@@ -201,8 +202,9 @@ IN_THE_STATE = [
 @pytest.mark.parametrize(("field", "value"), IN_THE_STATE)
 def test_nonsense_in_the_state_raises_nothing_but_value_error(field: str, value: Any) -> None:
     packed, tensors = stored()
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError) as caught:
         from_bnb(packed, with_state(tensors, **{field: value}), SHAPE)
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("value", ["x", None, [64], {"a": 1}], ids=repr)

@@ -18,6 +18,7 @@ from nybble.recipe import Recipe, Setting, all_settings, json_schema, load_recip
 
 SETTINGS = all_settings()
 SECTIONS = sorted({item.section for item in SETTINGS if item.section})
+NOT_ALONE = ("push_to_hub", "fsdp_cpu_offload")  # settings that need another
 ALIASES = [(item, alias) for item in SETTINGS for alias in item.aliases]
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 LIMITS = ("ge", "gt", "le", "lt")
@@ -96,7 +97,7 @@ def test_flat_sectioned_and_dotted_files_mean_the_same(tmp_path: Path) -> None:
     assert (flat.training.learning_rate, flat.lora.r, flat.method) == (0.5, 3, "lora")
 
 
-@pytest.mark.parametrize("item", [s for s in SETTINGS if s.name != "push_to_hub"], ids=lambda s: s.path)
+@pytest.mark.parametrize("item", [s for s in SETTINGS if s.name not in NOT_ALONE], ids=lambda s: s.path)
 def test_every_setting_is_set_by_name_by_path_and_in_its_section(tmp_path: Path, item: Setting) -> None:
     value = other_value(item)
     by_name = load_recipe(None, {item.name: value})
@@ -252,9 +253,11 @@ def test_what_cannot_be_meant_is_refused(name: str, value: float | str) -> None:
     assert f"{name}: got {str(value).strip('.')}" in refusal(None, {name: value})
 
 
-def test_push_to_hub_needs_a_name() -> None:
+def test_some_settings_need_another() -> None:
     assert "hub_model_id" in refusal(None, {"push_to_hub": True})
     assert load_recipe(None, {"push_to_hub": True, "hub_model_id": "me/it"}).training.push_to_hub
+    assert "distributed: fsdp" in refusal(None, {"fsdp_cpu_offload": True})
+    assert load_recipe(None, {"fsdp_cpu_offload": True, "distributed": "fsdp"}).training.fsdp_cpu_offload
 
 
 @pytest.mark.parametrize(
@@ -316,6 +319,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
     if "init_lora_weights" in content.get("lora", {}):  # starts plain LoRA on a 4-bit base
         content["method"] = "qlora"
         content["lora"].pop("use_dora", None)
+    if content["training"].get("fsdp_cpu_offload"):
+        content["training"]["distributed"] = "fsdp"
     return Recipe.model_validate(content)
 
 

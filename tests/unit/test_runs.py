@@ -255,6 +255,30 @@ def test_a_crash_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert tree(tmp_path) == set()
 
 
+def test_a_line_that_had_to_wait_is_written_with_the_record(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    run.warn = said.append
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    run.append_event(event(1))
+    monkeypatch.setattr("nybble.runs.append_lines", full)
+    run.append_event(event(2))
+    run.append_event(event(3))
+    run.write_record(record())  # refused again, and still kept
+    monkeypatch.undo()
+    run.write_record(record())
+    assert [line["step"] for line in read_lines(run.path / "events.jsonl")] == [1, 2, 3]
+    assert [text.partition("events.jsonl")[2] for text in said] == [
+        ": No space left on device; its lines wait until it can be written"
+    ]
+    monkeypatch.setattr("nybble.runs.append_lines", full)
+    run.append_event(event(4))
+    run.write_manifest()
+    assert said[-1].endswith("events.jsonl: No space left on device; its last lines are lost: 1")
+
+
 def test_only_one_process_writes_a_run(run: RunDirectory) -> None:
     with run.held(), pytest.raises(InputError, match="being written by another process"), RunDirectory(run.path).held():
         pass

@@ -16,7 +16,7 @@ from nybble.models.hub import push_folder
 from nybble.models.lean import RUNGS, Ladder
 from nybble.models.load import LoadReport, compute_dtype, count_parameters, hash_of, load_model, save_whole
 from nybble.models.plugin import NybbleConfig, register
-from nybble.models.sharding import held_bytes, is_sharded, shard, shard_like, whole
+from nybble.models.sharding import held_bytes, is_sharded, shard, shard_like, tables, whole
 from nybble.models.source import ModelSource, find_folder, find_model, read_config
 from nybble.models.tokenizer import find_tokenizer, load_tokenizer
 from nybble.models.tuned import NOTE, Tuned, check_original, find_tuned, load_tuned, tokenizer_of, write_note
@@ -65,6 +65,7 @@ __all__ = [
     "shard",
     "shard_like",
     "swap_blocks",
+    "tables",
     "tokenizer_of",
     "trained_parameters",
     "trained_weights",

@@ -72,7 +72,7 @@ def swap_blocks(model: Any) -> SwapReport:
 
 def blocks_of(model: Any) -> SwapReport:
     """What of `model`, bare or with adapters, runs through our blocks."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     return getattr(base, "nybble_blocks", SwapReport(False))
 
 
@@ -178,7 +178,10 @@ def _mlp(family: Family, activation: str, module: Any, x: Tensor) -> Tensor:
     return GatedMlp(tuple(plain[:-1]), plain[-1], activation, family.norm_behind_mlp, tile, takes_x=True)(x)
 
 
-def _head(module: nn.Linear, x: Tensor) -> Tensor:
+def _head(module: nn.Linear, x: Tensor, loss: Callable[..., Tensor] | None = None, softcap: float = 0.0) -> Tensor:
+    """Logits of `x`, or its loss: made within the module's call, for that is when weights in shards are whole."""
+    if loss is not None:
+        return loss(x, head=Head(module.weight, module.bias, softcap))
     if torch.is_grad_enabled():
         return type(module).forward(module, x)
     return project(x, (Projection(module, module.weight.dtype),))[0]
@@ -210,17 +213,28 @@ def _next_token(
     mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=input_ids.device)
     inner = {**given, "attention_mask": mask, "use_cache": False, "lengths": lengths}
     hidden = model.model(input_ids=input_ids, **inner).last_hidden_state[0]
-    weights = model.lm_head
     softcap = getattr(model.config, "final_logit_softcapping", None) or 0.0
     n_items = num_items_in_batch if num_items_in_batch is not None else max(1, len(targets))
-    if type(weights) is not nn.Linear:  # a head with an adapter, or a copy that is trained in its place
-        losses = _losses_of_logits(weights(hidden[learned]), targets, softcap)
+    chosen = hidden[learned]
+    if not has_fused_head(model):
+        losses = _losses_of_logits(model.lm_head(chosen), targets, softcap)
         return NextTokenOutput(loss=losses.sum() / n_items, token_losses=losses.detach())
-    head = Head(weights.weight, weights.bias, softcap)
     if torch.is_grad_enabled():
-        return NextTokenOutput(loss=next_token_loss(hidden[learned], targets, head, n_items))
-    losses = token_losses(hidden[learned], targets, head)
+        loss = partial(next_token_loss, targets=targets, n_items=n_items)
+        return NextTokenOutput(loss=model.lm_head(chosen, loss, softcap))
+    losses = model.lm_head(chosen, partial(token_losses, targets=targets), softcap)
     return NextTokenOutput(loss=losses.sum() / n_items, token_losses=losses)
+
+
+def base_of(model: Any) -> Any:
+    """The model below its adapters, if it has any."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def has_fused_head(model: Any) -> bool:
+    """Whether the loss makes its own gradient in the head's forward pass: no adapter and no trained copy is there."""
+    head = getattr(model, "lm_head", None)
+    return getattr(getattr(head, "forward", None), "__func__", None) is _head
 
 
 def _losses_of_logits(logits: Tensor, targets: Tensor, softcap: float) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from nybble.models.families import blocks_of
+from nybble.models.families import base_of, blocks_of
 from nybble.nn import Linear4bit
 from nybble.nn.lean import HostEmbedding, HostStore
 from nybble.nn.recompute import recomputed
@@ -41,7 +41,7 @@ class Ladder:
 
     def __init__(self, model: Any) -> None:
         """`model` bare or with adapters."""
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         blocks = blocks_of(model)
         self._layers: list[Any] = list(base.model.layers) if blocks.flattened else []
         self._linears = [m for layer in self._layers for m in layer.modules() if isinstance(m, Linear4bit)]

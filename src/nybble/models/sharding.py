@@ -1,8 +1,9 @@
 """Weights in shards: torch's FSDP2 over the packed bytes as they are.
 
-`fully_shard` goes over each decoder layer and over the rest. A layer is gathered when its forward or backward pass
-begins, and let go when that ends, so the blocks that read the parameters of a layer within its forward and backward
-pass find them whole. What is gathered are 4-bit codes and their scales: both are uint8 parameters without gradient,
+`fully_shard` goes over each decoder layer, over embeddings and head where each has a weight of its own, and over the
+rest. A unit is gathered when its forward or backward pass begins, and let go when that ends, so the blocks that read
+the parameters of a layer within its forward and backward pass find them whole. Frozen embeddings need none behind their
+forward pass, nor does a head whose loss makes its gradient there. What is gathered are 4-bit codes and their scales: both are uint8 parameters without gradient,
 which FSDP2 sends together with the layer's others as bytes. Adapters, their gradients and the optimizer's state are
 sharded with them; gradients are the mean over the processes.
 
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nybble.models.families import base_of, has_fused_head
 from nybble.nn import Linear4bit
 from nybble.processes import Processes
 
@@ -30,7 +32,7 @@ def shard(
 
     Args:
         model: the base with its adapters.
-        layers: its decoder layers, each gathered by itself.
+        layers: its decoder layers.
         processes: that share it.
         device: of this process.
         offload: shards wait in (pinned) host memory; a layer's goes to the device when the layer is gathered.
@@ -41,7 +43,7 @@ def shard(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 
-    root = model.get_base_model() if hasattr(model, "get_base_model") else model
+    root = base_of(model)
     packed = [module for module in root.modules() if isinstance(module, Linear4bit)]
     kinds = processes.gather([(module.quant_type, module.source_dtype) for module in packed])[0]
     for module in packed:
@@ -52,10 +54,22 @@ def shard(
         module.quant_type, module.source_dtype = quant_type, source_dtype
     policy = CPUOffloadPolicy(pin_memory=device.type != "cpu") if offload else OffloadPolicy()
     mesh = init_device_mesh(device.type, (processes.count,))
-    for unit in (*layers, root):
+    forward_only = tables(root)
+    for unit in (*layers, *forward_only, root):
         _receive(unit, processes, device)
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+        made = fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+        made.set_unshard_in_backward(unit not in forward_only)
     root.generation_config = processes.gather(root.generation_config)[0]
+
+
+def tables(model: Any) -> list[nn.Module]:
+    """Embeddings and head that are gathered by themselves, and for the forward pass alone: both frozen, and not tied."""
+    root = base_of(model)
+    ends = [root.get_input_embeddings(), root.get_output_embeddings()]
+    weights = [getattr(module, "weight", None) for module in ends]
+    if weights[0] is weights[1] or any(w is None or w.requires_grad for w in weights) or not has_fused_head(root):
+        return []
+    return ends
 
 
 def _receive(unit: nn.Module, processes: Processes, device: torch.device) -> None:
@@ -90,7 +104,7 @@ def is_sharded(model: Any) -> bool:
     """Whether `shard` was called with `model`."""
     from torch.distributed.fsdp import FSDPModule
 
-    return isinstance(model.get_base_model() if hasattr(model, "get_base_model") else model, FSDPModule)
+    return isinstance(base_of(model), FSDPModule)
 
 
 def held_bytes(model: nn.Module) -> int:

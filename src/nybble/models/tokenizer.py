@@ -74,8 +74,9 @@ def _read(folder: Path, trust_remote_code: bool) -> Any:
         advice = "it brings Python code along (auto_map): read that, then say --trust_remote_code"
     with library_faults(f"{folder}: no usable tokenizer", ModelError, advice):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        tokenizer(_UNKNOWN)
     _check_growth(folder, tokenizer)
+    with library_faults(f"{folder}: the tokenizer cannot take every text", ModelError, advice):
+        tokenizer(_UNKNOWN)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"{folder}: the tokenizer has no end token, so a model could never learn to stop; set eos_token"

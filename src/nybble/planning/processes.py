@@ -1,9 +1,9 @@
 """What several processes take and send: each with the whole model (ddp), or with a shard of every weight (fsdp).
 
 Under fsdp a process holds 1/N of weights, adapters, gradients and optimizer state, and whole are only what is gathered
-now: the layer that computes and the next one, which comes while it does, and what lies outside of the layers. All that
-is alive throughout a step, so the plan of one process with N times fewer rows is moved by what sharding saves, and its
-choice of recomputation with it.
+now: a layer, and twice the unit that follows it, for its bytes come in one piece and are copied into parameters. What
+has no unit of its own stays. Taken to be alive throughout a step, all that moves the plan of one process with N times
+fewer rows by what sharding saves, and its choice of recomputation with it.
 
     sent under ddp    2 (N-1)/N x gradients, once a step (ring all-reduce)
     sent under fsdp   2 (N-1)/N x weights and adapters, for forward and backward of each micro-batch (all-gather),
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from nybble.hardware import Device, detect_device
-from nybble.models import count_parameters
+from nybble.models import count_parameters, tables
 from nybble.planning.devices import Profile, named_profile, profile_of
 from nybble.planning.forecast import Batches, compute_dtype_of
 from nybble.planning.make import find_config, make_plan, read_batches
@@ -36,7 +36,6 @@ from nybble.training.depth import memory_budget
 from nybble.units import format_bytes, format_seconds
 
 _LINK = 25e9  # bytes a second that a process sends and receives: PCIe 4.0 x16, less what its protocol takes; assumed
-_GATHERED_LAYERS = 2  # at a time: the one that computes and the one that follows
 _SHARDED = ("weights", "adapters", "gradients", "optimizer")
 
 
@@ -46,7 +45,9 @@ class Sizes:
 
     layer: int  # weights and adapters of a decoder layer
     n_layers: int
-    rest: int  # of what lies outside of the layers
+    table: int  # embeddings or head, where they are gathered by themselves: the larger
+    rest: int  # of all that lies outside of the layers
+    gathered_rest: int  # of it, what is not gathered by itself
     trained: int  # parameters, not bytes: 4 bytes each, and as many for their gradients
 
     @property
@@ -57,19 +58,23 @@ class Sizes:
     @property
     def gathered(self) -> int:
         """Whole at the highest moment."""
-        return min(_GATHERED_LAYERS, self.n_layers) * self.layer + self.rest
+        return self.layer + 2 * max(self.layer, self.table) + 2 * self.gathered_rest
 
     @classmethod
     def of(cls, config: Any, recipe: Recipe, dtype: torch.dtype) -> Sizes:
         """Without any weight: two small models on the meta device tell what a layer takes."""
         n = int(config.get_text_config().num_hidden_layers)
-        (b2, t2), (b3, t3) = (_bytes_of(build(config_with(config, k), recipe, dtype)) for k in (2, 3))
-        return cls(b3 - b2, n, b2 - 2 * (b3 - b2), t2 + (n - 2) * (t3 - t2))
+        smaller, model = (build(config_with(config, k), recipe, dtype) for k in (2, 3))
+        layer = _bytes_of(model) - _bytes_of(smaller)
+        rest = _bytes_of(model) - 3 * layer
+        apart = [_bytes_of(table) for table in tables(model)]
+        t2, t3 = (count_parameters(made)[0] for made in (smaller, model))
+        return cls(layer, n, max(apart, default=0), rest, rest - sum(apart), t2 + (n - 2) * (t3 - t2))
 
 
-def _bytes_of(model: Any) -> tuple[int, int]:
-    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors), count_parameters(model)[0]
+def _bytes_of(module: torch.nn.Module) -> int:
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}.values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,7 @@ class Saver:
         self._damaged = set(damaged)
         self._thread: threading.Thread | None = None
         self._fault: BaseException | None = None
+        self._refused: Snapshot | None = None  # the latest, if the system refused it
         self.last_good = resumed
         self.refusal: str | None = None  # why the latest could not be written
         self.seconds = 0.0  # that the longest took to write
@@ -113,6 +114,12 @@ class Saver:
             fault, self._fault = self._fault, None
             raise fault
 
+    def close(self) -> None:
+        """Wait as `finish` does; what the system refused last, with nothing newer to come, is tried once more."""
+        self.finish()
+        if self._refused is not None:
+            self._write(self._refused)
+
     def _work(self, snapshot: Snapshot) -> None:
         started = time.monotonic()
         try:
@@ -125,6 +132,7 @@ class Saver:
         if not all(bool(torch.isfinite(tensor).all()) for tensor in snapshot.weights.values()):
             self._refuse(snapshot, "weights are no numbers any more")
             return
+        self._refused = snapshot
         refusals = []
         for parent in self._parents:
             try:
@@ -134,7 +142,7 @@ class Saver:
                 continue
             if refusals:
                 self._note(f"{refusals[0]}; {snapshot.place.name} is in {parent}")
-            self.last_good, self.refusal = written, None
+            self.last_good, self.refusal, self._refused = written, None, None
             self._prune(written)
             return
         self._refuse(snapshot, "; ".join(refusals))
@@ -142,7 +150,8 @@ class Saver:
     def _refuse(self, snapshot: Snapshot, why: str) -> None:
         self.refusal = why
         kept = f"the last good one is {self.last_good}" if self.last_good else "there is none yet"
-        self._note(f"{snapshot.place.name} could not be written ({why}); training goes on, {kept}")
+        goes_on = "training goes on, " if self._thread is not None else ""
+        self._note(f"{snapshot.place.name} could not be written ({why}); {goes_on}{kept}")
 
     def _prune(self, written: Path) -> None:
         try:

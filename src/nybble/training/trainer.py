@@ -114,7 +114,7 @@ def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSec
     checks.log = trainer.log
     with stops, _said_plainly(setup.device, saver), _deterministic(section.deterministic):
         outcome = trainer.train(str(setup.resumed.path) if setup.resumed else None)
-        saver.finish()
+        saver.close()
     _check_ending(trainer, health, stops, saver, section)
     return TrainResult(
         train_loss=float(outcome.training_loss),
