@@ -27,6 +27,7 @@ _SECRET_NAMES = re.compile(r"(?:TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)\Z")
 _SHORTEST_SECRET = 12  # characters; a shorter value of such a variable is a switch or a number
 _LONGEST_NAME = 255  # bytes of a part of a path, on every system
 _HIDDEN = "***"
+_OS_ERROR = re.compile(r"\(os error (\d{1,4})\)")
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 120
 _REPR.maxlevel = 2
@@ -109,6 +110,18 @@ def brief(error: BaseException) -> str:
         return "a number of more than 4,300 digits"
     said = f"{type(error).__name__}: {said}" if isinstance(error, LookupError) else said
     return clipped(said).rstrip(". ") or type(error).__name__
+
+
+def refused_by_system(error: BaseException) -> str | None:
+    """What the system said where it refused a file; None for any other error.
+
+    Libraries in Rust raise exceptions of their own, which hold its number; transformers raises OSError with text alone.
+    """
+    if isinstance(error, OSError):
+        named = f"{error.filename}: " if error.filename else ""
+        return None if error.errno is None else f"{named}{error.strerror}"
+    number = _OS_ERROR.search(str(error))
+    return os.strerror(int(number[1])) if number else None
 
 
 def clipped(text: str) -> str:

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
+from nybble.cli.main import run as run_nybble
 from nybble.data import render_chat
 from nybble.errors import InputError, ModelError, RowsError
 from nybble.exporting.ollama import modelfile
-from nybble.guard import brief, check_links, library_faults, read_object, redact, shown
+from nybble.guard import brief, check_links, library_faults, read_object, redact, refused_by_system, shown
 from nybble.models import push_folder
 from nybble.reporting.pages import in_markdown
 from nybble.runs import RunDirectory as Run
@@ -61,6 +63,30 @@ def test_whatever_a_library_raises_is_one_line() -> None:
     for kept in (KeyboardInterrupt(), InputError("its own")):
         with pytest.raises(type(kept)), library_faults("the file", ModelError, ""):
             raise kept
+
+
+def test_what_the_system_refuses_is_known_from_a_fault_of_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_rust = "No space left on device (os error 28)"
+    said = {
+        OSError(28, "No space left on device", "out/a"): "out/a: No space left on device",
+        OSError(5, "Input/output error"): "Input/output error",
+        Exception(of_rust): "No space left on device",
+        SafetensorError(f"Error while serializing: I/O error: {of_rust}"): "No space left on device",
+        OSError("nothing of the kind in the folder"): None,
+        ValueError("28"): None,
+    }
+    for error, expected in said.items():
+        assert refused_by_system(error) == expected
+
+        def broken(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("nybble.cli.main.app", broken)
+        assert run_nybble([]) == (3 if expected else 1)
+        line = capsys.readouterr().err
+        assert line == f"nybble: {expected}; make room there, or give another folder\n" if expected else "fault" in line
 
 
 def test_what_a_message_shows_is_short() -> None:

@@ -30,8 +30,8 @@ from nybble.cli import (
 )
 from nybble.cli.process import own_process, stop_as_by_ctrl_c
 from nybble.cli.terminal import visible
-from nybble.errors import NybbleError
-from nybble.guard import redact
+from nybble.errors import CannotRunError, NybbleError
+from nybble.guard import redact, refused_by_system
 
 app = typer.Typer(
     name="nybble",
@@ -84,6 +84,8 @@ def run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _stopped(debug)
     except Exception as error:  # noqa: BLE001 - the one catch-all: a fault of ours still ends in one line
+        if refusal := refused_by_system(error):
+            return _fail(f"{refusal}; make room there, or give another folder", CannotRunError.exit_code, debug)
         return _fail(f"fault of nybble: {type(error).__name__}: {error}; --debug shows where", 1, debug)
     if result == _INTERRUPTED:
         return _stopped(debug)

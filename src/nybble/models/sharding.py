@@ -3,9 +3,9 @@
 `fully_shard` goes over each decoder layer, over embeddings and head where each has a weight of its own, and over the
 rest. A unit is gathered when its forward or backward pass begins, and let go when that ends, so the blocks that read
 the parameters of a layer within its forward and backward pass find them whole. Frozen embeddings need none behind their
-forward pass, nor does a head whose loss makes its gradient there. What is gathered are 4-bit codes and their scales: both are uint8 parameters without gradient,
-which FSDP2 sends together with the layer's others as bytes. Adapters, their gradients and the optimizer's state are
-sharded with them; gradients are the mean over the processes.
+forward pass, nor does a head whose loss makes its gradient there. What is gathered are 4-bit codes and their scales:
+both are uint8 parameters without gradient, which FSDP2 sends together with the unit's others as bytes. Adapters, their
+gradients and the optimizer's state are sharded with them; gradients are the mean over the processes.
 
 Only the first process has read the weights; the others hold the same modules on the meta device and receive one layer
 at a time, of which all but their shard is let go before the next. So the host's memory holds one packed copy, and no
@@ -63,7 +63,7 @@ def shard(
 
 
 def tables(model: Any) -> list[nn.Module]:
-    """Embeddings and head that are gathered by themselves, and for the forward pass alone: both frozen, and not tied."""
+    """Embeddings and head that are gathered by themselves and for the forward pass alone: both frozen, and not tied."""
     root = base_of(model)
     ends = [root.get_input_embeddings(), root.get_output_embeddings()]
     weights = [getattr(module, "weight", None) for module in ends]

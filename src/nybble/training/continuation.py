@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 
 from nybble.checkpoints import STATE, DamagedError, Place, list_checkpoints, newest_checkpoint, read_json
 from nybble.errors import CannotRunError, InputError
+from nybble.guard import refused_by_system
 from nybble.recipe import Recipe, TrainingSection
 from nybble.runs import RunDirectory
 from nybble.training.identity import Identity
@@ -57,11 +57,10 @@ def refused_writes(parents: tuple[Path, ...]) -> Iterator[None]:
     """A file that cannot be written ends a run in one line, with the way on."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        # Not every OSError is the system's: transformers raises them with a text alone.
-        if isinstance(error, OSError) and error.errno is None:
+    except Exception as error:
+        why = refused_by_system(error)
+        if why is None:
             raise
-        why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
         last = next(iter(list_checkpoints(parents)), None)
         way_on = f"; what was learned is in {last}: make room and go on with --resume" if last else ""
         raise CannotRunError(f"cannot write: {why}{way_on}") from error
