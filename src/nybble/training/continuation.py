@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-
 from nybble.checkpoints import STATE, DamagedError, Place, list_checkpoints, newest_checkpoint, read_json
 from nybble.errors import CannotRunError, InputError
 from nybble.guard import refused_by_system
