@@ -144,18 +144,26 @@ def _libraries() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "split"),
+    ("count", "split", "tied"),
     [
-        (4, ()),
-        (2, ("--lora_dropout", 0.2)),
-        (2, ("--distributed", "fsdp")),
-        (2, OFFLOADED),
-        (2, ("--init_lora_weights", "loftq")),
+        (4, (), False),
+        (2, ("--lora_dropout", 0.2), False),
+        (2, ("--distributed", "fsdp"), False),
+        (2, ("--distributed", "fsdp"), True),
+        (2, OFFLOADED, False),
+        (2, ("--init_lora_weights", "loftq"), False),
     ],
 )
 def test_several_processes_learn_what_one_does(
-    launch: Launch, words: list[object], tmp_path: Path, count: int, split: tuple[object, ...]
+    launch: Launch,
+    words: list[object],
+    tiny_llama: Callable[..., Path],
+    tmp_path: Path,
+    count: int,
+    split: tuple[object, ...],
+    tied: bool,
 ) -> None:
+    words = [*words, "--model", tiny_llama(tied=tied)]  # embeddings and head: one weight, or units of their own
     # Masks of dropout follow the micro-batches: one process takes them in the same size.
     alone = ("--per_device_train_batch_size", 4 // count, "--gradient_accumulation_steps", count) if split else ()
     assert launch(1, [*words, *split, *alone, "--output_dir", tmp_path / "one"]).codes == (0,)

@@ -6,8 +6,8 @@ has no unit of its own stays. Taken to be alive throughout a step, all that move
 fewer rows by what sharding saves, and its choice of recomputation with it.
 
     sent under ddp    2 (N-1)/N x gradients, once a step (ring all-reduce)
-    sent under fsdp   2 (N-1)/N x weights and adapters, for forward and backward of each micro-batch (all-gather),
-                      (N-1)/N x gradients behind it (reduce-scatter)
+    sent under fsdp   (N-1)/N x weights and adapters, for forward and backward of each micro-batch (all-gather; tables
+                      that are units of their own for forward alone), (N-1)/N x gradients behind it (reduce-scatter)
 
 Where shards wait on the host (`fsdp_cpu_offload`) a device holds none of them, only what is gathered; they and their
 gradients cross the same links, 1/N of them for each time that all is gathered.
@@ -59,6 +59,11 @@ class Sizes:
     def gathered(self) -> int:
         """Whole at the highest moment."""
         return self.layer + 2 * max(self.layer, self.table) + 2 * self.gathered_rest
+
+    @property
+    def passed(self) -> int:
+        """Gathered in a micro-batch, forward and backward."""
+        return 2 * self.whole - (self.rest - self.gathered_rest)
 
     @classmethod
     def of(cls, config: Any, recipe: Recipe, dtype: torch.dtype) -> Sizes:
@@ -213,13 +218,13 @@ def _in_shards(phase: PhasePlan, n: int, held: int, gathered: int, profile: Prof
 def sent_bytes(sizes: Sizes, n: int, micro_batches: int) -> int:
     """Bytes that each process sends in a step; `micro_batches` 0: under ddp."""
     gradients = 4 * sizes.trained
-    sent = 2 * gradients if not micro_batches else micro_batches * (2 * sizes.whole + gradients)
+    sent = 2 * gradients if not micro_batches else micro_batches * (sizes.passed + gradients)
     return sent * (n - 1) // n
 
 
 def _fetched_bytes(sizes: Sizes, n: int, micro_batches: int) -> int:
     """Bytes of its own shards that each process moves between host and device in a step."""
-    return micro_batches * (2 * sizes.whole + 2 * 4 * sizes.trained) // n
+    return micro_batches * (sizes.passed + 2 * 4 * sizes.trained) // n
 
 
 def _advice(whole: Plan, sizes: Sizes, n: int, in_shards: bool, sent: int) -> str:
