@@ -93,8 +93,8 @@ of memory for a row (in the main thread; memory on Linux). Tokens of the hub, pa
 variables called `..TOKEN`, `..SECRET`, `..PASSWORD`, `..API_KEY` or `..ACCESS_KEY` are written to no file and no
 message.
 
-`make fuzz` feeds every reader of foreign files with what is nearly right. Of 1,010,650 inputs 759,822 were refused, each
-with a documented error on one line; none took longer than 0.7 s, or memory out of proportion to its file
+`make fuzz` feeds every reader of foreign files with what is nearly right. Of 1,010,650 inputs 759,822 were refused,
+each with a documented error on one line; none took longer than 0.7 s, or memory out of proportion to its file
 ([results](../bench/results/fuzz-epyc-2core-2026-11-23.json), 2026-11-23, Python 3.11).
 """
 GROUPS = {"recipe": "Recipes and flags", "model": "Models", "rows": "Rows and templates", "runs": "Runs and adapters"}
