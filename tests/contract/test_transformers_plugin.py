@@ -238,7 +238,7 @@ def test_packed_weight_with_damaged_companions_is_named(suffix: str, tiny_llama:
 
 def test_missing_tensor_is_named(tiny_llama: Factory, tmp_path: Path) -> None:
     damage(tiny_llama(), tmp_path, "model.layers.1.mlp.up_proj.weight", lambda _: None)
-    with pytest.raises(ModelError, match=r"missing, e\.g\. model\.layers\.1\.mlp\.up_proj"):
+    with pytest.raises(ModelError, match=r"missing tensors: 1, e\.g\. model\.layers\.1\.mlp\.up_proj"):
         load(tmp_path)
 
 

@@ -129,7 +129,9 @@ def stored_recipe(record: Mapping[str, Any], where: Path) -> Recipe:
     try:
         return Recipe.model_validate(record["recipe"])
     except ValidationError as error:
-        raise RecipeError(f"{where}/run.json: recipe of another version, or damaged ({_one_line(error)})") from error
+        raise RecipeError(
+            f"{where}/run.json: recipe of another version, or damaged ({_one_line(error)}); give another run"
+        ) from error
 
 
 def save_recipe(recipe: Recipe) -> str:
