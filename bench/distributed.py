@@ -21,8 +21,8 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,17 @@ from torch.utils._pytree import tree_iter
 
 from nybble.data import Example, Groups
 from nybble.hardware import detect_device
-from nybble.models import held_bytes, shard
+from nybble.models import find_model, held_bytes, shard
 from nybble.nn import Linear4bit
-from nybble.planning import PROFILES, find_config, make_plan, plan_in_shards, profile_of, share_of
-from nybble.planning.processes import Sizes, sent_bytes
+from nybble.nn.scratch import scratch
+from nybble.planning import PROFILES, find_config, make_plan, profile_of, share_of
+from nybble.planning.processes import sent_bytes
+from nybble.planning.shards import Sizes
 from nybble.planning.step import build, config_with, fill
-from nybble.processes import joined
+from nybble.processes import Processes, joined
 from nybble.recipe import load_recipe
 from nybble.runs import RunDirectory, Silent
-from nybble.sharded import for_shards
+from nybble.sharded import for_shards, load_in_shards
 from nybble.training import Setup, software_versions, train_model
 from nybble.training.depth import decoder_layers
 
@@ -148,9 +150,9 @@ def killed(data: Path) -> dict[str, Any]:
     return found
 
 
-def in_two_processes(what: str) -> dict[str, Any]:
-    """This program, started again."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", __file__, what]
+def in_processes(count: int, *words: str) -> dict[str, Any]:
+    """This program, started again in so many."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", __file__, *words]
     out = subprocess.run(
         command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -181,40 +183,77 @@ class Storages(TorchDispatchMode):
         return result
 
 
-def live() -> dict[str, Any]:
-    """Started by itself in two processes: three steps of Llama-2-7B's shape with fewer layers, in shards."""
-    if "RANK" not in os.environ:
-        return in_two_processes("live")
-    found: dict[str, Any] = {}
-    with joined(True) as processes:
-        for depth in ("never", "always"):
-            settings = {"model": "llama-2-7b", "distributed": "fsdp", "per_device_train_batch_size": 2, "device": "cpu"}
-            settings |= {"max_length": _LENGTH, "gradient_checkpointing": depth, "report_to": "none"}
-            recipe = for_shards(load_recipe(None, settings))
-            config = config_with(find_config(recipe.model)[0], _LAYERS // 2)
-            share, device = share_of(recipe, 2), detect_device("cpu")
-            plan = plan_in_shards(share, config, profile_of(device), None, 2)
+@dataclass(frozen=True)
+class Trained:
+    """Three steps in shards: of a model in a folder, or of Llama-2-7B's shape with so many layers, of zeros."""
+
+    model: str
+    depth: str  # gradient_checkpointing
+    n_layers: int = 0
+    tied: bool = False
+    rows: int = 1  # of each process
+    length: int = 256
+
+    @classmethod
+    def all(cls, data: Path | None) -> Iterator[Trained]:
+        """The grid, with the folders of `data` where it is given."""
+        for folder in sorted((data / "models").iterdir()) if data else ():
+            yield from (cls(str(folder), depth, rows=4, length=128) for depth in ("never", "always"))
+        shape = cls("llama-2-7b", "never", _LAYERS // 2)
+        for case in (shape, replace(shape, tied=True), replace(shape, length=1024)):
+            yield from (replace(case, depth=depth) for depth in ("never", "always"))
+
+    def run(self, processes: Processes) -> dict[str, Any]:
+        """What was alive at the highest moment in each process, and what was planned."""
+        settings = {"model": self.model, "per_device_train_batch_size": processes.count * self.rows, "device": "cpu"}
+        settings |= {"max_length": self.length, "gradient_checkpointing": self.depth, "report_to": "none"}
+        settings["distributed"] = "fsdp"
+        recipe = for_shards(load_recipe(None, settings))
+        config, name = find_config(recipe.model)
+        device, share = detect_device("cpu"), share_of(recipe, processes.count)
+        if self.n_layers:
+            config = config_with(config, self.n_layers)
+            config.tie_word_embeddings = self.tied
+        ids = [1] * self.length
+        plan = make_plan(share, config, profile_of(device), n_shards=processes.count)
+        if self.n_layers:
             model = build(config, recipe, torch.bfloat16)
             if processes.is_main:
                 fill(model)
             shard(model, decoder_layers(model), processes, device.torch_device)
-            ids = [1] * _LENGTH
-            groups = Groups([Example(ids, ids, 1, 1, 0, (2,), 0, 0, False) for _ in range(6)])
-            with tempfile.TemporaryDirectory() as folder, Storages([*model.parameters(), *model.buffers()]) as seen:
-                where = (RunDirectory(Path(folder)), device, torch.bfloat16, Silent(), lambda _: 0.0, 0, 3)
-                setup = Setup(*where, plan.step_memory, processes=processes)
-                train_model(model, None, groups, share.training.model_copy(update={"output_dir": folder}), setup)
-            planned = max(phase.live_bytes for phase in plan.phases if phase.name in ("first step", "steady step"))
-            measured = processes.gather(seen.most)
-            found[depth] = {"measured_bytes": measured, "planned_bytes": planned, "error": planned / max(measured) - 1}
-            del model
-    return found
+        else:
+            model, _, _ = load_in_shards(find_model(recipe.model), recipe, device, name, processes)
+        groups = Groups([Example(ids, ids, 1, 1, 0, (2,), 0, 0, False) for _ in range(3 * self.rows * processes.count)])
+        scratch.clear()
+        with tempfile.TemporaryDirectory() as folder, Storages([*model.parameters(), *model.buffers()]) as seen:
+            where = (RunDirectory(Path(folder)), device, torch.bfloat16, Silent(), lambda _: 0.0, 0, 3)
+            setup = Setup(*where, plan.step_memory, processes=processes)
+            train_model(model, None, groups, share.training.model_copy(update={"output_dir": folder}), setup)
+        phase = max((p for p in plan.phases if p.name in ("first step", "steady step")), key=lambda p: p.live_bytes)
+        measured = processes.gather(seen.most)
+        case = {**asdict(self), "model": Path(self.model).name, "processes": processes.count}
+        return {
+            **case,
+            "measured_bytes": measured,
+            "planned_bytes": phase.live_bytes,
+            "parts": phase.parts,
+            "error": phase.live_bytes / max(measured) - 1,
+        }
+
+
+def live(data: Path | None) -> dict[str, Any]:
+    """Started by itself in two and in four processes: trainings in shards."""
+    if "RANK" not in os.environ:
+        words = ["live", *(["--data", str(data)] if data else [])]
+        return {f"{count} processes": in_processes(count, *words)["cases"] for count in (2, 4)}
+    with joined(True) as processes:
+        return {"cases": [case.run(processes) for case in Trained.all(data)]}
 
 
 def held() -> dict[str, Any]:
     """Started by itself in two processes: a model of Llama-2-7B's shape with fewer layers, of zeros."""
     if "RANK" not in os.environ:
-        return in_two_processes("held")
+        return in_processes(2, "held")
     recipe = load_recipe(None, {"model_name_or_path": "llama-2-7b"})
     config = config_with(find_config(recipe.model)[0], _LAYERS)
     with joined(True) as processes:
@@ -254,7 +293,7 @@ def table() -> dict[str, Any]:
         profile = replace(PROFILES[rates], memory_bytes=int(size * 1e9))
         for n in (1, 2, 4, 8):
             share = share_of(recipe, n)
-            made = make_plan(share, config, profile) if n == 1 else plan_in_shards(share, config, profile, None, n)
+            made = make_plan(share, config, profile, n_shards=n)
             sent = 0 if n == 1 else sent_bytes(sizes, n, share.training.per_device_train_batch_size // made.micro_batch)
             found[f"{n} x {size} GB"] = {
                 "fits": made.fits,
@@ -279,7 +318,7 @@ def main() -> None:
         "learning": lambda: learning(given.data),
         "killed": lambda: killed(given.data),
     }
-    figures |= {"held": held, "live": live, "table": table}
+    figures |= {"held": held, "live": lambda: live(given.data), "table": table}
     result = figures[given.what]()
     device = "none: a prediction" if given.what == "table" else detect_device("cpu").name
     if os.environ.get("RANK", "0") == "0":

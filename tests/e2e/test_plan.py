@@ -172,13 +172,14 @@ def test_what_processes_take_and_send(nybble: Callable[..., Any], tiny_llama: Ca
     tables = 2 * 128 * 64 * 2  # embeddings and head in bfloat16: for the forward pass alone
     sent = (2 * (whole["weights"] + whole["adapters"]) - tables + gradients) / 2
     layer = (whole["weights"] + whole["adapters"] - tables) / 2
-    assert parts["gathered"] == pytest.approx(3 * layer, rel=0.01)  # one, and the next as it comes and as parameters
+    adapters = whole["adapters"] / 2
+    # At the highest moment, in a backward pass: a layer, the next as it comes, gradients as they are sent.
+    assert parts["gathered"] == pytest.approx(2 * layer + adapters, rel=0.01)
     assert fsdp["sent_bytes_per_step"] == pytest.approx(sent, rel=0.01)
     assert fsdp["plan"]["rows_per_step"] == 2
     away = planned("--processes", 2, "--distributed", "fsdp", "--fsdp_cpu_offload", "true")
     left = {p["name"]: p["parts"] for p in away["plan"]["phases"]}["steady step"]
-    assert not any(left[name] for name in ("weights", "adapters", "optimizer"))
-    assert not left.get("gradients")  # absent where none lives at the peak
+    assert not any(left.get(name) for name in ("weights", "adapters", "optimizer", "gradients"))
     assert left["gathered"] == parts["gathered"] * 3 // 2  # whole, and the half that came from the host for it
     held = (whole["weights"] + whole["adapters"] + whole["optimizer"] + gradients) / 2
     assert away["plan"]["host_bytes"] == pytest.approx(held, rel=0.01)

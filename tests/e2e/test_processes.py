@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -188,6 +189,56 @@ def _check_shares(run: Path) -> None:
     assert packed / 2 < max(held) < 0.55 * sum(held)
     planned = next(phase["parts"] for phase in record["plan"]["phases"] if phase["name"] == "steady step")
     assert planned["weights"] + planned["adapters"] == pytest.approx(max(held), rel=0.05)
+
+
+@pytest.mark.parametrize("depth", ["never", "always"])
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+def test_each_process_of_a_run_in_shards_takes_what_was_planned(
+    launch: Launch,
+    words: list[object],
+    tiny_llama: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tied: bool,
+    depth: str,
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "bench"))
+
+    def count(rank: int) -> None:
+        import nybble.pipeline
+        from nybble.training.resuming import ResumableTrainer
+
+        storages = importlib.import_module("distributed").Storages
+        train_model, save = nybble.pipeline.train_model, ResumableTrainer._save_checkpoint
+        most: list[int] = []  # before the first checkpoint, before each later one, at the end
+
+        def counted(model: Any, *rest: Any) -> Any:
+            with storages([*model.parameters(), *model.buffers()]) as seen:
+
+                def save_then(self: Any, *given: Any) -> None:
+                    most.append(seen.most)
+                    save(self, *given)
+
+                ResumableTrainer._save_checkpoint = save_then  # type: ignore[method-assign]  # in a process of its own
+                result = train_model(model, *rest)
+            (tmp_path / f"most-{rank}").write_text(json.dumps([most[0], seen.most]))
+            return result
+
+        nybble.pipeline.train_model = counted
+
+    model = tiny_llama(tied=tied, num_hidden_layers=4, hidden_size=128, intermediate_size=256, vocab_size=1024)
+    rows = tmp_path / "alike.jsonl"  # else the longest of them may not meet
+    rows.write_text(24 * (json.dumps({"text": "<s>[INST] What is two? What is four?[/INST] It is four</s>"}) + "\n"))
+    words = [*words, "--model", model, "--dataset", rows, "--gradient_checkpointing", depth]
+    words += ["--r", 4, "--compute_dtype", "bfloat16", "--distributed", "fsdp", "--output_dir", tmp_path / "run"]
+    outcome = launch(2, words, setup=count)
+    assert outcome.codes == (0, 0), outcome.err
+    counts = [json.loads((tmp_path / f"most-{rank}").read_text()) for rank in range(2)]
+    phases = json.loads((tmp_path / "run" / "run.json").read_text())["plan"]["phases"]
+    live = {p["name"]: p["peak_bytes"] - p["parts"]["context"] - p["parts"]["allocator"] for p in phases}
+    steps, whole_run = (max(of) for of in zip(*counts, strict=True))
+    assert max(live["steady step"], live["longest batch"]) == pytest.approx(steps, rel=0.05)
+    assert live["checkpoint"] > 0.95 * whole_run  # copies may be written before the next step is at its highest
 
 
 @pytest.mark.parametrize("how", [("--distributed", "fsdp"), OFFLOADED], ids=["shards", "offloaded"])

@@ -222,6 +222,27 @@ def test_a_choice_is_within_the_budget_and_no_shallower_one_is() -> None:
     assert not choose(forecast, profile.context_bytes, 1).fits
 
 
+@pytest.mark.parametrize("device", ["rtx4090", "strix-halo"])
+def test_a_checkpoint_is_written_from_a_copy_that_takes_room_where_the_host_is_the_device(device: str) -> None:
+    setting = setting_of()
+    batch, copy = Rows((256,) * 2), 12 * setting.parameters[0]  # adapters and Adam's two moments
+    found = {}
+    for save_steps in (5, 10):
+        recipe = changed(setting.recipe, "training", max_steps=10, save_steps=save_steps)
+        forecast = Forecast(setting.of(recipe=recipe), Batches(batch, batch, batch), named_profile(device))
+        chosen = choose(forecast, 1 << 40, 1)
+        live = {phase.name: phase.live_bytes for phase in chosen.phases}
+        found[save_steps] = live["checkpoint"] - copy * forecast.profile.shares_memory
+        longest = live["longest batch"]
+        # The longest batch fits beside the copy, or a layer more is recomputed.
+        budget = next(phase.peak_bytes for phase in chosen.phases if phase.name == "longest batch")
+        is_beside = save_steps < 10 and forecast.profile.shares_memory
+        assert choose(forecast, budget, 1).longest_level == int(is_beside)
+    rest = sum(forecast.average.steady(0).rest[part] for part in ("weights", "adapters", "optimizer"))
+    assert found[10] == pytest.approx(rest, rel=0.001)  # the last one, with nothing beside it
+    assert found[5] == (longest if device == "strix-halo" else found[10])
+
+
 def test_the_largest_length_fits_and_a_longer_one_does_not() -> None:
     setting, profile = setting_of(max_position_embeddings=4096), named_profile("rtx4090")
 

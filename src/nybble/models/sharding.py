@@ -1,8 +1,8 @@
 """Weights in shards: torch's FSDP2 over the packed bytes as they are.
 
-`fully_shard` goes over each decoder layer, over embeddings and head where each has a weight of its own, and over the
-rest. A unit is gathered when its forward or backward pass begins, and let go when that ends, so the blocks that read
-the parameters of a layer within its forward and backward pass find them whole. Frozen embeddings need none behind their
+`fully_shard` goes over each decoder layer, over embeddings and head (one unit where they are tied), and over the rest.
+A unit is gathered when its forward or backward pass begins, and let go when that ends, so the blocks that read the
+parameters of a layer within its forward and backward pass find them whole. Frozen embeddings need none behind their
 forward pass, nor does a head whose loss makes its gradient there. What is gathered are 4-bit codes and their scales:
 both are uint8 parameters without gradient, which FSDP2 sends together with the unit's others as bytes. Adapters, their
 gradients and the optimizer's state are sharded with them; gradients are the mean over the processes.
@@ -55,25 +55,26 @@ def shard(
     policy = CPUOffloadPolicy(pin_memory=device.type != "cpu") if offload else OffloadPolicy()
     mesh = init_device_mesh(device.type, (processes.count,))
     forward_only = tables(root)
-    for unit in (*layers, *forward_only, root):
+    for unit in (*([layer] for layer in layers), *forward_only, [root]):
         _receive(unit, processes, device)
-        made = fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
-        made.set_unshard_in_backward(unit not in forward_only)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+    for first, *_ in forward_only:
+        first.set_unshard_in_backward(False)
     root.generation_config = processes.gather(root.generation_config)[0]
 
 
-def tables(model: Any) -> list[nn.Module]:
-    """Embeddings and head that are gathered by themselves and for the forward pass alone: both frozen, and not tied."""
+def tables(model: Any) -> list[list[Any]]:
+    """Units that are gathered for the forward pass alone: embeddings and head, frozen; tied they are one."""
     root = base_of(model)
     ends = [root.get_input_embeddings(), root.get_output_embeddings()]
     weights = [getattr(module, "weight", None) for module in ends]
-    if weights[0] is weights[1] or any(w is None or w.requires_grad for w in weights) or not has_fused_head(root):
+    if any(w is None or w.requires_grad for w in weights) or not has_fused_head(root):
         return []
-    return ends
+    return [ends] if weights[0] is weights[1] else [[module] for module in ends]
 
 
-def _receive(unit: nn.Module, processes: Processes, device: torch.device) -> None:
-    """Give every tensor of `unit` that is not sharded yet the first process's values, on `device`."""
+def _receive(unit: list[nn.Module], processes: Processes, device: torch.device) -> None:
+    """Give every tensor of `unit`'s modules that is not sharded yet the first process's values, on `device`."""
     import torch.distributed
     from torch.distributed.tensor import DTensor
 
@@ -86,7 +87,7 @@ def _receive(unit: nn.Module, processes: Processes, device: torch.device) -> Non
         torch.distributed.broadcast(there, src=0)
         return there
 
-    for module in unit.modules():
+    for module in (inner for outer in unit for inner in outer.modules()):
         for name, parameter in module._parameters.items():
             if parameter is None or isinstance(parameter, DTensor):
                 continue

@@ -2,6 +2,7 @@
 
 live      bytes of live tensors, by what they are
 step      one training step with its memory counted
+shards    what one of several processes holds and gathers
 curve     the same at any depth of recomputation, from a few layers
 forecast  every phase of a run
 choose    depth and split within a budget; what to change where nothing fits
@@ -15,7 +16,6 @@ from nybble.planning.make import find_config, make_plan, plan
 from nybble.planning.processes import (
     SharedPlan,
     among,
-    plan_in_shards,
     plan_processes,
     plan_shared,
     plan_training,
@@ -34,7 +34,6 @@ __all__ = [
     "make_plan",
     "named_profile",
     "plan",
-    "plan_in_shards",
     "plan_processes",
     "plan_shared",
     "plan_training",

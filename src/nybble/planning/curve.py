@@ -23,6 +23,7 @@ from nybble.data.batches import filled
 from nybble.models import Ladder, blocks_of, count_parameters
 from nybble.nn.scratch import scratch
 from nybble.planning.live import LiveTensors, Peak
+from nybble.planning.shards import Shards, Sizes
 from nybble.planning.step import (
     Reused,
     Rows,
@@ -51,8 +52,9 @@ class Setting:
     dtype: torch.dtype
     rounding: int = 1  # of the device's allocator, bytes
     shares_memory: bool = False  # the device, with the host
+    n_processes: int = 1  # that share the model, in shards
     host_embedding: bool = False  # the embedding table lies on the host: a rung of its own, for all batches
-    traces: dict[Any, Work] = field(default_factory=dict, repr=False, compare=False)  # of all but `host_embedding`
+    traces: dict[Any, Work] = field(default_factory=dict, repr=False, compare=False)  # of whole models
 
     def of(self, **changes: Any) -> Setting:
         """With another recipe or config, so that nothing traced holds."""
@@ -71,7 +73,8 @@ class Setting:
     def rungs(self) -> tuple[str, ...]:
         """Those of the ladder that the model has and the device gains from."""
         training = self.recipe.training
-        if training.lean == "never" or (training.lean, training.gradient_checkpointing) == ("auto", "never"):
+        without = training.lean == "never" or (training.lean, training.gradient_checkpointing) == ("auto", "never")
+        if without or self.shards:
             return ()
         return self._small[1].gaining(self.shares_memory)
 
@@ -102,6 +105,19 @@ class Setting:
         few = (build(config_with(self.config, n), self.recipe, self.dtype) for n in (2, 3))
         (t2, a2), (t3, a3) = (count_parameters(model) for model in few)
         return t2 + (self.n_layers - 2) * (t3 - t2), a2 + (self.n_layers - 2) * (a3 - a2)
+
+    @cached_property
+    def shards(self) -> Shards | None:
+        """What one process holds and gathers; None: all, and nothing."""
+        if self.n_processes == 1:
+            return None
+        sizes = Sizes.of(self.config, self.recipe, self.dtype)
+        return Shards(self.n_processes, sizes, self.recipe.training.fsdp_cpu_offload)
+
+    def here(self, work: Work) -> Work:
+        """`work` of the whole model, as it is in one process on its device."""
+        work = _without_table(work, self.table_bytes)
+        return self.shards.of(work) if self.shards else work
 
     def trace(
         self, rows: Rows, n_layers: int, n_recomputed: int, rungs: Sequence[str] = (), begin: Reused | None = None
@@ -163,7 +179,7 @@ class Curve:
         """A later step."""
         n = self.setting.n_layers
         rungs = self.setting.lean[level - n - 1] if level > n else ()
-        return _without_table(self._steady(min(level, n), rungs), self.setting.table_bytes)
+        return self.setting.here(self._steady(min(level, n), rungs))
 
     def _steady(self, depth: int, rungs: tuple[str, ...]) -> Work:
         n = self.setting.n_layers
@@ -210,9 +226,9 @@ def _without_state(peak: Peak) -> Peak:
 def evaluation(setting: Setting, rows: Rows) -> Work:
     """One evaluated batch of the whole model."""
     if setting.n_layers <= _FEW:
-        return setting.trace_evaluation(rows, setting.n_layers)
+        return setting.here(setting.trace_evaluation(rows, setting.n_layers))
     base, more = (setting.trace_evaluation(rows, n) for n in (2, 3))
-    return _line(base, [(setting.n_layers - 2, more)])
+    return setting.here(_line(base, [(setting.n_layers - 2, more)]))
 
 
 def _line(base: Work, steps: list[tuple[int, Work]]) -> Work:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -101,13 +102,15 @@ class Forecast:
         base = rest["weights"] + rest["adapters"]
         ample = 2 * self.total(self.longest.steady(0).peak) < budget_bytes
         found: dict[int, tuple[int, ...]] = {}
+        beside = self.beside_a_step
         for curve in (self.average, self.longest):
             peaks = (curve.steady(0).peak.total_bytes,) if ample else curve.peaks
             peaks += tuple(curve.steady(level).peak.total_bytes for level in range(n + 1, deepest + 1))
-            found[self.setting.laid_out(curve.rows)] = peaks + peaks[-1:] * (n + 1 + len(lean) - len(peaks))
+            peaks += peaks[-1:] * (n + 1 + len(lean) - len(peaks))
+            found[self.setting.laid_out(curve.rows)] = tuple(beside + peak for peak in peaks)
         if not ample:
             small = self.curve(_SMALL).steady(0).peak.total_bytes  # of so few tokens the level does not matter
-            found.setdefault(_SMALL.tokens, (small,) * (n + 1 + len(lean)))
+            found.setdefault(_SMALL.tokens, (beside + small,) * (n + 1 + len(lean)))
         tokens = tuple(sorted(found))
         rungs = ("embedding",) if self.setting.host_embedding else ()
         return StepMemory(tokens, tuple(found[size] for size in tokens), base, lean, rungs)
@@ -128,7 +131,8 @@ class Forecast:
 
     def level_for(self, curve: Curve | Formula, budget_bytes: int) -> int | None:
         """The first level that fits; None where none does."""
-        return next((n for n in self.levels if self.total(curve.steady(n).peak) <= budget_bytes), None)
+        room = budget_bytes - self.beside_a_step
+        return next((n for n in self.levels if self.total(curve.steady(n).peak) <= room), None)
 
     @cached_property
     def levels(self) -> Sequence[int]:
@@ -151,17 +155,51 @@ class Forecast:
         """Every phase of the run, in order."""
         rest = self.average.steady(average_level).rest
         resting = Peak(sum(rest.values()), {**rest, "workspace": 0, "activations": 0})
-        saved = rest["adapters"] or rest["weights"]
-        copied = saved if self.profile.backend == "cpu" else 0  # the file is written from host memory
+        steady, longest = self.average.steady(average_level).peak, self.longest.steady(longest_level).peak
+        written = [(resting, self._put_together + self._copied)]
+        if self.beside_a_step:
+            written += [(peak, self.beside_a_step) for peak in (steady, longest)]
+        checkpoint = max((_with(peak, "workspace", n) for peak, n in written), key=self.total)
         return (
             self.whole("load", self._load(rest)),
             self.whole("first step", self.average.first(average_level).peak),
-            self.whole("steady step", self.average.steady(average_level).peak),
-            self.whole("longest batch", self.longest.steady(longest_level).peak),
+            self.whole("steady step", steady),
+            self.whole("longest batch", longest),
             self.whole("evaluation", self._evaluation(rest, eval_rows).peak),
-            self.whole("checkpoint", _with(resting, "workspace", copied)),
+            self.whole("checkpoint", checkpoint),
             self.whole("merge", self._merge()),
         )
+
+    @property
+    def steps(self) -> int:
+        """Of the optimizer; 0 where the rows are not known. A last, smaller batch of an epoch is a step too."""
+        training, n_rows = self.setting.recipe.training, self.batches.n_rows
+        if training.max_steps > 0 or n_rows is None:
+            return max(0, training.max_steps)
+        micro_batches = math.ceil(n_rows / training.per_device_train_batch_size)
+        per_epoch = max(1, math.ceil(micro_batches / training.gradient_accumulation_steps))
+        return math.ceil(training.num_train_epochs * per_epoch)
+
+    @property
+    def beside_a_step(self) -> int:
+        """Bytes of the copy that is written while training goes on, where it lies in the device's memory."""
+        return self._copied if not self.steps or self.steps > self.setting.recipe.training.save_steps else 0
+
+    @property
+    def _copied(self) -> int:
+        """Bytes of a checkpoint: it is written from a copy on the host."""
+        return self._saved if self.profile.backend == "cpu" or self.profile.shares_memory else 0
+
+    @property
+    def _put_together(self) -> int:
+        """Bytes of a checkpoint on the device, where its parts lie in several processes."""
+        shards = self.setting.shards
+        return self._saved if shards and (self.profile.backend == "cpu" or not shards.on_host) else 0
+
+    @property
+    def _saved(self) -> int:
+        """Bytes of what is trained and of the optimizer's state, of all processes."""
+        return int((4 + _state_bytes(self.setting.recipe)) * self.setting.parameters[0])
 
     def _evaluation(self, rest: dict[str, int], n_rows: int) -> Work:
         rows = self.batches.evaluation
@@ -173,13 +211,20 @@ class Forecast:
         return replace(work, peaks={name: _with(peak, "optimizer", rest["optimizer"])})
 
     def _load(self, rest: dict[str, int]) -> Peak:
-        """The base, and the largest weight in 16 bits with its scales while it is packed."""
+        """The base, and the largest weight in 16 bits with its scales while it is packed; of shards the largest unit.
+
+        The first of several processes packs the base on the host.
+        """
+        shards = self.setting.shards
+        if shards and self.profile.backend != "cpu":
+            return _with(Peak(rest["weights"], {"weights": rest["weights"]}), "gathered", shards.sizes.largest)
         text = self.setting.config.get_text_config()
         inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
         largest = max(text.hidden_size * inner, text.hidden_size**2)
         n_blocks = largest // self.setting.recipe.quantization.bnb_4bit_blocksize
         working = 2 * largest + 16 * n_blocks if self.setting.recipe.method == "qlora" else 0
-        weights = rest["weights"] + self.setting.table_bytes  # it goes to the host afterwards
+        whole = shards.sizes.whole if shards else 0  # where the device is the host
+        weights = whole or rest["weights"] + self.setting.table_bytes  # it goes to the host afterwards
         return _with(Peak(weights, {"weights": weights}), "workspace", working)
 
     def _merge(self) -> Peak:

@@ -40,7 +40,8 @@ class Formula:
         products = 2 * tokens * self.setting.parameters[1]
         flops = products * (3 if self.setting.recipe.method == "full" else 2) + products * depth // n
         peak = Peak(sum(parts.values()), parts)
-        return Work({"step": peak}, flops, 4 * sum(parts.values()), 0, static_parts(self.setting))
+        moved = 4 * sum(parts.values())
+        return self.setting.here(Work({"step": peak}, flops, moved, 0, static_parts(self.setting)))
 
 
 def evaluation_by_formula(setting: Setting, rows: Rows) -> Work:
@@ -50,7 +51,7 @@ def evaluation_by_formula(setting: Setting, rows: Rows) -> Work:
     parts["activations"] = 2 * rows.tokens * (6 * text.hidden_size + 2 * inner)
     parts["loss"] = 8 * text.vocab_size * rows.tokens
     work = 2 * rows.tokens * setting.parameters[1]
-    return Work({"evaluate": Peak(sum(parts.values()), parts)}, work, 0, 0, static_parts(setting))
+    return setting.here(Work({"evaluate": Peak(sum(parts.values()), parts)}, work, 0, 0, static_parts(setting)))
 
 
 def static_parts(setting: Setting) -> dict[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -99,6 +98,7 @@ def make_plan(
     batches: Batches | None = None,
     *,
     micro_batch: int | None = None,
+    n_shards: int = 1,
     rungs: bool = False,
     largest: bool = False,
 ) -> Plan:
@@ -110,6 +110,7 @@ def make_plan(
         profile: the device.
         batches: what meets in a batch; default: every row has max_length.
         micro_batch: rows at a time, where that is settled already.
+        n_shards: processes that share the model; `recipe` and `batches` are the share of one.
         rungs: what the longest batch takes at every rung.
         largest: see `plan`.
 
@@ -121,14 +122,13 @@ def make_plan(
     if not profile.is_estimate:
         budget = min(budget, profile.memory_bytes)
     dtype = compute_dtype_of(recipe, profile.backend)
-    setting = Setting(config, recipe, dtype, profile.rounding, profile.shares_memory)
+    setting = Setting(config, recipe, dtype, profile.rounding, profile.shares_memory, n_shards)
     forecast, notes = _forecast(setting, known, profile)
     if known.n_rows is None:
         notes.append(f"rows are not known: every row is taken as {recipe.data.max_length:,} tokens")
     size = training.per_device_train_batch_size
     choice = choose(forecast, budget, size // micro_batch if micro_batch else None)
-    steps = _steps(recipe, known.n_rows)
-    made = _plan_of(choice, steps, budget)
+    made = _plan_of(choice, budget)
     return replace(
         made,
         rows=known.n_rows or 0,
@@ -140,12 +140,12 @@ def make_plan(
     )
 
 
-def _plan_of(choice: Choice, steps: int, budget: int) -> Plan:
+def _plan_of(choice: Choice, budget: int) -> Plan:
     setting = choice.forecast.setting
     training = setting.recipe.training
     size, accumulated = training.per_device_train_batch_size, training.gradient_accumulation_steps
     trainable, total = setting.parameters
-    seconds = choice.seconds * accumulated
+    steps, seconds = choice.forecast.steps, choice.seconds * accumulated
     return Plan(
         rows=0,
         rows_per_step=size * accumulated,
@@ -169,16 +169,6 @@ def _plan_of(choice: Choice, steps: int, budget: int) -> Plan:
         total_parameters=total,
         step_memory=choice.forecast.step_memory(budget, choice.longest_level),
     )
-
-
-def _steps(recipe: Recipe, n_rows: int | None) -> int:
-    """Optimizer steps; 0 where the rows are not known. A last, smaller batch of an epoch is a step too."""
-    training = recipe.training
-    if training.max_steps > 0 or n_rows is None:
-        return max(0, training.max_steps)
-    micro_batches = math.ceil(n_rows / training.per_device_train_batch_size)
-    per_epoch = max(1, math.ceil(micro_batches / training.gradient_accumulation_steps))
-    return math.ceil(training.num_train_epochs * per_epoch)
 
 
 def _forecast(setting: Setting, batches: Batches, profile: Profile) -> tuple[Forecast, list[str]]:

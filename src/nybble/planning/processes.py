@@ -1,10 +1,5 @@
 """What several processes take and send: each with the whole model (ddp), or with a shard of every weight (fsdp).
 
-Under fsdp a process holds 1/N of weights, adapters, gradients and optimizer state, and whole are only what is gathered
-now: a layer, and twice the unit that follows it, for its bytes come in one piece and are copied into parameters. What
-has no unit of its own stays. Taken to be alive throughout a step, all that moves the plan of one process with N times
-fewer rows by what sharding saves, and its choice of recomputation with it.
-
     sent under ddp    2 (N-1)/N x gradients, once a step (ring all-reduce)
     sent under fsdp   (N-1)/N x weights and adapters, for forward and backward of each micro-batch (all-gather; tables
                       that are units of their own for forward alone), (N-1)/N x gradients behind it (reduce-scatter)
@@ -23,63 +18,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nybble.hardware import Device, detect_device
-from nybble.models import count_parameters, tables
 from nybble.planning.devices import Profile, named_profile, profile_of
 from nybble.planning.forecast import Batches, compute_dtype_of
 from nybble.planning.make import find_config, make_plan, read_batches
-from nybble.planning.step import build, config_with
-from nybble.recipe import PhasePlan, Plan, Recipe, in_micro_batches, load_recipe, shared_among
-from nybble.training.depth import memory_budget
+from nybble.planning.shards import Sizes
+from nybble.recipe import Plan, Recipe, in_micro_batches, load_recipe, shared_among
 from nybble.units import format_bytes, format_seconds
 
 _LINK = 25e9  # bytes a second that a process sends and receives: PCIe 4.0 x16, less what its protocol takes; assumed
-_SHARDED = ("weights", "adapters", "gradients", "optimizer")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of a model as it is trained, in bytes."""
-
-    layer: int  # weights and adapters of a decoder layer
-    n_layers: int
-    table: int  # embeddings or head, where they are gathered by themselves: the larger
-    rest: int  # of all that lies outside of the layers
-    gathered_rest: int  # of it, what is not gathered by itself
-    trained: int  # parameters, not bytes: 4 bytes each, and as many for their gradients
-
-    @property
-    def whole(self) -> int:
-        """All weights and adapters."""
-        return self.n_layers * self.layer + self.rest
-
-    @property
-    def gathered(self) -> int:
-        """Whole at the highest moment."""
-        return self.layer + 2 * max(self.layer, self.table) + 2 * self.gathered_rest
-
-    @property
-    def passed(self) -> int:
-        """Gathered in a micro-batch, forward and backward."""
-        return 2 * self.whole - (self.rest - self.gathered_rest)
-
-    @classmethod
-    def of(cls, config: Any, recipe: Recipe, dtype: torch.dtype) -> Sizes:
-        """Without any weight: two small models on the meta device tell what a layer takes."""
-        n = int(config.get_text_config().num_hidden_layers)
-        smaller, model = (build(config_with(config, k), recipe, dtype) for k in (2, 3))
-        layer = _bytes_of(model) - _bytes_of(smaller)
-        rest = _bytes_of(model) - 3 * layer
-        apart = [_bytes_of(table) for table in tables(model)]
-        t2, t3 = (count_parameters(made)[0] for made in (smaller, model))
-        return cls(layer, n, max(apart, default=0), rest, rest - sum(apart), t2 + (n - 2) * (t3 - t2))
-
-
-def _bytes_of(module: torch.nn.Module) -> int:
-    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}.values()
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 @dataclass(frozen=True)
@@ -156,7 +103,7 @@ def plan_shared(recipe: Recipe, config: Any, profile: Profile, n: int, batches: 
     sizes = Sizes.of(config, recipe, compute_dtype_of(recipe, profile.backend))
     in_shards = recipe.training.distributed == "fsdp" and n > 1
     whole = make_plan(share, config, profile, batches)
-    made = plan_in_shards(share, config, profile, batches, n) if in_shards else whole
+    made = make_plan(share, config, profile, batches, n_shards=n) if in_shards else whole
     split = in_micro_batches(share.training, made.micro_batch).gradient_accumulation_steps
     sent = sent_bytes(sizes, n, split if in_shards else 0)
     fetched = _fetched_bytes(sizes, n, split) if in_shards and recipe.training.fsdp_cpu_offload else 0
@@ -174,45 +121,7 @@ def plan_training(
     # Dropout follows the micro-steps: a resumed run goes on with its own split, as long as that divides the batch.
     if micro_batch and recipe.training.per_device_train_batch_size % micro_batch:
         micro_batch = None
-    if n_shards > 1:
-        return plan_in_shards(recipe, config, profile_of(device), batches, n_shards, micro_batch)
-    return make_plan(recipe, config, profile_of(device), batches, micro_batch=micro_batch)
-
-
-def plan_in_shards(
-    recipe: Recipe, config: Any, profile: Profile, batches: Batches | None, n: int, micro_batch: int | None = None
-) -> Plan:
-    """The plan of one of `n` processes under fsdp; `recipe` and `batches` are its share."""
-    sizes = Sizes.of(config, recipe, compute_dtype_of(recipe, profile.backend))
-    held = 0 if recipe.training.fsdp_cpu_offload else 1  # of the shards, by the device
-    gathered = sizes.gathered if held else sizes.gathered + sizes.gathered // n  # from a shard that came for it
-    saved = max(0, sizes.whole - held * sizes.whole // n - gathered)
-    limit = memory_budget(recipe.training)
-    changed = {"lean": "never", **({"memory_budget": f"{limit + saved}"} if limit else {})}
-    training = recipe.training.model_copy(update=changed)
-    wider = replace(profile, memory_bytes=profile.memory_bytes + saved)
-    made = make_plan(recipe.model_copy(update={"training": training}), config, wider, batches, micro_batch=micro_batch)
-    phases = tuple(_in_shards(phase, n, held, gathered, profile) for phase in made.phases)
-    budget = None if made.budget_bytes is None else made.budget_bytes - saved
-    peak = max(phase.peak_bytes for phase in phases)
-    changes = tuple(replace(c, peak_bytes=c.peak_bytes - saved) for c in made.cheapest_changes)
-    return replace(
-        made,
-        phases=phases,
-        budget_bytes=budget,
-        fits=budget is None or peak <= budget,
-        cheapest_changes=changes,
-        host_bytes=0 if held else (sizes.whole + 3 * 4 * sizes.trained) // n,  # gradients and Adam's two moments
-    )
-
-
-def _in_shards(phase: PhasePlan, n: int, held: int, gathered: int, profile: Profile) -> PhasePlan:
-    parts = {name: held * size // n if name in _SHARDED else size for name, size in phase.parts.items()}
-    if "weights" in parts:
-        parts["gathered"] = gathered
-    live = sum(size for name, size in parts.items() if name not in ("context", "allocator"))
-    parts["allocator"] = profile.allocator_bytes(live)
-    return PhasePlan(phase.name, sum(parts.values()), parts)
+    return make_plan(recipe, config, profile_of(device), batches, micro_batch=micro_batch, n_shards=n_shards)
 
 
 def sent_bytes(sizes: Sizes, n: int, micro_batches: int) -> int:

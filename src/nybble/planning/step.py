@@ -6,13 +6,14 @@
 
 Tensors are on the CPU, whatever the device that is planned for: shapes and types are the same. A step falls into
 sections; the highest moment of each is kept. Sections are named for what they compute and for the run of layers they
-lie in, counted from both ends: `backward kept 0`, `backward kept -1`.
+lie in, counted from both ends: `backward kept 0`, `backward kept -1`. The moment before a layer, `gather kept 0`, and
+before the head is a section too.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -202,7 +203,7 @@ def run_steps(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     done = []
-    with live, _sections(live, layers, n_recomputed), _gradients(live, trained):
+    with live, _sections(live, model, n_recomputed), _gradients(live, trained):
         if n_steps == 1:
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
@@ -278,11 +279,13 @@ def run_evaluation(live: LiveTensors, model: Any, batch: dict[str, Any], dtype: 
 
 
 @contextmanager
-def _sections(live: LiveTensors, layers: Sequence[nn.Module], n_recomputed: int) -> Iterator[None]:
+def _sections(live: LiveTensors, model: Any, n_recomputed: int) -> Iterator[None]:
     """Tell `live` which layer is at work, forward and backward."""
-    handles = []
+    handles, layers, head = [], decoder_layers(model), model.get_output_embeddings()
+    if head is not None:
+        handles.append(head.register_forward_pre_hook(_enters(live, "gather head", "loss")))
     for number, (layer, name) in enumerate(zip(layers, _names(len(layers), n_recomputed), strict=True)):
-        handles.append(layer.register_forward_pre_hook(_enters(live, name)))
+        handles.append(layer.register_forward_pre_hook(_enters(live, f"gather {name}", f"forward {name}")))
         handles.append(layer.register_forward_hook(_leaves(live, name, number == len(layers) - 1)))
     try:
         yield
@@ -291,10 +294,11 @@ def _sections(live: LiveTensors, layers: Sequence[nn.Module], n_recomputed: int)
             handle.remove()
 
 
-def _enters(live: LiveTensors, name: str) -> Callable[..., None]:
+def _enters(live: LiveTensors, moment: str, section: str) -> Callable[..., None]:
     def hook(_module: nn.Module, _inputs: Any) -> None:
         if not recomputing():
-            live.section(f"forward {name}")
+            live.section(moment)
+            live.section(section)
 
     return hook
 
