@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def plan(
         resolved = changed(resolved, "data", max_length=limit)
     device = named_profile(profile) if profile else profile_of(detect_device(resolved.model.device))
     batches, why_not = read_batches(resolved)
-    made = make_plan(resolved, config, device, batches, rungs=True, largest=largest)
+    made = make_plan(resolved, config, device, batches, also=("rungs", *(("largest",) if largest else ())))
     return replace(made, notes=tuple(n for n in (note, why_not, *made.notes) if n))
 
 
@@ -99,8 +99,7 @@ def make_plan(
     *,
     micro_batch: int | None = None,
     n_shards: int = 1,
-    rungs: bool = False,
-    largest: bool = False,
+    also: Collection[str] = (),
 ) -> Plan:
     """What `recipe` does and takes on a device, and the neutral settings that run fastest within its budget.
 
@@ -111,8 +110,7 @@ def make_plan(
         batches: what meets in a batch; default: every row has max_length.
         micro_batch: rows at a time, where that is settled already.
         n_shards: processes that share the model; `recipe` and `batches` are the share of one.
-        rungs: what the longest batch takes at every rung.
-        largest: see `plan`.
+        also: "rungs", what the longest batch takes at every rung; "largest", see `plan`.
 
     Raises:
         ModelError: no model can be built of the config, or nothing in it would be trained.
@@ -133,9 +131,9 @@ def make_plan(
         made,
         rows=known.n_rows or 0,
         cheapest_changes=() if choice.fits else cheapest_changes(forecast, budget),
-        rungs=rungs_of(choice) if rungs else (),
-        largest_length=largest_length(forecast, budget) if largest else None,
-        largest_model=largest_model(forecast, budget) if largest else None,
+        rungs=rungs_of(choice) if "rungs" in also else (),
+        largest_length=largest_length(forecast, budget) if "largest" in also else None,
+        largest_model=largest_model(forecast, budget) if "largest" in also else None,
         notes=tuple(notes),
     )
 
