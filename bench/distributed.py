@@ -38,7 +38,7 @@ from nybble.hardware import detect_device
 from nybble.models import find_model, held_bytes, shard
 from nybble.nn import Linear4bit
 from nybble.nn.scratch import scratch
-from nybble.planning import PROFILES, find_config, make_plan, profile_of, share_of
+from nybble.planning import PROFILES, find_config, make_plan, profile_of, shards_among, share_of
 from nybble.planning.processes import sent_bytes
 from nybble.planning.shards import Sizes
 from nybble.planning.step import build, config_with, fill
@@ -193,21 +193,23 @@ class Trained:
     tied: bool = False
     rows: int = 1  # of each process
     length: int = 256
+    shards: int | None = None  # of a copy; None: all processes share one
 
     @classmethod
-    def all(cls, data: Path | None) -> Iterator[Trained]:
+    def all(cls, data: Path | None, count: int) -> Iterator[Trained]:
         """The grid, with the folders of `data` where it is given."""
         for folder in sorted((data / "models").iterdir()) if data else ():
             yield from (cls(str(folder), depth, rows=4, length=128) for depth in ("never", "always"))
         shape = cls("llama-2-7b", "never", _LAYERS // 2)
-        for case in (shape, replace(shape, tied=True), replace(shape, length=1024)):
+        groups = [replace(shape, shards=2)] if count > 2 else []
+        for case in (shape, replace(shape, tied=True), replace(shape, length=1024), *groups):
             yield from (replace(case, depth=depth) for depth in ("never", "always"))
 
     def run(self, processes: Processes) -> dict[str, Any]:
         """What was alive at the highest moment in each process, and what was planned."""
         settings = {"model": self.model, "per_device_train_batch_size": processes.count * self.rows, "device": "cpu"}
         settings |= {"max_length": self.length, "gradient_checkpointing": self.depth, "report_to": "none"}
-        settings["distributed"] = "fsdp"
+        settings |= {"distributed": "fsdp", "fsdp_shards": self.shards}
         recipe = for_shards(load_recipe(None, settings))
         config, name = find_config(recipe.model)
         device, share = detect_device("cpu"), share_of(recipe, processes.count)
@@ -215,12 +217,13 @@ class Trained:
             config = config_with(config, self.n_layers)
             config.tie_word_embeddings = self.tied
         ids = [1] * self.length
-        plan = make_plan(share, config, profile_of(device), n_shards=processes.count)
+        n_shards = shards_among(recipe.training, processes.count)
+        plan = make_plan(share, config, profile_of(device), n_shards=n_shards)
         if self.n_layers:
             model = build(config, recipe, torch.bfloat16)
             if processes.is_main:
                 fill(model)
-            shard(model, decoder_layers(model), processes, device.torch_device)
+            shard(model, decoder_layers(model), processes, device.torch_device, n_shards=n_shards)
         else:
             model, _, _ = load_in_shards(find_model(recipe.model), recipe, device, name, processes)
         groups = Groups([Example(ids, ids, 1, 1, 0, (2,), 0, 0, False) for _ in range(3 * self.rows * processes.count)])
@@ -247,7 +250,7 @@ def live(data: Path | None) -> dict[str, Any]:
         words = ["live", *(["--data", str(data)] if data else [])]
         return {f"{count} processes": in_processes(count, *words)["cases"] for count in (2, 4)}
     with joined(True) as processes:
-        return {"cases": [case.run(processes) for case in Trained.all(data)]}
+        return {"cases": [case.run(processes) for case in Trained.all(data, processes.count)]}
 
 
 def held() -> dict[str, Any]:
@@ -294,7 +297,8 @@ def table() -> dict[str, Any]:
         for n in (1, 2, 4, 8):
             share = share_of(recipe, n)
             made = make_plan(share, config, profile, n_shards=n)
-            sent = 0 if n == 1 else sent_bytes(sizes, n, share.training.per_device_train_batch_size // made.micro_batch)
+            micro_batches = share.training.per_device_train_batch_size // made.micro_batch
+            sent = 0 if n == 1 else sent_bytes(sizes, n, micro_batches, n)
             found[f"{n} x {size} GB"] = {
                 "fits": made.fits,
                 "peak_bytes": made.peak_bytes,

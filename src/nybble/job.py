@@ -17,7 +17,7 @@ from nybble.errors import InputError, RecipeError
 from nybble.files import sha256_of
 from nybble.hardware import Device, detect_device
 from nybble.models import ModelSource, find_model, hash_of, load_tokenizer
-from nybble.planning import Batches, among, plan_training, share_of
+from nybble.planning import Batches, among, plan_training, shards_among, share_of
 from nybble.processes import Processes
 from nybble.recipe import EvaluationSection, Plan, Recipe, shared_among, step_rows, within_context
 from nybble.runs import Evaluation, Observer, RunDirectory, RunRecord, Sample, StepEvent
@@ -175,6 +175,7 @@ def prepare(
         InputError, CannotRunError: what is missing or does not go together.
     """
     shared_among(recipe.training, processes.count)  # or refuse at once
+    shards_among(recipe.training, processes.count)
     if processes.are_many and recipe.training.learning_rate == "probe":
         raise RecipeError("learning_rate: probe works in one process; run `nybble probe` first and give the rate found")
     if processes.are_many and recipe.training.distributed == "fsdp":
@@ -203,7 +204,7 @@ def prepare(
     watch.stage("plan")
     ours = share_of(recipe, processes.count)
     batches = among(Batches.of(prepared, packs, ours), processes.count)
-    n_shards = processes.count if recipe.training.distributed == "fsdp" else 1
+    n_shards = shards_among(recipe.training, processes.count)
     plan = plan_training(ours, source.config, device, batches, found.micro_batch if found else None, n_shards)
     plan = replace(plan, rows=len(packs or prepared.train), rows_per_step=step_rows(recipe.training))
     for line in (*plan.lines(), *plan.notes):

@@ -10,6 +10,7 @@ from nybble.errors import RecipeError
 from nybble.hardware import Device
 from nybble.models import LoadReport, ModelSource, attach, compute_dtype, load_model, shard
 from nybble.nn import Linear4bit
+from nybble.planning.shards import shards_among
 from nybble.planning.step import build
 from nybble.processes import Processes
 from nybble.recipe import QuantizationSection, Recipe
@@ -59,7 +60,8 @@ def load_in_shards(
     report, packing = processes.gather((found, packing) if made is not None else None)[0]
     if made is None:
         made = build(source.config, recipe.model_copy(update={"quantization": packing}), dtype)
-    shard(made, decoder_layers(made), processes, device.torch_device, offload=recipe.training.fsdp_cpu_offload)
+    n_shards, offload = shards_among(recipe.training, processes.count), recipe.training.fsdp_cpu_offload
+    shard(made, decoder_layers(made), processes, device.torch_device, n_shards=n_shards, offload=offload)
     return made, dtype, report
 
 

@@ -177,6 +177,10 @@ def test_what_processes_take_and_send(nybble: Callable[..., Any], tiny_llama: Ca
     assert parts["gathered"] == pytest.approx(2 * layer + adapters, rel=0.01)
     assert fsdp["sent_bytes_per_step"] == pytest.approx(sent, rel=0.01)
     assert fsdp["plan"]["rows_per_step"] == 2
+    groups = planned("--processes", 4, "--distributed", "fsdp", "--fsdp_shards", 2)
+    mine = {p["name"]: p["parts"] for p in groups["plan"]["phases"]}["steady step"]
+    assert mine["weights"] == whole["weights"] // 2
+    assert groups["sent_bytes_per_step"] == pytest.approx(sent + gradients / 2, rel=0.01)  # its half, over both groups
     away = planned("--processes", 2, "--distributed", "fsdp", "--fsdp_cpu_offload", "true")
     left = {p["name"]: p["parts"] for p in away["plan"]["phases"]}["steady step"]
     assert not any(left.get(name) for name in ("weights", "adapters", "optimizer", "gradients"))
@@ -184,4 +188,5 @@ def test_what_processes_take_and_send(nybble: Callable[..., Any], tiny_llama: Ca
     held = (whole["weights"] + whole["adapters"] + whole["optimizer"] + gradients) / 2
     assert away["plan"]["host_bytes"] == pytest.approx(held, rel=0.01)
     assert away["step_seconds"] >= fsdp["step_seconds"]
-    assert nybble("plan", "--model", tiny_llama(), "--processes", 3).code == 2
+    for wrong in ((3,), (4, "--distributed", "fsdp", "--fsdp_shards", 3)):
+        assert nybble("plan", "--model", tiny_llama(), "--processes", *wrong).code == 2

@@ -24,6 +24,7 @@ from nybble.checkpoints import list_checkpoints
 from nybble.cli.main import run as run_nybble
 
 _SECONDS = 120  # until a process that does not end fails its test
+GROUPS = ("--distributed", "fsdp", "--fsdp_shards", 2)
 OFFLOADED = ("--distributed", "fsdp", "--fsdp_cpu_offload", "true")
 ROWS = 23  # of which steps of 4 leave 3 in the last, which neither 2 nor 4 processes share evenly
 
@@ -152,6 +153,7 @@ def _libraries() -> None:
         (2, ("--distributed", "fsdp"), False),
         (2, ("--distributed", "fsdp"), True),
         (2, OFFLOADED, False),
+        (4, GROUPS, True),
         (2, ("--init_lora_weights", "loftq"), False),
     ],
 )
@@ -177,16 +179,16 @@ def test_several_processes_learn_what_one_does(
     for name, tensor in expected.items():
         assert (found[name] - tensor).abs().max() < 1e-4, name
     assert outcome.err[1:] == ("",) * (count - 1)  # the others are silent
-    if split == ("--distributed", "fsdp"):
-        _check_shares(tmp_path / "many")
+    if split in (("--distributed", "fsdp"), GROUPS):
+        _check_shares(tmp_path / "many", count)
 
 
-def _check_shares(run: Path) -> None:
-    """Each of two processes held half of the weights, as planned."""
+def _check_shares(run: Path, count: int) -> None:
+    """Each process held half of the weights, as planned."""
     record = json.loads((run / "run.json").read_text())
     held, packed = record["model"]["held_bytes"], record["model"]["packed_bytes"]
-    assert len(held) == 2
-    assert packed / 2 < max(held) < 0.55 * sum(held)
+    assert len(held) == count
+    assert packed / 2 < max(held) < 0.55 * sum(held) * 2 / count
     planned = next(phase["parts"] for phase in record["plan"]["phases"] if phase["name"] == "steady step")
     assert planned["weights"] + planned["adapters"] == pytest.approx(max(held), rel=0.05)
 
@@ -241,9 +243,13 @@ def test_each_process_of_a_run_in_shards_takes_what_was_planned(
     assert live["checkpoint"] > 0.95 * whole_run  # copies may be written before the next step is at its highest
 
 
-@pytest.mark.parametrize("how", [("--distributed", "fsdp"), OFFLOADED], ids=["shards", "offloaded"])
+@pytest.mark.parametrize(
+    ("count", "how"),
+    [(2, ("--distributed", "fsdp")), (2, OFFLOADED), (4, GROUPS)],
+    ids=["shards", "offloaded", "groups"],
+)
 def test_a_run_of_which_a_process_was_killed_goes_on_to_the_same_bits(
-    launch: Launch, words: list[object], tmp_path: Path, how: tuple[str, ...]
+    launch: Launch, words: list[object], tmp_path: Path, count: int, how: tuple[object, ...]
 ) -> None:
     words = [*words, *how]
 
@@ -256,15 +262,15 @@ def test_a_run_of_which_a_process_was_killed_goes_on_to_the_same_bits(
 
         Stops.on_step_end = kill  # type: ignore[method-assign]  # in a process of its own
 
-    assert launch(2, [*words, "--output_dir", tmp_path / "whole"]).codes == (0, 0)
-    torn = launch(2, [*words, "--output_dir", tmp_path / "torn"], setup=die)
-    assert torn.codes == (3, -signal.SIGKILL)
+    assert launch(count, [*words, "--output_dir", tmp_path / "whole"]).codes == (0,) * count
+    torn = launch(count, [*words, "--output_dir", tmp_path / "torn"], setup=die)
+    assert torn.codes == (3, -signal.SIGKILL, *(3,) * (count - 2))
     assert re.search("another process of the run is lost .* --resume", torn.lines[0])
     assert [path.name for path in list_checkpoints([tmp_path / "torn" / "checkpoints"])] == ["checkpoint-4"]
     shutil.copytree(tmp_path / "torn", tmp_path / "alone")
     # As torchrun begins anew: the same words, no --resume.
-    again = launch(2, [*words, "--output_dir", tmp_path / "torn"], TORCHELASTIC_RESTART_COUNT="1")
-    assert again.codes == (0, 0), again.err
+    again = launch(count, [*words, "--output_dir", tmp_path / "torn"], TORCHELASTIC_RESTART_COUNT="1")
+    assert again.codes == (0,) * count, again.err
     (expected, log), (found, log_of_torn) = _left(tmp_path / "whole"), _left(tmp_path / "torn")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert [(e["loss"], e["tokens"]) for e in log_of_torn] == [(e["loss"], e["tokens"]) for e in log]
@@ -297,6 +303,7 @@ def test_what_does_not_work_in_shards_is_said(
 WRONG: dict[str, tuple[list[object], dict[int, list[object]], str]] = {
     "batch": (["--per_device_train_batch_size", 3], {}, "the 3 rows of a step .* cannot be shared by 2 processes"),
     "recipes": ([], {1: ["--learning_rate", 0.5]}, "setting training.learning_rate is 0.01 in process 0 and 0.5"),
+    "groups": (["--distributed", "fsdp", "--fsdp_shards", 3], {}, "2 processes do not divide into groups of that size"),
     "probe": (["--learning_rate", "probe"], {}, "probe works in one process"),
 }
 

@@ -18,7 +18,7 @@ from nybble.recipe import Recipe, Setting, all_settings, json_schema, load_recip
 
 SETTINGS = all_settings()
 SECTIONS = sorted({item.section for item in SETTINGS if item.section})
-NOT_ALONE = ("push_to_hub", "fsdp_cpu_offload")  # settings that need another
+NOT_ALONE = ("push_to_hub", "fsdp_cpu_offload", "fsdp_shards")  # settings that need another
 ALIASES = [(item, alias) for item in SETTINGS for alias in item.aliases]
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 LIMITS = ("ge", "gt", "le", "lt")
@@ -241,7 +241,7 @@ def test_limits_themselves_are_allowed() -> None:
     for item in SETTINGS:
         for limit, value in limits_of(item).items():
             if limit in ("ge", "le"):
-                assert value_of(load_recipe(None, {item.path: value}), item) == value
+                assert value_of(load_recipe(None, {"distributed": "fsdp", item.path: value}), item) == value
 
 
 @pytest.mark.parametrize(
@@ -258,6 +258,8 @@ def test_some_settings_need_another() -> None:
     assert load_recipe(None, {"push_to_hub": True, "hub_model_id": "me/it"}).training.push_to_hub
     assert "distributed: fsdp" in refusal(None, {"fsdp_cpu_offload": True})
     assert load_recipe(None, {"fsdp_cpu_offload": True, "distributed": "fsdp"}).training.fsdp_cpu_offload
+    assert "distributed: fsdp" in refusal(None, {"fsdp_shards": 2})
+    assert load_recipe(None, {"fsdp_shards": 2, "distributed": "fsdp"}).training.fsdp_shards == 2
 
 
 @pytest.mark.parametrize(
@@ -319,7 +321,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
     if "init_lora_weights" in content.get("lora", {}):  # starts plain LoRA on a 4-bit base
         content["method"] = "qlora"
         content["lora"].pop("use_dora", None)
-    if content["training"].get("fsdp_cpu_offload"):
+    if content["training"].get("fsdp_cpu_offload") or content["training"].get("fsdp_shards"):
         content["training"]["distributed"] = "fsdp"
     return Recipe.model_validate(content)
 

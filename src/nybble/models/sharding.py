@@ -5,7 +5,8 @@ A unit is gathered when its forward or backward pass begins, and let go when tha
 parameters of a layer within its forward and backward pass find them whole. Frozen embeddings need none behind their
 forward pass, nor does a head whose loss makes its gradient there. What is gathered are 4-bit codes and their scales:
 both are uint8 parameters without gradient, which FSDP2 sends together with the unit's others as bytes. Adapters, their
-gradients and the optimizer's state are sharded with them; gradients are the mean over the processes.
+gradients and the optimizer's state are sharded with them; gradients are the mean over the processes. Where groups of
+them hold a copy each, a unit is gathered within the group, and gradients go between the groups too.
 
 Only the first process has read the weights; the others hold the same modules on the meta device and receive one layer
 at a time, of which all but their shard is let go before the next. So the host's memory holds one packed copy, and no
@@ -26,7 +27,13 @@ from nybble.processes import Processes
 
 
 def shard(
-    model: Any, layers: list[nn.Module], processes: Processes, device: torch.device, *, offload: bool = False
+    model: Any,
+    layers: list[nn.Module],
+    processes: Processes,
+    device: torch.device,
+    *,
+    n_shards: int | None = None,
+    offload: bool = False,
 ) -> None:
     """Shard `model` over `processes`, in place; its tensors are on the host in the first and on meta in the others.
 
@@ -35,6 +42,7 @@ def shard(
         layers: its decoder layers.
         processes: that share it.
         device: of this process.
+        n_shards: so many neighbours share a copy, and the others hold the same; default: all share one.
         offload: shards wait in (pinned) host memory; a layer's goes to the device when the layer is gathered.
 
     Raises:
@@ -53,7 +61,9 @@ def shard(
     for module, (quant_type, source_dtype) in zip(packed, kinds, strict=True):
         module.quant_type, module.source_dtype = quant_type, source_dtype
     policy = CPUOffloadPolicy(pin_memory=device.type != "cpu") if offload else OffloadPolicy()
-    mesh = init_device_mesh(device.type, (processes.count,))
+    size = n_shards or processes.count
+    groups = {"copies": processes.count // size, "shards": size} if size < processes.count else {"shards": size}
+    mesh = init_device_mesh(device.type, tuple(groups.values()), mesh_dim_names=tuple(groups))
     forward_only = tables(root)
     for unit in (*([layer] for layer in layers), *forward_only, [root]):
         _receive(unit, processes, device)

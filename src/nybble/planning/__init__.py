@@ -22,6 +22,7 @@ from nybble.planning.processes import (
     share_of,
 )
 from nybble.planning.shapes import SHAPES
+from nybble.planning.shards import shards_among
 
 __all__ = [
     "PROFILES",
@@ -38,5 +39,6 @@ __all__ = [
     "plan_shared",
     "plan_training",
     "profile_of",
+    "shards_among",
     "share_of",
 ]

@@ -173,7 +173,8 @@ class Forecast:
     @property
     def steps(self) -> int:
         """Of the optimizer; 0 where the rows are not known. A last, smaller batch of an epoch is a step too."""
-        training, n_rows = self.setting.recipe.training, self.batches.n_rows
+        training = self.setting.recipe.training
+        n_rows = self.batches.n_rows
         if training.max_steps > 0 or n_rows is None:
             return max(0, training.max_steps)
         micro_batches = math.ceil(n_rows / training.per_device_train_batch_size)

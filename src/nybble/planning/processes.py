@@ -3,6 +3,7 @@
     sent under ddp    2 (N-1)/N x gradients, once a step (ring all-reduce)
     sent under fsdp   (N-1)/N x weights and adapters, for forward and backward of each micro-batch (all-gather; tables
                       that are units of their own for forward alone), (N-1)/N x gradients behind it (reduce-scatter)
+    in groups of N    the same, and 2 (M-1)/M x gradients/N over M groups behind each micro-batch (all-reduce)
 
 Where shards wait on the host (`fsdp_cpu_offload`) a device holds none of them, only what is gathered; they and their
 gradients cross the same links, 1/N of them for each time that all is gathered.
@@ -22,7 +23,7 @@ from nybble.hardware import Device, detect_device
 from nybble.planning.devices import Profile, named_profile, profile_of
 from nybble.planning.forecast import Batches, compute_dtype_of
 from nybble.planning.make import find_config, make_plan, read_batches
-from nybble.planning.shards import Sizes
+from nybble.planning.shards import Sizes, shards_among
 from nybble.recipe import Plan, Recipe, in_micro_batches, load_recipe, shared_among
 from nybble.units import format_bytes, format_seconds
 
@@ -101,12 +102,13 @@ def plan_shared(recipe: Recipe, config: Any, profile: Profile, n: int, batches: 
     """
     share = share_of(recipe, n)
     sizes = Sizes.of(config, recipe, compute_dtype_of(recipe, profile.backend))
-    in_shards = recipe.training.distributed == "fsdp" and n > 1
+    n_shards = shards_among(recipe.training, n)
+    in_shards = n_shards > 1
     whole = make_plan(share, config, profile, batches)
-    made = make_plan(share, config, profile, batches, n_shards=n) if in_shards else whole
+    made = make_plan(share, config, profile, batches, n_shards=n_shards) if in_shards else whole
     split = in_micro_batches(share.training, made.micro_batch).gradient_accumulation_steps
-    sent = sent_bytes(sizes, n, split if in_shards else 0)
-    fetched = _fetched_bytes(sizes, n, split) if in_shards and recipe.training.fsdp_cpu_offload else 0
+    sent = sent_bytes(sizes, n, split if in_shards else 0, n_shards)
+    fetched = _fetched_bytes(sizes, n_shards, split) if in_shards and recipe.training.fsdp_cpu_offload else 0
     alone = None if made.step_seconds is None else n * made.step_seconds
     seconds = None if made.step_seconds is None else max(made.step_seconds, (sent + fetched) / _LINK)
     return SharedPlan(
@@ -124,16 +126,20 @@ def plan_training(
     return make_plan(recipe, config, profile_of(device), batches, micro_batch=micro_batch, n_shards=n_shards)
 
 
-def sent_bytes(sizes: Sizes, n: int, micro_batches: int) -> int:
-    """Bytes that each process sends in a step; `micro_batches` 0: under ddp."""
+def sent_bytes(sizes: Sizes, n: int, micro_batches: int = 0, n_shards: int = 1) -> int:
+    """Bytes that each process sends in a step, under ddp or in shards."""
     gradients = 4 * sizes.trained
-    sent = 2 * gradients if not micro_batches else micro_batches * (sizes.passed + gradients)
-    return sent * (n - 1) // n
+    if n_shards == 1:
+        return 2 * gradients * (n - 1) // n
+    within = (sizes.passed + gradients) * (n_shards - 1) // n_shards
+    n_copies = n // n_shards
+    between = 2 * gradients // n_shards * (n_copies - 1) // n_copies
+    return micro_batches * (within + between)
 
 
-def _fetched_bytes(sizes: Sizes, n: int, micro_batches: int) -> int:
+def _fetched_bytes(sizes: Sizes, n_shards: int, micro_batches: int) -> int:
     """Bytes of its own shards that each process moves between host and device in a step."""
-    return micro_batches * (sizes.passed + 2 * 4 * sizes.trained) // n
+    return micro_batches * (sizes.passed + 2 * 4 * sizes.trained) // n_shards
 
 
 def _advice(whole: Plan, sizes: Sizes, n: int, in_shards: bool, sent: int) -> str:
@@ -147,7 +153,7 @@ def _advice(whole: Plan, sizes: Sizes, n: int, in_shards: bool, sent: int) -> st
             else f"the whole model takes {format_bytes(whole.peak_bytes)} of {budget}: use --distributed fsdp"
         )
     if whole.fits:
-        ddp = format_bytes(sent_bytes(sizes, n, 0))
+        ddp = format_bytes(sent_bytes(sizes, n))
         return (
             f"sharding is not worth it: the whole model fits into {budget}, and ddp sends {ddp} a step, not "
             f"{format_bytes(sent)}"

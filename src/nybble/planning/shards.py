@@ -23,12 +23,30 @@ from typing import Any
 
 import torch
 
+from nybble.errors import RecipeError
 from nybble.models import count_parameters, tables
 from nybble.planning.live import Peak
 from nybble.planning.step import Work, build, config_with
-from nybble.recipe import Recipe
+from nybble.recipe import Recipe, TrainingSection
 
 _SHARDED = ("weights", "adapters", "gradients", "optimizer")
+
+
+def shards_among(training: TrainingSection, n_processes: int) -> int:
+    """Processes that share one copy of the model; 1: each holds it whole.
+
+    Raises:
+        RecipeError: they cannot form such groups.
+    """
+    if training.distributed != "fsdp" or n_processes == 1:
+        return 1
+    n_shards = training.fsdp_shards or n_processes
+    if n_processes % n_shards:
+        raise RecipeError(
+            f"training.fsdp_shards is {n_shards}, and {n_processes} processes do not divide into groups of that size; "
+            f"set it to a divisor of {n_processes}, or start another number of processes"
+        )
+    return n_shards
 
 
 @dataclass(frozen=True)

@@ -284,6 +284,12 @@ class TrainingSection(Section):
         "computes with alone; slower",
         neutral=True,
     )
+    fsdp_shards: int | None = setting(
+        None,
+        "with distributed: fsdp, processes that share one copy of the model, e.g. those of a machine; default: all",
+        ge=2,
+        neutral=True,
+    )
     memory_budget: str | None = setting(
         None, "memory that training may take, e.g. 8GiB; default: what the device has free", neutral=True
     )
@@ -376,6 +382,8 @@ class Recipe(Section):
             raise ValueError("push_to_hub needs hub_model_id; name the repository, e.g. --hub_model_id you/adapter")
         if self.training.fsdp_cpu_offload and self.training.distributed != "fsdp":
             raise ValueError("fsdp_cpu_offload moves shards; use it with distributed: fsdp, or leave it away")
+        if self.training.fsdp_shards and self.training.distributed != "fsdp":
+            raise ValueError("fsdp_shards counts shards; use it with distributed: fsdp, or leave it away")
         if self.lora.init_lora_weights != "default" and (self.method != "qlora" or self.lora.use_dora):
             raise ValueError(
                 f"init_lora_weights {self.lora.init_lora_weights!r} starts plain LoRA on a 4-bit base; "
