@@ -189,7 +189,7 @@ def _variants(forecast: Forecast) -> Iterator[tuple[str, str, Recipe, Batches, s
         yield "method", "qlora", recipe.model_copy(update={"method": "qlora"}), batches, "adapters on a 4-bit base"
     if recipe.method != "full" and recipe.lora.r > 8:
         yield "r", "8", changed(recipe, "lora", r=8), batches, "smaller adapters"
-    if "8bit" not in training.optim:
+    if "8bit" not in training.optim and not forecast.setting.shards:
         yield (
             "optim",
             "adamw_8bit",
