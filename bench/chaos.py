@@ -40,7 +40,7 @@ from nybble.cli.flags import quiet_libraries
 from nybble.files import sha256_of
 from nybble.hardware import detect_device
 from nybble.recipe import load_recipe
-from nybble.runs import Silent
+from nybble.records import Silent
 from nybble.training import software_versions
 
 SETTINGS = {

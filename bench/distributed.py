@@ -44,7 +44,8 @@ from nybble.planning.shards import Sizes
 from nybble.planning.step import build, config_with, fill
 from nybble.processes import Processes, joined
 from nybble.recipe import load_recipe
-from nybble.runs import RunDirectory, Silent
+from nybble.records import Silent
+from nybble.runs import RunDirectory
 from nybble.sharded import for_shards, load_in_shards
 from nybble.training import Setup, software_versions, train_model
 from nybble.training.depth import decoder_layers

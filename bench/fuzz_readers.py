@@ -131,7 +131,8 @@ def _tokenizer_files() -> dict[str, bytes]:
 
 def _run_record() -> bytes:
     from nybble.recipe import Recipe
-    from nybble.runs import Evaluation, Phase, RunRecord, to_json
+    from nybble.records import Evaluation, Phase, RunRecord
+    from nybble.runs import to_json
 
     judged = Evaluation(loss=1.0, perplexity=2.7, n_rows=2, n_tokens=9, exact_match=0.5, seconds=1.0)
     record = RunRecord(

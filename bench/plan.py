@@ -29,7 +29,8 @@ from nybble.planning.curve import Curve, Setting
 from nybble.planning.live import LiveTensors
 from nybble.planning.step import Rows, adopt, build, fill
 from nybble.recipe import Recipe, StepMemory, load_recipe
-from nybble.runs import RunDirectory, Silent
+from nybble.records import Silent
+from nybble.runs import RunDirectory
 from nybble.training import Setup, software_versions, train_model
 
 

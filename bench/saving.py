@@ -30,7 +30,8 @@ from nybble.checkpoints import list_checkpoints
 from nybble.cli.flags import quiet_libraries
 from nybble.pipeline import rehearse
 from nybble.recipe import load_recipe
-from nybble.runs import Silent, StepEvent, read_lines
+from nybble.records import Silent, StepEvent
+from nybble.runs import read_lines
 from nybble.training.resuming import ResumableTrainer
 from nybble.training.saving import Saver
 

@@ -86,7 +86,8 @@ def nybble_arm(case: Case, base: Path, rows: Path, folder: Path) -> Iterator[tup
     from nybble.models import attach, find_model, load_model, load_tokenizer
     from nybble.planning import Batches, plan_training
     from nybble.recipe import load_recipe
-    from nybble.runs import RunDirectory, Silent
+    from nybble.records import Silent
+    from nybble.runs import RunDirectory
     from nybble.training import Setup, train_model, trainer
 
     recipe = load_recipe(
@@ -118,7 +119,7 @@ def nybble_arm(case: Case, base: Path, rows: Path, folder: Path) -> Iterator[tup
     import torch
 
     dtype = getattr(torch, loaded.compute_dtype)
-    plan = plan_training(recipe, source.config, device, Batches.of(prepared, None, recipe), None)
+    plan = plan_training(recipe, source.config, profile_of(device), Batches.of(prepared, None, recipe), None)
     setup = Setup(run, device, dtype, Silent(), lambda _: 0.0, 0, case.steps, plan.step_memory)
     result = train_model(model, tokenizer, Groups(prepared.train), recipe.training, setup)
     yield "tokens", sum(len(example.input_ids) for example in prepared.train)

@@ -17,10 +17,11 @@ from nybble.errors import InputError, RecipeError
 from nybble.files import sha256_of
 from nybble.hardware import Device, detect_device
 from nybble.models import ModelSource, find_model, hash_of, load_tokenizer
-from nybble.planning import Batches, among, plan_training, shards_among, share_of
+from nybble.planning import Batches, among, plan_training, profile_of, shards_among, share_of
 from nybble.processes import Processes
 from nybble.recipe import EvaluationSection, Plan, Recipe, shared_among, step_rows, within_context
-from nybble.runs import Evaluation, Observer, RunDirectory, RunRecord, Sample, StepEvent
+from nybble.records import Evaluation, Observer, RunRecord, Sample, StepEvent
+from nybble.runs import RunDirectory
 from nybble.sharded import for_shards
 from nybble.training import (
     Checkpointing,
@@ -205,7 +206,8 @@ def prepare(
     ours = share_of(recipe, processes.count)
     batches = among(Batches.of(prepared, packs, ours), processes.count)
     n_shards = shards_among(recipe.training, processes.count)
-    plan = plan_training(ours, source.config, device, batches, found.micro_batch if found else None, n_shards)
+    profile = profile_of(device, processes.beside_on(device))
+    plan = plan_training(ours, source.config, profile, batches, found.micro_batch if found else None, n_shards)
     plan = replace(plan, rows=len(packs or prepared.train), rows_per_step=step_rows(recipe.training))
     for line in (*plan.lines(), *plan.notes):
         watch.note(line)

@@ -9,13 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from nybble import bundled
 from nybble.data import (
@@ -28,30 +26,19 @@ from nybble.data import (
 from nybble.errors import RecipeError
 from nybble.files import whole_folder, write_text
 from nybble.job import Job, check_shared, prepare, prepare_all
-from nybble.kernels import path_reasons, paths_taken
+from nybble.loading import load_for_training
 from nybble.models import (
-    LoadReport,
-    Starts,
-    attach,
-    calibrate,
-    count_parameters,
-    find_model,
     find_tokenizer,
-    held_bytes,
-    load_model,
-    needs_calibration,
     push_folder,
-    put_weights_back,
     save_adapter,
-    save_whole,
     trained_parameters,
     write_note,
 )
 from nybble.processes import joined
 from nybble.recipe import Recipe, in_micro_batches, load_recipe, refusal, save_recipe, shared_among, within_context
+from nybble.records import Observer, RunRecord, Sample, Silent
 from nybble.reporting import model_card, rewrite_report, write_report
-from nybble.runs import Observer, RunDirectory, RunRecord, Sample, Silent
-from nybble.sharded import load_in_shards
+from nybble.runs import RunDirectory
 from nybble.training import (
     Judge,
     Probe,
@@ -61,7 +48,6 @@ from nybble.training import (
     generate_answers,
     probe_rates,
     refused_writes,
-    stop_at,
     train_model,
 )
 
@@ -72,14 +58,16 @@ def train(
     *,
     overwrite: bool = False,
     resume: bool = False,
+    auto_resume: bool = False,
     force: bool = False,
     observer: Observer | None = None,
 ) -> RunRecord:
     """Fine-tune as `recipe` says (a Recipe or a YAML file, with `overrides` on top); everything lands in output_dir.
 
-    `resume` goes on from the newest undamaged checkpoint; a run that has none yet begins anew. With `force`, what the
-    plan says cannot fit is tried, and a run is resumed although what it learns from has changed. Started by a launcher
-    such as torchrun, each process takes its share of every step; the first one writes, and tells the observer.
+    `resume` goes on from the newest undamaged checkpoint; a run that has none yet begins anew. `auto_resume` does so
+    where output_dir holds a run, and begins one elsewhere. With `force`, what the plan says cannot fit is tried, and a
+    run is resumed although what it learns from has changed. Started by a launcher such as torchrun, each process takes
+    its share of every step; the first one writes, and tells the observer.
 
     Raises:
         InputError, CannotRunError, StoppedError: see `nybble.errors`; nothing is written before model, tokenizer and
@@ -87,8 +75,12 @@ def train(
     """
     resolved = _as_recipe(recipe, overrides)
     with joined(resolved.model.device == "cpu") as processes:
-        if processes.restarts and RunDirectory(Path(resolved.training.output_dir).expanduser()).is_begun:
-            overwrite, resume = False, True  # the launcher began anew what failed
+        if processes.has_begun:  # the launcher begins anew what failed: the first start alone may overwrite
+            overwrite, auto_resume = False, True
+        if overwrite and auto_resume:
+            raise RecipeError("--overwrite removes what --auto-resume would go on from; give one of them")
+        holds_run = RunDirectory(Path(resolved.training.output_dir).expanduser()).holds_run
+        resume |= auto_resume and processes.gather(holds_run)[0]
         watch = (observer if processes.is_main else None) or Silent()
         return _train_job(prepare_all(resolved, overwrite, resume, force, watch, processes), overwrite, resume, force)
 
@@ -99,16 +91,12 @@ def _train_job(job: Job, overwrite: bool, resume: bool, force: bool) -> RunRecor
     with job.run.held(), refused_writes(job.checkpointing.parents):
         with job.processes.together():
             job.run.create(overwrite=overwrite or (resume and job.checkpointing.resumed is None))
-        with Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
+        with Witness(job.run, job.recipe, job.device, job.prepared, job.plan, job.processes) as witness:
             check_shared(job.run, job.processes)
+            job.processes.note_begun()
             if job.processes.is_main:
                 _write_down(job)
-            if job.in_shards:
-                model, dtype = _load_in_shards(job, witness)
-            else:
-                base, dtype, starts = _load(job, witness)
-                model = _attach(job, base, starts)
-            _count(job, witness, model)
+            model, dtype = load_for_training(job, witness)
             base_answers = _evaluate_base(job, witness, model, dtype)
             _train(job, witness, model, dtype, base_answers)
             _evaluate_tuned(job, witness, model, dtype, base_answers)
@@ -130,92 +118,15 @@ def _write_down(job: Job) -> None:
     job.run.write_mask([asdict(row) for row in show_rows(learned, job.tokenizer, 3)])
 
 
-def _load(job: Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
-    job.watch.stage("load")
-    recipe = job.recipe
-    kept = job.processes.gather(job.run.base.is_dir())[0]  # a resumed run goes on with the base that it began with
-    section = recipe.model.model_copy(update={"model_name_or_path": str(job.run.base)}) if kept else recipe.model
-    source = find_model(section) if kept else job.source
-    with witness.phase("load"):
-        model, loaded = load_model(source, recipe.method, section, recipe.quantization, job.device)
-    stop_at(model, job.prepared.ledger.stop_tokens)
-    _report_load(job, witness, loaded, model.device)
-    starts: Starts = {}
-    if recipe.method == "qlora" and needs_calibration(recipe.quantization, recipe.lora) and not kept:
-        starts = _calibrate(job, witness, model)
-    return model, getattr(torch, loaded.compute_dtype), starts
-
-
-def _load_in_shards(job: Job, witness: Witness) -> tuple[Any, torch.dtype]:
-    job.watch.stage("load")
-    with witness.phase("load"):
-        model, dtype, loaded = load_in_shards(job.source, job.recipe, job.device, job.source.name, job.processes)
-    stop_at(model.get_base_model(), job.prepared.ledger.stop_tokens)
-    _report_load(job, witness, loaded, job.device.torch_device)
-    held = job.processes.gather(held_bytes(model))
-    witness.record.model["held_bytes"] = held  # of weights, by process
-    job.watch.note(f"in shards: each of {len(held)} processes holds at most {max(held):,} bytes of weights")
-    return model, dtype
-
-
-def _report_load(job: Job, witness: Witness, loaded: LoadReport, place: torch.device) -> None:
-    witness.record.model |= {**asdict(loaded), "fingerprint": job.source.fingerprint}
-    witness.record.notes += loaded.notes
-    if loaded.n_packed:
-        witness.record.paths = paths_taken(place)
-        witness.record.notes += dict.fromkeys(path_reasons(place).values())
-    if job.recipe.model.attn_implementation != "sdpa":  # it is not torch's to choose from
-        witness.record.paths.pop("sdpa", None)
-    for note in loaded.notes:
-        job.watch.note(note)
-    if loaded.bits_per_weight is not None:
-        job.watch.note(
-            f"{loaded.n_packed} linears in {loaded.bits_per_weight:.3f} bits a weight ({loaded.packed_bytes:,} bytes)"
-        )
-
-
-def _calibrate(job: Job, witness: Witness, model: Any) -> Starts:
-    """Pack anew, fitted to the rows; the base is kept in the run, since loading would not give it again."""
-    recipe, section = job.recipe, job.recipe.quantization
-    rows = job.prepared.calibration_rows(section.calibration_rows)
-    with witness.phase("calibrate"):
-        done = calibrate(model, job.source, rows, section, recipe.lora, partial(job.watch.progress, "calibrating"))
-        if job.processes.is_main:
-            with whole_folder(job.run.base) as folder:
-                save_whole(folder, model, job.tokenizer)
-    witness.record.model["calibration"] = {"rows": done.n_rows, "tokens": done.n_tokens, "left": done.left}
-    on = f"calibrated on {done.n_rows:,} rows ({done.n_tokens:,} tokens)" if done.n_rows else "adapters started"
-    job.watch.note(f"{on}; the base is kept in {job.run.base}")
-    return done.starts
-
-
 def _evaluate_base(job: Job, witness: Witness, model: Any, dtype: torch.dtype) -> list[str]:
     job.watch.stage("evaluate base")
     section = job.evaluation
     with witness.phase("evaluate_base"):
-        witness.record.evaluation_base = evaluate(model, job.tokenizer, job.prepared.held_out, section, dtype)
+        witness.record.evaluation_base = evaluate(
+            model, job.tokenizer, job.prepared.held_out, section, dtype, job.processes
+        )
         prompts = [example.prompt_ids for example in job.shown]
-        return generate_answers(model, job.tokenizer, prompts, section, dtype)
-
-
-def _attach(job: Job, model: Any, starts: Starts) -> Any:
-    if job.recipe.method != "full":
-        torch.manual_seed(job.recipe.training.seed)  # the adapters' first values
-        base_name = str(job.run.base.resolve()) if job.run.base.is_dir() else job.source.name
-        model = attach(model, job.recipe.lora, base_name, starts)
-        kept = job.run.base / "start"  # what no other start gives again
-        if starts and job.processes.is_main:
-            with whole_folder(kept) as folder:
-                save_adapter(model, folder)
-        elif kept.is_dir() and not starts:
-            put_weights_back(model, load_file(kept / "adapter_model.safetensors"))
-    return model
-
-
-def _count(job: Job, witness: Witness, model: Any) -> None:
-    trainable, total = count_parameters(model)
-    witness.record.trainable_parameters, witness.record.total_parameters = trainable, total
-    job.watch.note(f"trains {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)")
+        return generate_answers(model, job.tokenizer, prompts, section, dtype, job.processes)
 
 
 def _train(job: Job, witness: Witness, model: Any, dtype: torch.dtype, base_answers: Sequence[str]) -> None:
@@ -225,7 +136,7 @@ def _train(job: Job, witness: Witness, model: Any, dtype: torch.dtype, base_answ
         for sample in _answer(job, model, dtype, base_answers):
             job.run.append_sample(replace(sample, step=step))
         unchecked = [replace(example, answer=None) for example in job.prepared.held_out]
-        measured = evaluate(model, job.tokenizer, unchecked, section, dtype)
+        measured = evaluate(model, job.tokenizer, unchecked, section, dtype, job.processes)
         return measured.loss if measured else math.nan
 
     every = job.recipe.evaluation.eval_steps if job.prepared.held_out else 0
@@ -263,7 +174,7 @@ def _evaluate_tuned(job: Job, witness: Witness, model: Any, dtype: torch.dtype, 
     if job.recipe.method == "full":
         model.to(dtype)  # what is saved is what is measured
     with witness.phase("evaluate"):
-        tuned = evaluate(model, job.tokenizer, job.prepared.held_out, job.evaluation, dtype)
+        tuned = evaluate(model, job.tokenizer, job.prepared.held_out, job.evaluation, dtype, job.processes)
         for sample in _answer(job, model, dtype, base_answers):
             job.run.append_sample(sample)
     if tuned and witness.record.evaluation_base:
@@ -274,7 +185,7 @@ def _evaluate_tuned(job: Job, witness: Witness, model: Any, dtype: torch.dtype, 
 
 def _answer(job: Job, model: Any, dtype: torch.dtype, base_answers: Sequence[str]) -> list[Sample]:
     prompts = [example.prompt_ids for example in job.shown]
-    tuned = generate_answers(model, job.tokenizer, prompts, job.evaluation, dtype)
+    tuned = generate_answers(model, job.tokenizer, prompts, job.evaluation, dtype, job.processes)
     return [
         Sample(job.tokenizer.decode(e.prompt_ids, skip_special_tokens=True), before, after, e.answer)
         for e, before, after in zip(job.shown, base_answers, tuned, strict=True)
@@ -283,17 +194,18 @@ def _answer(job: Job, model: Any, dtype: torch.dtype, base_answers: Sequence[str
 
 def _save(job: Job, witness: Witness, model: Any) -> None:
     job.watch.stage("save")
-    trained = trained_parameters(model)  # which all processes ask for
-    if not job.processes.is_main:
-        return
-    with witness.phase("save"), whole_folder(job.weights) as folder:
-        if job.recipe.method == "full":
-            model.save_pretrained(folder)
-        else:
-            save_adapter(model, folder, trained)
-        job.tokenizer.save_pretrained(folder)
-        write_note(folder, job.recipe, witness.record.rows["ledger"], witness.record.model)
-        write_text(folder / "README.md", model_card(witness.record.to_json()))  # PEFT's own is a form to fill in
+    with witness.phase("save"):
+        trained = trained_parameters(model)  # which all processes ask for
+        if not job.processes.is_main:
+            return
+        with whole_folder(job.weights) as folder:
+            if job.recipe.method == "full":
+                model.save_pretrained(folder)
+            else:
+                save_adapter(model, folder, trained)
+            job.tokenizer.save_pretrained(folder)
+            write_note(folder, job.recipe, witness.record.rows["ledger"], witness.record.model)
+            write_text(folder / "README.md", model_card(witness.record.to_json()))  # PEFT's own is a form to fill in
 
 
 @dataclass(frozen=True)
@@ -344,9 +256,7 @@ def probe(
         training = resolved.training.model_copy(update={"output_dir": folder})
         job = prepare(resolved.model_copy(update={"training": training}), False, False, False, observer or Silent())
         with Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
-            base, dtype, starts = _load(job, witness)
-            model = _attach(job, base, starts)
-            _count(job, witness, model)
+            model, dtype = load_for_training(job, witness)
             setup = Setup(job.run, job.device, dtype, job.watch, lambda _: 0.0, 0, job.plan.optimizer_steps)
             return _probe(job, witness, model, setup)
 
@@ -359,8 +269,8 @@ def rehearse(recipe: Recipe, *, resume: bool = False, observer: Observer | None 
     """
     job = prepare(recipe, False, resume, False, observer or Silent())
     with job.run.held(), Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
-        base, dtype, starts = _load(job, witness)
-        _train(job, witness, _attach(job, base, starts), dtype, [])
+        model, dtype = load_for_training(job, witness)
+        _train(job, witness, model, dtype, [])
     return witness.record
 
 

@@ -8,9 +8,11 @@ nothing. What one process refuses, all refuse, with the same words and the same 
 from __future__ import annotations
 
 import os
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +21,16 @@ from nybble.errors import CannotRunError, InputError, NybbleError
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+    from nybble.hardware import Device
 
 _NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SECONDS_TO_MEET = 300
 # Of silence until a process that still runs counts as lost; one that ended is noticed at once. The others wait while
 # the first of a machine packs a base.
 _SECONDS_TO_WAIT = 4 * 3600
+_BEGUN = "nybble/begun"  # in the launcher's store: a run has been begun
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,9 @@ class Processes:
     rank: int = 0  # number of this process
     count: int = 1
     local_rank: int = 0  # its number on its machine
-    restarts: int = 0  # how often the launcher has begun anew
+    local_count: int = 1  # of its machine
+    has_begun: bool = False  # whether an earlier start of the same launcher has begun the run
+    launcher: Store | None = field(default=None, compare=False, repr=False)  # its store, which outlives a start
 
     @property
     def is_main(self) -> bool:
@@ -45,6 +53,15 @@ class Processes:
     def are_many(self) -> bool:
         """Whether there is anybody to agree with."""
         return self.count > 1
+
+    def beside_on(self, device: Device) -> int:
+        """Processes that take of the same memory: on a CPU all of the machine, of a GPU each has its own."""
+        return self.local_count if device.type == "cpu" else 1
+
+    def note_begun(self) -> None:
+        """Whatever ends this start, a later one of the same launcher goes on with the run."""
+        if self.is_main and self.launcher is not None:
+            self.launcher.set(_BEGUN, "")
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of each process, by rank; all of them wait for each other."""
@@ -122,7 +139,7 @@ def joined(wants_cpu: bool) -> Iterator[Processes]:
     """
     processes = named()
     if not processes.are_many:
-        yield processes
+        yield _known_to_launcher(processes, _store(processes)) if _is_kept() else processes
         return
     import torch
     import torch.distributed as dist
@@ -135,9 +152,9 @@ def joined(wants_cpu: bool) -> Iterator[Processes]:
         )
     if on_gpu:
         torch.cuda.set_device(processes.local_rank)
-    _meet(processes, "cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    store = _meet(processes, "cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
-        yield processes
+        yield _known_to_launcher(processes, store) if _is_kept() else processes
     except RuntimeError as error:
         if not _is_lost(error):
             raise
@@ -161,7 +178,7 @@ def named() -> Processes:
     """
     given = {name: os.environ[name] for name in _NEEDED if os.environ.get(name)}
     if given.get("WORLD_SIZE", "1") == "1":
-        return Processes(restarts=_restarts())
+        return Processes()
     missing = [name for name in _NEEDED if name not in given]
     if missing:
         raise InputError(
@@ -175,32 +192,94 @@ def named() -> Processes:
     rank, local_rank, count = (int(numbers[name]) for name in _NEEDED[:3])
     if rank >= count:
         raise InputError(f"RANK is {rank}, but WORLD_SIZE is {count}: ranks count from 0; start with torchrun")
-    return Processes(rank, count, local_rank, _restarts())
+    on_machine = os.environ.get("LOCAL_WORLD_SIZE", "")  # which not every launcher sets
+    return Processes(rank, count, local_rank, int(on_machine) if on_machine.isdigit() else 1)
 
 
-def _restarts() -> int:
-    text = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
-    return int(text) if text.isdigit() else 0
+def refuse_many(verb: str) -> None:
+    """For what works in one process.
+
+    Raises:
+        InputError: a launcher has started several.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count.isdigit() and int(count) > 1 and os.environ.get("RANK"):
+        raise InputError(
+            f"nybble {verb} works in one process, and WORLD_SIZE is {count}: start it without torchrun, which is for "
+            "nybble train"
+        )
 
 
-def _meet(processes: Processes, backend: str) -> None:
+def _is_kept() -> bool:
+    """Whether the launcher keeps a store over its starts; torchrun says so."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _known_to_launcher(processes: Processes, store: Store) -> Processes:
+    return replace(processes, has_begun=processes.any(store.check([_BEGUN])), launcher=store)
+
+
+def _meet(processes: Processes, backend: str) -> Store:
+    """Join the others, and give back the launcher's store."""
     import torch.distributed as dist
+
+    store, wait = _store(processes), timedelta(seconds=_SECONDS_TO_WAIT)
+    try:
+        start = f"nybble/start {_number_of_start(store, processes)}"
+        ours = dist.PrefixStore(start, store)  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=ours, rank=processes.rank, world_size=processes.count, timeout=wait)
+    except (RuntimeError, ValueError) as error:
+        raise _not_met(processes, error) from error
+    return store
+
+
+def _store(processes: Processes) -> Store:
     from torch.distributed.rendezvous import rendezvous
 
     try:
-        store, rank, count = next(rendezvous("env://", timeout=timedelta(seconds=_SECONDS_TO_MEET)))
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(count):
-            # One machine's launcher keeps its store when it begins anew: addresses of the dead must not be read. On
-            # several, restarts are counted apart, and the c10d rendezvous makes a store for each.
-            store = dist.PrefixStore(f"start {processes.restarts}", store)  # type: ignore[attr-defined]
-        wait = timedelta(seconds=_SECONDS_TO_WAIT)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=wait)
+        store: Store = next(rendezvous("env://", timeout=timedelta(seconds=_SECONDS_TO_MEET)))[0]
     except (RuntimeError, ValueError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise CannotRunError(
-            f"process {processes.rank} does not meet the {processes.count - 1} others at {where} "
-            f"({' '.join(str(error).split())[:160]}); check that address, that it can be reached, and that all started"
-        ) from error
+        raise _not_met(processes, error) from error
+    return store
+
+
+def _not_met(processes: Processes, error: Exception) -> CannotRunError:
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return CannotRunError(
+        f"process {processes.rank} does not meet the {processes.count - 1} others at {where} "
+        f"({' '.join(str(error).split())[:160]}); check that address, that it can be reached, and that all started"
+    )
+
+
+def _number_of_start(store: Store, processes: Processes) -> int:
+    """Which start of the launcher this is, from 1, and the same in all of its processes.
+
+    Launchers keep their store when they begin anew, so it holds addresses of the dead, which must not be read; and they
+    count restarts by machine, so no variable tells. The first process counts, and answers calls until each of the
+    others has said that it knows; a call has a name of its own, so that an answer to one of the dead is read by nobody.
+
+    Raises:
+        RuntimeError: the others do not come in time.
+    """
+    deadline = time.monotonic() + _SECONDS_TO_MEET
+    if not processes.is_main:
+        call = uuid.uuid4().hex
+        store.set(f"nybble/call of {processes.rank}", call)
+        number = int(store.get(f"nybble/answer to {call}"))  # waits for it
+        store.set(f"nybble/start {number} is known to {processes.rank}", "")
+        store.get(f"nybble/start {number} is complete")
+        return number
+    number = store.add("nybble/starts", 1)
+    others = range(1, processes.count)
+    while not store.check([f"nybble/start {number} is known to {rank}" for rank in others]):
+        for key in (f"nybble/call of {rank}" for rank in others):
+            if store.check([key]):
+                store.set(f"nybble/answer to {store.get(key).decode()}", str(number))
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"some did not call within {_SECONDS_TO_MEET} seconds")
+        time.sleep(0.02)
+    store.set(f"nybble/start {number} is complete", "")
+    return number
 
 
 def _is_lost(error: RuntimeError) -> bool:

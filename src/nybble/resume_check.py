@@ -25,7 +25,8 @@ from nybble.errors import CannotRunError, InputError, NybbleError
 from nybble.files import write_text
 from nybble.pipeline import rehearse
 from nybble.recipe import Recipe, load_recipe, save_recipe
-from nybble.runs import Observer, Silent, read_lines
+from nybble.records import Observer, Silent
+from nybble.runs import read_lines
 
 _CHILD = "import sys; from nybble.resume_check import child; sys.exit(child(sys.argv[1], len(sys.argv) > 2))"
 _LOOKS = 0.02  # seconds between two looks at what a process has done

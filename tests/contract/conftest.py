@@ -23,7 +23,8 @@ from nybble.files import sha256_of
 from nybble.hardware import detect_device
 from nybble.models import attach, find_model, load_model, load_tokenizer
 from nybble.recipe import Recipe, load_recipe
-from nybble.runs import RunDirectory, Silent
+from nybble.records import Silent
+from nybble.runs import RunDirectory
 from nybble.training import Setup, checkpointing, find_checkpoint, folders_of, identify, train_model
 from nybble.training.callbacks import Stops
 

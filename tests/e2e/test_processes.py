@@ -49,7 +49,7 @@ Launch = Callable[..., Outcome]
 def launch(tmp_path: Path, found_paths: Path) -> Launch:
     """`launch(2, words)`: `nybble words` in two processes, named as torchrun does it.
 
-    They are forked from this one, which has read the libraries already.
+    They are forked from this one, which has read the libraries already. `launcher`: its store, as torchrun keeps one.
     """
 
     def call(
@@ -57,11 +57,10 @@ def launch(tmp_path: Path, found_paths: Path) -> Launch:
         words: Sequence[object],
         own: Mapping[int, Sequence[object]] | None = None,
         setup: Callable[[int], None] = lambda _rank: None,
+        launcher: torch.distributed.TCPStore | None = None,
         **variables: str,
     ) -> Outcome:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = launcher.port if launcher else _free_port()
         context = multiprocessing.get_context("fork")
         started = []
         for rank in range(count):
@@ -72,6 +71,7 @@ def launch(tmp_path: Path, found_paths: Path) -> Launch:
                 "MASTER_ADDR": "127.0.0.1",
             }
             named |= {"LOCAL_WORLD_SIZE": count, "MASTER_PORT": str(port)}
+            named |= {"TORCHELASTIC_USE_AGENT_STORE": launcher is not None}
             environment = {**{k: str(v) for k, v in named.items()}, **variables}
             ours = [str(word) for word in (*words, *((own or {}).get(rank, ())))]
             file = tmp_path / f"err-{rank}"
@@ -89,6 +89,12 @@ def launch(tmp_path: Path, found_paths: Path) -> Launch:
         )
 
     return call
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _process(
@@ -263,13 +269,14 @@ def test_a_run_of_which_a_process_was_killed_goes_on_to_the_same_bits(
         Stops.on_step_end = kill  # type: ignore[method-assign]  # in a process of its own
 
     assert launch(count, [*words, "--output_dir", tmp_path / "whole"]).codes == (0,) * count
-    torn = launch(count, [*words, "--output_dir", tmp_path / "torn"], setup=die)
+    launcher = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    torn = launch(count, [*words, "--output_dir", tmp_path / "torn"], setup=die, launcher=launcher)
     assert torn.codes == (3, -signal.SIGKILL, *(3,) * (count - 2))
     assert re.search("another process of the run is lost .* --resume", torn.lines[0])
     assert [path.name for path in list_checkpoints([tmp_path / "torn" / "checkpoints"])] == ["checkpoint-4"]
     shutil.copytree(tmp_path / "torn", tmp_path / "alone")
     # As torchrun begins anew: the same words, no --resume.
-    again = launch(count, [*words, "--output_dir", tmp_path / "torn"], TORCHELASTIC_RESTART_COUNT="1")
+    again = launch(count, [*words, "--output_dir", tmp_path / "torn"], launcher=launcher)
     assert again.codes == (0,) * count, again.err
     (expected, log), (found, log_of_torn) = _left(tmp_path / "whole"), _left(tmp_path / "torn")
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -15,7 +15,8 @@ from nybble.comparison.figures import collect
 from nybble.comparison.verdict import verdict
 from nybble.errors import InputError, RecipeError, StoppedError
 from nybble.recipe import Recipe, load_recipe, save_recipe
-from nybble.runs import Evaluation, Phase, RowLoss, RunDirectory, RunRecord, Silent
+from nybble.records import Evaluation, Phase, RowLoss, RunRecord, Silent
+from nybble.runs import RunDirectory
 
 
 def recipe(**settings: Any) -> Recipe:

@@ -21,7 +21,7 @@ from nybble.data import Example, Prepared, encode_all
 from nybble.data.rows import _load_hub, _read_hub
 from nybble.errors import CannotRunError, RowsError
 from nybble.recipe import DataSection
-from nybble.runs import Silent
+from nybble.records import Silent
 
 Call = Callable[..., Prepared]
 NUMBERED = [{"text": f"<s>[INST] {i} [/INST] {i} </s>"} for i in range(40)]

@@ -13,7 +13,8 @@ import pytest
 
 from nybble.errors import InputError
 from nybble.files import append_lines, whole_folder, write_text
-from nybble.runs import RunDirectory, RunRecord, Sample, StepEvent, read_lines, read_record
+from nybble.records import RunRecord, Sample, StepEvent
+from nybble.runs import RunDirectory, read_lines, read_record
 
 
 def event(step: int, loss: float = 1.0) -> StepEvent:

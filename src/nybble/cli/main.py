@@ -32,15 +32,24 @@ from nybble.cli.process import own_process, stop_as_by_ctrl_c
 from nybble.cli.terminal import visible
 from nybble.errors import CannotRunError, NybbleError
 from nybble.guard import redact, refused_by_system
+from nybble.processes import refuse_many
 
 app = typer.Typer(
     name="nybble",
-    help="Fine-tune large language models in 4 bits on one GPU (AMD, NVIDIA) or on a CPU.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help: rich's takes 60 ms to import
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def before(context: typer.Context) -> None:
+    """Fine-tune large language models in 4 bits on one GPU (AMD, NVIDIA) or on a CPU."""
+    if context.invoked_subcommand not in (None, "train"):
+        refuse_many(str(context.invoked_subcommand))
+
+
 # click's ClickException, wherever this typer keeps its click.
 _UsageError: type[Any] = typer.BadParameter.__mro__[2]
 _INTERRUPTED = 130  # what shells say, and some versions of typer, of a process that SIGINT ended

@@ -14,6 +14,10 @@ def train(
     assignments: Annotated[list[str] | None, typer.Option("--set", help="name=value, may be repeated")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the former run in output_dir")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in output_dir")] = False,
+    auto_resume: Annotated[
+        bool,
+        typer.Option("--auto-resume", help="go on if output_dir holds a run, else begin: one line for every start"),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="try even what the plan says cannot fit")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print run.json on stdout")] = False,
 ) -> None:
@@ -35,6 +39,7 @@ def train(
             load_recipe(Path(recipe) if recipe else None, overrides),
             overwrite=overwrite,
             resume=resume,
+            auto_resume=auto_resume,
             force=force,
             observer=live,  # told by the first process alone
         )

@@ -22,8 +22,9 @@ from nybble.comparison.verdict import verdict
 from nybble.errors import CannotRunError, InputError, NybbleError
 from nybble.files import write_text
 from nybble.recipe import load_recipe, save_recipe
+from nybble.records import Observer, Silent
 from nybble.reporting import write_comparison_report
-from nybble.runs import Observer, Silent, to_json
+from nybble.runs import to_json
 
 
 def compare(

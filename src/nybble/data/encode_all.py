@@ -33,7 +33,7 @@ from nybble.data.shapes import Turn, to_form
 from nybble.data.store import Examples, map_records, to_records, write_records
 from nybble.errors import CannotRunError, RowsError
 from nybble.recipe import DataSection
-from nybble.runs import Observer
+from nybble.records import Observer
 
 CHUNK = 250  # rows that a worker takes at a time, fewer where they are long:
 _CHUNK_BYTES = 8 << 20  # of such rows as JSON; a worker has three chunks on their way

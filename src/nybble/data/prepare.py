@@ -19,7 +19,7 @@ from nybble.data.store import Examples
 from nybble.data.templates import find_template
 from nybble.errors import RowsError
 from nybble.recipe import DataSection, EvaluationSection, QuantizationSection
-from nybble.runs import Observer, Silent
+from nybble.records import Observer, Silent
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ from nybble.models import (
     tokenizer_of,
 )
 from nybble.recipe import LoraSection, Recipe, load_recipe, stored_recipe
-from nybble.runs import Observer, Silent, read_record, to_json
+from nybble.records import Observer, Silent
+from nybble.runs import read_record, to_json
 from nybble.training import stop_at
 from nybble.units import format_bytes
 

@@ -109,9 +109,12 @@ def named_profile(name: str) -> Profile:
     return PROFILES[key]
 
 
-def profile_of(device: Device) -> Profile:
-    """The device of this machine; its rates are measured once and kept."""
-    return _profile(device, _kept_rates(device))
+def profile_of(device: Device, n_beside: int = 1) -> Profile:
+    """The device of this machine, for one of `n_beside` processes that take of its memory alike.
+
+    Its rates are measured once and kept.
+    """
+    return _profile(device, _kept_rates(device), n_beside)
 
 
 def measured_profile(device: Device, clock: Callable[[], float] = time.perf_counter) -> Profile:
@@ -122,11 +125,11 @@ def measured_profile(device: Device, clock: Callable[[], float] = time.perf_coun
 Rates = tuple[float, float, float]  # products, traffic, seconds for an operator
 
 
-def _profile(device: Device, rates: Rates) -> Profile:
+def _profile(device: Device, rates: Rates, n_beside: int = 1) -> Profile:
     where = device.torch_device
     used = used_bytes(where)
     context = used if device.type == "cpu" else _CONTEXT[device.backend]
-    memory = free_bytes(where) + used
+    memory = free_bytes(where) // n_beside + used
     products, traffic, operator = rates
     shares = device.shares_memory
     return Profile(device.name, device.backend, products, traffic, memory, context, False, shares, operator)

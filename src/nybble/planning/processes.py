@@ -71,17 +71,23 @@ def plan_processes(
     n: int,
     profile: str | None = None,
 ) -> SharedPlan:
-    """What a run takes of each of `n` processes, each with a device of its own; the rest as `nybble.planning.plan`.
+    """What a run takes of each of `n` processes, each with a GPU of its own; the rest as `nybble.planning.plan`.
+
+    On a CPU they share the memory of this machine.
 
     Raises:
         InputError: as `plan`, or the rows of a step cannot be shared by so many.
     """
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     config, _ = find_config(resolved.model)
-    device = named_profile(profile) if profile else profile_of(detect_device(resolved.model.device))
+    device = named_profile(profile) if profile else _here(detect_device(resolved.model.device), n)
     share = share_of(resolved, n)
     batches, _ = read_batches(share)
     return plan_shared(resolved, config, device, n, None if batches is None else among(batches, n))
+
+
+def _here(device: Device, n: int) -> Profile:
+    return profile_of(device, n if device.type == "cpu" else 1)
 
 
 def share_of(recipe: Recipe, n: int) -> Recipe:
@@ -117,13 +123,13 @@ def plan_shared(recipe: Recipe, config: Any, profile: Profile, n: int, batches: 
 
 
 def plan_training(
-    recipe: Recipe, config: Any, device: Device, batches: Batches, micro_batch: int | None = None, n_shards: int = 1
+    recipe: Recipe, config: Any, profile: Profile, batches: Batches, micro_batch: int | None = None, n_shards: int = 1
 ) -> Plan:
-    """The plan of a training on this machine; `micro_batch`: rows at a time in the run that it resumes."""
+    """The plan of a training; `micro_batch`: rows at a time in the run that it resumes."""
     # Dropout follows the micro-steps: a resumed run goes on with its own split, as long as that divides the batch.
     if micro_batch and recipe.training.per_device_train_batch_size % micro_batch:
         micro_batch = None
-    return make_plan(recipe, config, profile_of(device), batches, micro_batch=micro_batch, n_shards=n_shards)
+    return make_plan(recipe, config, profile, batches, micro_batch=micro_batch, n_shards=n_shards)
 
 
 def sent_bytes(sizes: Sizes, n: int, micro_batches: int = 0, n_shards: int = 1) -> int:

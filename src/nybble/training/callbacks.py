@@ -16,7 +16,8 @@ from nybble.data import FlatBatch, Groups, PadBatch
 from nybble.data.batches import NOTHING, Group
 from nybble.hardware import PeakMemory
 from nybble.processes import Processes
-from nybble.runs import Observer, RunDirectory, StepEvent
+from nybble.records import Observer, StepEvent
+from nybble.runs import RunDirectory
 
 
 class CountingBatch:
@@ -79,7 +80,7 @@ class Logbook(TrainerCallback):
         self._memory = memory
         self._batches = batches
         self.accumulation: Callable[[], int] = lambda: 1  # micro-batches of the step under way; the trainer knows
-        self.peak_bytes = 0
+        self.peak_bytes = 0  # of this process
         self._own_tokens = 0  # that this process has trained on
         self.before: tuple[int, float] = (0, 0.0)  # tokens and seconds of the run that this one resumes
         self.seconds_to_first_step: float | None = None
@@ -129,7 +130,7 @@ class Logbook(TrainerCallback):
             grad_norm=_number(logs.get("grad_norm")),
             tokens=self.before[0] + self.tokens,
             seconds=self.before[1] + self.seconds,
-            peak_bytes=peak,
+            peak_bytes=max(self._processes.gather(peak)),
             eval_loss=_number(logs.get("eval_loss")),
         )
         self._memory.reset()

@@ -91,8 +91,10 @@ class Recomputation:
 class Room:
     """Bytes that training may take beyond what is there before it begins."""
 
-    def __init__(self, device: torch.device, budget_bytes: int | None) -> None:
+    def __init__(self, device: torch.device, budget_bytes: int | None, n_beside: int = 1) -> None:
+        """`n_beside`: processes, this one among them, that take of the device's memory alike."""
         self._device = device
+        self._n_beside = n_beside
         self._before = used_bytes(device)
         self._most = float("inf") if budget_bytes is None else float(budget_bytes - self._before)
         self._limit = float("inf")
@@ -100,7 +102,7 @@ class Room:
     def bytes_now(self) -> float:
         """What is free now, with what training has taken itself."""
         own = used_bytes(self._device) - self._before
-        return min(_SHARE * min(self._most, free_bytes(self._device) + own), self._limit)
+        return min(_SHARE * min(self._most, free_bytes(self._device) // self._n_beside + own), self._limit)
 
     def limit_to(self, n_bytes: float) -> None:
         """Never more than this."""
@@ -108,9 +110,9 @@ class Room:
 
 
 def recomputation_for(
-    model: nn.Module, section: TrainingSection, device: Device, memory: StepMemory | None
+    model: nn.Module, section: TrainingSection, device: Device, memory: StepMemory | None, n_beside: int = 1
 ) -> Recomputation | None:
-    """What decides how many layers of `model` are recomputed; None where none ever is.
+    """What decides how many layers of `model` are recomputed, in one of `n_beside` processes; None where none ever is.
 
     Raises:
         RecipeError: `lean: always`, and the model has nothing to be lean with.
@@ -126,7 +128,7 @@ def recomputation_for(
     if memory is not None:
         ladder.take(memory.rungs)  # before the room is measured
     shallowest = len(layers) if section.gradient_checkpointing == "always" else 0
-    room = Room(device.torch_device, memory_budget(section))
+    room = Room(device.torch_device, memory_budget(section), n_beside)
     return Recomputation(model, memory, room, ladder, shallowest=shallowest)
 
 

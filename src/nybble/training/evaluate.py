@@ -1,4 +1,8 @@
-"""Held-out figures: loss a learned token, and exact match where rows carry an answer."""
+"""Held-out figures: loss a learned token, and exact match where rows carry an answer.
+
+Several processes share the batches, which are those that one process would make, so that all figures are the same.
+Each computes as many: weights in shards are gathered by all at once, so one that has none left repeats the last.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from nybble.data import IGNORED, Example, FlatBatch, Groups, PadBatch
-from nybble.models import blocks_of
+from nybble.models import blocks_of, is_sharded
+from nybble.processes import Processes
 from nybble.recipe import EvaluationSection
-from nybble.runs import Evaluation, RowLoss
+from nybble.records import Evaluation, RowLoss
 
 
 def device_of(model: Any) -> torch.device:
@@ -39,21 +44,27 @@ def evaluation_mode(model: Any, compute_dtype: torch.dtype) -> Iterator[None]:
 
 
 def evaluate(
-    model: Any, tokenizer: Any, examples: Sequence[Example], section: EvaluationSection, compute_dtype: torch.dtype
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    section: EvaluationSection,
+    compute_dtype: torch.dtype,
+    processes: Processes = Processes(),  # noqa: B008 - a value
 ) -> Evaluation | None:
     """Loss over all learned tokens of `examples`, each token weighing the same; exact match where rows allow.
 
-    None where there are no examples.
+    None where there are no examples. All `processes` ask together, and each is given all of it.
     """
     if not examples:
         return None
     started = time.monotonic()
     collate = batches_for(model, tokenizer)
     with evaluation_mode(model, compute_dtype):
-        losses = _row_losses(model, examples, section.per_device_eval_batch_size, collate)
+        batches = _alike([len(e.input_ids) for e in examples], section.per_device_eval_batch_size)
+        losses = _row_losses(model, examples, batches, collate, processes)
         checkable = [i for i, e in enumerate(examples) if e.answer is not None and e.prompt_ids]
         prompts = [examples[i].prompt_ids for i in checkable]
-        answers = _generate(model, tokenizer, prompts, section) if checkable else []
+        answers = _generate(model, tokenizer, prompts, section, processes) if checkable else []
     right = {i: a == (examples[i].answer or "").strip() for i, a in zip(checkable, answers, strict=True)}
     n_tokens = sum(example.n_trained for example in examples)
     loss = math.fsum(losses) / n_tokens
@@ -70,11 +81,19 @@ def evaluate(
 
 
 def generate_answers(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], section: EvaluationSection, compute_dtype: torch.dtype
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    section: EvaluationSection,
+    compute_dtype: torch.dtype,
+    processes: Processes = Processes(),  # noqa: B008 - a value
 ) -> list[str]:
-    """Greedy answers to prompts given as token ids, without special tokens and surrounding space."""
+    """Greedy answers to prompts given as token ids, without special tokens and surrounding space.
+
+    All `processes` ask together, and each is given all of them.
+    """
     with evaluation_mode(model, compute_dtype):
-        return _generate(model, tokenizer, prompts, section)
+        return _generate(model, tokenizer, prompts, section, processes)
 
 
 def stop_at(model: Any, tokens: Sequence[int]) -> None:
@@ -92,20 +111,38 @@ def batches_for(model: Any, tokenizer: Any) -> FlatBatch | PadBatch:
     return FlatBatch() if blocks_of(model).flattened else PadBatch(tokenizer.pad_token_id)
 
 
-def _row_losses(model: Any, examples: Sequence[Example], batch_size: int, collate: FlatBatch | PadBatch) -> list[float]:
+def _alike(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Numbers of rows in batches of like length: what is computed does not depend on it, the padding does."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+
+
+def _share(batches: Sequence[list[int]], processes: Processes) -> Iterator[list[int]]:
+    for first in range(0, len(batches), processes.count):
+        yield batches[min(first + processes.rank, len(batches) - 1)]
+
+
+def _row_losses(
+    model: Any,
+    examples: Sequence[Example],
+    batches: Sequence[list[int]],
+    collate: FlatBatch | PadBatch,
+    processes: Processes,
+) -> list[float]:
     """The summed loss of each example, in nats."""
     device = device_of(model)
-    # Rows of like length share a batch: the sums do not depend on it, the padding does.
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
-    found = [0.0] * len(examples)
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
+    mine: dict[int, float] = {}
+    for chosen in _share(batches, processes):
         batch = collate(Groups([examples[i] for i in chosen]))
         moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
         totals = _by_row(model, moved, [examples[i].n_trained for i in chosen])
-        for i, total in zip(chosen, totals, strict=True):
-            found[i] = total
-    return found
+        mine |= zip(chosen, totals, strict=True)
+    return _in_order(processes.gather(mine))
+
+
+def _in_order(parts: Sequence[dict[int, Any]]) -> list[Any]:
+    found = {i: value for part in parts for i, value in part.items()}
+    return [found[i] for i in range(len(found))]
 
 
 def _by_row(model: Any, batch: dict[str, Any], n_learned: Sequence[int]) -> list[float]:
@@ -121,14 +158,14 @@ def _by_row(model: Any, batch: dict[str, Any], n_learned: Sequence[int]) -> list
     ]
 
 
-def _generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], section: EvaluationSection) -> list[str]:
+def _generate(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], section: EvaluationSection, processes: Processes
+) -> list[str]:
     device = device_of(model)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(prompts)
+    mine: dict[int, str] = {}
     configured = model.generation_config.eos_token_id
     stops = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
-    for first in range(0, len(order), section.per_device_eval_batch_size):
-        chosen = order[first : first + section.per_device_eval_batch_size]
+    for chosen in _share(_alike([len(p) for p in prompts], section.per_device_eval_batch_size), processes):
         longest = max(len(prompts[i]) for i in chosen)
         # Padding goes to the left, so that every answer starts right behind its prompt.
         ids = torch.full((len(chosen), longest), tokenizer.pad_token_id, device=device)
@@ -143,8 +180,8 @@ def _generate(model: Any, tokenizer: Any, prompts: Sequence[list[int]], section:
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=sorted(stops),
+            synced_gpus=processes.are_many and is_sharded(model),  # who is done helps the others to gather
         )
         texts = tokenizer.batch_decode(produced[:, longest:], skip_special_tokens=True)
-        for i, text in zip(chosen, texts, strict=True):
-            answers[i] = text.strip()
-    return answers
+        mine |= zip(chosen, (text.strip() for text in texts), strict=True)
+    return _in_order(processes.gather(mine))

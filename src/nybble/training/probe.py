@@ -26,7 +26,8 @@ from nybble.errors import InputError, RecipeError, StoppedError
 from nybble.files import write_text
 from nybble.intervals import Sums, interval
 from nybble.recipe import TrainingSection
-from nybble.runs import Evaluation, RunDirectory, Silent, to_json
+from nybble.records import Evaluation, Silent
+from nybble.runs import RunDirectory, to_json
 from nybble.training.trainer import Setup, train_model
 from nybble.units import format_seconds
 

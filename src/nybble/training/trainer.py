@@ -15,7 +15,8 @@ from nybble.hardware import Device, PeakMemory
 from nybble.nn.seeds import Seeds
 from nybble.processes import Processes
 from nybble.recipe import StepMemory, TrainingSection
-from nybble.runs import Observer, RunDirectory
+from nybble.records import Observer
+from nybble.runs import RunDirectory
 from nybble.training.arguments import trackers, training_arguments
 from nybble.training.callbacks import Checks, CountingBatch, Drawn, Logbook, Stops
 from nybble.training.continuation import Checkpointing
@@ -92,7 +93,7 @@ def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSec
     done, saved_in = setup.checkpointing, run.checkpoints if setup.checkpointing else None
     trainer = StepTrainer(
         seeds,
-        recomputation_for(model, section, setup.device, setup.memory),
+        recomputation_for(model, section, setup.device, setup.memory, processes.beside_on(setup.device)),
         setup.observer.note,
         section.parity_steps,
         saver=saver,

@@ -16,19 +16,31 @@ from typing import Any
 from nybble.data import Prepared
 from nybble.errors import InputError, NybbleError, StoppedError
 from nybble.hardware import Device, PeakMemory, reserved_bytes
+from nybble.processes import Processes
 from nybble.recipe import Plan, Recipe
-from nybble.runs import Phase, RunDirectory, RunRecord
+from nybble.records import Phase, RunRecord
+from nybble.runs import RunDirectory
 
 _LIBRARIES = ("nybble", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "bitsandbytes")
 
 
 class Witness:
-    """Measures phases and writes run.json after each."""
+    """Measures phases and writes run.json after each. Of several processes each measures, and the highest counts."""
 
-    def __init__(self, run: RunDirectory, recipe: Recipe, device: Device, prepared: Prepared, plan: Plan) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        recipe: Recipe,
+        device: Device,
+        prepared: Prepared,
+        plan: Plan,
+        processes: Processes = Processes(),  # noqa: B008 - a value
+    ) -> None:
         self._run = run
         self._plan = plan
         self._device = device
+        self._processes = processes
+        self._peaks = [0] * processes.count  # by process
         self._started = time.monotonic()
         self._began = False  # whether training has begun: from then on there is something to keep
         self.record = RunRecord(
@@ -41,6 +53,9 @@ class Witness:
             model={},
             started=datetime.now(UTC).isoformat(timespec="seconds"),
         )
+        if processes.are_many:
+            how = recipe.training.distributed
+            self.record.processes = {"count": processes.count, "distributed": how, "peak_bytes": self._peaks}
 
     def __enter__(self) -> Witness:
         self.write()
@@ -71,19 +86,22 @@ class Witness:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure memory and time of the block. A phase that measures itself overrides `measured_bytes`."""
+        """Measure memory and time of the block, in which all processes are."""
         self._began |= name == "train"
         memory = PeakMemory(self._device)
         started = time.monotonic()
         yield
         predicted = self._plan.predicted_bytes(name)
-        self.record.phases[name] = Phase(predicted, memory.peak_bytes(), time.monotonic() - started)
+        self.record.phases[name] = Phase(predicted, 0, time.monotonic() - started)
+        self.phase_peak(name, memory.peak_bytes())
         self.write()
 
     def phase_peak(self, name: str, measured_bytes: int) -> None:
-        """Raise the peak of a phase whose meter was reset within it."""
+        """Raise the peak of a phase, whose meter may have been reset within it; `measured_bytes`: in this process."""
+        measured = self._processes.gather(measured_bytes)
+        self._peaks[:] = map(max, self._peaks, measured)
         phase = self.record.phases[name]
-        phase.measured_bytes = max(phase.measured_bytes, measured_bytes)
+        phase.measured_bytes = max(phase.measured_bytes, *measured)
 
 
 def software_versions() -> dict[str, str]:
