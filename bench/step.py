@@ -84,7 +84,7 @@ def nybble_arm(case: Case, base: Path, rows: Path, folder: Path) -> Iterator[tup
     from nybble.data import Groups, prepare_rows
     from nybble.hardware import detect_device
     from nybble.models import attach, find_model, load_model, load_tokenizer
-    from nybble.planning import Batches, plan_training
+    from nybble.planning import Batches, plan_training, profile_of
     from nybble.recipe import load_recipe
     from nybble.records import Silent
     from nybble.runs import RunDirectory

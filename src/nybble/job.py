@@ -206,7 +206,7 @@ def prepare(
     ours = share_of(recipe, processes.count)
     batches = among(Batches.of(prepared, packs, ours), processes.count)
     n_shards = shards_among(recipe.training, processes.count)
-    profile = profile_of(device, processes.beside_on(device))
+    profile = profile_of(device, processes.beside_on(device.type))
     plan = plan_training(ours, source.config, profile, batches, found.micro_batch if found else None, n_shards)
     plan = replace(plan, rows=len(packs or prepared.train), rows_per_step=step_rows(recipe.training))
     for line in (*plan.lines(), *plan.notes):

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-    from nybble.hardware import Device
-
 _NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SECONDS_TO_MEET = 300
 # Of silence until a process that still runs counts as lost; one that ended is noticed at once. The others wait while
@@ -54,9 +52,9 @@ class Processes:
         """Whether there is anybody to agree with."""
         return self.count > 1
 
-    def beside_on(self, device: Device) -> int:
-        """Processes that take of the same memory: on a CPU all of the machine, of a GPU each has its own."""
-        return self.local_count if device.type == "cpu" else 1
+    def beside_on(self, device_type: str) -> int:
+        """Processes that take of the same memory: on a CPU those of the machine; on GPUs each has its own."""
+        return self.local_count if device_type == "cpu" else 1
 
     def note_begun(self) -> None:
         """Whatever ends this start, a later one of the same launcher goes on with the run."""

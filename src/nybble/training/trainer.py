@@ -93,7 +93,7 @@ def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSec
     done, saved_in = setup.checkpointing, run.checkpoints if setup.checkpointing else None
     trainer = StepTrainer(
         seeds,
-        recomputation_for(model, section, setup.device, setup.memory, processes.beside_on(setup.device)),
+        recomputation_for(model, section, setup.device, setup.memory, processes.beside_on(setup.device.type)),
         setup.observer.note,
         section.parity_steps,
         saver=saver,
