@@ -1,7 +1,7 @@
 """Several processes: what they learn beside one, what they hold, what a killed one costs, what the planner predicts.
 
     python bench/distributed.py --data DATA learning     losses and adapters of 1, 2 and 4 processes, ddp and fsdp
-    python bench/distributed.py --data DATA killed       torchrun begins anew after SIGKILL; the bits of the result
+    python bench/distributed.py --data DATA killed       torchrun, one or two, begins anew after SIGKILL; the bits
     python bench/distributed.py held                     bytes that each of 2 processes holds of a 7B-shaped model
     python bench/distributed.py live                     the most that is alive in each while it trains, beside the plan
     python bench/distributed.py table                    the planner's prediction for 70B (no measurement)
@@ -13,6 +13,7 @@ Prints a line per figure and one JSON object last.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -52,16 +53,18 @@ from nybble.training.depth import decoder_layers
 
 _STEPS = 20
 _LENGTH = 256
-_LAYERS = 8  # of a 7B-shaped model's 32: what two processes hold of it fits this machine
+_LAYERS = 4  # of a 7B-shaped model's 32 that are trained in shards
 _CARDS = {24: "rtx4090", 48: "rtx4090", 80: "h200", 192: "mi300x"}  # GB -> whose rates are taken
 
 
-def start(count: int, data: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
-    """`nybble train` of a real model and real rows in so many processes, by torchrun."""
+def start(count: int, data: Path, out: Path, *more: str, machines: int = 1) -> list[subprocess.Popen[bytes]]:
+    """`nybble train` of a real model and real rows in so many processes, by a torchrun for each of the machines."""
     command = [sys.executable, "-m"]
     if count > 1:
         port = 29500 + os.getpid() % 500
-        command += ["torch.distributed.run", f"--nproc-per-node={count}", f"--master-port={port}", "--max-restarts=1"]
+        command += ["torch.distributed.run", f"--nproc-per-node={count // machines}", "--max-restarts=1"]
+        command += [f"--master-port={port}"] if machines == 1 else [f"--rdzv-endpoint=localhost:{port}"]
+        command += ["--rdzv-backend=c10d", f"--nnodes={machines}"] if machines > 1 else []
         command += ["-m"]
     settings = {
         "model": data / "models" / "stories260K",
@@ -81,15 +84,16 @@ def start(count: int, data: Path, out: Path, *more: str) -> subprocess.Popen[byt
     }
     words = [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    log = out.with_suffix(".log").open("wb")
-    return subprocess.Popen(
-        [*command, "nybble", "train", *words, *more], env=environment, stdout=log, stderr=subprocess.STDOUT
-    )
+    log = out.with_suffix(".log").open("ab")
+    words = [*command, "nybble", "train", *words, *more]
+    return [
+        subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT) for _machine in range(machines)
+    ]
 
 
-def done(process: subprocess.Popen[bytes], out: Path) -> None:
-    """Wait, and stop where it failed."""
-    if process.wait(600):
+def done(launchers: Iterable[subprocess.Popen[bytes]], out: Path) -> None:
+    """Wait, and stop where one failed."""
+    if any(launcher.wait(600) for launcher in launchers):
         raise SystemExit("\n".join(_said(out)))
 
 
@@ -131,23 +135,25 @@ def killed(data: Path) -> dict[str, Any]:
     """One of two processes gets SIGKILL behind a checkpoint; torchrun begins anew."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for distributed in ("ddp", "fsdp"):
-            whole, torn = Path(folder) / f"{distributed}-whole", Path(folder) / f"{distributed}-torn"
+        for distributed, machines in itertools.product(("ddp", "fsdp"), (1, 2)):
+            name = f"{distributed}, {machines} launchers" if machines > 1 else distributed
+            whole, torn = (Path(folder) / f"{distributed}-{machines}-{what}" for what in ("whole", "torn"))
             done(start(2, data, whole, "--distributed", distributed), whole)
-            process = start(2, data, torn, "--distributed", distributed)
+            launchers = start(2, data, torn, "--distributed", distributed, machines=machines)
             while not any((torn / "checkpoints").glob("checkpoint-*")):
-                if process.poll() is not None:
+                if any(launcher.poll() is not None for launcher in launchers):
                     raise SystemExit("\n".join(_said(torn)))
                 time.sleep(0.05)
-            children = psutil.Process(process.pid).children()
+            children = (child for launcher in launchers for child in psutil.Process(launcher.pid).children())
             victim = next(child for child in children if child.environ().get("RANK") == "1")
+            began = time.monotonic()
             os.kill(victim.pid, signal.SIGKILL)
-            done(process, torn)
+            done(launchers, torn)
             text = torn.with_suffix(".log").read_text()
             (expected, _), (weights, _) = left(whole), left(torn)
             same = all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
-            found[distributed] = {"resumed": "going on from" in text, "same_bits": same}
-            print(f"{distributed}: {found[distributed]}", flush=True)
+            found[name] = {"resumed": "going on from" in text, "same_bits": same, "seconds": time.monotonic() - began}
+            print(f"{name}: {found[name]}", flush=True)
     return found
 
 
@@ -201,7 +207,7 @@ class Trained:
         """The grid, with the folders of `data` where it is given."""
         for folder in sorted((data / "models").iterdir()) if data else ():
             yield from (cls(str(folder), depth, rows=4, length=128) for depth in ("never", "always"))
-        shape = cls("llama-2-7b", "never", _LAYERS // 2)
+        shape = cls("llama-2-7b", "never", _LAYERS)
         groups = [replace(shape, shards=2)] if count > 2 else []
         for case in (shape, replace(shape, tied=True), replace(shape, length=1024), *groups):
             yield from (replace(case, depth=depth) for depth in ("never", "always"))
@@ -255,11 +261,11 @@ def live(data: Path | None) -> dict[str, Any]:
 
 
 def held() -> dict[str, Any]:
-    """Started by itself in two processes: a model of Llama-2-7B's shape with fewer layers, of zeros."""
+    """Started by itself in two processes: a model of Llama-2-7B's shape, of zeros."""
     if "RANK" not in os.environ:
         return in_processes(2, "held")
     recipe = load_recipe(None, {"model_name_or_path": "llama-2-7b"})
-    config = config_with(find_config(recipe.model)[0], _LAYERS)
+    config, _ = find_config(recipe.model)
     with joined(True) as processes:
         model = build(config, recipe, torch.bfloat16)
         packed = sum(m.packed.n_bytes for m in model.modules() if isinstance(m, Linear4bit))
@@ -277,7 +283,7 @@ def held() -> dict[str, Any]:
         )
         sizes = Sizes.of(config, recipe, torch.bfloat16)
     return {
-        "layers": _LAYERS,
+        "layers": config.num_hidden_layers,
         "packed_bytes_whole": packed,
         "processes": figures,
         "planned_bytes": sizes.whole // 2,

@@ -26,9 +26,13 @@ def for_shards(recipe: Recipe) -> Recipe:
         RecipeError: it asks for what is not offered in shards.
     """
     training, lora = recipe.training, recipe.lora
+    if recipe.method == "qlora" and recipe.quantization.encoder == "calibrated":
+        raise RecipeError(
+            "distributed: fsdp does not work with encoder: calibrated; calibrate first, with nybble quantize --encoder "
+            "calibrated, and train on the folder that it writes"
+        )
     refused = {
         "method: full": recipe.method == "full",
-        "encoder: calibrated": recipe.method == "qlora" and recipe.quantization.encoder == "calibrated",
         f"init_lora_weights: {lora.init_lora_weights}": lora.init_lora_weights != "default",
         "use_dora": lora.use_dora,
         "lean: always": training.lean == "always",

@@ -1,18 +1,25 @@
-"""Runs of the command line in this process."""
+"""Runs of the command line, in this process or in several."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nybble.cli.main import run as run_nybble
 from nybble.diagnostics import rungs
 
+_SECONDS = 120  # until a process that does not end fails its test
+ROWS = 23  # of which steps of 4 leave 3 in the last, which neither 2 nor 4 processes share evenly
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 
 
@@ -65,3 +72,123 @@ def rows_file(tmp_path: Path) -> Path:
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How the processes of a run ended, by rank."""
+
+    codes: tuple[int | None, ...]
+    err: tuple[str, ...]
+
+    @property
+    def lines(self) -> list[str]:
+        """The errors."""
+        return [line for text in self.err for line in text.splitlines() if line.startswith("nybble: ")]
+
+
+@pytest.fixture(scope="session")
+def libraries() -> None:
+    """Read before the processes are forked, so that none of them has to."""
+    import peft  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from transformers import Trainer  # noqa: F401
+
+    import nybble.pipeline
+    import nybble.training.steps  # noqa: F401
+
+
+@pytest.fixture
+def launch(tmp_path: Path, found_paths: Path, libraries: None) -> Callable[..., Ending]:
+    """`launch(2, words)`: `nybble words` in two processes, named as torchrun does it.
+
+    They are forked from this one, which has read the libraries already. `launcher`: its store, as torchrun keeps one.
+    """
+
+    def call(
+        count: int,
+        words: Sequence[object],
+        own: Mapping[int, Sequence[object]] | None = None,
+        setup: Callable[[int], None] = lambda _rank: None,
+        launcher: torch.distributed.TCPStore | None = None,
+        **variables: str,
+    ) -> Ending:
+        port = launcher.port if launcher else _free_port()
+        context = multiprocessing.get_context("fork")
+        started = []
+        for rank in range(count):
+            named: dict[str, object] = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": count,
+                "MASTER_ADDR": "127.0.0.1",
+            }
+            named |= {"LOCAL_WORLD_SIZE": count, "MASTER_PORT": str(port)}
+            named |= {"TORCHELASTIC_USE_AGENT_STORE": launcher is not None}
+            environment = {**{k: str(v) for k, v in named.items()}, **variables}
+            ours = [str(word) for word in (*words, *((own or {}).get(rank, ())))]
+            file = tmp_path / f"err-{rank}"
+            started.append(context.Process(target=_process, args=(rank, environment, ours, file, setup)))
+        for process in started:
+            process.start()
+        for process in started:
+            process.join(_SECONDS)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        return Ending(
+            tuple(process.exitcode for process in started),
+            tuple((tmp_path / f"err-{rank}").read_text() for rank in range(count)),
+        )
+
+    return call
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """A port of this machine that nobody listens on."""
+    return _free_port
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _process(
+    rank: int, environment: dict[str, str], words: list[str], file: Path, setup: Callable[[int], None]
+) -> None:
+    os.environ.update(environment)
+    with file.open("w") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+        sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        setup(rank)
+        code = run_nybble(words)
+        sys.stderr.flush()
+    os._exit(code)
+
+
+@pytest.fixture
+def words(tiny_llama: Callable[..., Path], tmp_path: Path) -> list[object]:
+    """A training of three epochs in float32, where rows differ in length."""
+    rows = tmp_path / "rows.jsonl"
+    texts = [f"<s>[INST] {'What is two? ' * (1 + i % 4)}[/INST] It is {'four ' * (1 + i % 3)}</s>" for i in range(ROWS)]
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    settings = {
+        "model": tiny_llama(),
+        "dataset": rows,
+        "eval_fraction": 0,
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 4,
+        "compute_dtype": "float32",
+        "learning_rate": 0.01,
+        "logging_steps": 1,
+        "save_steps": 4,
+        "save_total_limit": 9,
+        "dataset_num_proc": 1,
+        "device": "cpu",
+        "report_to": "none",
+    }
+    return ["train", *(word for name, value in settings.items() for word in (f"--{name}", value))]

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import signal
-import socket
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,134 +17,15 @@ import torch
 from safetensors.torch import load_file
 
 from nybble.checkpoints import list_checkpoints
-from nybble.cli.main import run as run_nybble
 
-_SECONDS = 120  # until a process that does not end fails its test
 GROUPS = ("--distributed", "fsdp", "--fsdp_shards", 2)
 OFFLOADED = ("--distributed", "fsdp", "--fsdp_cpu_offload", "true")
-ROWS = 23  # of which steps of 4 leave 3 in the last, which neither 2 nor 4 processes share evenly
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How the processes of a run ended, by rank."""
-
-    codes: tuple[int | None, ...]
-    err: tuple[str, ...]
-
-    @property
-    def lines(self) -> list[str]:
-        """The errors."""
-        return [line for text in self.err for line in text.splitlines() if line.startswith("nybble: ")]
-
-
-Launch = Callable[..., Outcome]
-
-
-@pytest.fixture
-def launch(tmp_path: Path, found_paths: Path) -> Launch:
-    """`launch(2, words)`: `nybble words` in two processes, named as torchrun does it.
-
-    They are forked from this one, which has read the libraries already. `launcher`: its store, as torchrun keeps one.
-    """
-
-    def call(
-        count: int,
-        words: Sequence[object],
-        own: Mapping[int, Sequence[object]] | None = None,
-        setup: Callable[[int], None] = lambda _rank: None,
-        launcher: torch.distributed.TCPStore | None = None,
-        **variables: str,
-    ) -> Outcome:
-        port = launcher.port if launcher else _free_port()
-        context = multiprocessing.get_context("fork")
-        started = []
-        for rank in range(count):
-            named: dict[str, object] = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": count,
-                "MASTER_ADDR": "127.0.0.1",
-            }
-            named |= {"LOCAL_WORLD_SIZE": count, "MASTER_PORT": str(port)}
-            named |= {"TORCHELASTIC_USE_AGENT_STORE": launcher is not None}
-            environment = {**{k: str(v) for k, v in named.items()}, **variables}
-            ours = [str(word) for word in (*words, *((own or {}).get(rank, ())))]
-            file = tmp_path / f"err-{rank}"
-            started.append(context.Process(target=_process, args=(rank, environment, ours, file, setup)))
-        for process in started:
-            process.start()
-        for process in started:
-            process.join(_SECONDS)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        return Outcome(
-            tuple(process.exitcode for process in started),
-            tuple((tmp_path / f"err-{rank}").read_text() for rank in range(count)),
-        )
-
-    return call
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def _process(
-    rank: int, environment: dict[str, str], words: list[str], file: Path, setup: Callable[[int], None]
-) -> None:
-    os.environ.update(environment)
-    with file.open("w") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-        sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-        setup(rank)
-        code = run_nybble(words)
-        sys.stderr.flush()
-    os._exit(code)
-
-
-@pytest.fixture
-def words(tiny_llama: Callable[..., Path], tmp_path: Path) -> list[object]:
-    """A training of three epochs in float32, where rows differ in length."""
-    rows = tmp_path / "rows.jsonl"
-    texts = [f"<s>[INST] {'What is two? ' * (1 + i % 4)}[/INST] It is {'four ' * (1 + i % 3)}</s>" for i in range(ROWS)]
-    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    settings = {
-        "model": tiny_llama(),
-        "dataset": rows,
-        "eval_fraction": 0,
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 4,
-        "compute_dtype": "float32",
-        "learning_rate": 0.01,
-        "logging_steps": 1,
-        "save_steps": 4,
-        "save_total_limit": 9,
-        "dataset_num_proc": 1,
-        "device": "cpu",
-        "report_to": "none",
-    }
-    return ["train", *(word for name, value in settings.items() for word in (f"--{name}", value))]
+Launch = Callable[..., Any]
 
 
 def _left(run: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     return load_file(run / "adapter" / "adapter_model.safetensors"), events
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _libraries() -> None:
-    """Read before the processes are forked, so that none of them has to."""
-    import peft  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
-    from transformers import Trainer  # noqa: F401
-
-    import nybble.pipeline
-    import nybble.training.steps  # noqa: F401
 
 
 @pytest.mark.parametrize(
@@ -298,88 +175,53 @@ def _tensors(run: Path) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in found.items() if " generators." not in name}
 
 
-@pytest.mark.parametrize("setting", [("--method", "full"), ("--optim", "adafactor"), ("--init_lora_weights", "loftq")])
-def test_what_does_not_work_in_shards_is_said(
-    launch: Launch, words: list[object], tmp_path: Path, setting: tuple[str, str]
+@pytest.mark.parametrize("distributed", ["ddp", "fsdp"])
+def test_held_out_rows_are_shared_and_each_counts_once(
+    launch: Launch, words: list[object], tmp_path: Path, distributed: str
 ) -> None:
-    outcome = launch(2, [*words, "--output_dir", tmp_path / "run", "--distributed", "fsdp", *setting])
-    assert outcome.codes == (2, 2)
-    assert all("distributed: fsdp does not work with" in line for line in outcome.lines)
+    asked, few = tmp_path / "asked.jsonl", ("--per_device_eval_batch_size", 2, "--max_new_tokens", 6, "--max_steps", 2)
+    rows = [{"prompt": f"What is {'two ' * (1 + i)}?", "completion": "four", "answer": "four"} for i in range(9)]
+    asked.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [*words, *few, "--eval_dataset_name", asked, "--chat_template", "inst", "--n_samples", 5]
+    assert launch(1, [*words, "--output_dir", tmp_path / "one"]).codes == (0,)
+    # 9 rows in batches of 2 are 5 batches: 4 processes have one or two each, and the last of them are repeated.
+    outcome = launch(4, [*words, "--distributed", distributed, "--output_dir", tmp_path / "many"])
+    assert outcome.codes == (0,) * 4, outcome.err
+    one, many = (
+        [json.loads(line) for line in (tmp_path / run / "held_out.jsonl").read_text().splitlines()]
+        for run in ("one", "many")
+    )
+    assert len(many) == 9
+    assert [row["base"] for row in many] == [row["base"] for row in one]  # the same batches: the same bits
+    assert [row["tuned"]["loss"] for row in many] == pytest.approx([row["tuned"]["loss"] for row in one], rel=1e-4)
+    samples = [(tmp_path / run / "samples.jsonl").read_text().splitlines() for run in ("one", "many")]
+    assert len(samples[1]) == 5
+    assert samples[0] == samples[1]
 
 
-WRONG: dict[str, tuple[list[object], dict[int, list[object]], str]] = {
-    "batch": (["--per_device_train_batch_size", 3], {}, "the 3 rows of a step .* cannot be shared by 2 processes"),
-    "recipes": ([], {1: ["--learning_rate", 0.5]}, "setting training.learning_rate is 0.01 in process 0 and 0.5"),
-    "groups": (["--distributed", "fsdp", "--fsdp_shards", 3], {}, "2 processes do not divide into groups of that size"),
-    "probe": (["--learning_rate", "probe"], {}, "probe works in one process"),
-}
+def test_peaks_are_those_of_the_process_that_takes_most(launch: Launch, words: list[object], tmp_path: Path) -> None:
+    def take_more(rank: int) -> None:
+        from nybble import hardware
+
+        found = hardware.PeakMemory.peak_bytes
+        hardware.PeakMemory.peak_bytes = lambda self: found(self) + rank * 10**12  # type: ignore[method-assign]
+
+    assert launch(2, [*words, "--max_steps", 2, "--output_dir", tmp_path / "run"], setup=take_more).codes == (0, 0)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert record["processes"]["count"] == 2
+    assert record["processes"]["distributed"] == "ddp"
+    first, second = record["processes"]["peak_bytes"]
+    assert first < 10**12 < second == record["peak_bytes"]
+    assert all(phase["measured_bytes"] > 10**12 for phase in record["phases"].values())
+    assert all(event["peak_bytes"] > 10**12 for event in events)
+    assert "2, ddp" in (tmp_path / "run" / "report.md").read_text()
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_what_one_process_refuses_all_refuse(launch: Launch, words: list[object], tmp_path: Path, case: str) -> None:
-    more, own, message = WRONG[case]
-    outcome = launch(2, [*words, *more, "--output_dir", tmp_path / "run"], own)
-    assert outcome.codes == (2, 2)
-    assert [bool(re.search(message, line)) for line in outcome.lines] == [True, True], outcome.lines
-    assert not (tmp_path / "run").exists()
-
-
-def test_versions_must_be_the_same(launch: Launch, words: list[object], tmp_path: Path) -> None:
-    def other_version(rank: int) -> None:
-        from nybble import job
-
-        found = job.software_versions()
-        job.software_versions = lambda: {**found, "torch": f"2.{rank}"}  # type: ignore[attr-defined]
-
-    outcome = launch(2, [*words, "--output_dir", tmp_path / "run"], setup=other_version)
-    assert outcome.codes == (2, 2)
-    assert all("the version of torch is '2.0' in process 0 and '2.1' in process 1" in line for line in outcome.lines)
-
-
-def test_the_folder_must_be_shared(launch: Launch, words: list[object], tmp_path: Path) -> None:
-    def elsewhere(rank: int) -> None:
-        from nybble import job
-
-        job._SECONDS_TO_APPEAR = 0
-        (tmp_path / str(rank)).mkdir()
-        os.chdir(tmp_path / str(rank))
-
-    outcome = launch(2, [*words, "--output_dir", "run"], setup=elsewhere)
-    assert outcome.codes == (2, 2)
-    assert all("is not the folder that process 0 writes to" in line for line in outcome.lines)
-    assert not (tmp_path / "0" / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR, MASTER_PORT is not set"),
-        ({"WORLD_SIZE": "two"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"),
-        ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK is 2, but"),
-        ({"WORLD_SIZE": "2", "RANK": "x", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "no number"),
-    ],
-)
-def test_the_launchers_variables_must_be_whole(
-    nybble: Callable[..., Any], words: list[object], monkeypatch: pytest.MonkeyPatch, variables: Any, message: str
-) -> None:
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    outcome = nybble(*words)
-    assert outcome.code == 2
-    assert re.search(f"{message}.*torchrun", outcome.err)
-
-
-def test_nobody_else_comes(launch: Launch, words: list[object], tmp_path: Path) -> None:
-    def hasten(_rank: int) -> None:
-        from nybble import processes
-
-        processes._SECONDS_TO_MEET = 1
-
-    outcome = launch(1, [*words, "--output_dir", tmp_path / "run"], setup=hasten, WORLD_SIZE="2")
-    assert outcome.codes == (3,)
-    assert "process 0 does not meet the 1 others at 127.0.0.1" in outcome.lines[0]
+def test_processes_on_a_cpu_share_its_memory(launch: Launch, words: list[object], tmp_path: Path) -> None:
+    assert launch(2, [*words, "--max_steps", 2, "--output_dir", tmp_path / "run"]).codes == (0, 0)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["plan"]["budget_bytes"] < 0.6 * record["device"]["total_bytes"]
 
 
 def test_batches_are_dealt_out_evenly_and_no_row_twice() -> None:

@@ -92,6 +92,9 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("seconds to first step", format_number(record.get("seconds_to_first_step"), 1)),
         ("wall time", format_seconds(record.get("seconds"))),
     ]
+    if processes := record.get("processes"):
+        each = ", ".join(format_bytes(n) for n in processes["peak_bytes"])
+        facts.insert(2, ("processes", f"{processes['count']}, {processes['distributed']}; peak of each: {each}"))
     if bits is not None:
         packed = f"{format_bytes(model['packed_bytes'])}, {bits:.3f} bits a weight"
         facts.insert(3, ("4-bit weights", packed))
