@@ -148,6 +148,7 @@ def _run_record() -> bytes:
         phases={"train": Phase(1, 2, 3.0)},
         evaluation_base=judged,
         evaluation_tuned=judged,
+        processes={"count": 2, "distributed": "ddp", "peak_bytes": [1, 2]},
     )
     return to_json(record.to_json()).encode()
 

@@ -22,7 +22,7 @@ from nybble.errors import NybbleError
 BENCH = Path(__file__).resolve().parents[2] / "bench"
 FIRST = 10_000_000  # beyond the numbers of a full run: other inputs
 # Reader -> inputs; all others take the default. Some go through slow libraries.
-INPUTS = {"tokenizer": 20, "model config": 60, "report": 3, "chat template": 100, "recipe": 300}
+INPUTS = {"tokenizer": 20, "model config": 60, "report": 8, "chat template": 100, "recipe": 300}
 DEFAULT = 400
 NAMES = (
     *("recipe", "rows, jsonl", "rows, json", "rows, csv", "rows, txt", "rows, parquet", "chat template"),

@@ -69,9 +69,6 @@ def test_one_line_begins_a_run_and_goes_on_with_it(
     assert "going on from" in again.err
     assert adapter.read_bytes() == learned
     assert nybble(*words).code == 2
-    refused = nybble(*words, "--auto-resume", "--overwrite")
-    assert refused.code == 2
-    assert "--overwrite removes what --auto-resume would go on from" in refused.err
 
 
 def test_a_launcher_overwrites_with_its_first_start_alone(launch: Launch, words: list[object], tmp_path: Path) -> None:
