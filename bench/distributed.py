@@ -39,8 +39,7 @@ from nybble.hardware import detect_device
 from nybble.models import find_model, held_bytes, shard
 from nybble.nn import Linear4bit
 from nybble.nn.scratch import scratch
-from nybble.planning import PROFILES, find_config, make_plan, profile_of, shards_among, share_of
-from nybble.planning.processes import sent_bytes
+from nybble.planning import PROFILES, find_config, make_plan, plan_shared, profile_of, shards_among, share_of
 from nybble.planning.shards import Sizes
 from nybble.planning.step import build, config_with, fill
 from nybble.processes import Processes, joined
@@ -291,28 +290,27 @@ def held() -> dict[str, Any]:
 
 
 def table() -> dict[str, Any]:
-    """70B at 8 rows of 512 tokens a step; the memory that each card would take, and a step's time."""
+    """70B at 8 rows of 512 tokens a step: what each card would take and send, and how fast a step would be."""
     found: dict[str, Any] = {}
-    recipe = load_recipe(
-        None,
-        {"model": "llama-2-70b", "distributed": "fsdp", "per_device_train_batch_size": 8, "max_length": 512},
-    )
+    settings = {"model": "llama-2-70b", "distributed": "fsdp", "per_device_train_batch_size": 8, "max_length": 512}
+    recipe = load_recipe(None, settings)
     config = find_config(recipe.model)[0]
-    sizes = Sizes.of(config, recipe, torch.bfloat16)
     for size, rates in _CARDS.items():
         profile = replace(PROFILES[rates], memory_bytes=int(size * 1e9))
+        one = plan_shared(recipe, config, profile, 1)
         for n in (1, 2, 4, 8):
-            share = share_of(recipe, n)
-            made = make_plan(share, config, profile, n_shards=n)
-            micro_batches = share.training.per_device_train_batch_size // made.micro_batch
-            sent = 0 if n == 1 else sent_bytes(sizes, n, micro_batches, n)
+            made = plan_shared(recipe, config, profile, n)
+            speed = one.step_seconds / made.step_seconds / n if one.plan.fits else None
             found[f"{n} x {size} GB"] = {
-                "fits": made.fits,
-                "peak_bytes": made.peak_bytes,
-                "recompute_layers": made.recompute_layers,
-                "micro_batch": made.micro_batch,
-                "sent_bytes_per_step": sent,
-                "compute_seconds": made.step_seconds,
+                "fits": made.plan.fits,
+                "peak_bytes": made.plan.peak_bytes,
+                "recompute_layers": made.plan.recompute_layers,
+                "micro_batch": made.plan.micro_batch,
+                "sent_bytes_per_step": made.sent_bytes_per_step,
+                "link_bytes_per_second": made.link_bytes_per_second,
+                "compute_seconds": made.plan.step_seconds,
+                "step_seconds": made.step_seconds,
+                "of_n_times_one": speed,
                 "rates_of": rates,
             }
             print(f"{n} x {size} GB: {found[f'{n} x {size} GB']}", flush=True)

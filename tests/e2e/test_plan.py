@@ -188,5 +188,17 @@ def test_what_processes_take_and_send(nybble: Callable[..., Any], tiny_llama: Ca
     held = (whole["weights"] + whole["adapters"] + whole["optimizer"] + gradients) / 2
     assert away["plan"]["host_bytes"] == pytest.approx(held, rel=0.01)
     assert away["step_seconds"] >= fsdp["step_seconds"]
-    for wrong in ((3,), (4, "--distributed", "fsdp", "--fsdp_shards", 3)):
+    slow, fast = (planned("--processes", 2, "--distributed", "fsdp", "--link-rate", rate) for rate in ("1kB", "1TB"))
+    assert slow["step_seconds"] == pytest.approx(slow["sent_bytes_per_step"] / 1000)
+    assert slow["efficiency"] < 0.01
+    assert fast["efficiency"] == 1.0
+    for wrong in ((3,), (4, "--distributed", "fsdp", "--fsdp_shards", 3), (2, "--link-rate", "fast")):
         assert nybble("plan", "--model", tiny_llama(), "--processes", *wrong).code == 2
+
+
+def test_links_of_a_mesh_work_at_once() -> None:
+    from nybble.planning import PROFILES
+
+    mesh, bus = PROFILES["mi300x"].links, PROFILES["rtx4090"].links
+    assert [mesh.rate(n) / 1e9 for n in (1, 2, 4, 8, 16)] == [48, 48, 144, 336, 336]
+    assert [bus.rate(n) / 1e9 for n in (1, 2, 8)] == [12, 12, 12]

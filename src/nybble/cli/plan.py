@@ -25,6 +25,9 @@ def plan(
     processes: Annotated[
         int | None, typer.Option("--processes", min=1, help="what each of so many processes takes and sends")
     ] = None,
+    link_rate: Annotated[
+        str | None, typer.Option("--link-rate", help="bytes a second that each sends, e.g. 12GB; with --processes")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the plan on stdout as JSON")] = False,
 ) -> None:
     """Say what a run will take in every phase, and how fast it will be. No weights are read, nothing is trained."""
@@ -40,7 +43,7 @@ def plan(
 
     file = Path(recipe) if recipe else None
     if processes is not None:
-        shared = planning.plan_processes(file, overrides, n=processes, profile=profile)
+        shared = planning.plan_processes(file, overrides, n=processes, profile=profile, link_rate=link_rate)
         if as_json:
             print_json(shared.to_json())
         else:

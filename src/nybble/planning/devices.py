@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -45,6 +45,18 @@ _ALLOCATOR_SHARE = 0.03  # of the live tensors, lost between the pieces of a GPU
 
 
 @dataclass(frozen=True)
+class Links:
+    """To the other devices of a machine."""
+
+    bytes_per_second: float  # that one sends while it receives as much
+    at_once: int = 1  # in a mesh each of the others has one of its own
+
+    def rate(self, n: int) -> float:
+        """Bytes a second that each of `n` devices sends to the others together."""
+        return self.bytes_per_second * max(min(self.at_once, n - 1), 1)
+
+
+@dataclass(frozen=True)
 class Profile:
     """A device as a plan sees it."""
 
@@ -57,6 +69,7 @@ class Profile:
     is_estimate: bool
     shares_memory: bool = False  # with the host
     operator_seconds: float = 2e-5  # of the host, for each operator; measured here, else an estimate
+    links: Links = Links(25e9)  # PCIe 4.0 x16, less what its protocol takes
 
     def context_in(self, phase: str) -> int:
         """Taken besides tensors and their allocator."""
@@ -80,21 +93,33 @@ class Profile:
 
 
 def _published(
-    name: str, backend: str, tflops: float, gigabytes_per_second: float, gigabytes: float, shares_memory: bool = False
+    name: str, backend: str, tflops: float, gigabytes_per_second: float, gigabytes: float, links: Links
 ) -> Profile:
     rates = (1e12 * tflops * _SUSTAINED_PRODUCTS, 1e9 * gigabytes_per_second * _SUSTAINED_TRAFFIC)
-    return Profile(name, backend, *rates, int(1e9 * gigabytes), _CONTEXT[backend], True, shares_memory)
+    return Profile(name, backend, *rates, int(1e9 * gigabytes), _CONTEXT[backend], True, links=links)
 
 
+# What others measured of links: MI300X 48 of 64 GB/s on each of 7 (AMD's ROCm blog of 2025-03-02, "Understanding RCCL
+# Bandwidth and xGMI Performance"), and that share of the MI250's 50; H100 and so H200 380 of 450 (NVIDIA/nccl #1264);
+# RTX 4090 12 of 31.5, for its driver lets cards talk through the host alone (p2pBandwidthLatencyTest).
+_NVLINK, _LOOPBACK = Links(380e9), Links(0.3e9)  # gloo within a machine: two cores of an Intel Xeon, 2026-11-26
 # Dense bfloat16 (or float16) products and bandwidth as the makers give them.
 PROFILES = {
-    "mi250-gcd": _published("MI250, one GCD", "hip", 181.0, 1638, 64),
-    "mi300x": _published("MI300X", "hip", 1307.4, 5300, 192),
-    "rx7900xtx": _published("RX 7900 XTX", "hip", 122.8, 960, 24),
-    "strix-halo": _published("Strix Halo", "hip", 59.4, 256, 96, shares_memory=True),
-    "rtx4090": _published("RTX 4090", "cuda", 165.2, 1008, 24),
-    "h200": _published("H200", "cuda", 989.0, 4800, 141),
+    "mi250-gcd": _published("MI250, one GCD", "hip", 181.0, 1638, 64, Links(37e9)),
+    "mi300x": _published("MI300X", "hip", 1307.4, 5300, 192, Links(48e9, 7)),
+    "rx7900xtx": _published("RX 7900 XTX", "hip", 122.8, 960, 24, Links(25e9)),
+    # One to a machine, and between machines 10 gigabits.
+    "strix-halo": replace(_published("Strix Halo", "hip", 59.4, 256, 96, Links(1.1e9)), shares_memory=True),
+    "rtx4090": _published("RTX 4090", "cuda", 165.2, 1008, 24, Links(12e9)),
+    "h200": _published("H200", "cuda", 989.0, 4800, 141, _NVLINK),
 }
+# By what torch calls them; those of others are taken for PCIe.
+_LINKS = {
+    "MI300X": PROFILES["mi300x"].links,
+    "MI250": PROFILES["mi250-gcd"].links,
+    "RTX 4090": PROFILES["rtx4090"].links,
+}
+_LINKS |= {"H100 80GB HBM3": _NVLINK, "H200": _NVLINK}
 
 
 def named_profile(name: str) -> Profile:
@@ -131,8 +156,20 @@ def _profile(device: Device, rates: Rates, n_beside: int = 1) -> Profile:
     context = used if device.type == "cpu" else _CONTEXT[device.backend]
     memory = free_bytes(where) // n_beside + used
     products, traffic, operator = rates
-    shares = device.shares_memory
-    return Profile(device.name, device.backend, products, traffic, memory, context, False, shares, operator)
+    known = (links for word, links in _LINKS.items() if word in device.name)
+    links = _LOOPBACK if device.type == "cpu" else next(known, Profile.links)
+    return Profile(
+        device.name,
+        device.backend,
+        products,
+        traffic,
+        memory,
+        context,
+        is_estimate=False,
+        shares_memory=device.shares_memory,
+        operator_seconds=operator,
+        links=links,
+    )
 
 
 def _kept_rates(device: Device) -> Rates:

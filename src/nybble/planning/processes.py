@@ -6,10 +6,10 @@
     in groups of N    the same, and 2 (M-1)/M x gradients/N over M groups behind each micro-batch (all-reduce)
 
 Where shards wait on the host (`fsdp_cpu_offload`) a device holds none of them, only what is gathered; they and their
-gradients cross the same links, 1/N of them for each time that all is gathered.
+gradients cross the host's link, 1/N of them for each time that all is gathered.
 
-Traffic overlaps with computing: a step takes the longer of both. The rate of the links is assumed, so times are
-estimates.
+Traffic overlaps with computing: a step takes the longer of both. The rate of the links is that of the kind of device,
+within a machine, unless one is given; so times are estimates.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nybble.errors import InputError
 from nybble.hardware import Device, detect_device
-from nybble.planning.devices import Profile, named_profile, profile_of
+from nybble.planning.devices import Links, Profile, named_profile, profile_of
 from nybble.planning.forecast import Batches, compute_dtype_of
 from nybble.planning.make import find_config, make_plan, read_batches
 from nybble.planning.shards import Sizes, shards_among
 from nybble.recipe import Plan, Recipe, in_micro_batches, load_recipe, shared_among
-from nybble.units import format_bytes, format_seconds
+from nybble.units import format_bytes, format_seconds, parse_bytes
 
-_LINK = 25e9  # bytes a second that a process sends and receives: PCIe 4.0 x16, less what its protocol takes; assumed
+_HOST_LINK = 25e9  # bytes a second between host and device: PCIe 4.0 x16, less what its protocol takes; assumed
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class SharedPlan:
     distributed: str  # ddp or fsdp
     plan: Plan  # of one process
     sent_bytes_per_step: int  # and received, by each
+    link_bytes_per_second: float  # that each sends
     step_seconds: float | None
     alone_seconds: float | None  # of the same step in one process, in the same micro-batches
     advice: str
@@ -53,9 +55,10 @@ class SharedPlan:
         """For people."""
         speed = "" if self.efficiency is None else f", {self.efficiency:.0%} of {self.processes} times the speed of one"
         takes, sends = format_bytes(self.plan.peak_bytes), format_bytes(self.sent_bytes_per_step)
+        links = f"links of {self.link_bytes_per_second / 1e9:.3g} GB/s"
         return (
             f"{self.processes} processes, {self.distributed}: each takes {takes} and sends {sends} a step",
-            f"{format_seconds(self.step_seconds)} a step{speed} (estimate, links of {_LINK / 1e9:.0f} GB/s)",
+            f"{format_seconds(self.step_seconds)} a step{speed} (estimate, {links})",
             self.advice,
         )
 
@@ -70,17 +73,24 @@ def plan_processes(
     *,
     n: int,
     profile: str | None = None,
+    link_rate: str | None = None,
 ) -> SharedPlan:
     """What a run takes of each of `n` processes, each with a GPU of its own; the rest as `nybble.planning.plan`.
 
-    On a CPU they share the memory of this machine.
+    On a CPU they share the memory of this machine. `link_rate`: bytes a second that each sends while it receives as
+    much, e.g. "12GB"; default: what is known of the device, all in one machine.
 
     Raises:
-        InputError: as `plan`, or the rows of a step cannot be shared by so many.
+        InputError: as `plan`, the rows of a step cannot be shared by so many, or the rate is none.
     """
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     config, _ = find_config(resolved.model)
     device = named_profile(profile) if profile else _here(detect_device(resolved.model.device), n)
+    if link_rate is not None:
+        try:
+            device = replace(device, links=Links(parse_bytes(link_rate)))
+        except ValueError as error:
+            raise InputError(f"--link-rate: {error}") from error
     share = share_of(resolved, n)
     batches, _ = read_batches(share)
     return plan_shared(resolved, config, device, n, None if batches is None else among(batches, n))
@@ -116,10 +126,11 @@ def plan_shared(recipe: Recipe, config: Any, profile: Profile, n: int, batches: 
     sent = sent_bytes(sizes, n, split if in_shards else 0, n_shards)
     fetched = _fetched_bytes(sizes, n_shards, split) if in_shards and recipe.training.fsdp_cpu_offload else 0
     alone = None if made.step_seconds is None else n * made.step_seconds
-    seconds = None if made.step_seconds is None else max(made.step_seconds, (sent + fetched) / _LINK)
-    return SharedPlan(
-        n, "fsdp" if in_shards else "ddp", made, sent, seconds, alone, _advice(whole, sizes, n, in_shards, sent)
-    )
+    rate = profile.links.rate(n)
+    on_links = sent / rate + fetched / _HOST_LINK
+    seconds = None if made.step_seconds is None else max(made.step_seconds, on_links)
+    advice = _advice(whole, sizes, n, in_shards, sent)
+    return SharedPlan(n, "fsdp" if in_shards else "ddp", made, sent, rate, seconds, alone, advice)
 
 
 def plan_training(
