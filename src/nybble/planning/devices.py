@@ -118,8 +118,9 @@ _LINKS = {
     "MI300X": PROFILES["mi300x"].links,
     "MI250": PROFILES["mi250-gcd"].links,
     "RTX 4090": PROFILES["rtx4090"].links,
+    "H100 80GB HBM3": _NVLINK,
+    "H200": _NVLINK,
 }
-_LINKS |= {"H100 80GB HBM3": _NVLINK, "H200": _NVLINK}
 
 
 def named_profile(name: str) -> Profile:
