@@ -75,12 +75,12 @@ def train(
     """
     resolved = _as_recipe(recipe, overrides)
     with joined(resolved.model.device == "cpu") as processes:
-        if processes.has_begun:  # the launcher begins anew what failed: the first start alone may overwrite
+        run = RunDirectory(Path(resolved.training.output_dir).expanduser())
+        if processes.have_begun(str(run.path)):  # the first start alone may overwrite
             overwrite, auto_resume = False, True
         if overwrite and auto_resume:
             raise RecipeError("--overwrite removes what --auto-resume would go on from; give one of them")
-        holds_run = RunDirectory(Path(resolved.training.output_dir).expanduser()).holds_run
-        resume |= auto_resume and processes.gather(holds_run)[0]
+        resume |= auto_resume and processes.gather(run.holds_run)[0]
         watch = (observer if processes.is_main else None) or Silent()
         return _train_job(prepare_all(resolved, overwrite, resume, force, watch, processes), overwrite, resume, force)
 
@@ -93,7 +93,7 @@ def _train_job(job: Job, overwrite: bool, resume: bool, force: bool) -> RunRecor
             job.run.create(overwrite=overwrite or (resume and job.checkpointing.resumed is None))
         with Witness(job.run, job.recipe, job.device, job.prepared, job.plan, job.processes) as witness:
             check_shared(job.run, job.processes)
-            job.processes.note_begun()
+            job.processes.note_begun(str(job.run.path))
             if job.processes.is_main:
                 _write_down(job)
             model, dtype = load_for_training(job, witness)

@@ -28,7 +28,6 @@ _SECONDS_TO_MEET = 300
 # Of silence until a process that still runs counts as lost; one that ended is noticed at once. The others wait while
 # the first of a machine packs a base.
 _SECONDS_TO_WAIT = 4 * 3600
-_BEGUN = "nybble/begun"  # in the launcher's store: a run has been begun
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,7 @@ class Processes:
     count: int = 1
     local_rank: int = 0  # its number on its machine
     local_count: int = 1  # of its machine
-    has_begun: bool = False  # whether an earlier start of the same launcher has begun the run
-    launcher: Store | None = field(default=None, compare=False, repr=False)  # its store, which outlives a start
+    launcher: Store | None = field(default=None, compare=False, repr=False)  # its store, where that outlives a start
 
     @property
     def is_main(self) -> bool:
@@ -56,10 +54,14 @@ class Processes:
         """Processes that take of the same memory: on a CPU those of the machine; on GPUs each has its own."""
         return self.local_count if device_type == "cpu" else 1
 
-    def note_begun(self) -> None:
-        """Whatever ends this start, a later one of the same launcher goes on with the run."""
+    def note_begun(self, run: str) -> None:
+        """Whatever ends this start, a later one of the same launcher shall go on with the run, named by its folder."""
         if self.is_main and self.launcher is not None:
-            self.launcher.set(_BEGUN, "")
+            self.launcher.set(f"nybble/begun {run}", "")
+
+    def have_begun(self, run: str) -> bool:
+        """Whether an earlier start of the same launcher has begun the run."""
+        return self.any(self.launcher is not None and self.launcher.check([f"nybble/begun {run}"]))
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of each process, by rank; all of them wait for each other."""
@@ -137,7 +139,7 @@ def joined(wants_cpu: bool) -> Iterator[Processes]:
     """
     processes = named()
     if not processes.are_many:
-        yield _known_to_launcher(processes, _store(processes)) if _is_kept() else processes
+        yield replace(processes, launcher=_store(processes)) if _is_kept() else processes
         return
     import torch
     import torch.distributed as dist
@@ -152,7 +154,7 @@ def joined(wants_cpu: bool) -> Iterator[Processes]:
         torch.cuda.set_device(processes.local_rank)
     store = _meet(processes, "cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
-        yield _known_to_launcher(processes, store) if _is_kept() else processes
+        yield replace(processes, launcher=store) if _is_kept() else processes
     except RuntimeError as error:
         if not _is_lost(error):
             raise
@@ -211,10 +213,6 @@ def refuse_many(verb: str) -> None:
 def _is_kept() -> bool:
     """Whether the launcher keeps a store over its starts; torchrun says so."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def _known_to_launcher(processes: Processes, store: Store) -> Processes:
-    return replace(processes, has_begun=processes.any(store.check([_BEGUN])), launcher=store)
 
 
 def _meet(processes: Processes, backend: str) -> Store:
