@@ -234,3 +234,14 @@ def test_batches_are_dealt_out_evenly_and_no_row_twice() -> None:
         assert len(batches) % count == 0
         assert [i for batch in batches for i in batch if i >= 0] == list(range(n_rows))
         assert count == 1 or all(len(batch) == size for batch in batches)
+
+
+def test_batches_to_evaluate_are_dealt_out_and_none_is_left() -> None:
+    from nybble.processes import Processes
+    from nybble.training.evaluate import _share
+
+    for n_batches, count in ((5, 4), (8, 4), (3, 4), (7, 1), (0, 2)):
+        batches = [[number] for number in range(n_batches)]
+        shares = [list(_share(batches, Processes(rank, count))) for rank in range(count)]
+        assert {len(share) for share in shares} == {-(-n_batches // count)}  # as many in each, and no more than needed
+        assert sorted({number for share in shares for (number,) in share}) == list(range(n_batches))

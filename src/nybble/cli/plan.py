@@ -39,6 +39,7 @@ def plan(
         overrides["memory_budget"] = memory
     quiet_libraries()
     from nybble import planning
+    from nybble.errors import RecipeError
     from nybble.recipe import refusal
 
     file = Path(recipe) if recipe else None
@@ -52,6 +53,8 @@ def plan(
         if not shared.plan.fits:
             raise refusal(shared.plan)
         return
+    if link_rate is not None:
+        raise RecipeError("--link-rate is that of several processes; give --processes N with it")
     made = planning.plan(file, overrides, profile=profile, largest=largest)
     if as_json:
         print_json(made.to_json())

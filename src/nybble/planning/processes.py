@@ -90,7 +90,7 @@ def plan_processes(
         try:
             device = replace(device, links=Links(parse_bytes(link_rate)))
         except ValueError as error:
-            raise InputError(f"--link-rate: {error}") from error
+            raise InputError(f"--link-rate {link_rate!r} is no rate; write bytes a second, e.g. 12GB") from error
     share = share_of(resolved, n)
     batches, _ = read_batches(share)
     return plan_shared(resolved, config, device, n, None if batches is None else among(batches, n))
@@ -126,7 +126,7 @@ def plan_shared(recipe: Recipe, config: Any, profile: Profile, n: int, batches: 
     sent = sent_bytes(sizes, n, split if in_shards else 0, n_shards)
     fetched = _fetched_bytes(sizes, n_shards, split) if in_shards and recipe.training.fsdp_cpu_offload else 0
     alone = None if made.step_seconds is None else n * made.step_seconds
-    rate = profile.links.rate(n)
+    rate = profile.links.rate(n_shards if in_shards else n)  # most of what is sent stays within a group
     on_links = sent / rate + fetched / _HOST_LINK
     seconds = None if made.step_seconds is None else max(made.step_seconds, on_links)
     advice = _advice(whole, sizes, n, in_shards, sent)
