@@ -1,4 +1,4 @@
-"""The size budgets hold, and the script that checks them sees each kind of violation."""
+"""The script that warns about sizes sees each kind of excess."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("budgets.py")
 
 
@@ -31,25 +30,21 @@ def project(root: Path, file: str, content: str) -> Path:
     return root
 
 
-def test_the_project_keeps_its_budgets(budgets: ModuleType) -> None:
-    assert budgets.violations(ROOT) == []
-
-
-def test_run_as_a_script_it_prints_the_ten_largest_files_and_functions() -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith("largest files")
-    assert lines[11].startswith("largest functions")
+def test_as_a_script_it_prints_the_ten_largest_files_and_functions_and_never_fails() -> None:
+    ended = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, check=False)
+    lines = ended.stdout.splitlines()
+    assert ended.returncode == 0
+    assert lines[0] == "largest files"
+    assert lines[11] == "largest functions"
     sizes = [int(line.split()[0]) for line in lines[1:11]]
     assert sizes == sorted(sizes, reverse=True)
-    assert done.returncode == int(len(lines) > 22)
+    assert all(line.startswith("warning: ") for line in lines[22:])
 
 
-@pytest.mark.parametrize("folder", ["src/nybble", "tests", "bench"])
 @pytest.mark.parametrize(("n", "over"), [(400, False), (401, True)])
-def test_a_long_file_is_seen(budgets: ModuleType, tmp_path: Path, folder: str, n: int, over: bool) -> None:
-    found = budgets.violations(project(tmp_path, f"{folder}/a.py", "x = 1\n" * n))
-    assert found == ([f"{folder}/a.py: 401 lines, allowed are 400"] if over else [])
+def test_a_long_file_is_seen(budgets: ModuleType, tmp_path: Path, n: int, over: bool) -> None:
+    seen = budgets.warnings(project(tmp_path, "tools/a.py", "x = 1\n" * n))
+    assert seen == (["tools/a.py has 401 lines; the budget is 400"] if over else [])
 
 
 @pytest.mark.parametrize(("n", "over"), [(57, False), (58, True)])
@@ -57,8 +52,8 @@ def test_a_long_function_is_seen_with_decorator_and_docstring(
     budgets: ModuleType, tmp_path: Path, n: int, over: bool
 ) -> None:
     source = "class A:\n    @property\n    def f(self):\n" + '        """Doc."""\n' + "        x = 1\n" * n
-    found = budgets.violations(project(tmp_path, "src/nybble/a.py", source))
-    assert found == (["src/nybble/a.py:2 f: 61 lines, allowed are 60"] if over else [])
+    seen = budgets.warnings(project(tmp_path, "src/nybble/a.py", source))
+    assert seen == (["src/nybble/a.py:2 f has 61 lines; the budget is 60"] if over else [])
 
 
 @pytest.mark.parametrize(
@@ -67,36 +62,17 @@ def test_a_long_function_is_seen_with_decorator_and_docstring(
         ("a, b, c, d, e, f, g", 0),
         ("a, b, c, d, e, f, g, h", 8),
         ("self, a, b, c, d, e, f, g", 0),
-        ("cls, a, b, c, d, e, f, g, h", 8),
         ("a, /, b, c, d, *, e, f, g, h", 8),
         ("a, b, c, d, e, f, g, *args, **kwargs", 0),
+        ("a, b, c, d, e, f, g, h: tl.constexpr", 0),
     ],
 )
 def test_too_many_arguments_are_seen(budgets: ModuleType, tmp_path: Path, signature: str, n: int) -> None:
-    found = budgets.violations(project(tmp_path, "src/nybble/a.py", f"async def f({signature}): ...\n"))
-    assert found == ([f"src/nybble/a.py:1 f: {n} arguments, allowed are 7"] if n else [])
+    seen = budgets.warnings(project(tmp_path, "src/nybble/a.py", f"async def f({signature}): ...\n"))
+    assert seen == ([f"src/nybble/a.py:1 f takes {n} arguments; the budget is 7"] if n else [])
 
 
-def test_a_verbs_options_are_not_counted(budgets: ModuleType, tmp_path: Path) -> None:
-    options = ", ".join(f"{name}: Annotated[str, typer.Option()]" for name in "abcdefgh")
-    assert budgets.violations(project(tmp_path, "src/nybble/cli/go.py", f"def go({options}): ...\n")) == []
-    assert budgets.violations(project(tmp_path, "src/nybble/data/go.py", f"def go({options}): ...\n")) != []
-
-
-def test_an_exemption_that_is_not_needed_is_seen(budgets: ModuleType, tmp_path: Path) -> None:
-    found = budgets.violations(project(tmp_path, "src/nybble/kernels/ops.py", "def dequantize_4bit(a): ...\n"))
-    assert "src/nybble/kernels/ops.py dequantize_4bit: its exemption in MIRRORED_SIGNATURES is not needed" in found
-
-
-def test_a_folder_in_a_folder_is_seen(budgets: ModuleType, tmp_path: Path) -> None:
-    assert budgets.violations(project(tmp_path, "src/nybble/data/a.py", "")) == []
-    found = budgets.violations(project(tmp_path, "src/nybble/data/more/a.py", ""))
-    assert found == ["src/nybble/data/more/a.py: 2 folders deep, allowed is 1"]
-
-
-def test_a_violation_makes_the_script_fail(
-    budgets: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert budgets.main(project(tmp_path, "src/nybble/a.py", "")) == 0
-    assert budgets.main(project(tmp_path, "bench/b.py", "x = 1\n" * 500)) == 1
-    assert capsys.readouterr().out.splitlines()[-1] == "bench/b.py: 500 lines, allowed are 400"
+def test_three_values_assigned_in_one_line_are_seen(budgets: ModuleType, tmp_path: Path) -> None:
+    source = "a, b = 1, 2\na, b = b, a\nx, y, z = f()\nx, y, z = 1, f(), 3\n"
+    seen = budgets.warnings(project(tmp_path, "src/nybble/a.py", source))
+    assert seen == ["src/nybble/a.py:4 assigns 3 values in one line"]
