@@ -34,13 +34,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from nybble import bundled, checkpoints, job, pipeline
-from nybble.checkpoints import list_checkpoints
+from nybble import bundled, job, pipeline
 from nybble.cli.flags import quiet_libraries
-from nybble.files import sha256_of
 from nybble.hardware import detect_device
 from nybble.recipe import load_recipe
-from nybble.records import Silent
+from nybble.run.record import Silent
+from nybble.storage import checkpoints
+from nybble.storage.atomic import sha256_of
+from nybble.storage.checkpoints import list_checkpoints
 from nybble.training import software_versions
 
 SETTINGS = {

@@ -42,10 +42,10 @@ from nybble.nn.scratch import scratch
 from nybble.planning import PROFILES, find_config, make_plan, plan_shared, profile_of, shards_among, share_of
 from nybble.planning.shards import Sizes
 from nybble.planning.step import build, config_with, fill
-from nybble.processes import Processes, joined
 from nybble.recipe import load_recipe
-from nybble.records import Silent
-from nybble.runs import RunDirectory
+from nybble.run.directory import RunDirectory
+from nybble.run.processes import Processes, joined
+from nybble.run.record import Silent
 from nybble.sharded import for_shards, load_in_shards
 from nybble.training import Setup, software_versions, train_model
 from nybble.training.depth import decoder_layers

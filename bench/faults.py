@@ -28,8 +28,8 @@ from typing import Any
 from chaos import SETTINGS as CHAOS
 from chaos import everything, fork, here, plan_once
 from nybble import pipeline
-from nybble.checkpoints import DamagedError, verify
 from nybble.cli.flags import quiet_libraries
+from nybble.storage.checkpoints import DamagedError, verify
 from nybble.training import saving
 
 SETTINGS = {**CHAOS, "gradient_accumulation_steps": 1, "max_steps": 3, "save_steps": 1}

@@ -131,8 +131,8 @@ def _tokenizer_files() -> dict[str, bytes]:
 
 def _run_record() -> bytes:
     from nybble.recipe import Recipe
-    from nybble.records import Evaluation, Phase, RunRecord
-    from nybble.runs import to_json
+    from nybble.run.directory import to_json
+    from nybble.run.record import Evaluation, Phase, RunRecord
 
     judged = Evaluation(loss=1.0, perplexity=2.7, n_rows=2, n_tokens=9, exact_match=0.5, seconds=1.0)
     record = RunRecord(
@@ -291,7 +291,7 @@ def _tuned(folder: Path) -> None:
 def _record(folder: Path) -> None:
     from nybble.models import find_tuned
     from nybble.recipe import stored_recipe
-    from nybble.runs import read_record
+    from nybble.run.directory import read_record
 
     (folder / "adapter").mkdir(exist_ok=True)
     stored_recipe(read_record(folder), folder)

@@ -20,7 +20,7 @@ from merging import ENCODERS, LENGTHS, UNLIMITED, cases
 from nybble.exporting import Reference
 from nybble.hardware import detect_device
 from nybble.recipe import load_recipe
-from nybble.records import Silent
+from nybble.run.record import Silent
 from nybble.training import software_versions
 
 merging = import_module("nybble.exporting.merge")  # the package's `merge` is the function

@@ -29,8 +29,8 @@ from nybble.planning.curve import Curve, Setting
 from nybble.planning.live import LiveTensors
 from nybble.planning.step import Rows, adopt, build, fill
 from nybble.recipe import Recipe, StepMemory, load_recipe
-from nybble.records import Silent
-from nybble.runs import RunDirectory
+from nybble.run.directory import RunDirectory
+from nybble.run.record import Silent
 from nybble.training import Setup, software_versions, train_model
 
 

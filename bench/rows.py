@@ -36,7 +36,7 @@ MAX_LENGTH = 1024
 BATCHES = """
 import sys, time, torch
 from transformers import AutoTokenizer
-from nybble.cache import Cache
+from nybble.storage.cache import Cache
 from nybble.data import FlatBatch, Groups, prepare_rows
 from nybble.recipe import DataSection, EvaluationSection
 torch.set_num_threads(1)

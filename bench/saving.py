@@ -26,12 +26,12 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from chaos import here
 from nybble import bundled
-from nybble.checkpoints import list_checkpoints
 from nybble.cli.flags import quiet_libraries
 from nybble.pipeline import rehearse
 from nybble.recipe import load_recipe
-from nybble.records import Silent, StepEvent
-from nybble.runs import read_lines
+from nybble.run.directory import read_lines
+from nybble.run.record import Silent, StepEvent
+from nybble.storage.checkpoints import list_checkpoints
 from nybble.training.resuming import ResumableTrainer
 from nybble.training.saving import Saver
 

@@ -86,8 +86,8 @@ def nybble_arm(case: Case, base: Path, rows: Path, folder: Path) -> Iterator[tup
     from nybble.models import attach, find_model, load_model, load_tokenizer
     from nybble.planning import Batches, plan_training, profile_of
     from nybble.recipe import load_recipe
-    from nybble.records import Silent
-    from nybble.runs import RunDirectory
+    from nybble.run.directory import RunDirectory
+    from nybble.run.record import Silent
     from nybble.training import Setup, train_model, trainer
 
     recipe = load_recipe(

@@ -10,19 +10,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nybble.checkpoints import list_checkpoints
 from nybble.data import Example, Groups, Prepared, packs_of, prepare_rows, rows_cache
 from nybble.diagnostics import settle
 from nybble.errors import InputError, RecipeError
-from nybble.files import sha256_of
 from nybble.hardware import Device, detect_device
 from nybble.models import ModelSource, find_model, hash_of, load_tokenizer
 from nybble.planning import Batches, among, plan_training, profile_of, shards_among, share_of
-from nybble.processes import Processes
 from nybble.recipe import EvaluationSection, Plan, Recipe, shared_among, step_rows, within_context
-from nybble.records import Evaluation, Observer, RunRecord, Sample, StepEvent
-from nybble.runs import RunDirectory
+from nybble.run.directory import RunDirectory
+from nybble.run.processes import Processes
+from nybble.run.record import Evaluation, Observer, RunRecord, Sample, StepEvent
 from nybble.sharded import for_shards
+from nybble.storage.atomic import sha256_of
+from nybble.storage.checkpoints import list_checkpoints
 from nybble.training import (
     Checkpointing,
     check_training,

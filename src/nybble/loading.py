@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from nybble.files import whole_folder
 from nybble.job import Job
 from nybble.kernels import path_reasons, paths_taken
 from nybble.models import (
@@ -27,6 +26,7 @@ from nybble.models import (
     save_whole,
 )
 from nybble.sharded import load_in_shards
+from nybble.storage.atomic import whole_folder
 from nybble.training import Witness, stop_at
 
 

@@ -24,7 +24,6 @@ from nybble.data import (
     show_rows,
 )
 from nybble.errors import RecipeError
-from nybble.files import whole_folder, write_text
 from nybble.job import Job, check_shared, prepare, prepare_all
 from nybble.loading import load_for_training
 from nybble.models import (
@@ -34,11 +33,12 @@ from nybble.models import (
     trained_parameters,
     write_note,
 )
-from nybble.processes import joined
 from nybble.recipe import Recipe, in_micro_batches, load_recipe, refusal, save_recipe, shared_among, within_context
-from nybble.records import Observer, RunRecord, Sample, Silent
 from nybble.reporting import model_card, rewrite_report, write_report
-from nybble.runs import RunDirectory
+from nybble.run.directory import RunDirectory
+from nybble.run.processes import joined
+from nybble.run.record import Observer, RunRecord, Sample, Silent
+from nybble.storage.atomic import whole_folder, write_text
 from nybble.training import (
     Judge,
     Probe,

@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from nybble.checkpoints import Place, list_checkpoints
 from nybble.errors import CannotRunError, InputError, NybbleError
-from nybble.files import write_text
 from nybble.pipeline import rehearse
 from nybble.recipe import Recipe, load_recipe, save_recipe
-from nybble.records import Observer, Silent
-from nybble.runs import read_lines
+from nybble.run.directory import read_lines
+from nybble.run.record import Observer, Silent
+from nybble.storage.atomic import write_text
+from nybble.storage.checkpoints import Place, list_checkpoints
 
 _CHILD = "import sys; from nybble.resume_check import child; sys.exit(child(sys.argv[1], len(sys.argv) > 2))"
 _LOOKS = 0.02  # seconds between two looks at what a process has done

@@ -12,8 +12,8 @@ from nybble.models import LoadReport, ModelSource, attach, compute_dtype, load_m
 from nybble.nn import Linear4bit
 from nybble.planning.shards import shards_among
 from nybble.planning.step import build
-from nybble.processes import Processes
 from nybble.recipe import QuantizationSection, Recipe
+from nybble.run.processes import Processes
 from nybble.training.depth import decoder_layers
 
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")  # that work on shards

@@ -16,15 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nybble.checkpoints import list_checkpoints, verify
 from nybble.data import Groups, pack_rows, prepare_rows
 from nybble.errors import StoppedError
-from nybble.files import sha256_of
 from nybble.hardware import detect_device
 from nybble.models import attach, find_model, load_model, load_tokenizer
 from nybble.recipe import Recipe, load_recipe
-from nybble.records import Silent
-from nybble.runs import RunDirectory
+from nybble.run.directory import RunDirectory
+from nybble.run.record import Silent
+from nybble.storage.atomic import sha256_of
+from nybble.storage.checkpoints import list_checkpoints, verify
 from nybble.training import Setup, checkpointing, find_checkpoint, folders_of, identify, train_model
 from nybble.training.callbacks import Stops
 

@@ -16,8 +16,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from nybble.checkpoints import list_checkpoints
 from nybble.errors import InputError, StoppedError
+from nybble.storage.checkpoints import list_checkpoints
 from nybble.training.callbacks import Drawn
 from nybble.training.resuming import order_sha256
 

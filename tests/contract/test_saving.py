@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from nybble import checkpoints
-from nybble.checkpoints import Place, list_checkpoints, prune_checkpoints, verify, write_checkpoint
 from nybble.errors import CannotRunError, InputError, StoppedError
+from nybble.storage import checkpoints
+from nybble.storage.checkpoints import Place, list_checkpoints, prune_checkpoints, verify, write_checkpoint
 from nybble.training.callbacks import Stops
 from nybble.training.saving import Saver, Snapshot
 from nybble.training.steps import StepTrainer
@@ -346,9 +346,9 @@ def test_a_spike_of_the_gradient_is_a_bad_batch(
 def test_events_wait_for_a_disk_that_is_full_for_a_while(
     world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from nybble import runs
+    from nybble.run import directory
 
-    append, calls = runs.append_lines, 0
+    append, calls = directory.append_lines, 0
 
     def full_for_a_while(file: Path, lines: Any) -> None:
         nonlocal calls
@@ -357,7 +357,7 @@ def test_events_wait_for_a_disk_that_is_full_for_a_while(
             raise FULL
         append(file, lines)
 
-    monkeypatch.setattr(runs, "append_lines", full_for_a_while)
+    monkeypatch.setattr(directory, "append_lines", full_for_a_while)
     made = world(logging_steps=1)
     made.train(tmp_path / "out")
     events = [json.loads(line) for line in (tmp_path / "out" / "events.jsonl").read_text().splitlines()]

@@ -69,8 +69,8 @@ def test_no_step_waits_for_the_device(recompute: str, tmp_path: Path, monkeypatc
     """From drawing a batch to the optimizer's step, accumulation and clipping included; logging may wait."""
     from nybble.hardware import detect_device
     from nybble.recipe import TrainingSection
-    from nybble.records import Silent
-    from nybble.runs import RunDirectory
+    from nybble.run.directory import RunDirectory
+    from nybble.run.record import Silent
     from nybble.training import Setup, train_model
     from nybble.training.steps import StepTrainer
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from nybble.checkpoints import list_checkpoints, verify
+from nybble.storage.checkpoints import list_checkpoints, verify
 
 BENCH = Path(__file__).parents[2] / "bench"
 SETTINGS = {"device": "cpu", "eval_fraction": 0, "logging_steps": 1, "save_steps": 5, "max_steps": 4000}

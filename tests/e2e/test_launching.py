@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from nybble.checkpoints import list_checkpoints
+from nybble.storage.checkpoints import list_checkpoints
 
 Launch = Callable[..., Any]
 _SECONDS = 120  # until what does not end fails its test
@@ -184,7 +184,7 @@ def test_the_launchers_variables_must_be_whole(
 
 def test_nobody_else_comes(launch: Launch, words: list[object], tmp_path: Path) -> None:
     def hasten(_rank: int) -> None:
-        from nybble import processes
+        from nybble.run import processes
 
         processes._SECONDS_TO_MEET = 1
 

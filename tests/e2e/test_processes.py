@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nybble.checkpoints import list_checkpoints
+from nybble.storage.checkpoints import list_checkpoints
 
 GROUPS = ("--distributed", "fsdp", "--fsdp_shards", 2)
 OFFLOADED = ("--distributed", "fsdp", "--fsdp_cpu_offload", "true")
@@ -243,7 +243,7 @@ def test_batches_are_dealt_out_evenly_and_no_row_twice() -> None:
 
 
 def test_batches_to_evaluate_are_dealt_out_and_none_is_left() -> None:
-    from nybble.processes import Processes
+    from nybble.run.processes import Processes
     from nybble.training.evaluate import _share
 
     for n_batches, count in ((5, 4), (8, 4), (3, 4), (7, 1), (0, 2)):

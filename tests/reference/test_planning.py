@@ -22,8 +22,8 @@ from nybble.planning.forecast import Batches, Forecast
 from nybble.planning.live import LiveTensors
 from nybble.planning.step import Rows, Work, adopt, batch_of, build, fill, reusing, run_steps
 from nybble.recipe import Recipe, StepMemory, load_recipe
-from nybble.records import Silent
-from nybble.runs import RunDirectory
+from nybble.run.directory import RunDirectory
+from nybble.run.record import Silent
 from nybble.training import Setup, train_model
 
 SIZES = {

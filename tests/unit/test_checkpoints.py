@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from nybble.checkpoints import (
+from nybble.storage.checkpoints import (
     DamagedError,
     Place,
     list_checkpoints,

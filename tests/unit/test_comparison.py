@@ -15,8 +15,8 @@ from nybble.comparison.figures import collect
 from nybble.comparison.verdict import verdict
 from nybble.errors import InputError, RecipeError, StoppedError
 from nybble.recipe import Recipe, load_recipe, save_recipe
-from nybble.records import Evaluation, Phase, RowLoss, RunRecord, Silent
-from nybble.runs import RunDirectory
+from nybble.run.directory import RunDirectory
+from nybble.run.record import Evaluation, Phase, RowLoss, RunRecord, Silent
 
 
 def recipe(**settings: Any) -> Recipe:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from nybble.errors import InputError
-from nybble.records import Phase, Sample, StepEvent
 from nybble.reporting import comparison_lines, rewrite_report, write_comparison_report
-from nybble.runs import RunDirectory
+from nybble.run.directory import RunDirectory
+from nybble.run.record import Phase, Sample, StepEvent
 
 HOSTILE = '<script>alert("x")</script><img src=http://evil.example/x.png onerror=alert(1)>'
 SPAN = {"value": 1.0, "low": 0.9, "high": 1.1}

@@ -16,10 +16,10 @@ from nybble.errors import InputError, ModelError, RowsError
 from nybble.exporting.ollama import modelfile
 from nybble.guard import brief, check_links, library_faults, read_object, redact, refused_by_system, shown
 from nybble.models import push_folder
-from nybble.records import Sample
 from nybble.reporting.pages import in_markdown
-from nybble.runs import RunDirectory as Run
-from nybble.runs import read_record, read_whole_lines, write_text
+from nybble.run.directory import RunDirectory as Run
+from nybble.run.directory import read_record, read_whole_lines, write_text
+from nybble.run.record import Sample
 
 TOKEN = "hf_" + "Q" * 34
 QUESTION = [{"role": "user", "content": "What is one?"}]

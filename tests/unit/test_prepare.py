@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nybble.cache import Cache
 from nybble.data import Example, Prepared, encode_all
 from nybble.data.rows import _load_hub, _read_hub
 from nybble.errors import CannotRunError, RowsError
 from nybble.recipe import DataSection
-from nybble.records import Silent
+from nybble.run.record import Silent
+from nybble.storage.cache import Cache
 
 Call = Callable[..., Prepared]
 NUMBERED = [{"text": f"<s>[INST] {i} [/INST] {i} </s>"} for i in range(40)]

@@ -15,9 +15,9 @@ import pytest
 from nybble.data import Ledger
 from nybble.errors import InputError
 from nybble.recipe import load_recipe
-from nybble.records import Evaluation, Phase, RunRecord, Sample, StepEvent
 from nybble.reporting import write_report
-from nybble.runs import RunDirectory
+from nybble.run.directory import RunDirectory
+from nybble.run.record import Evaluation, Phase, RunRecord, Sample, StepEvent
 
 HOSTILE = '<script>alert("x")</script><img src=http://evil.example/x.png onerror=alert(1)>&lt;{{ 7 * 7 }}'
 LOADERS = {"src", "href", "xlink:href", "srcset", "data", "action", "formaction", "poster", "background", "ping"}

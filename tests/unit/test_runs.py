@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from nybble.errors import InputError
-from nybble.files import append_lines, whole_folder, write_text
-from nybble.records import RunRecord, Sample, StepEvent
-from nybble.runs import RunDirectory, read_lines, read_record
+from nybble.run.directory import RunDirectory, read_lines, read_record
+from nybble.run.record import RunRecord, Sample, StepEvent
+from nybble.storage.atomic import append_lines, whole_folder, write_text
 
 
 def event(step: int, loss: float = 1.0) -> StepEvent:
@@ -160,7 +160,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("nybble.runs.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_text(tmp_path / "f", "new")
     assert (tmp_path / "f").read_text() == "old"
@@ -250,7 +250,7 @@ def test_a_loss_that_is_not_a_number_is_still_json(run: RunDirectory) -> None:
 
 
 def test_a_crash_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nybble.runs.os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
         write_text(tmp_path / "f", "new")
     assert tree(tmp_path) == set()
@@ -264,7 +264,7 @@ def test_a_line_that_had_to_wait_is_written_with_the_record(run: RunDirectory, m
         raise OSError(28, "No space left on device")
 
     run.append_event(event(1))
-    monkeypatch.setattr("nybble.runs.append_lines", full)
+    monkeypatch.setattr("nybble.run.directory.append_lines", full)
     run.append_event(event(2))
     run.append_event(event(3))
     run.write_record(record())  # refused again, and still kept
@@ -274,7 +274,7 @@ def test_a_line_that_had_to_wait_is_written_with_the_record(run: RunDirectory, m
     assert [text.partition("events.jsonl")[2] for text in said] == [
         ": No space left on device; its lines wait until it can be written"
     ]
-    monkeypatch.setattr("nybble.runs.append_lines", full)
+    monkeypatch.setattr("nybble.run.directory.append_lines", full)
     run.append_event(event(4))
     run.write_manifest()
     assert said[-1].endswith("events.jsonl: No space left on device; its last lines are lost: 1")

@@ -34,8 +34,8 @@ def data(
     from nybble import pipeline
     from nybble.cli.progress import Live
     from nybble.errors import InputError, RowsError
-    from nybble.files import write_text
     from nybble.reporting import ledger_lines, rows_page
+    from nybble.storage.atomic import write_text
 
     if html is not None and not html.parent.is_dir():
         raise InputError(f"--html {html}: the folder {html.parent} does not exist; make it, or name another file")

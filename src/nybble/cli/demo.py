@@ -42,7 +42,7 @@ def demo(
     from nybble.cli.ask import print_samples
     from nybble.cli.compare import print_comparison
     from nybble.cli.train import print_outcome
-    from nybble.runs import read_lines
+    from nybble.run.directory import read_lines
 
     shown = [s for s in read_lines(run_dir / "samples.jsonl") if s.get("step") is None]
     print_samples(shown)

@@ -27,7 +27,7 @@ def doctor(
     finally:
         live.close()
     if as_json:
-        from nybble.runs import to_json
+        from nybble.run.directory import to_json
 
         print(to_json(report.to_json()))
     else:

@@ -32,7 +32,7 @@ from nybble.cli.process import own_process, stop_as_by_ctrl_c
 from nybble.cli.terminal import visible
 from nybble.errors import CannotRunError, NybbleError
 from nybble.guard import redact, refused_by_system
-from nybble.processes import refuse_many
+from nybble.run.processes import refuse_many
 
 app = typer.Typer(
     name="nybble",

@@ -7,7 +7,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from nybble.cli.terminal import visible
 from nybble.guard import redact
-from nybble.records import StepEvent
+from nybble.run.record import StepEvent
 from nybble.units import format_bytes, format_number, format_seconds
 
 _STAGES = {

@@ -29,8 +29,8 @@ def train(
     quiet_libraries()
     from nybble import pipeline
     from nybble.cli.progress import Live
-    from nybble.processes import named
     from nybble.recipe import load_recipe
+    from nybble.run.processes import named
 
     is_main = named().is_main
     live = Live()
@@ -58,7 +58,7 @@ def print_outcome(run_dir: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from nybble.runs import read_record
+    from nybble.run.directory import read_record
     from nybble.units import format_bytes, format_count, format_number, format_seconds, format_share
 
     record = read_record(run_dir)

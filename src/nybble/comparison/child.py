@@ -14,8 +14,8 @@ from typing import Any
 from nybble.comparison.arms import Trial
 from nybble.errors import NybbleError, StoppedError
 from nybble.recipe import Recipe
-from nybble.records import Observer
-from nybble.runs import RunDirectory, read_record
+from nybble.run.directory import RunDirectory, read_record
+from nybble.run.record import Observer
 
 _DOES_NOT_FIT = 3
 _STOPPED = (4, 130)  # `nybble train` ended by a signal

@@ -12,7 +12,7 @@ from typing import Any
 from nybble.comparison.arms import Plan, Trial
 from nybble.comparison.child import Ending
 from nybble.intervals import Interval, Sums, interval
-from nybble.runs import RunDirectory, read_lines, read_record
+from nybble.run.directory import RunDirectory, read_lines, read_record
 
 # Figures of run.json that are averaged over seeds; the others are those of the worst or of the first.
 _MEANS = ("train_loss", "tokens_per_second", "seconds", "seconds_to_first_step")

@@ -20,11 +20,11 @@ from nybble.comparison.child import Ending, is_done, run_trial
 from nybble.comparison.figures import Comparison, collect
 from nybble.comparison.verdict import verdict
 from nybble.errors import CannotRunError, InputError, NybbleError
-from nybble.files import write_text
 from nybble.recipe import load_recipe, save_recipe
-from nybble.records import Observer, Silent
 from nybble.reporting import write_comparison_report
-from nybble.runs import to_json
+from nybble.run.directory import to_json
+from nybble.run.record import Observer, Silent
+from nybble.storage.atomic import write_text
 
 
 def compare(

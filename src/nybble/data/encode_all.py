@@ -26,14 +26,14 @@ from typing import Any
 
 from pyarrow import RecordBatch
 
-from nybble.cache import Cache, digest
 from nybble.data.encode import EncodedRow, encode_row
 from nybble.data.rows import Placed, Rows
 from nybble.data.shapes import Turn, to_form
 from nybble.data.store import Examples, map_records, to_records, write_records
 from nybble.errors import CannotRunError, RowsError
 from nybble.recipe import DataSection
-from nybble.records import Observer
+from nybble.run.record import Observer
+from nybble.storage.cache import Cache, digest
 
 CHUNK = 250  # rows that a worker takes at a time, fewer where they are long:
 _CHUNK_BYTES = 8 << 20  # of such rows as JSON; a worker has three chunks on their way

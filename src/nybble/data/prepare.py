@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nybble.cache import Cache
 from nybble.data.encode_all import Encoder, encode_rows
 from nybble.data.ledger import Ledger, count_rows, first_of_rows
 from nybble.data.rows import Rows, read_rows
@@ -19,7 +18,8 @@ from nybble.data.store import Examples
 from nybble.data.templates import find_template
 from nybble.errors import RowsError
 from nybble.recipe import DataSection, EvaluationSection, QuantizationSection
-from nybble.records import Observer, Silent
+from nybble.run.record import Observer, Silent
+from nybble.storage.cache import Cache
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nybble import __version__
-from nybble.cache import default_folder
 from nybble.diagnostics import driver, wheels
 from nybble.diagnostics.children import TABLE, run_checks
 from nybble.diagnostics.environment import prepare
@@ -17,6 +16,7 @@ from nybble.diagnostics.evidence import Evidence, Result, examine
 from nybble.diagnostics.machine import Machine
 from nybble.diagnostics.rungs import Rung, climb, keep
 from nybble.errors import RecipeError
+from nybble.storage.cache import default_folder
 
 DEVICES = ("auto", "cpu", "cuda", "hip")
 _PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nybble.cache import default_folder
 from nybble.diagnostics import wheels
 from nybble.diagnostics.children import Run, run_checks
 from nybble.diagnostics.evidence import Evidence, examine
 from nybble.diagnostics.machine import Machine
 from nybble.errors import CannotRunError, RecipeError
-from nybble.files import write_text
 from nybble.hardware import Device
+from nybble.storage.atomic import write_text
+from nybble.storage.cache import default_folder
 
 _CLEARLY_FASTER = 1.1
 

@@ -21,7 +21,7 @@ from nybble.exporting.merge import UNVERIFIED, merge
 from nybble.exporting.ollama import modelfile
 from nybble.exporting.vocabulary import read_vocabulary, says_alike
 from nybble.models import BaseWeights, ModelSource, Tuned, find_model, find_tuned, push_folder, tokenizer_of
-from nybble.records import Observer, Silent
+from nybble.run.record import Observer, Silent
 from nybble.units import format_bytes
 
 # Mean KL in nats a position between the folder and the file as they are read; float16 and bfloat16 only round again.

@@ -27,7 +27,6 @@ from nybble.errors import CannotRunError, InputError, ModelError, RecipeError
 from nybble.exporting.arithmetic import AdapterDelta, merged_bytes, write_merged
 from nybble.exporting.card import merged_card
 from nybble.exporting.verify import Limits, Measured, Reference
-from nybble.files import write_text
 from nybble.hardware import Device, detect_device
 from nybble.models import (
     NOTE,
@@ -44,8 +43,9 @@ from nybble.models import (
     tokenizer_of,
 )
 from nybble.recipe import LoraSection, Recipe, load_recipe, stored_recipe
-from nybble.records import Observer, Silent
-from nybble.runs import read_record, to_json
+from nybble.run.directory import read_record, to_json
+from nybble.run.record import Observer, Silent
+from nybble.storage.atomic import write_text
 from nybble.training import stop_at
 from nybble.units import format_bytes
 

@@ -1,4 +1,4 @@
-"""Packed bases on disk, each a 4-bit checkpoint in bitsandbytes' layout: see `nybble.cache`."""
+"""Packed bases on disk, each a 4-bit checkpoint in bitsandbytes' layout: see `nybble.storage.cache`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nybble.cache import Cache, digest
-from nybble.files import sha256_of, write_text
+from nybble.storage.atomic import sha256_of, write_text
+from nybble.storage.cache import Cache, digest
 
 # Part of every key: to be raised when an encoder's bytes change.
 _ENCODER_VERSION = 1

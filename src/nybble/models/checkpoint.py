@@ -16,7 +16,7 @@ from nybble.models.load import load_model, save_whole
 from nybble.models.source import find_model
 from nybble.models.tokenizer import load_tokenizer
 from nybble.recipe import load_recipe, within_context
-from nybble.records import Observer, Silent
+from nybble.run.record import Observer, Silent
 
 
 def quantize(

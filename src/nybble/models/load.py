@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from nybble.errors import ModelError, RecipeError
-from nybble.files import sha256_of
 from nybble.hardware import Device
 from nybble.models import cache
 from nybble.models.families import swap_blocks
@@ -24,6 +23,7 @@ from nybble.models.plugin import NybbleConfig, adopt_bnb, raising_faults, regist
 from nybble.models.source import ModelSource
 from nybble.nn import Linear4bit
 from nybble.recipe import ModelSection, QuantizationSection
+from nybble.storage.atomic import sha256_of
 
 SHARD_SIZE = "1GB"  # writing copies a shard's tensors: small ones bound that memory
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nybble.models.families import base_of, has_fused_head
 from nybble.nn import Linear4bit
-from nybble.processes import Processes
+from nybble.run.processes import Processes
 
 
 def shard(

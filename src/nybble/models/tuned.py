@@ -16,7 +16,6 @@ import torch
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 
 from nybble.errors import InputError, ModelError
-from nybble.files import write_text
 from nybble.guard import as_path, check_links, read_object
 from nybble.hardware import Device
 from nybble.models.adapter_files import read_settings
@@ -33,7 +32,8 @@ from nybble.recipe import (
     load_recipe,
     stored_recipe,
 )
-from nybble.runs import RunDirectory, read_record, to_json
+from nybble.run.directory import RunDirectory, read_record, to_json
+from nybble.storage.atomic import write_text
 
 NOTE = "nybble.json"
 

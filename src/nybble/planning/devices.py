@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from nybble.cache import default_folder
 from nybble.errors import InputError
-from nybble.files import write_text
 from nybble.hardware import Device
 from nybble.planning.curve import Setting
 from nybble.planning.step import Rows, Work, batch_of, build, fill, stepper
 from nybble.recipe import load_recipe
+from nybble.storage.atomic import write_text
+from nybble.storage.cache import default_folder
 from nybble.training.depth import free_bytes, used_bytes
 
 _SUSTAINED_PRODUCTS, _SUSTAINED_TRAFFIC = 0.5, 0.7  # assumed shares of the published peaks

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from nybble.errors import InputError
-from nybble.files import write_text
 from nybble.guard import as_path, read_object, shown
 from nybble.reporting.events import loss_points, memory_points, predicted_line, read_events, speed_points
 from nybble.reporting.ledger import ledger_lines
 from nybble.reporting.pages import fill, of_record
 from nybble.reporting.plots import COLORS, DASHES, Line, draw, draw_intervals
 from nybble.reporting.render import environment, recipe_lines, skipped_note, write_report
-from nybble.runs import read_lines, read_record, to_json
+from nybble.run.directory import read_lines, read_record, to_json
+from nybble.storage.atomic import write_text
 from nybble.units import format_bytes, format_count, format_number, format_seconds, format_share
 
 _OWN = ("training.output_dir", "training.seed")  # settings that differ from run to run by design

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble.reporting.plots import GREY, Line
-from nybble.runs import read_whole_lines
+from nybble.run.directory import read_whole_lines
 
 _LARGEST = 1e18
 _NUMBERS = ("step", "tokens", "seconds", "peak_bytes")

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nybble.files import write_text
 from nybble.reporting.events import (
     held_out_points,
     loss_points,
@@ -19,7 +18,8 @@ from nybble.reporting.events import (
 from nybble.reporting.ledger import ledger_lines
 from nybble.reporting.pages import fill, of_record
 from nybble.reporting.plots import BLUE, GREY, ORANGE, Line, draw
-from nybble.runs import read_lines, read_record
+from nybble.run.directory import read_lines, read_record
+from nybble.storage.atomic import write_text
 from nybble.units import format_bytes, format_count, format_number, format_seconds, format_share
 
 Figure = tuple[str, str, str]  # what, base, tuned

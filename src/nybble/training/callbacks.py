@@ -15,9 +15,9 @@ from transformers import TrainerCallback
 from nybble.data import FlatBatch, Groups, PadBatch
 from nybble.data.batches import NOTHING, Group
 from nybble.hardware import PeakMemory
-from nybble.processes import Processes
-from nybble.records import Observer, StepEvent
-from nybble.runs import RunDirectory
+from nybble.run.directory import RunDirectory
+from nybble.run.processes import Processes
+from nybble.run.record import Observer, StepEvent
 
 
 class CountingBatch:

@@ -9,11 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from nybble.checkpoints import STATE, DamagedError, Place, list_checkpoints, newest_checkpoint, read_json
 from nybble.errors import CannotRunError, InputError
 from nybble.guard import refused_by_system
 from nybble.recipe import Recipe, TrainingSection
-from nybble.runs import RunDirectory
+from nybble.run.directory import RunDirectory
+from nybble.storage.checkpoints import STATE, DamagedError, Place, list_checkpoints, newest_checkpoint, read_json
 from nybble.training.identity import Identity
 from nybble.training.saving import Resumed
 

@@ -18,9 +18,9 @@ from torch.nn.functional import cross_entropy
 
 from nybble.data import IGNORED, Example, FlatBatch, Groups, PadBatch
 from nybble.models import blocks_of, is_sharded
-from nybble.processes import Processes
 from nybble.recipe import EvaluationSection
-from nybble.records import Evaluation, RowLoss
+from nybble.run.processes import Processes
+from nybble.run.record import Evaluation, RowLoss
 
 
 def device_of(model: Any) -> torch.device:

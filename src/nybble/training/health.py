@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nybble.processes import Processes
 from nybble.recipe import TrainingSection
+from nybble.run.processes import Processes
 from nybble.training.callbacks import CountingBatch
 
 _REMEMBERED = 100  # norms

@@ -23,11 +23,11 @@ from torch import Tensor
 
 from nybble.data import Example, Groups
 from nybble.errors import InputError, RecipeError, StoppedError
-from nybble.files import write_text
 from nybble.intervals import Sums, interval
 from nybble.recipe import TrainingSection
-from nybble.records import Evaluation, Silent
-from nybble.runs import RunDirectory, to_json
+from nybble.run.directory import RunDirectory, to_json
+from nybble.run.record import Evaluation, Silent
+from nybble.storage.atomic import write_text
 from nybble.training.trainer import Setup, train_model
 from nybble.units import format_seconds
 

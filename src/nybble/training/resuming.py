@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 from transformers import Trainer, TrainerCallback
 
-from nybble.checkpoints import STATE, Place, read_json
 from nybble.errors import CannotRunError, InputError
 from nybble.models import is_sharded, put_weights_back, shard_like, trained_weights, whole
-from nybble.processes import Processes
+from nybble.run.processes import Processes
+from nybble.storage.checkpoints import STATE, Place, read_json
 from nybble.training.generators import generator_states, set_generator_states
 from nybble.training.health import Health
 from nybble.training.packing import CannotPackError, pack, unpack

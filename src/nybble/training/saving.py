@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from nybble.checkpoints import STATE, Place, prune_checkpoints, write_checkpoint
-from nybble.files import remove_left_overs
+from nybble.storage.atomic import remove_left_overs
+from nybble.storage.checkpoints import STATE, Place, prune_checkpoints, write_checkpoint
 
 _LARGEST_FILE = 1 << 28  # bytes: a file is put together in memory
 

@@ -13,10 +13,10 @@ from nybble.data import Groups
 from nybble.errors import CannotRunError, InputError, StoppedError
 from nybble.hardware import Device, PeakMemory
 from nybble.nn.seeds import Seeds
-from nybble.processes import Processes
 from nybble.recipe import StepMemory, TrainingSection
-from nybble.records import Observer
-from nybble.runs import RunDirectory
+from nybble.run.directory import RunDirectory
+from nybble.run.processes import Processes
+from nybble.run.record import Observer
 from nybble.training.arguments import trackers, training_arguments
 from nybble.training.callbacks import Checks, CountingBatch, Drawn, Logbook, Stops
 from nybble.training.continuation import Checkpointing

@@ -16,10 +16,10 @@ from typing import Any
 from nybble.data import Prepared
 from nybble.errors import InputError, NybbleError, StoppedError
 from nybble.hardware import Device, PeakMemory, reserved_bytes
-from nybble.processes import Processes
 from nybble.recipe import Plan, Recipe
-from nybble.records import Phase, RunRecord
-from nybble.runs import RunDirectory
+from nybble.run.directory import RunDirectory
+from nybble.run.processes import Processes
+from nybble.run.record import Phase, RunRecord
 
 _LIBRARIES = ("nybble", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "bitsandbytes")
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
-from nybble.files import sha256_of, write_text
+from nybble.storage.atomic import sha256_of, write_text
 
 Kind = Literal["packed", "rows"]
 _KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -6,12 +6,13 @@
     events.jsonl      a line per logged step
     held_out.jsonl    a line per held-out row: its loss before and after
     samples.jsonl     prompts with the answers of base and tuned model
-    checkpoints/      checkpoint-N, see `nybble.checkpoints`
+    checkpoints/      checkpoint-N, see `nybble.storage.checkpoints`
     adapter/          PEFT's two files (method full: model/)
     report.html report.md report.json
     manifest.json     size and SHA-256 of every file above that the run finished with; written last
 
-Files are written under a temporary name, synced, then renamed (`nybble.files`): a reader sees the old or the new one.
+Each file is written under a temporary name, synced, then renamed (`nybble.storage.atomic`): a reader sees the old or
+the new one.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
-from nybble.checkpoints import list_checkpoints
 from nybble.errors import InputError
-from nybble.files import append_lines, is_left_over, remove_left_overs, sha256_of, write_text
 from nybble.guard import parse_object, read_object, redact
-from nybble.records import Evaluation, RunRecord, Sample, StepEvent
+from nybble.run.record import Evaluation, RunRecord, Sample, StepEvent
+from nybble.storage.atomic import append_lines, is_left_over, remove_left_overs, sha256_of, write_text
+from nybble.storage.checkpoints import list_checkpoints
 
 try:
     import fcntl

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nybble.files import sha256_of, sync_folder
+from nybble.storage.atomic import sha256_of, sync_folder
 
 MANIFEST = "manifest.json"
 STATE = "state.json"  # what a checkpoint says of itself, beside its tensors
