@@ -34,43 +34,43 @@ fix: install
 
 # The measurements on real models need a folder with models/ and rows/: make bench DATA=FOLDER
 bench: install
-	$(BIN)/python bench/engine.py
-	$(BIN)/python bench/memory.py
-	$(BIN)/python bench/attention.py
-	$(BIN)/python bench/kernel_code.py
-	$(BIN)/python bench/doctor_tolerances.py
-	$(BIN)/python bench/seven_b.py
-	$(BIN)/python bench/loading.py
-	$(BIN)/python bench/generate.py
-	$(BIN)/python bench/saving.py
-	$(BIN)/python bench/merge_memory.py
-	$(BIN)/python bench/distributed.py held
-	$(BIN)/python bench/distributed.py live
-	$(BIN)/python bench/distributed.py table
-	$(if $(DATA),$(BIN)/python bench/distributed.py --data $(DATA) killed)
-	$(if $(DATA),$(BIN)/python bench/distributed.py --data $(DATA) learning)
-	$(if $(DATA),$(BIN)/python bench/merging.py --data $(DATA))
-	$(if $(DATA),$(BIN)/python bench/curve.py --data $(DATA))
-	$(if $(DATA),$(BIN)/python bench/real_rows.py --data $(DATA))
-	$(if $(DATA),$(BIN)/python bench/comparison.py --data $(DATA))
-	$(if $(DATA),$(BIN)/python bench/encoders.py --data $(DATA) damage)
-	$(if $(DATA),$(BIN)/python bench/rows.py --data $(DATA) large)
-	$(if $(DATA),$(BIN)/python bench/rows.py --data $(DATA) trl)
+	$(BIN)/python -m bench.speed.engine
+	$(BIN)/python -m bench.memory.live_step
+	$(BIN)/python -m bench.speed.attention
+	$(BIN)/python -m tools.kernel_code.listing
+	$(BIN)/python -m bench.quality.doctor_tolerances
+	$(BIN)/python -m bench.memory.seven_b
+	$(BIN)/python -m bench.speed.loading
+	$(BIN)/python -m bench.speed.generate
+	$(BIN)/python -m bench.speed.saving
+	$(BIN)/python -m bench.memory.merge_memory
+	$(BIN)/python -m bench.quality.distributed held
+	$(BIN)/python -m bench.quality.distributed live
+	$(BIN)/python -m bench.quality.distributed table
+	$(if $(DATA),$(BIN)/python -m bench.quality.distributed --data $(DATA) killed)
+	$(if $(DATA),$(BIN)/python -m bench.quality.distributed --data $(DATA) learning)
+	$(if $(DATA),$(BIN)/python -m bench.quality.merging --data $(DATA))
+	$(if $(DATA),$(BIN)/python -m bench.quality.curve --data $(DATA))
+	$(if $(DATA),$(BIN)/python -m bench.quality.real_rows --data $(DATA))
+	$(if $(DATA),$(BIN)/python -m bench.quality.comparison --data $(DATA))
+	$(if $(DATA),$(BIN)/python -m bench.quality.encoders --data $(DATA) damage)
+	$(if $(DATA),$(BIN)/python -m bench.speed.rows --data $(DATA) large)
+	$(if $(DATA),$(BIN)/python -m bench.speed.rows --data $(DATA) trl)
 
 # Against the stacks people use, about ten minutes: make bench-step DATA=FOLDER
 bench-step: install
-	$(BIN)/python bench/step.py --data $(DATA)
+	$(BIN)/python -m bench.speed.step --data $(DATA)
 
 # A training killed 200 times and more, about half an hour; every writing call refused, about an hour
 chaos: install
-	$(BIN)/python bench/chaos.py --runs 200
+	$(BIN)/python -m tools.chaos.run --runs 200
 
 faults: install
-	$(BIN)/python bench/faults.py
+	$(BIN)/python -m tools.faults.run
 
 # Every reader of files by others, fed with what is nearly right: more than a million inputs, about an hour
 fuzz: install
-	$(BIN)/python bench/fuzz.py
+	$(BIN)/python -m tools.fuzz.run
 
 docs: install
 	$(BIN)/python docs/generate.py

@@ -1,4 +1,4 @@
-"""Writes what of docs/ is derived: settings.md, recipe.schema.json, doctor.md, errors.md. `--check` only compares."""
+"""Write the derived pages of docs/guide: settings, the recipe schema, the doctor, errors. `--check` only compares."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from nybble.diagnostics.checks import CHECKS
 from nybble.kernels import LADDERS
 from nybble.recipe import all_settings, json_schema
 
-DOCS = Path(__file__).parent
+GUIDE = Path(__file__).parent / "guide"
+ROOT = GUIDE.parents[1]
 HEAD = """# Settings
 
 Every setting of a recipe. In a YAML file they may stand flat or in their section; on the command line each is a flag
@@ -53,9 +54,9 @@ take where it is asked. Of two right libraries for `gemm` the clearly faster is 
 ## What is computed
 
 Errors are in units of the result's type at its largest value, but for 4-bit encode (share of a scale), speed of
-decoding (times as long as a copy of as many bytes) and 20 steps (share of the first loss). `python
-bench/doctor_tolerances.py` prints what they come to over 20 seeds; on two cores of an AMD EPYC (2026-11-23) no mean
-plus six standard deviations reaches its tolerance ([results](../bench/results)).
+decoding (times as long as a copy of as many bytes) and 20 steps (share of the first loss).
+`python -m bench.quality.doctor_tolerances` prints what they come to over 20 seeds; on two cores of an AMD EPYC
+(2026-11-23) no mean plus six standard deviations reaches its tolerance ([results](../../bench/results)).
 
 {checks}
 
@@ -72,7 +73,8 @@ These need no torch that works; most are AMD's. {n_symptoms} in all.
 
 That a result is right once does not show races. Rates are measured while whatever else runs, runs. On AMD and NVIDIA
 cards nothing of this has been run yet: the known failures are tested on made-up machines, the kernels by Triton's
-interpreter, by reading what they compile to, and the decoder by executing that code ([kernel-code.md](kernel-code.md)).
+interpreter, by reading what they compile to, and the decoder by executing that code
+([kernel-code.md](../evidence/kernel-code.md)).
 """
 
 ERRORS = """# Errors
@@ -95,14 +97,14 @@ message.
 
 `make fuzz` feeds every reader of foreign files with what is nearly right. Of 1,010,650 inputs 759,822 were refused,
 each with a documented error on one line; none took longer than 0.7 s, or memory out of proportion to its file
-([results](../bench/results/fuzz-epyc-2core-2026-11-23.json), 2026-11-23, Python 3.11).
+([results](../../bench/results/fuzz-epyc-2core-2026-11-23.json), 2026-11-23, Python 3.11).
 """
 GROUPS = {"recipe": "Recipes and flags", "model": "Models", "rows": "Rows and templates", "runs": "Runs and adapters"}
 
 
 def errors_page() -> str:
-    """docs/errors.md."""
-    file = DOCS.parent / "tests" / "e2e" / "errors.yaml"
+    """docs/guide/errors.md."""
+    file = ROOT / "tests" / "e2e" / "errors.yaml"
     found = yaml.safe_load(file.read_text(encoding="utf-8"))
     tables = []
     for group, cases in found.items():
@@ -115,7 +117,7 @@ def errors_page() -> str:
 
 
 def doctor_page() -> str:
-    """docs/doctor.md."""
+    """docs/guide/doctor.md."""
     ladders = ["| operator | CPU | NVIDIA | AMD |\n|---|---|---|---|"]
     for operator, kinds in LADDERS.items():
         ladders.append(f"| `{operator}` | {' | '.join(', '.join(kinds.get(k, ())) for k in ('cpu', 'cuda', 'hip'))} |")
@@ -132,7 +134,7 @@ def doctor_page() -> str:
 
 
 def settings_page() -> str:
-    """docs/settings.md."""
+    """docs/guide/settings.md."""
     lines, section = [HEAD], None
     for item in all_settings():
         if item.section != section:
@@ -150,10 +152,10 @@ def settings_page() -> str:
 def main() -> int:
     """Write or, with --check, compare; 1 if a file is out of date."""
     wanted = {
-        DOCS / "settings.md": settings_page(),
-        DOCS / "doctor.md": doctor_page(),
-        DOCS / "errors.md": errors_page(),
-        DOCS / "recipe.schema.json": json.dumps(json_schema(), indent=1) + "\n",
+        GUIDE / "settings.md": settings_page(),
+        GUIDE / "doctor.md": doctor_page(),
+        GUIDE / "errors.md": errors_page(),
+        GUIDE / "recipe.schema.json": json.dumps(json_schema(), indent=1) + "\n",
     }
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
     if "--check" in sys.argv:

@@ -1,13 +1,10 @@
 """Every reader of files by others takes what is nearly right, and says so in its documented errors; a short share of
-`bench/fuzz.py`, which feeds a million. Here too: JSON of any shape, by hypothesis."""
+`tools/fuzz/run.py`, which feeds a million. Here too: JSON of any shape, by hypothesis."""
 
 from __future__ import annotations
 
-import importlib
 import json
-import sys
 import warnings
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
@@ -18,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nybble.errors import NybbleError
+from tools.fuzz import run as fuzz_run
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 FIRST = 10_000_000  # beyond the numbers of a full run: other inputs
 # Reader -> inputs; all others take the default. Some go through slow libraries.
 INPUTS = {"tokenizer": 20, "model config": 60, "report": 8, "chat template": 100, "recipe": 300}
@@ -40,13 +37,9 @@ ANY_JSON = st.recursive(
 
 
 @pytest.fixture(scope="module")
-def fuzz() -> Iterator[ModuleType]:
-    """`bench/fuzz.py`, which imports what lies beside it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCH))
-        yield importlib.import_module("fuzz")
-        for name in ("fuzz", "fuzz_inputs", "fuzz_readers"):
-            sys.modules.pop(name, None)
+def fuzz() -> ModuleType:
+    """The program of `make fuzz`."""
+    return fuzz_run
 
 
 @pytest.fixture(scope="module")

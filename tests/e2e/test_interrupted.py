@@ -16,7 +16,7 @@ import pytest
 
 from nybble.storage.checkpoints import list_checkpoints, verify
 
-BENCH = Path(__file__).parents[2] / "bench"
+ROOT = Path(__file__).parents[2]
 SETTINGS = {"device": "cpu", "eval_fraction": 0, "logging_steps": 1, "save_steps": 5, "max_steps": 4000}
 
 
@@ -122,13 +122,13 @@ def test_a_run_can_be_checked_on_the_users_machine(
     assert nybble("resume-check", tmp_path).code == 2
 
 
-def bench(program: str, *more: str) -> dict[str, Any]:
+def run_tool(name: str, *more: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, BENCH / program, *more],
+        [sys.executable, "-m", f"tools.{name}.run", *more],
         capture_output=True,
         text=True,
         check=False,
-        cwd=BENCH.parent,
+        cwd=ROOT,
         timeout=900,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
@@ -138,7 +138,7 @@ def bench(program: str, *more: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_thirty_kills_change_nothing() -> None:
-    found = bench("chaos.py", "--kills", "30", "--seed", "1")
+    found = run_tool("chaos", "--kills", "30", "--seed", "1")
     assert found["kills"] >= 30
     assert found["identical"] == found["runs"]
 
@@ -146,6 +146,6 @@ def test_thirty_kills_change_nothing() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("cc"), reason="needs Linux and a compiler")
 def test_no_refused_write_loses_anything() -> None:
-    found = bench("faults.py", "--every", "61")
+    found = run_tool("faults", "--every", "61")
     assert found["runs"] >= 10
     assert found["lost"] == []

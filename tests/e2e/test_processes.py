@@ -83,17 +83,14 @@ def test_each_process_of_a_run_in_shards_takes_what_was_planned(
     words: list[object],
     tiny_llama: Callable[..., Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     tied: bool,
     depth: str,
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "bench"))
-
     def count(rank: int) -> None:
         import nybble.pipeline
         from nybble.training.resuming import ResumableTrainer
 
-        storages = importlib.import_module("distributed").Storages
+        storages = importlib.import_module("bench.quality.distributed").Storages
         train_model, save = nybble.pipeline.train_model, ResumableTrainer._save_checkpoint
         most: list[int] = []  # before the first checkpoint, before each later one, at the end
 

@@ -6,8 +6,7 @@ races, waits, caches, hazards.
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -31,13 +30,7 @@ KINDS = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("nybble_kernel_code", ROOT / "bench" / "kernel_code.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("tools.kernel_code.listing")  # which imports Triton
 
 
 @pytest.fixture(scope="module")

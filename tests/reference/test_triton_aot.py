@@ -1,17 +1,15 @@
 """Every Triton kernel compiles for every target with no GPU, and the code is what its design asks for.
 
-What is compiled, and how the code is read, is `bench/kernel_code.py`; the figures it prints are these.
+What is compiled, and how the code is read, is `tools/kernel_code/listing.py`; the figures it prints are these.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +20,6 @@ from nybble.quant import encode, search
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
-SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "kernel_code.py"
 TARGETS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1151", "gfx1201", "sm_80", "sm_90")
 DECODERS = tuple(f"dequantize {what}" for what in ("float16", "float32", "plain scales", "odd size", "large"))
 ENCODERS = ("search_scales", "nested_codes", "nearest_codes")
@@ -49,13 +46,7 @@ Examine = Callable[[str, str], Any]
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("nybble_kernel_code", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("tools.kernel_code.listing")  # which imports Triton
 
 
 @pytest.fixture(scope="module")

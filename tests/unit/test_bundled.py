@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from nybble.bundled import base_path, heldout_rows_path, train_rows_path, world
-from nybble.bundled.build import TOLERANCE, check
+from nybble.bundled import base_path, heldout_rows_path, train_rows_path
+from tools.build_demo import world
+from tools.build_demo.build import TOLERANCE, check
 
 
 def test_the_rows_are_the_generators_byte_for_byte(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The bundled base model and rows, their generator, and the script that built the base."""
+"""The bundled base model, its rows and the recipe of the demo; `tools/build_demo` builds them."""
 
 from __future__ import annotations
 

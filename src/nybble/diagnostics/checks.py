@@ -2,7 +2,7 @@
 
 A new check is one entry. With an `operator` it runs once for each rung of that operator's ladder and decides whether
 the rung may be stood on. Errors are in units of the result's type (`measure.apart`) unless the entry says otherwise;
-tolerances are four times and more what was measured (`bench/doctor_tolerances.py`).
+tolerances are four times and more what was measured (`bench/quality/doctor_tolerances.py`).
 """
 
 from __future__ import annotations

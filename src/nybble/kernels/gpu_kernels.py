@@ -31,7 +31,7 @@ class Launch(NamedTuple):
     warps: dict[int, int]  # threads in a wave -> waves in a program
 
 
-# By reading the code made for them (bench/kernel_code.py): with 256 threads nothing spills, and the decoder keeps below
+# By reading the code made for them (tools/kernel_code): with 256 threads nothing spills, and the decoder keeps below
 # 64 registers a thread on gfx9 (8 waves a SIMD) and 96 on gfx11 and gfx12 (16). Waves are 64 wide on gfx90a, gfx942 and
 # gfx950, 32 on gfx1100, gfx1151, gfx1201 and sm_*.
 LAUNCHES = {

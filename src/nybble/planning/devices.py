@@ -26,7 +26,7 @@ from nybble.training.depth import free_bytes, used_bytes
 
 _SUSTAINED_PRODUCTS, _SUSTAINED_TRAFFIC = 0.5, 0.7  # assumed shares of the published peaks
 # Of the rate of one product again and again, what those of a step reach, whose operands are not in the cache and of
-# which some are narrow; measured on a CPU (bench/plan_seconds.py).
+# which some are narrow; measured on a CPU (bench/speed/plan_seconds.py).
 _STEP_SHARE = 0.8
 _CONTEXT = {"cuda": 500_000_000, "hip": 600_000_000}  # driver context, kernels, library workspaces; estimates
 # On a CPU the context is this process as it is, and what its libraries add before the first tensor of a phase: measured

@@ -1,7 +1,7 @@
 """Every setting of a recipe, defined once: default, unit, meaning, limits, other tools' names for it.
 
-Names are those of transformers, PEFT and bitsandbytes. The command line's flags, its help, `docs/settings.md` and the
-JSON schema for editors are all derived from here. A setting's name is unique over all sections, so a recipe may be
+Names are those of transformers, PEFT and bitsandbytes. The command line's flags, its help, `docs/guide/settings.md` and
+the JSON schema for editors are all derived from here. A setting's name is unique over all sections, so a recipe may be
 written flat or in sections.
 """
 

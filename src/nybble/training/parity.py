@@ -18,7 +18,7 @@ from nybble.data import PadBatch
 from nybble.errors import CannotRunError
 
 # Relative differences. In bfloat16 both sides round every product: over 100 steps of stories260K the loss was at most
-# 9e-4 apart and the gradients 6e-2; in float32 3e-7 and 3e-6 (docs/performance.md).
+# 9e-4 apart and the gradients 6e-2; in float32 3e-7 and 3e-6 (docs/guide/performance.md).
 _ALLOWED = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (2e-2, 1e-1), torch.float16: (5e-3, 5e-2)}
 
 

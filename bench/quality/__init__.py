@@ -1,0 +1,1 @@
+"""What is learned and what is lost: losses, divergences and tolerances."""

@@ -1,0 +1,1 @@
+"""Developers' programs, which are not installed with the package."""

@@ -1,0 +1,1 @@
+"""Builds the bundled base model and the demo's rows."""

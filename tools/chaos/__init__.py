@@ -1,0 +1,1 @@
+"""Kills trainings at random moments and resumes them."""

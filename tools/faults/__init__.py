@@ -1,0 +1,1 @@
+"""Lets each system call that writes fail."""

@@ -1,0 +1,1 @@
+"""Compiles the Triton kernels without a GPU and lists their code."""
