@@ -3,7 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 
-.PHONY: install demo test check fix bench bench-step chaos faults fuzz docs
+# Processes that tests run in: of the machine's cores, at most 8.
+WORKERS ?= logical
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal
+
+.PHONY: install demo test test-all check fix bench bench-step chaos faults fuzz docs
 
 install: .venv/.installed
 
@@ -17,8 +21,13 @@ install: .venv/.installed
 demo: install
 	$(BIN)/nybble demo
 
+# What protects a change
 test: install
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
+
+# And the long matrix: compilation for every target, kills, refused writes, launchers
+test-all: install
+	$(PYTEST) --all
 
 check: install
 	$(BIN)/ruff check .

@@ -1,4 +1,7 @@
-"""What every test shares: the data folder, a tiny model made on the spot, a fixed seed, a line on what did not run."""
+"""What every test shares: the data folder, a tiny model made on the spot, a fixed seed, the tiers, the closing line.
+
+Tests run in several processes (pytest-xdist). What one of them measures of this machine serves all: see `machine`.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub at import: no test may reach the network
 
+import shutil
 import string
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +47,52 @@ def _nothing_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all processes of this test run."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "common"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def machine(run_folder: Path) -> Callable[[Path], AbstractContextManager[None]]:
+    """`with machine(cache):` the cache folder knows what the tests before measured of this machine, and nothing else.
+
+    The device's rates and the backends that compute correctly take seconds to find; they are found once in a test run.
+    """
+    kept = run_folder / "machine"
+    (kept / "paths").mkdir(parents=True, exist_ok=True)
+    rates = kept / "devices.json"
+
+    @contextmanager
+    def known(cache: Path) -> Iterator[None]:
+        cache.mkdir(parents=True, exist_ok=True)
+        (cache / "paths").symlink_to(kept / "paths")
+        found = cache / rates.name
+        if rates.exists():
+            shutil.copyfile(rates, found)
+        yield
+        if found.exists() and not (rates.exists() and found.read_bytes() == rates.read_bytes()):
+            partial = kept / f"rates-{os.getpid()}"
+            shutil.copyfile(found, partial)
+            partial.replace(rates)
+
+    return known
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache_outside(
+    tmp_path_factory: pytest.TempPathFactory, machine: Callable[[Path], AbstractContextManager[None]]
+) -> Iterator[None]:
+    """What fixtures of modules train or plan writes to no user's cache."""
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch, machine(cache):
+        patch.setenv("NYBBLE_CACHE", str(cache))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -113,15 +164,52 @@ def _write_tokenizer(folder: Path, vocab_size: int) -> None:
     fast.save_pretrained(folder)
 
 
+# Tests marked so are deselected unless `--all` is given or their name is.
+NIGHTLY = "nightly"
+ALL = "left to make test-all"
+_deselected = pytest.StashKey[Counter[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the tests marked nightly as well (make test-all)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the long matrix to `make test-all`, unless it is asked for."""
+    named = any("::" in argument for argument in config.args) or NIGHTLY in config.option.markexpr
+    if config.getoption("--all") or named:
+        return
+    left = [item for item in items if item.get_closest_marker(NIGHTLY)]
+    if left:
+        items[:] = [item for item in items if not item.get_closest_marker(NIGHTLY)]
+        config.hook.pytest_deselected(items=left)
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    if items:
+        counts = items[0].config.stash.setdefault(_deselected, Counter())
+        counts.update(ALL if item.get_closest_marker(NIGHTLY) else "deselected" for item in items)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker tells what it deselected; every worker collects the same tests."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["deselected"] = dict(session.config.stash.get(_deselected, Counter()))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    counts = Counter(getattr(node, "workeroutput", {}).get("deselected", {}))
+    node.config.stash[_deselected] = node.config.stash.get(_deselected, Counter()) | counts
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One closing line: what did not run, and why."""
-    stats = terminalreporter.stats
-    reasons: Counter[str] = Counter()
-    for report in stats.get("skipped", []):
-        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    reasons = Counter(terminalreporter.config.stash.get(_deselected, Counter()))
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple | list) else str(report.longrepr)
         reasons[reason.removeprefix("Skipped: ")] += 1
-    if stats.get("deselected"):
-        reasons["deselected"] += len(stats["deselected"])
     if reasons:
         listed = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
         terminalreporter.write_line(f"Not run: {sum(reasons.values())} tests ({listed})")

@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ import pytest
 import torch
 
 from nybble.cli.main import run as run_nybble
-from nybble.diagnostics import rungs
 
 _SECONDS = 120  # until a process that does not end fails its test
 ROWS = 23  # of which steps of 4 leave 3 in the last, which neither 2 nor 4 processes share evenly
@@ -50,16 +50,14 @@ def nybble(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     return call
 
 
-@pytest.fixture(scope="session")
-def found_paths(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the first training finds of this machine's paths."""
-    return tmp_path_factory.mktemp("paths")
-
-
 @pytest.fixture(autouse=True)
-def _paths_are_kept(found_paths: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take seconds to look for; every other cache is a test's own."""
-    monkeypatch.setattr(rungs, "_file", lambda fingerprint: found_paths / f"{fingerprint}.json")
+def _cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: Callable[[Path], AbstractContextManager[None]]
+) -> Iterator[None]:
+    """A cache of each test's own that knows this machine."""
+    monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "cache"))
+    with machine(tmp_path / "cache"):
+        yield
 
 
 @pytest.fixture
@@ -99,7 +97,7 @@ def libraries() -> None:
 
 
 @pytest.fixture
-def launch(tmp_path: Path, found_paths: Path, libraries: None) -> Callable[..., Ending]:
+def launch(tmp_path: Path, libraries: None) -> Callable[..., Ending]:
     """`launch(2, words)`: `nybble words` in two processes, named as torchrun does it.
 
     They are forked from this one, which has read the libraries already. `launcher`: its store, as torchrun keeps one.

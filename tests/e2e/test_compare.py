@@ -32,7 +32,6 @@ def recipe_file(tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
     return file
 
 
-@pytest.mark.slow
 def test_methods_side_by_side_and_on_from_where_it_stopped(
     nybble: Callable[..., Any], recipe_file: Path, tmp_path: Path
 ) -> None:
@@ -78,7 +77,6 @@ def test_methods_side_by_side_and_on_from_where_it_stopped(
     assert nybble("report", out).code == 0
 
 
-@pytest.mark.slow
 def test_two_recipes_without_held_out_rows(nybble: Callable[..., Any], recipe_file: Path, tmp_path: Path) -> None:
     other = tmp_path / "dora.yaml"
     other.write_text(json.dumps({**json.loads(recipe_file.read_text()), "use_dora": True}))
@@ -104,7 +102,6 @@ def test_wrong_words_are_refused_before_anything_runs(
     assert not (tmp_path / "run-compare").exists()
 
 
-@pytest.mark.slow
 def test_what_does_not_fit_is_planned_and_not_run(
     nybble: Callable[..., Any], recipe_file: Path, tmp_path: Path
 ) -> None:

@@ -6,10 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 
-
-@pytest.mark.slow
 def test_the_demo_learns_to_answer(nybble: Callable[..., Any], tmp_path: Path) -> None:
     done = nybble("demo", "--no-compare", "--output_dir", tmp_path / "demo", "--device", "cpu", "--json")
     assert done.code == 0, done.err

@@ -6,6 +6,7 @@ import re
 import runpy
 import shlex
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ import torch
 import yaml
 
 from nybble.cli.main import run as run_nybble
-from nybble.diagnostics import rungs
 
 BESIDE = Path(__file__).parent
 TABLE: dict[str, dict[str, tuple[int, str]]] = yaml.safe_load((BESIDE / "errors.yaml").read_text(encoding="utf-8"))
@@ -23,7 +23,9 @@ CASES = {command: told for group in TABLE.values() for command, told in group.it
 
 @pytest.fixture(scope="module")
 def spoiled(
-    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Path], found_paths: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_llama: Callable[..., Path],
+    machine: Callable[[Path], AbstractContextManager[None]],
 ) -> Iterator[Path]:
     """The folder in which the commands are typed."""
     here = tmp_path_factory.mktemp("spoiled")
@@ -32,10 +34,10 @@ def spoiled(
         "".join(f'{{"text": "<s>[INST] What is {i}? [/INST] It is {i}. </s>"}}\n' for i in range(40)), encoding="utf-8"
     )
     makers: dict[str, Any] = runpy.run_path(str(BESIDE / "spoiled.py"))
-    with pytest.MonkeyPatch.context() as patch:
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch, machine(cache):
         patch.chdir(here)
-        patch.setenv("NYBBLE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(rungs, "_file", lambda fingerprint: found_paths / f"{fingerprint}.json")
+        patch.setenv("NYBBLE_CACHE", str(cache))
         makers["spoil_all"](here, tiny_llama(), good_rows)
         makers["spoil_runs"](here, run_nybble)
         yield here

@@ -106,7 +106,6 @@ def test_resume_before_the_first_checkpoint_begins_anew(
     assert [json.loads(line)["step"] for line in (out / "events.jsonl").read_text().splitlines()] == [1, 2]
 
 
-@pytest.mark.slow
 def test_a_run_can_be_checked_on_the_users_machine(
     nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
 ) -> None:
@@ -136,14 +135,14 @@ def run_tool(name: str, *more: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_thirty_kills_change_nothing() -> None:
     found = run_tool("chaos", "--kills", "30", "--seed", "1")
     assert found["kills"] >= 30
     assert found["identical"] == found["runs"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("cc"), reason="needs Linux and a compiler")
 def test_no_refused_write_loses_anything() -> None:
     found = run_tool("faults", "--every", "61")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,14 @@ def train_words(base: Path, rows: Path, out: Path) -> list[object]:
 
 
 @pytest.fixture(autouse=True)
-def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: Callable[[Path], AbstractContextManager[None]]
+) -> Iterator[None]:
+    """Where it is when nothing names it."""
+    monkeypatch.delenv("NYBBLE_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with machine(tmp_path / "cache" / "nybble"):
+        yield
 
 
 def test_a_known_shape_is_planned_without_network_or_weights(nybble: Callable[..., Any]) -> None:
