@@ -17,10 +17,13 @@ GUIDE = Path(__file__).parent / "guide"
 ROOT = GUIDE.parents[1]
 HEAD = """# Settings
 
-Every setting of a recipe. In a YAML file they may stand flat or in their section; on the command line each is a flag
-(`--learning_rate 2e-4`, dashes or underscores). `recipe.schema.json` beside this page lets an editor complete them.
-Those with `=` are neutral: they decide nothing of what is learned, or name what counts by its content, so that
-`--resume` goes on with another value. This page is written by `make docs` from the schema.
+Every setting of a recipe. In a YAML file, settings may be written flat or in their section. On the command line each
+setting is a flag (`--learning_rate 2e-4`), with dashes or underscores; `nybble train --help` lists them. With
+`recipe.schema.json` an editor completes them.
+
+Settings marked with `=` are neutral: they do not change what is learned, or they name something that counts by its
+content. `--resume` accepts another value for them. A SIZE is written as `8GiB`, `7.5GB` or a number of bytes.
+`make docs` writes this page from the schema.
 """
 DOCTOR = """# The doctor
 
@@ -140,12 +143,11 @@ def settings_page() -> str:
         if item.section != section:
             section = item.section
             lines.append(f"\n## {section or 'method'}\n")
-            lines.append("| setting | default | meaning | other names |\n|---|---|---|---|")
-        default = "none" if item.default is None else json.dumps(item.default)
-        unit = f" ({item.unit})" if item.unit else ""
+            lines.append("| setting | values | default | meaning | other names |\n|---|---|---|---|---|")
+        values = f"`{item.values}`".replace("|", "\\|")
         aliases = ", ".join(f"`{alias}`" for alias in item.aliases)
         mark = " =" if item.is_neutral else ""
-        lines.append(f"| `{item.name}`{mark} | `{default}` | {item.meaning}{unit} | {aliases} |")
+        lines.append(f"| `{item.name}`{mark} | {values} | {item.default_text} | {item.meaning} | {aliases} |")
     return "\n".join(lines).replace("\n\n\n", "\n\n") + "\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 
 def format_bytes(n_bytes: float | None) -> str:
@@ -18,17 +19,24 @@ def format_bytes(n_bytes: float | None) -> str:
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
-def parse_bytes(text: str) -> int:
-    """`"8GiB" -> 8_589_934_592`, `"7.5 GB"`, `"900M"`; a bare number is bytes.
+def parse_bytes(text: str, bare_unit: str = "") -> int:
+    """`"8GiB" -> 8_589_934_592`, `"7.5 GB"`, `"900M"`; a number alone counts bytes, or the unit given.
 
     Raises:
-        ValueError: anything else, or nothing above 0.
+        ValueError: the text is anything else, or the size is not above 0.
     """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kmgt]i?)?b?", text.strip().lower())
-    size = int(float(match[1]) * _BYTES[match[2] or ""]) if match else 0
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kmgt]i?)?(b?)", text.strip().lower())
+    unit = "" if match is None else match[2] or ("" if match[3] else bare_unit.lower().removesuffix("b"))
+    size = int(Fraction(match[1]) * _BYTES[unit]) if match else 0
     if size <= 0:
-        raise ValueError(f"{text!r} is no amount of memory; write e.g. 8GiB, 7.5GB or a number of bytes")
+        raise ValueError(f"{text!r} is not an amount of memory; write one such as 8GiB, 7.5GB or a number of bytes")
     return size
+
+
+def exact_size(n_bytes: int) -> str:
+    """`8_589_934_592 -> "8GiB"`, `7_500_000_000 -> "7500MB"`; `parse_bytes` gives the same number of bytes back."""
+    size, unit = max((size, unit) for unit, size in _BYTES.items() if n_bytes % size == 0)
+    return f"{n_bytes // size}{unit[:1].upper()}{unit[1:]}B"
 
 
 def format_seconds(seconds: float | None) -> str:

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from nybble.cli.flags import read_flags
 from nybble.errors import InputError, RecipeError
 from nybble.recipe import Recipe, Setting, all_settings, json_schema, load_recipe, save_recipe
+from nybble.recipe.setting import Bytes
 
 SETTINGS = all_settings()
 SECTIONS = sorted({item.section for item in SETTINGS if item.section})
@@ -40,6 +41,8 @@ def value_of(recipe: Recipe, item: Setting) -> Any:
 def other_value(item: Setting) -> Any:
     """An allowed value that is not the default."""
     kind = field_of(item).annotation
+    if item.is_size:
+        return "123456789B"
     if get_origin(kind) is Literal:
         return next(choice for choice in get_args(kind) if choice != item.default)
     if kind is bool or isinstance(item.default, bool):
@@ -102,7 +105,8 @@ def test_every_setting_is_set_by_name_by_path_and_in_its_section(tmp_path: Path,
     value = other_value(item)
     by_name = load_recipe(None, {item.name: value})
     assert by_name != Recipe()
-    assert value_of(by_name, item) == (tuple(value) if isinstance(value, list) else value)
+    meant = 123456789 if item.is_size else tuple(value) if isinstance(value, list) else value
+    assert value_of(by_name, item) == meant
     assert load_recipe(None, {item.path: value}) == by_name
     nested = {item.section: {item.name: value}} if item.section else {item.name: value}
     assert load_recipe(written(tmp_path, nested)) == by_name
@@ -293,6 +297,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def values(kind: Any, limits: dict[str, float]) -> st.SearchStrategy[Any]:
     """Allowed values of a setting's type."""
+    if kind == Bytes:
+        return st.integers(1, 10**15)
     if get_origin(kind) is Literal:
         return st.sampled_from(get_args(kind))
     if get_origin(kind) in (Union, types.UnionType):
@@ -312,7 +318,10 @@ def values(kind: Any, limits: dict[str, float]) -> st.SearchStrategy[Any]:
 @st.composite
 def recipes(draw: st.DrawFn) -> Recipe:
     chosen = draw(st.sets(st.sampled_from(SETTINGS), max_size=12).map(lambda s: sorted(s, key=lambda item: item.path)))
-    given_values = {item.path: draw(values(field_of(item).annotation, limits_of(item))) for item in chosen}
+    given_values = {
+        item.path: draw(values(field_of(item).annotation, {"ge": 1} if item.is_size else limits_of(item)))
+        for item in chosen
+    }
     content: dict[str, Any] = {"training": {"hub_model_id": "me/" + draw(st.text())}}
     for path, value in given_values.items():
         section, _, name = path.rpartition(".")
@@ -386,7 +395,7 @@ def test_yaml_that_cannot_be_built_is_refused_as_yaml(tmp_path: Path, text: str)
     assert "not YAML" in refusal(written(tmp_path, f"run_name: {text}\n"))
 
 
-@pytest.mark.parametrize("name", ["r", "max_steps", "seed", "learning_rate"])
+@pytest.mark.parametrize("name", ["r", "max_steps", "seed", "learning_rate", "cache_limit", "memory_budget"])
 def test_true_is_no_number(name: str) -> None:
     assert name in refusal(None, read_flags([f"--{name}"]))
 

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from nybble.units import format_bytes, format_count, format_number, format_seconds, format_share
+from nybble.units import (
+    exact_size,
+    format_bytes,
+    format_count,
+    format_number,
+    format_seconds,
+    format_share,
+    parse_bytes,
+)
 
 
 @pytest.mark.parametrize(
@@ -62,3 +72,9 @@ def test_shares_are_percent() -> None:
         "100.0 %",
         "–",
     ]
+
+
+@given(st.integers(1, 2**62), st.sampled_from([1, 2**20, 10**6]))
+def test_an_exact_size_is_read_as_itself(n: int, unit: int) -> None:
+    assert parse_bytes(exact_size(n * unit)) == n * unit
+    assert parse_bytes(exact_size(n * unit), "GiB") == n * unit

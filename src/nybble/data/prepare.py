@@ -151,4 +151,4 @@ def _fault(ledger: Ledger, source: str, data: DataSection) -> str | None:
 
 def rows_cache(section: QuantizationSection) -> Cache | None:
     """Where tokenized rows are kept, if they are; packed bases lie beside them under the same limit."""
-    return Cache("rows", int(section.cache_limit * 2**30)) if section.cache else None
+    return Cache("rows", section.cache_limit) if section.cache else None

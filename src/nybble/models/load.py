@@ -111,7 +111,7 @@ def load_model(
 
 def hash_of(quantization: QuantizationSection) -> Callable[[Path], str]:
     """SHA-256 of a file of weights; remembered in the cache while the file stays as it is, where one is kept."""
-    return cache.PackedCache(int(quantization.cache_limit * 2**30)).content if quantization.cache else sha256_of
+    return cache.PackedCache(quantization.cache_limit).content if quantization.cache else sha256_of
 
 
 def cached_source(source: ModelSource, quantization: QuantizationSection, dtype: torch.dtype) -> ModelSource:
@@ -128,7 +128,7 @@ class _Kept:
         self._wanted = quantization.cache and size >= cache.SMALLEST
         self.folder: Path | None = None
         if self._wanted:
-            self._cache = cache.PackedCache(int(quantization.cache_limit * 2**30))
+            self._cache = cache.PackedCache(quantization.cache_limit)
             settings = quantization.model_dump(exclude={"cache", "cache_limit", "calibration_rows"})
             settings |= {"encoder": "absmax" if quantization.encoder == "absmax" else "search", "dtype": str(dtype)}
             self._key = self._cache.key(source.folder, settings)

@@ -14,7 +14,7 @@ from typing import Any
 from nybble.planning.forecast import Batches, Forecast
 from nybble.planning.shapes import SHAPES, config_of
 from nybble.planning.step import Rows
-from nybble.recipe import Change, PhasePlan, Recipe, RungPlan
+from nybble.recipe import Change, LevelPlan, PhasePlan, Recipe
 
 _SPLITS = 3  # splits of a batch that are looked at
 
@@ -104,7 +104,7 @@ def _at(forecast: Forecast, n_parts: int, budget_bytes: int) -> Choice:
     return Choice(part, n_parts, *levels, eval_rows, phases, fits)
 
 
-def rungs_of(choice: Choice) -> tuple[RungPlan, ...]:
+def rungs_of(choice: Choice) -> tuple[LevelPlan, ...]:
     """The longest batch at every rung, each with those before it: what is taken, and what there still is to take."""
     forecast = choice.forecast
     setting = replace(forecast.setting, host_embedding=False)
@@ -121,7 +121,7 @@ def rungs_of(choice: Choice) -> tuple[RungPlan, ...]:
             if name in setting.rungs
             else (choice.longest_level >= n if level else not choice.longest_level)
         )
-        made.append(RungPlan(name, forecast.total(work.peak), work.peak.total_bytes, work.host_bytes, taken))
+        made.append(LevelPlan(name, forecast.total(work.peak), work.peak.total_bytes, work.host_bytes, taken))
     return tuple(made)
 
 

@@ -17,7 +17,6 @@ from nybble.planning.devices import Profile, named_profile, profile_of
 from nybble.planning.forecast import Batches, Forecast, compute_dtype_of
 from nybble.planning.shapes import config_of, known_shape, not_known
 from nybble.recipe import ModelSection, Plan, Recipe, load_recipe
-from nybble.training.depth import memory_budget
 
 
 def find_config(model: ModelSection) -> tuple[Any, str | None]:
@@ -116,7 +115,7 @@ def make_plan(
         ModelError: no model can be built of the config, or nothing in it would be trained.
     """
     training, known = recipe.training, batches or Batches.full(recipe)
-    budget = memory_budget(training) or profile.memory_bytes
+    budget = training.memory_budget or profile.memory_bytes
     if not profile.is_estimate:
         budget = min(budget, profile.memory_bytes)
     dtype = compute_dtype_of(recipe, profile.backend)

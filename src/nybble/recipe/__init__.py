@@ -1,8 +1,8 @@
 """Recipes: the schema (one definition per setting), reading them, and the plan that is made from one."""
 
+from nybble.recipe.batches import in_micro_batches, shared_among, step_rows
+from nybble.recipe.catalogue import Setting, all_settings, path_of
 from nybble.recipe.load import (
-    Setting,
-    all_settings,
     first_fault,
     json_schema,
     load_recipe,
@@ -12,14 +12,11 @@ from nybble.recipe.load import (
 )
 from nybble.recipe.plan import (
     Change,
+    LevelPlan,
     PhasePlan,
     Plan,
-    RungPlan,
     StepMemory,
-    in_micro_batches,
     refusal,
-    shared_among,
-    step_rows,
 )
 from nybble.recipe.schema import (
     DataSection,
@@ -35,13 +32,13 @@ __all__ = [
     "Change",
     "DataSection",
     "EvaluationSection",
+    "LevelPlan",
     "LoraSection",
     "ModelSection",
     "PhasePlan",
     "Plan",
     "QuantizationSection",
     "Recipe",
-    "RungPlan",
     "Setting",
     "StepMemory",
     "TrainingSection",
@@ -50,6 +47,7 @@ __all__ = [
     "in_micro_batches",
     "json_schema",
     "load_recipe",
+    "path_of",
     "refusal",
     "save_recipe",
     "shared_among",

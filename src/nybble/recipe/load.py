@@ -6,86 +6,21 @@ Precedence: flag > `--set` > file > default. Keys may be flat (`learning_rate`),
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
 from nybble.errors import RecipeError
 from nybble.guard import brief, clipped, redact, shown
-from nybble.recipe.schema import Recipe, Section
+from nybble.recipe.catalogue import Setting, all_settings, path_of
+from nybble.recipe.schema import Recipe
+from nybble.recipe.setting import Section
 
 _MOST_BYTES = 16 << 10  # of a recipe; one with every setting has four thousand
 _MOST_BRACKETS = 16  # within each other; PyYAML takes the square of them in time
-# Settings of other tools that are not a renaming of one of ours.
-_HINTS = {
-    "load_in_4bit": "method: qlora",
-    "load_in_8bit": "method: qlora (4 bits) or method: lora (16 bits)",
-    "quantization_bit": "method: qlora",
-    "adapter": "method: qlora",
-    "bf16": "bnb_4bit_compute_dtype: bfloat16",
-    "fp16": "bnb_4bit_compute_dtype: float16",
-    "train_on_inputs": "loss_on: answers",
-    "train_on_prompt": "loss_on: answers",
-    "warmup_steps": "warmup_ratio",
-    "eval_strategy": "eval_steps",
-}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One setting as help and docs show it."""
-
-    section: str  # "" for `method`
-    name: str
-    default: Any
-    type: str
-    unit: str
-    meaning: str
-    aliases: tuple[str, ...]
-    is_text: bool
-    is_neutral: bool  # a resumed run may change it
-
-    @property
-    def path(self) -> str:
-        return f"{self.section}.{self.name}" if self.section else self.name
-
-
-def all_settings() -> list[Setting]:
-    """Every setting, in the order of the schema."""
-    found = []
-    for name, field in Recipe.model_fields.items():
-        if isinstance(field.default, Section):
-            found += [_describe(name, inner, f) for inner, f in type(field.default).model_fields.items()]
-        else:
-            found.append(_describe("", name, field))
-    return found
-
-
-def _describe(section: str, name: str, field: FieldInfo) -> Setting:
-    extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-    annotation = field.annotation
-    type_name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    for prefix in ("typing.", "nybble.recipe.schema."):
-        type_name = type_name.replace(prefix, "")
-    aliases: Any = extra.get("aliases", [])
-    kinds = {type(choice) if get_origin(annotation) is Literal else choice for choice in get_args(annotation)}
-    return Setting(
-        section=section,
-        name=name,
-        default=field.default,
-        type=type_name,
-        unit=str(extra.get("unit", "")),
-        meaning=field.description or "",
-        aliases=tuple(aliases),
-        is_text=annotation is str or str in kinds,
-        is_neutral=bool(extra.get("neutral", False)),
-    )
 
 
 def load_recipe(path: Path | str | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -98,18 +33,17 @@ def load_recipe(path: Path | str | None = None, overrides: Mapping[str, Any] | N
     Raises:
         RecipeError: no such file, not YAML, an unknown setting, or a value that is not allowed.
     """
-    names = _spellings()
     values: dict[str, dict[str, Any]] = {}
     said: dict[str, str] = {}
     for key, value in _flat(_read(path) if path is not None else {}, str(path)):
-        setting_path = _resolve(key, names)
+        setting_path = path_of(key)
         if setting_path in said:
             raise RecipeError(f"{path}: {shown(said[setting_path])} and {shown(key)} are the same setting; keep one")
         said[setting_path] = key
         _put(values, setting_path, value)
     settings = {item.path: item for item in all_settings()}
     for key, value in (overrides or {}).items():
-        setting_path = _resolve(key, names)
+        setting_path = path_of(key)
         _put(values, setting_path, _from_text(value, settings[setting_path]))
     _check_secrets(values)
     nested: dict[str, Any] = {k: v for k, v in values.items() if k}
@@ -226,28 +160,6 @@ def _flat(content: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _spellings() -> dict[str, str]:
-    names: dict[str, str] = {}
-    for item in all_settings():
-        for spelling in (item.name, item.path, *item.aliases):
-            names[spelling] = item.path
-    return names
-
-
-def _resolve(key: str, names: Mapping[str, str]) -> str:
-    spelling = key.strip().lstrip("-").replace("-", "_")
-    if spelling in names:
-        return names[spelling]
-    section, _, last = spelling.rpartition(".")
-    if section and last in names and names[last].startswith(f"{section}."):
-        return names[last]
-    if last in _HINTS:
-        raise RecipeError(f"unknown setting {shown(key)}; say {_HINTS[last]}")
-    near = difflib.get_close_matches(last, names, n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]!r}?" if near else "`nybble settings` lists them all"
-    raise RecipeError(f"unknown setting {shown(key)}; {hint}")
-
-
 def _put(values: dict[str, dict[str, Any]], path: str, value: Any) -> None:
     section, _, name = path.rpartition(".")
     values.setdefault(section, {})[name] = value
@@ -285,7 +197,7 @@ def _one_line(error: ValidationError) -> str:
         return f"{path}: {message}"
     same = [e["msg"] for e in error.errors() if ".".join(map(str, e["loc"])).startswith(setting.path)]  # one a choice
     allowed = " or ".join(m[0].lower() + m[1:] for m in (text.removeprefix("Value error, ") for text in same))
-    return f"{setting.path}: got {shown(first['input'])}; {allowed} ({setting.meaning}; default {setting.default!r})"
+    return f"{setting.path}: got {shown(first['input'])}; {allowed}. {setting.meaning} Default: {setting.default_text}."
 
 
 def within_context(recipe: Recipe, limit: int | None, note: Callable[[str], None]) -> Recipe:

@@ -1,4 +1,7 @@
-"""The plan: what the run will do and take, settled before any weight is read. Made by `nybble.planning`."""
+"""The plan: what a run will do and how much memory it will take, before any weight is read.
+
+`nybble.planning` makes it; this module holds its data and how people read it.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,13 @@ from bisect import bisect_left
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nybble.errors import CannotRunError, RecipeError
-from nybble.recipe.schema import TrainingSection
+from nybble.errors import CannotRunError
 from nybble.units import format_bytes, format_seconds
 
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """What a phase takes at its highest moment."""
+    """The peak memory of one phase of a run."""
 
     name: str
     peak_bytes: int
@@ -21,39 +23,39 @@ class PhasePlan:
 
     @property
     def live_bytes(self) -> int:
-        """Of tensors alone."""
+        """Bytes of tensors, without the device's context and the allocator."""
         return self.peak_bytes - self.parts.get("context", 0) - self.parts.get("allocator", 0)
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Peak of a training step by its tokens and by the level of what is done to make it small.
+    """Peak bytes of a training step, by the tokens of the batch and by memory saver level.
 
-    Level 0 .. n is so many of the n layers recomputed; each level of `lean` recomputes all and takes rungs besides
-    (`nybble.models.lean`).
+    Levels 0 to n recompute that many of the n layers. Each further level, in `lean`, recomputes all layers and applies
+    memory savers as well (`nybble.models.lean`).
     """
 
-    tokens: tuple[int, ...]  # of the batches that were looked at, ascending
+    tokens: tuple[int, ...]  # of the batches that were traced, ascending
     peaks: tuple[tuple[int, ...], ...]  # bytes for each of them, by level
-    base_bytes: int  # of it, what is alive before training: weights and adapters
+    base_bytes: int  # of these, the bytes before training: weights and adapters
     lean: tuple[tuple[str, ...], ...] = ()
-    rungs: tuple[str, ...] = ()  # taken at every level
+    rungs: tuple[str, ...] = ()  # memory savers that every level applies
 
     @property
     def n_levels(self) -> int:
-        """Levels, from 0 on."""
+        """The number of levels, counted from 0."""
         return len(self.peaks[0])
 
     def rungs_at(self, level: int) -> tuple[str, ...]:
-        """Rungs that a level takes."""
+        """The memory savers that a level applies."""
         beyond = level - (self.n_levels - len(self.lean))
         return (*self.rungs, *(self.lean[beyond] if beyond >= 0 else ()))
 
     def above_base(self, n_tokens: int, level: int) -> int:
-        """Bytes above weights and adapters.
+        """Peak bytes of a step beyond weights and adapters.
 
         The peak is the largest of several linear functions of the tokens, so a straight line between two batches lies
-        on or above it; beyond the last batch the last line goes on.
+        on or above it. Beyond the largest batch the last line is extended.
         """
         right = min(max(bisect_left(self.tokens, n_tokens), 1), len(self.tokens) - 1)
         if right == 0:
@@ -66,37 +68,37 @@ class StepMemory:
         return int(at) - self.base_bytes
 
     def level_for(self, n_tokens: int, room_bytes: float) -> int:
-        """The first level at which a batch stays within the room; the last if it does at none."""
+        """The first level at which a batch fits into the room; the last level if it fits at none."""
         last = self.n_levels - 1
         fits = (level for level in range(last) if self.above_base(n_tokens, level) <= room_bytes)
         return next(fits, last)
 
 
 @dataclass(frozen=True)
-class RungPlan:
-    """What the longest batch takes with a rung and all before it (`nybble.models.lean`)."""
+class LevelPlan:
+    """The memory of the longest batch at one memory saver level (`nybble.models.lean`)."""
 
     name: str
     peak_bytes: int
-    live_bytes: int  # of it, tensors
-    host_bytes: int  # waiting on the host
+    live_bytes: int  # of these, tensors
+    host_bytes: int  # kept on the host
     taken: bool
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change of settings that would make a run fit, and what it would take then."""
+    """A change of settings that makes a run smaller, and the peak memory with it."""
 
     setting: str
     value: str
     peak_bytes: int
     fits: bool
-    meaning: str  # what it costs, in words
+    meaning: str  # what the change costs, in words
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of the run that follow from recipe, model and rows."""
+    """What a run will do and take, which follows from recipe, model, rows and device."""
 
     rows: int
     rows_per_step: int
@@ -109,9 +111,9 @@ class Plan:
     recompute_layers: int = 0  # of the average batch
     recompute_layers_longest: int = 0  # of the longest batch
     n_layers: int = 0  # that could be recomputed
-    lean: tuple[str, ...] = ()  # rungs beyond, that the longest batch takes
-    host_bytes: int = 0  # what then waits on the host
-    rungs: tuple[RungPlan, ...] = ()  # where asked for
+    lean: tuple[str, ...] = ()  # memory savers that the longest batch needs besides
+    host_bytes: int = 0  # kept on the host by them
+    rungs: tuple[LevelPlan, ...] = ()  # every memory saver level; only on request
     micro_batch: int = 0  # rows that go through the model at a time
     eval_batch: int = 0  # rows that are evaluated at a time
     flops_per_step: int = 0
@@ -120,20 +122,20 @@ class Plan:
     trainable_parameters: int = 0
     total_parameters: int = 0
     cheapest_changes: tuple[Change, ...] = ()
-    largest_length: int | None = None  # tokens; where asked for
-    largest_model: tuple[str, int] | None = None  # known shape and its peak in bytes; where asked for
+    largest_length: int | None = None  # tokens; only on request
+    largest_model: tuple[str, int] | None = None  # known shape and its peak in bytes; only on request
     step_memory: StepMemory | None = None
     notes: tuple[str, ...] = ()
 
     @property
     def peak_bytes(self) -> int:
-        """The highest moment of all phases."""
+        """The highest peak of all phases."""
         return max((phase.peak_bytes for phase in self.phases), default=0)
 
     def predicted_bytes(self, phase: str) -> int | None:
-        """What the meter of a phase of the run (`load`, `train`, `evaluate`, ...) should show; None: not predicted.
+        """The bytes that should be measured in a phase of the run (`load`, `train`, ...); None if not predicted.
 
-        On a CPU that is resident memory, on a GPU that of live tensors, without context and allocator.
+        On a CPU this is resident memory, on a GPU live tensors without context and allocator.
         """
         on_cpu = self.device.get("backend") == "cpu"
         found = [p.peak_bytes if on_cpu else p.live_bytes for p in self.phases if p.name in _PHASES.get(phase, ())]
@@ -160,7 +162,7 @@ class Plan:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, without the table for the training."""
+        """Plain data, without the table that training reads."""
         content = asdict(self)
         del content["step_memory"]
         return content
@@ -176,42 +178,8 @@ _PHASES = {
 }
 
 
-def in_micro_batches(training: TrainingSection, size: int) -> TrainingSection:
-    """The same steps, `size` rows going through the model at a time; a size that divides the batch."""
-    n_parts = training.per_device_train_batch_size // size
-    accumulated = training.gradient_accumulation_steps * n_parts
-    return training.model_copy(
-        update={"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated} if n_parts > 1 else {}
-    )
-
-
-def shared_among(training: TrainingSection, n_processes: int) -> TrainingSection:
-    """One process's share of the same steps, in micro-batches as large as divide it.
-
-    Raises:
-        RecipeError: the rows of a step cannot be shared evenly.
-    """
-    most, n_rows = training.per_device_train_batch_size, step_rows(training)
-    share, rest = divmod(n_rows, n_processes)
-    if rest:
-        raise RecipeError(
-            f"the {n_rows} rows of a step (per_device_train_batch_size {most} x gradient_accumulation_steps "
-            f"{training.gradient_accumulation_steps}) cannot be shared by {n_processes} processes; make their product "
-            f"a multiple of {n_processes}, or start another number of processes"
-        )
-    size = next(size for size in range(min(most, share), 0, -1) if share % size == 0)
-    return training.model_copy(
-        update={"per_device_train_batch_size": size, "gradient_accumulation_steps": share // size}
-    )
-
-
-def step_rows(training: TrainingSection) -> int:
-    """Rows of an optimizer step, over all micro-batches and processes."""
-    return training.per_device_train_batch_size * training.gradient_accumulation_steps
-
-
 def refusal(plan: Plan) -> CannotRunError:
-    """Why a run will not be started, with the cheapest ways out."""
+    """The error that a plan which does not fit ends in, with the cheapest changes that make it fit."""
     worst = max(plan.phases, key=lambda phase: phase.peak_bytes)
     ways = [f"--{c.setting} {c.value} ({format_bytes(c.peak_bytes)})" for c in plan.cheapest_changes if c.fits]
     way = f"use {' or '.join(ways[:3])}" if ways else "no single change is enough"

@@ -12,7 +12,6 @@ import torch
 from nybble.errors import CannotRunError, RecipeError
 from nybble.hardware import Device
 from nybble.recipe import TrainingSection
-from nybble.training.depth import memory_budget
 
 # Optimizer names that need a library of their own: word in the name -> (module, how to install it).
 _LIBRARIES = {
@@ -47,7 +46,6 @@ def check_training(section: TrainingSection) -> None:
             if importlib.util.find_spec(module) is None:
                 raise CannotRunError(f"optim {section.optim} needs {module}, which is not installed; {command}")
             break
-    memory_budget(section)
     trackers(section)
 
 

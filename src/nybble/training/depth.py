@@ -18,7 +18,6 @@ from nybble.hardware import Device
 from nybble.models import RUNGS, Ladder
 from nybble.nn.recompute import recomputed
 from nybble.recipe import StepMemory, TrainingSection
-from nybble.units import parse_bytes
 
 _SHARE = 0.95  # of the room that is filled: the allocator's pieces do not fit each other perfectly
 
@@ -128,22 +127,8 @@ def recomputation_for(
     if memory is not None:
         ladder.take(memory.rungs)  # before the room is measured
     shallowest = len(layers) if section.gradient_checkpointing == "always" else 0
-    room = Room(device.torch_device, memory_budget(section), n_beside)
+    room = Room(device.torch_device, section.memory_budget, n_beside)
     return Recomputation(model, memory, room, ladder, shallowest=shallowest)
-
-
-def memory_budget(section: TrainingSection) -> int | None:
-    """Bytes that the recipe lets training take, if it says so.
-
-    Raises:
-        RecipeError: not an amount of memory.
-    """
-    if section.memory_budget is None:
-        return None
-    try:
-        return parse_bytes(section.memory_budget)
-    except ValueError as error:
-        raise RecipeError(f"training.memory_budget: {error}") from error
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:

@@ -1,0 +1,87 @@
+"""How one setting of a recipe is defined, and the kinds of values that settings have.
+
+A size is read here, once: a recipe says `8GiB` or `7.5GB`, the rest of the program sees bytes, and a saved recipe says
+`8GiB` again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationInfo, field_validator
+
+from nybble.units import exact_size, parse_bytes
+
+
+def setting(
+    default: Any,
+    meaning: str,
+    *,
+    unit: str = "",
+    unset: str = "",
+    aliases: tuple[str, ...] = (),
+    neutral: bool = False,
+    **limits: Any,
+) -> Any:
+    """Define one setting.
+
+    Args:
+        default: its value where the recipe does not say it.
+        meaning: complete sentences for the help and the docs.
+        unit: what a number counts, as "tokens".
+        unset: what happens by default, where the default is None or empty, as "the branch main".
+        aliases: other names for it, mostly those of other tools.
+        neutral: it decides nothing of what is learned, or names something that counts by its content, so that a resumed
+            run may change it.
+        limits: pydantic's, as `ge=1`.
+    """
+    extra: dict[str, Any] = {"unit": unit, "unset": unset, "aliases": list(aliases), "neutral": neutral}
+    return Field(default, description=meaning, json_schema_extra=extra, **limits)
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """`"q_proj, v_proj" -> ("q_proj", "v_proj")`."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _reader_of_sizes(bare_unit: str) -> Callable[[Any], int]:
+    """A function that reads a size as bytes; `bare_unit` is the unit of a number without one."""
+
+    def read(value: Any) -> int:
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            try:
+                return parse_bytes(str(value), bare_unit)
+            except ValueError:
+                pass
+        bare = f"a number of {bare_unit}" if bare_unit else "a number of bytes"
+        raise ValueError(f"write an amount of memory such as 8GiB, 7.5GB or {bare}")
+
+    return read
+
+
+# Bytes; read from "8GiB", "7.5GB", "900M" or a number, and saved as text that gives the same number of bytes again.
+Bytes = Annotated[
+    int, BeforeValidator(_reader_of_sizes(""), json_schema_input_type=int | str), PlainSerializer(exact_size)
+]
+# The same, where a number without a unit counts GiB.
+BytesOrGiB = Annotated[
+    int, BeforeValidator(_reader_of_sizes("GiB"), json_schema_input_type=float | str), PlainSerializer(exact_size)
+]
+Rate = Annotated[float, Field(gt=0)] | Literal["probe"]
+Tokens = Annotated[int, Field(ge=8)]
+
+
+class Section(BaseModel):
+    """A group of settings that one stage reads; it cannot be changed, and unknown names are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Pydantic reads true as 1; a flag without its value must not become one."""
+        wanted = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and wanted in (int, float, int | None, float | None, Rate):
+            raise ValueError(f"input should be a number, not {str(value).lower()}")
+        return value
