@@ -17,10 +17,10 @@ from collections import Counter
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nybble.models import RUNGS, Ladder
+from nybble.models import RUNGS, Ladder, materialize, meta_model
 from nybble.planning.live import LiveTensors
 from nybble.planning.shapes import config_of
-from nybble.planning.step import Rows, adopt, batch_of, build, fill, reusing, run_steps
+from nybble.planning.step import Rows, adopt, batch_of, reusing, run_steps
 from nybble.recipe import load_recipe
 from nybble.training import software_versions
 
@@ -47,10 +47,10 @@ def main() -> None:
     print("|---:|---:|---|---:|---:|---:|---:|---:|---|")
     for lengths, depth, rungs in CASES:
         started = time.monotonic()
-        model = build(config_of("llama-2-7b"), recipe, torch.bfloat16)
+        model = meta_model(config_of("llama-2-7b"), recipe, torch.bfloat16)
         batch = batch_of(model, Rows(lengths))
         with FakeTensorMode(), reusing():
-            fill(model)
+            materialize(model)
             ladder = Ladder(model)
             ladder.take(rungs)
             live = LiveTensors(detailed=asked.tensors)

@@ -25,11 +25,11 @@ import torch
 
 from nybble.data import Example, Groups
 from nybble.hardware import detect_device
-from nybble.models import attach, find_model, load_model
+from nybble.models import attach, find_model, load_model, materialize, meta_model
 from nybble.nn.scratch import scratch
 from nybble.planning.curve import Curve, Setting
 from nybble.planning.live import LiveTensors
-from nybble.planning.step import Rows, adopt, build, fill
+from nybble.planning.step import Rows, adopt
 from nybble.recipe import Recipe, StepMemory, load_recipe
 from nybble.run.directory import RunDirectory
 from nybble.run.record import Silent
@@ -132,8 +132,8 @@ def measured(case: Case, config: Any, recipe: Recipe, folder: Path) -> int:
         if case.method != "full":
             model = attach(model, recipe.lora, source.name)
     else:
-        model = build(config, recipe, torch.bfloat16)
-        fill(model)
+        model = meta_model(config, recipe, torch.bfloat16)
+        materialize(model)
     n_layers = config.num_hidden_layers
     depth = depth_of(case, n_layers)
     # A curve on which exactly this depth is the first that fits.

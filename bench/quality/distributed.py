@@ -38,19 +38,17 @@ from torch.utils._pytree import tree_iter
 
 from nybble.data import Example, Groups
 from nybble.hardware import detect_device
-from nybble.models import find_model, held_bytes, shard
+from nybble.models import config_with_layers, find_model, held_bytes, materialize, meta_model, shard
 from nybble.nn import Linear4bit
 from nybble.nn.scratch import scratch
 from nybble.planning import PROFILES, find_config, make_plan, plan_shared, profile_of, shards_among, share_of
 from nybble.planning.shards import Sizes
-from nybble.planning.step import build, config_with, fill
 from nybble.recipe import load_recipe
 from nybble.run.directory import RunDirectory
 from nybble.run.processes import Processes, joined
 from nybble.run.record import Silent
 from nybble.sharded import for_shards, load_in_shards
 from nybble.training import Setup, software_versions, train_model
-from nybble.training.depth import decoder_layers
 
 _STEPS = 20
 _LENGTH = 256
@@ -222,16 +220,16 @@ class Trained:
         config, name = find_config(recipe.model)
         device, share = detect_device("cpu"), share_of(recipe, processes.count)
         if self.n_layers:
-            config = config_with(config, self.n_layers)
+            config = config_with_layers(config, self.n_layers)
             config.tie_word_embeddings = self.tied
         ids = [1] * self.length
         n_shards = shards_among(recipe.training, processes.count)
         plan = make_plan(share, config, profile_of(device), n_shards=n_shards)
         if self.n_layers:
-            model = build(config, recipe, torch.bfloat16)
+            model = meta_model(config, recipe, torch.bfloat16)
             if processes.is_main:
-                fill(model)
-            shard(model, decoder_layers(model), processes, device.torch_device, n_shards=n_shards)
+                materialize(model)
+            shard(model, processes, device.torch_device, n_shards=n_shards)
         else:
             model, _, _ = load_in_shards(find_model(recipe.model), recipe, device, name, processes)
         groups = Groups([Example(ids, ids, 1, 1, 0, (2,), 0, 0, False) for _ in range(3 * self.rows * processes.count)])
@@ -268,11 +266,11 @@ def held() -> dict[str, Any]:
     recipe = load_recipe(None, {"model_name_or_path": "llama-2-7b"})
     config, _ = find_config(recipe.model)
     with joined(True) as processes:
-        model = build(config, recipe, torch.bfloat16)
+        model = meta_model(config, recipe, torch.bfloat16)
         packed = sum(m.packed.n_bytes for m in model.modules() if isinstance(m, Linear4bit))
         if processes.is_main:
-            fill(model)
-        shard(model, decoder_layers(model), processes, detect_device("cpu").torch_device)
+            materialize(model)
+        shard(model, processes, detect_device("cpu").torch_device)
         ours = [m for m in model.modules() if isinstance(m, Linear4bit)]
         mine = sum(t.to_local().numel() for m in ours for t in (m.weight, m.absmax))
         figures = processes.gather(

@@ -19,9 +19,10 @@ import time
 import torch
 
 from bench.memory.plan import Case, recipe_of, shape
+from nybble.models import materialize, meta_model
 from nybble.planning.curve import Curve, Setting
 from nybble.planning.live import LiveTensors
-from nybble.planning.step import Rows, adopt, batch_of, build, fill, reusing, run_steps
+from nybble.planning.step import Rows, adopt, batch_of, reusing, run_steps
 from nybble.recipe import StepMemory
 from nybble.training import software_versions
 
@@ -36,9 +37,9 @@ def main() -> None:
     torch.set_num_threads(1)
     setting = Setting(shape("llama-160m"), recipe_of(Case("llama-160m")), torch.bfloat16)
     curve, depths = Curve(setting, ROWS), range(setting.n_layers + 1)
-    model = build(setting.config, setting.recipe, setting.dtype)
+    model = meta_model(setting.config, setting.recipe, setting.dtype)
     batch = batch_of(model, ROWS)
-    fill(model)
+    materialize(model)
     seconds: list[list[float]] = [[] for _ in depths]
     peaks = [0 for _ in depths]
     for turn in range(asked.turns):

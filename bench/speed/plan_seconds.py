@@ -20,10 +20,10 @@ import torch
 
 from bench.memory.plan import Case, depth_of, recipe_of, shape
 from nybble.hardware import detect_device
-from nybble.models import find_model
+from nybble.models import find_model, materialize, meta_model
 from nybble.planning.curve import Curve, Setting
 from nybble.planning.devices import measured_profile
-from nybble.planning.step import Rows, batch_of, build, fill, stepper
+from nybble.planning.step import Rows, batch_of, stepper
 from nybble.training import software_versions
 
 
@@ -39,9 +39,9 @@ def cases(folders: list[str]) -> list[Case]:
 
 def measured(setting: Setting, rows: Rows, depth: int, turns: int) -> float:
     """Seconds of a step."""
-    model = build(setting.config, setting.recipe, setting.dtype)
+    model = meta_model(setting.config, setting.recipe, setting.dtype)
     batch = batch_of(model, rows)
-    fill(model)
+    materialize(model)
     step = stepper(model, batch, setting.dtype, depth)
     taken = []
     for _ in range(turns + 1):

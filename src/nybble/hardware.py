@@ -106,6 +106,29 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def free_bytes(device: torch.device) -> int:
+    """Bytes that a training step may still take on `device`."""
+    if device.type == "cuda":
+        import torch
+
+        free, _total = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def used_bytes(device: torch.device) -> int:
+    """Bytes that this process takes of `device` now."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.memory_allocated(device))
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 class PeakMemory:
     """Peak memory of one device since the last `reset`.
 

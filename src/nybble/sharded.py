@@ -8,13 +8,11 @@ import torch
 
 from nybble.errors import RecipeError
 from nybble.hardware import Device
-from nybble.models import LoadReport, ModelSource, attach, compute_dtype, load_model, shard
+from nybble.models import LoadReport, ModelSource, attach, compute_dtype, load_model, meta_model, shard
 from nybble.nn import Linear4bit
 from nybble.planning.shards import shards_among
-from nybble.planning.step import build
 from nybble.recipe import QuantizationSection, Recipe
 from nybble.run.processes import Processes
-from nybble.training.depth import decoder_layers
 
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")  # that work on shards
 
@@ -63,9 +61,9 @@ def load_in_shards(
             made = attach(made, recipe.lora, base_name)
     report, packing = processes.gather((found, packing) if made is not None else None)[0]
     if made is None:
-        made = build(source.config, recipe.model_copy(update={"quantization": packing}), dtype)
+        made = meta_model(source.config, recipe.model_copy(update={"quantization": packing}), dtype)
     n_shards, offload = shards_among(recipe.training, processes.count), recipe.training.fsdp_cpu_offload
-    shard(made, decoder_layers(made), processes, device.torch_device, n_shards=n_shards, offload=offload)
+    shard(made, processes, device.torch_device, n_shards=n_shards, offload=offload)
     return made, dtype, report
 
 

@@ -13,14 +13,14 @@ from transformers import AutoConfig
 
 from nybble.data import Example, Groups
 from nybble.hardware import detect_device
-from nybble.models import RUNGS, Ladder, attach, find_model, load_model
+from nybble.models import RUNGS, Ladder, attach, find_model, load_model, materialize, meta_model
 from nybble.nn.scratch import scratch
 from nybble.planning.choose import changed, choose, largest_length, rungs_of, smallest_peak
 from nybble.planning.curve import Curve, Setting
 from nybble.planning.devices import named_profile
 from nybble.planning.forecast import Batches, Forecast
 from nybble.planning.live import LiveTensors
-from nybble.planning.step import Rows, Work, adopt, batch_of, build, fill, reusing, run_steps
+from nybble.planning.step import Rows, Work, adopt, batch_of, reusing, run_steps
 from nybble.recipe import Recipe, StepMemory, load_recipe
 from nybble.run.directory import RunDirectory
 from nybble.run.record import Silent
@@ -46,9 +46,9 @@ def setting_of(kind: str = "llama", method: str = "qlora", **changes: Any) -> Se
 
 def measured(setting: Setting, rows: Rows, depth: int, rungs: tuple[str, ...] = ()) -> tuple[Work, Work]:
     """The first and a later step of the whole model on real tensors."""
-    model = build(setting.config, setting.recipe, setting.dtype)
+    model = meta_model(setting.config, setting.recipe, setting.dtype)
     batch = batch_of(model, rows)
-    fill(model)
+    materialize(model)
     with reusing():
         ladder = Ladder(model)
         ladder.take(rungs)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nybble.errors import ModelError, RecipeError
 from nybble.kernels import dequantize, path_for, quantize
 from nybble.models.adapters import targets
+from nybble.models.skeleton import decoder_layers
 from nybble.models.source import ModelSource
 from nybble.nn import Linear4bit
 from nybble.quant import PackedWeight, damp, encode_calibrated, low_rank
@@ -69,7 +70,12 @@ def calibrate(
     """
     if source.is_4bit:
         raise RecipeError(f"{source.name} is stored in 4 bits: calibration needs the 16-bit weights; give those")
-    layers = _decoder_layers(model)
+    layers = decoder_layers(model)
+    if not layers:
+        count = model.config.get_text_config().num_hidden_layers
+        raise ModelError(
+            f"{type(model).__name__} has no list of {count} decoder layers to calibrate; use encoder: search"
+        )
     job = _Job(quantization, lora, set(targets(model, lora)) if lora.init_lora_weights != "default" else set())
     done = Calibration()
     stream = None
@@ -145,15 +151,6 @@ def _as_linear(module: Linear4bit, weight: Tensor) -> nn.Linear:
     return linear
 
 
-def _decoder_layers(model: Any) -> nn.ModuleList:
-    """The list of the model's decoder layers."""
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise ModelError(f"{type(model).__name__} has no list of {count} decoder layers to calibrate; use encoder: search")
-
-
 def _fit(
     weight: Tensor, moments: Tensor | None, job: _Job, repair: bool
 ) -> tuple[PackedWeight, tuple[Tensor, Tensor] | None]:
@@ -185,7 +182,7 @@ def _fit(
 class _Stream:
     """The rows on their way through the decoder layers."""
 
-    def __init__(self, model: Any, layers: nn.ModuleList, rows: Sequence[Sequence[int]]) -> None:
+    def __init__(self, model: Any, layers: Sequence[nn.Module], rows: Sequence[Sequence[int]]) -> None:
         self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {id(layer): [] for layer in layers}
         self._states: list[Tensor] = []
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from nybble.models.skeleton import base_of, decoder_layers
 from nybble.nn.attention import Span, attend_cached, attend_rows
 from nybble.nn.loss import Head, next_token_loss, token_losses
 from nybble.nn.mlp import GatedMlp
@@ -88,7 +89,8 @@ def _swap(model: Any) -> SwapReport:
         return SwapReport(False, reason="attention with dropout or in both directions: rows are padded")
     counts = {"attention": 0, "mlp": 0, "norm": 0, "loss": 1}
     activation = _ACTIVATIONS.get(str(getattr(config, "hidden_activation", None) or config.hidden_act))
-    for layer in model.model.layers:
+    layer: Any
+    for layer in decoder_layers(model):
         _set(layer.self_attn, partial(_attention, family))
         counts["attention"] += 1
         if activation:
@@ -224,11 +226,6 @@ def _next_token(
         return NextTokenOutput(loss=model.lm_head(chosen, loss, softcap))
     losses = model.lm_head(chosen, partial(token_losses, targets=targets), softcap)
     return NextTokenOutput(loss=losses.sum() / n_items, token_losses=losses)
-
-
-def base_of(model: Any) -> Any:
-    """The model below its adapters, if it has any."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def has_fused_head(model: Any) -> bool:

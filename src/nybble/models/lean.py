@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from nybble.models.families import base_of, blocks_of
+from nybble.models.families import blocks_of
+from nybble.models.skeleton import base_of, decoder_layers
 from nybble.nn import Linear4bit
 from nybble.nn.lean import HostEmbedding, HostStore
 from nybble.nn.recompute import recomputed
@@ -43,7 +44,7 @@ class Ladder:
         """`model` bare or with adapters."""
         base = base_of(model)
         blocks = blocks_of(model)
-        self._layers: list[Any] = list(base.model.layers) if blocks.flattened else []
+        self._layers: list[Any] = decoder_layers(base) if blocks.flattened else []
         self._linears = [m for layer in self._layers for m in layer.modules() if isinstance(m, Linear4bit)]
         self._has_tiles = bool(blocks.blocks.get("mlp"))
         self._store = HostStore()

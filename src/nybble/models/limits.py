@@ -134,8 +134,7 @@ def check_fits(folder: Path, config: Any, tensors: Sequence[StoredTensor]) -> No
     Raises:
         ModelError: it is larger, or no model at all.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    from nybble.models.skeleton import model_without_weights  # brings torch
 
     n_layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if isinstance(n_layers, int) and n_layers > len(tensors):
@@ -144,8 +143,8 @@ def check_fits(folder: Path, config: Any, tensors: Sequence[StoredTensor]) -> No
             f"{_AGAIN}"
         )
     what = f"{folder}/config.json: no model can be built of it"
-    with library_faults(what, ModelError, _AGAIN), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    with library_faults(what, ModelError, _AGAIN):
+        model = model_without_weights(config)
         needed = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     n_bytes = sum(tensor.n_bytes for tensor in tensors)
     if needed > _PARAMETERS_A_BYTE * n_bytes + _SMALL:

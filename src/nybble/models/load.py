@@ -20,6 +20,7 @@ from nybble.hardware import Device
 from nybble.models import cache
 from nybble.models.families import swap_blocks
 from nybble.models.plugin import NybbleConfig, adopt_bnb, raising_faults, register
+from nybble.models.skeleton import compute_dtype
 from nybble.models.source import ModelSource
 from nybble.nn import Linear4bit
 from nybble.recipe import ModelSection, QuantizationSection
@@ -45,18 +46,6 @@ class LoadReport:
     def bits_per_weight(self) -> float | None:
         """Bits a packed weight takes, scales included."""
         return 8 * self.packed_bytes / self.packed_elements if self.packed_elements else None
-
-
-def compute_dtype(wanted: str, device: Device) -> tuple[torch.dtype, list[str]]:
-    """The type to compute in, and a note if it is not the wanted one.
-
-    float16 products are about ten times slower than bfloat16 ones on a CPU, and lose range for nothing.
-    """
-    if wanted == "float16" and device.type == "cpu":
-        return torch.bfloat16, ["float16 is slow on a CPU: computing in bfloat16 instead"]
-    if wanted == "bfloat16" and not device.has_bfloat16:
-        return torch.float16, [f"{device.name} has no bfloat16: computing in float16 instead"]
-    return getattr(torch, wanted), []
 
 
 def load_model(

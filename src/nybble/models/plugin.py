@@ -22,11 +22,12 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nybble.errors import ModelError
 from nybble.kernels import ENCODERS, quantize
+from nybble.models.skeleton import linears_to_pack, swap_linears
 from nybble.nn import Linear4bit
 from nybble.quant import BLOCK_SIZES, QUANT_TYPES, SUFFIXES, from_bnb
 
@@ -110,23 +111,8 @@ class NybbleQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         config = self.quantization_config
-        keep_fp32 = getattr(model, "_keep_in_fp32_modules", None)
-        skip = self.get_modules_to_not_convert(model, config.skip_modules, keep_fp32, add_default_skips=True)
-        for name, module in list(model.named_modules()):
-            if type(module) is not nn.Linear:
-                continue
-            if not should_convert_module(name, skip):
-                config.left_alone.append(name)
-                continue
-            layer = Linear4bit(
-                module.in_features,
-                module.out_features,
-                module.bias is not None,
-                compute_dtype=config.bnb_4bit_compute_dtype,
-            )
-            if layer.bias is not None:
-                layer.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
-            model.set_submodule(name, layer)
+        names, config.left_alone = linears_to_pack(model, config.skip_modules)
+        swap_linears(model, names, config.bnb_4bit_compute_dtype)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         # transformers would undo on saving what it did on reading; our state dict has the file's keys already.
@@ -240,16 +226,6 @@ class _Unpack(ConversionOps):
             raise _fault(full_layer_name, error) from error
         layer._is_hf_initialized = True
         return {"weight": layer.weight}
-
-
-def linears_to_pack(config: Any, packing: NybbleConfig) -> list[str]:
-    """Names of the linears that loading a model of this config packs; no weight is read."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    NybbleQuantizer(packing)._process_model_before_weight_loading(model)
-    return [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
 
 
 def register() -> None:

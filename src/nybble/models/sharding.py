@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nybble.models.families import base_of, has_fused_head
+from nybble.models.families import has_fused_head
+from nybble.models.skeleton import base_of, decoder_layers
 from nybble.nn import Linear4bit
 from nybble.run.processes import Processes
 
 
 def shard(
     model: Any,
-    layers: list[nn.Module],
     processes: Processes,
     device: torch.device,
     *,
@@ -39,7 +39,6 @@ def shard(
 
     Args:
         model: the base with its adapters.
-        layers: its decoder layers.
         processes: that share it.
         device: of this process.
         n_shards: so many neighbours share a copy, and the others hold the same; default: all share one.
@@ -65,7 +64,7 @@ def shard(
     groups = {"copies": processes.count // size, "shards": size} if size < processes.count else {"shards": size}
     mesh = init_device_mesh(device.type, tuple(groups.values()), mesh_dim_names=tuple(groups))
     forward_only = tables(root)
-    for unit in (*([layer] for layer in layers), *forward_only, [root]):
+    for unit in (*([layer] for layer in decoder_layers(root)), *forward_only, [root]):
         _receive(unit, processes, device)
         fully_shard(unit, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
     for first, *_ in forward_only:

@@ -20,7 +20,8 @@ from nybble.guard import as_path, check_links, read_object
 from nybble.hardware import Device
 from nybble.models.adapter_files import read_settings
 from nybble.models.adapters import load_adapter
-from nybble.models.load import compute_dtype, load_model
+from nybble.models.load import load_model
+from nybble.models.skeleton import compute_dtype
 from nybble.models.source import ModelSource, find_model
 from nybble.models.tokenizer import load_tokenizer
 from nybble.recipe import (

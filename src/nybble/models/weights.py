@@ -16,7 +16,7 @@ from nybble.errors import ModelError
 from nybble.kernels import dequantize, quantize
 from nybble.models.limits import weight_files
 from nybble.models.load import cached_source, packing_config
-from nybble.models.plugin import linears_to_pack
+from nybble.models.skeleton import linears_to_pack, model_without_weights
 from nybble.models.source import ModelSource
 from nybble.quant import SUFFIXES, from_bnb, stored_shape
 from nybble.recipe import QuantizationSection
@@ -43,7 +43,7 @@ class BaseWeights:
         self.source = source
         self._to_pack: set[str] = set()
         if packing is not None and dtype is not None and not source.is_4bit:
-            modules = linears_to_pack(source.config, packing_config(packing, dtype))
+            modules, _left = linears_to_pack(model_without_weights(source.config), packing.skip_modules)
             # Checkpoints of a bare decoder lack the model's own first name.
             self._to_pack = {f"{name}.weight" for module in modules for name in (module, module.partition(".")[2])}
         self._files: dict[str, Any] = {}

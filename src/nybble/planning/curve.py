@@ -20,7 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nybble.data.batches import filled
-from nybble.models import Ladder, blocks_of, count_parameters
+from nybble.models import Ladder, blocks_of, config_with_layers, count_parameters, materialize, meta_model
 from nybble.nn.scratch import scratch
 from nybble.planning.live import LiveTensors, Peak
 from nybble.planning.shards import Shards, Sizes
@@ -30,9 +30,6 @@ from nybble.planning.step import (
     Work,
     adopt,
     batch_of,
-    build,
-    config_with,
-    fill,
     reused,
     reusing,
     run_evaluation,
@@ -96,13 +93,13 @@ class Setting:
 
     @cached_property
     def _small(self) -> tuple[Any, Ladder]:
-        model = build(config_with(self.config, 1), self.recipe, self.dtype)
+        model = meta_model(config_with_layers(self.config, 1), self.recipe, self.dtype)
         return model, Ladder(model)
 
     @cached_property
     def parameters(self) -> tuple[int, int]:
         """Trainable and all parameters of the whole model."""
-        few = (build(config_with(self.config, n), self.recipe, self.dtype) for n in (2, 3))
+        few = (meta_model(config_with_layers(self.config, n), self.recipe, self.dtype) for n in (2, 3))
         (t2, a2), (t3, a3) = (count_parameters(model) for model in few)
         return t2 + (self.n_layers - 2) * (t3 - t2), a2 + (self.n_layers - 2) * (a3 - a2)
 
@@ -147,10 +144,10 @@ class Setting:
         return self.traces[rows, n_layers]
 
     def _run(self, n_layers: int, rows: Rows, work: Callable[..., Any], begin: Reused = ()) -> Any:
-        model = build(config_with(self.config, n_layers), self.recipe, self.dtype)
+        model = meta_model(config_with_layers(self.config, n_layers), self.recipe, self.dtype)
         batch = batch_of(model, rows)
         with FakeTensorMode(), reusing(begin):
-            fill(model)
+            materialize(model)
             live = LiveTensors(self.rounding)
             adopt(live, model)
             live.adopt(scratch.pieces(), "workspace")

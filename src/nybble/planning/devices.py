@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from nybble.errors import InputError
-from nybble.hardware import Device
+from nybble.hardware import Device, free_bytes, used_bytes
+from nybble.models import materialize, meta_model
 from nybble.planning.curve import Setting
-from nybble.planning.step import Rows, Work, batch_of, build, fill, stepper
+from nybble.planning.step import Rows, Work, batch_of, stepper
 from nybble.recipe import load_recipe
 from nybble.storage.atomic import write_text
 from nybble.storage.cache import default_folder
-from nybble.training.depth import free_bytes, used_bytes
 
 _SUSTAINED_PRODUCTS, _SUSTAINED_TRAFFIC = 0.5, 0.7  # assumed shares of the published peaks
 # Of the rate of one product again and again, what those of a step reach, whose operands are not in the cache and of
@@ -69,6 +69,7 @@ class Profile:
     is_estimate: bool
     shares_memory: bool = False  # with the host
     operator_seconds: float = 2e-5  # of the host, for each operator; measured here, else an estimate
+    has_bfloat16: bool = True  # worth using
     links: Links = Links(25e9)  # PCIe 4.0 x16, less what its protocol takes
 
     def context_in(self, phase: str) -> int:
@@ -169,6 +170,7 @@ def _profile(device: Device, rates: Rates, n_beside: int = 1) -> Profile:
         is_estimate=False,
         shares_memory=device.shares_memory,
         operator_seconds=operator,
+        has_bfloat16=device.has_bfloat16,
         links=links,
     )
 
@@ -239,7 +241,7 @@ def _operator_seconds(stopwatch: _Stopwatch) -> float:
     recipe = load_recipe(None, {"r": 4})
     setting = Setting(AutoConfig.for_model("llama", **_TINY), recipe, torch.bfloat16)
     work, _ = setting.trace(_FEW, setting.n_layers, 0)
-    model = build(setting.config, recipe, setting.dtype)
+    model = meta_model(setting.config, recipe, setting.dtype)
     batch = batch_of(model, _FEW)
-    fill(model)
+    materialize(model)
     return stopwatch(stepper(model, batch, setting.dtype)) / work.operators

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
-
 from nybble.data import Prepared
 from nybble.data.store import Examples
 from nybble.planning.curve import Curve, Setting, evaluation
@@ -248,12 +246,6 @@ def _drawn(examples: Examples, packs: Sequence[Sequence[int]] | None) -> list[tu
 
 def _together(pairs: Sequence[tuple[int, int]]) -> Rows:
     return Rows(tuple(length for length, _ in pairs), sum(learned for _, learned in pairs))
-
-
-def compute_dtype_of(recipe: Recipe, backend: str) -> torch.dtype:
-    """The type of the arithmetic; float16 becomes bfloat16 on a CPU, as in loading."""
-    wanted = recipe.quantization.bnb_4bit_compute_dtype
-    return torch.bfloat16 if wanted == "float16" and backend == "cpu" else getattr(torch, wanted)
 
 
 def _state_bytes(recipe: Recipe) -> float:

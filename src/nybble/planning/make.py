@@ -10,11 +10,11 @@ from typing import Any
 from nybble.data import examine_rows, packs_of
 from nybble.errors import ModelError, NybbleError
 from nybble.hardware import detect_device
-from nybble.models import find_folder, find_tokenizer, read_config
+from nybble.models import compute_dtype, find_folder, find_tokenizer, read_config
 from nybble.planning.choose import Choice, changed, cheapest_changes, choose, largest_length, largest_model, rungs_of
 from nybble.planning.curve import Setting
 from nybble.planning.devices import Profile, named_profile, profile_of
-from nybble.planning.forecast import Batches, Forecast, compute_dtype_of
+from nybble.planning.forecast import Batches, Forecast
 from nybble.planning.shapes import config_of, known_shape, not_known
 from nybble.recipe import ModelSection, Plan, Recipe, load_recipe
 
@@ -118,7 +118,7 @@ def make_plan(
     budget = training.memory_budget or profile.memory_bytes
     if not profile.is_estimate:
         budget = min(budget, profile.memory_bytes)
-    dtype = compute_dtype_of(recipe, profile.backend)
+    dtype, _notes = compute_dtype(recipe.quantization.bnb_4bit_compute_dtype, profile)
     setting = Setting(config, recipe, dtype, profile.rounding, profile.shares_memory, n_shards)
     forecast, notes = _forecast(setting, known, profile)
     if known.n_rows is None:

@@ -21,8 +21,9 @@ from typing import Any
 
 from nybble.errors import InputError
 from nybble.hardware import Device, detect_device
+from nybble.models import compute_dtype
 from nybble.planning.devices import Links, Profile, named_profile, profile_of
-from nybble.planning.forecast import Batches, compute_dtype_of
+from nybble.planning.forecast import Batches
 from nybble.planning.make import find_config, make_plan, read_batches
 from nybble.planning.shards import Sizes, shards_among
 from nybble.recipe import Plan, Recipe, in_micro_batches, load_recipe, shared_among
@@ -117,7 +118,8 @@ def plan_shared(recipe: Recipe, config: Any, profile: Profile, n: int, batches: 
         RecipeError: the rows of a step cannot be shared by so many.
     """
     share = share_of(recipe, n)
-    sizes = Sizes.of(config, recipe, compute_dtype_of(recipe, profile.backend))
+    dtype, _notes = compute_dtype(recipe.quantization.bnb_4bit_compute_dtype, profile)
+    sizes = Sizes.of(config, recipe, dtype)
     n_shards = shards_among(recipe.training, n)
     in_shards = n_shards > 1
     whole = make_plan(share, config, profile, batches)

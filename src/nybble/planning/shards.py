@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from nybble.errors import RecipeError
-from nybble.models import count_parameters, tables
+from nybble.models import config_with_layers, count_parameters, meta_model, tables
 from nybble.planning.live import Peak
-from nybble.planning.step import Work, build, config_with
+from nybble.planning.step import Work
 from nybble.recipe import Recipe, TrainingSection
 
 _SHARDED = ("weights", "adapters", "gradients", "optimizer")
@@ -97,7 +97,7 @@ class Sizes:
     def of(cls, config: Any, recipe: Recipe, dtype: torch.dtype) -> Sizes:
         """Without any weight: two small models on the meta device tell what a layer takes."""
         n = int(config.get_text_config().num_hidden_layers)
-        smaller, model = (build(config_with(config, k), recipe, dtype) for k in (2, 3))
+        smaller, model = (meta_model(config_with_layers(config, k), recipe, dtype) for k in (2, 3))
         layer = _bytes_of([model]) - _bytes_of([smaller])
         apart = [_bytes_of(unit) for unit in tables(model)]
         embeddings, head, table = {0: (0, 0, 0), 1: (0, 0, *apart), 2: (*apart, 0)}[len(apart)]

@@ -1,6 +1,5 @@
 """One training step with its memory counted: the code that trains, on fake tensors or on real ones.
 
-    build       the model of a config, packed and with adapters, without weights; `fill` makes its tensors
     run_steps   forward, backward, clipping, optimizer; twice, since the first makes the optimizer's state
     run_evaluation
 
@@ -12,7 +11,6 @@ before the head is a section too.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,18 +21,12 @@ from torch import Tensor, nn
 
 from nybble.data import FlatBatch, PadBatch
 from nybble.data.batches import Group
-from nybble.models import Ladder, attach, blocks_of
-from nybble.models.families import swap_blocks
+from nybble.models import Ladder, blocks_of, decoder_layers, recomputable_layers, set_recomputed
 from nybble.models.lora import share_seeds
-from nybble.nn import Linear4bit
 from nybble.nn.recompute import recomputed, recomputing
 from nybble.nn.scratch import scratch
 from nybble.nn.seeds import Seeds
 from nybble.planning.live import HOST, LiveTensors, Peak
-from nybble.quant import PackedWeight
-from nybble.quant.packed import NESTED_BLOCK_SIZE
-from nybble.recipe import Recipe
-from nybble.training.depth import decoder_layers
 
 
 @dataclass(frozen=True)
@@ -77,89 +69,6 @@ class Work:
         return max(self.peaks.values(), key=lambda peak: peak.total_bytes)
 
 
-def config_with(config: Any, n_layers: int) -> Any:
-    """`config` with so many decoder layers, of every kind that it has."""
-    cut = copy.deepcopy(config)
-    cut.num_hidden_layers = n_layers
-    cut.__dict__.pop("quantization_config", None)  # a packed folder's: `build` packs itself
-    kinds = getattr(config, "layer_types", None)
-    if kinds:
-        # The last layer's kind may differ; memory does not, but each kind brings rotary tables of its own.
-        rare = list(dict.fromkeys(kinds))
-        cut.layer_types = [*rare, *([kinds[0]] * n_layers)][:n_layers]
-    return cut
-
-
-def build(config: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
-    """The model that `recipe` trains, as loading and attaching make it, on the meta device; not under a fake mode.
-
-    Raises what transformers or PEFT raise for a config they cannot build.
-    """
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config,
-            dtype=torch.float32 if recipe.method == "full" else dtype,
-            attn_implementation=recipe.model.attn_implementation,
-            trust_remote_code=recipe.model.trust_remote_code,
-        )
-        if recipe.method == "qlora":
-            _pack(model, recipe, dtype)
-        model.eval()
-        swap_blocks(model)
-        if recipe.method != "full":
-            model = attach(model, recipe.lora, "planned")
-    return model
-
-
-def fill(model: nn.Module) -> None:
-    """Give every tensor of a model on the meta device memory (under a fake mode none), shared ones once; all zero."""
-    made: dict[int, Tensor] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                found = made.get(id(parameter))
-                if found is None:
-                    value = torch.zeros(parameter.shape, dtype=parameter.dtype)
-                    found = made[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-                module._parameters[name] = found  # type: ignore[assignment]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                found = made.setdefault(id(buffer), torch.zeros(buffer.shape, dtype=buffer.dtype))
-                module._buffers[name] = found
-
-
-def _pack(model: Any, recipe: Recipe, dtype: torch.dtype) -> None:
-    """Swap linears as `nybble.models.plugin` does while loading."""
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    section = recipe.quantization
-    head = model.get_output_embeddings()
-    skip = [name for name, module in model.named_modules() if module is head] + list(section.skip_modules)
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and should_convert_module(name, skip):
-            layer = Linear4bit(module.in_features, module.out_features, module.bias is not None, compute_dtype=dtype)
-            if module.bias is not None:
-                layer.bias = nn.Parameter(module.bias.detach(), requires_grad=False)
-            shape = (module.out_features, module.in_features)
-            layer.set_packed(_packed(shape, section.bnb_4bit_blocksize, section.bnb_4bit_use_double_quant, dtype))
-            model.set_submodule(name, layer)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-
-
-def _packed(shape: tuple[int, int], block_size: int, is_nested: bool, dtype: torch.dtype) -> PackedWeight:
-    n = shape[0] * shape[1]
-    n_blocks = -(-n // block_size)
-    codes = torch.zeros(-(-n // 2), 1, dtype=torch.uint8)
-    if not is_nested:
-        return PackedWeight(codes, torch.ones(n_blocks), shape, block_size, "nf4", dtype)
-    nested = (torch.ones(-(-n_blocks // NESTED_BLOCK_SIZE)), torch.zeros(()))
-    scales = torch.zeros(n_blocks, dtype=torch.uint8)
-    return PackedWeight(codes, scales, shape, block_size, "nf4", dtype, *nested)
-
-
 def adopt(live: LiveTensors, model: Any, ladder: Ladder | None = None) -> None:
     """Count the model's own tensors, those on the host as such."""
     live.adopt([*model.parameters(), *model.buffers()], "weights")
@@ -195,11 +104,8 @@ def run_steps(
     """
     share_seeds(model, Seeds(0, 0))
     model.train()
-    layers = decoder_layers(model)
-    for number, layer in enumerate(layers):
-        if ladder is None or not ladder.rungs:
-            layer._gradient_checkpointing_func = recomputed  # type: ignore[assignment]
-        layer.gradient_checkpointing = number < n_recomputed  # type: ignore[assignment]
+    has_savers = ladder is not None and bool(ladder.rungs)
+    set_recomputed(recomputable_layers(model), n_recomputed, None if has_savers else recomputed)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     done = []
@@ -228,9 +134,7 @@ def stepper(model: Any, batch: dict[str, Any], dtype: torch.dtype, n_recomputed:
     """A step over `batch` on real tensors, to be timed; nothing is counted."""
     share_seeds(model, Seeds(0, 0))
     model.train()
-    for number, layer in enumerate(decoder_layers(model)):
-        layer._gradient_checkpointing_func = recomputed  # type: ignore[assignment]
-        layer.gradient_checkpointing = number < n_recomputed  # type: ignore[assignment]
+    set_recomputed(recomputable_layers(model), n_recomputed, recomputed)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from nybble.errors import RecipeError
-from nybble.hardware import Device
-from nybble.models import RUNGS, Ladder
+from nybble.hardware import Device, free_bytes, used_bytes
+from nybble.models import RUNGS, Ladder, recomputable_layers, set_recomputed
 from nybble.nn.recompute import recomputed
 from nybble.recipe import StepMemory, TrainingSection
 
@@ -36,7 +36,7 @@ class Recomputation:
         rungs: Collection[str] = (),
     ) -> None:
         """`memory` or `room` None: all layers are recomputed always, with `rungs`; `shallowest`: level at least."""
-        self._layers = decoder_layers(model)
+        self._layers = recomputable_layers(model)
         self._memory = memory if room is not None else None
         self._room = room
         self._ladder = ladder
@@ -46,8 +46,7 @@ class Recomputation:
         self.depth = 0  # layers recomputed in the batch that was prepared last
         self.deepest = 0  # in any so far
         self.taken: set[str] = set()  # rungs, in any so far
-        for layer in self._layers:
-            layer._gradient_checkpointing_func = recomputed  # type: ignore[assignment]
+        set_recomputed(self._layers, 0, recomputed)
 
     def prepare(self, n_tokens: int) -> int:
         """Set the layers for a batch of so many tokens; returns how many will be recomputed."""
@@ -79,8 +78,7 @@ class Recomputation:
         self._level = level
         self.depth = min(level, len(self._layers))
         rungs = self._rungs if self._memory is None else self._memory.rungs_at(level)
-        for number, layer in enumerate(self._layers):
-            layer.gradient_checkpointing = number < self.depth  # type: ignore[assignment]
+        set_recomputed(self._layers, self.depth)
         if self._ladder is not None:
             self._ladder.take(rungs)
             self.taken.update(rungs)
@@ -116,7 +114,7 @@ def recomputation_for(
     Raises:
         RecipeError: `lean: always`, and the model has nothing to be lean with.
     """
-    layers = decoder_layers(model)
+    layers = recomputable_layers(model)
     ladder = Ladder(model)
     if section.lean == "always":
         if not ladder.rungs:
@@ -129,33 +127,3 @@ def recomputation_for(
     shallowest = len(layers) if section.gradient_checkpointing == "always" else 0
     room = Room(device.torch_device, section.memory_budget, n_beside)
     return Recomputation(model, memory, room, ladder, shallowest=shallowest)
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that can be recomputed, in order."""
-    return [module for module in model.modules() if hasattr(module, "gradient_checkpointing") and _is_layer(module)]
-
-
-def _is_layer(module: nn.Module) -> bool:
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return isinstance(module, GradientCheckpointingLayer)
-
-
-def free_bytes(device: torch.device) -> int:
-    """What a training step may still take on `device`."""
-    if device.type == "cuda":
-        free, _total = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    import psutil
-
-    return int(psutil.virtual_memory().available)
-
-
-def used_bytes(device: torch.device) -> int:
-    """What this process takes of `device` now."""
-    if device.type == "cuda":
-        return int(torch.cuda.memory_allocated(device))
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,92 @@
+"""The model that a recipe trains, on torch's meta device: every module, shape and type of it, and no memory.
+
+A process that receives its weights from another one starts from it, and a plan traces it. `materialize` then gives it
+tensors: real ones, or fake ones under torch's fake mode.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nybble.models.adapters import attach
+from nybble.models.families import swap_blocks
+from nybble.models.skeleton import linears_to_pack, model_without_weights, swap_linears
+from nybble.nn import Linear4bit
+from nybble.quant import PackedWeight
+from nybble.quant.packed import NESTED_BLOCK_SIZE
+from nybble.recipe import QuantizationSection, Recipe
+
+
+def config_with_layers(config: Any, n_layers: int) -> Any:
+    """A copy of `config` with `n_layers` decoder layers, among them every kind of layer that it has."""
+    cut = copy.deepcopy(config)
+    cut.num_hidden_layers = n_layers
+    cut.__dict__.pop("quantization_config", None)  # of a folder in 4 bits: `meta_model` packs by itself
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        # The last layer's kind may differ; memory does not, but each kind brings rotary tables of its own.
+        rare = list(dict.fromkeys(kinds))
+        cut.layer_types = [*rare, *([kinds[0]] * n_layers)][:n_layers]
+    return cut
+
+
+def meta_model(config: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
+    """The model of `recipe` as loading and attaching make it, on the meta device.
+
+    It must not be called under a fake mode. Raises what transformers or PEFT raise for a config they cannot build.
+    """
+    model = model_without_weights(
+        config,
+        dtype=torch.float32 if recipe.method == "full" else dtype,
+        attn_implementation=recipe.model.attn_implementation,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    with torch.device("meta"):
+        if recipe.method == "qlora":
+            _pack(model, recipe.quantization, dtype)
+        model.eval()
+        swap_blocks(model)
+        if recipe.method != "full":
+            model = attach(model, recipe.lora, "planned")
+    return model
+
+
+def materialize(model: nn.Module) -> None:
+    """Give every tensor of a model on the meta device memory filled with zeros; a shared tensor gets it once."""
+    filled: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in filled:
+                    zeros = torch.zeros(parameter.shape, dtype=parameter.dtype)
+                    filled[id(parameter)] = nn.Parameter(zeros, requires_grad=parameter.requires_grad)
+                module._parameters[name] = filled[id(parameter)]  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = filled.setdefault(id(buffer), torch.zeros(buffer.shape, dtype=buffer.dtype))
+
+
+def _pack(model: Any, section: QuantizationSection, dtype: torch.dtype) -> None:
+    """Swap the linears that loading packs, and give each a packed weight of the right shapes."""
+    names, _left = linears_to_pack(model, section.skip_modules)
+    swap_linears(model, names, dtype)
+    for name in names:
+        layer: Linear4bit = model.get_submodule(name)
+        layer.set_packed(_packed_like(layer, section, dtype))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def _packed_like(layer: Linear4bit, section: QuantizationSection, dtype: torch.dtype) -> PackedWeight:
+    n_elements = layer.out_features * layer.in_features
+    n_blocks = -(-n_elements // section.bnb_4bit_blocksize)
+    is_nested = section.bnb_4bit_use_double_quant
+    codes = torch.zeros(-(-n_elements // 2), 1, dtype=torch.uint8)
+    scales = torch.zeros(n_blocks, dtype=torch.uint8) if is_nested else torch.ones(n_blocks)
+    nested = (torch.ones(-(-n_blocks // NESTED_BLOCK_SIZE)), torch.zeros(())) if is_nested else ()
+    shape = (layer.out_features, layer.in_features)
+    return PackedWeight(codes, scales, shape, section.bnb_4bit_blocksize, "nf4", dtype, *nested)
