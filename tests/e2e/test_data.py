@@ -73,7 +73,7 @@ def test_many_rows_are_tokenized_in_sight_and_once(nybble: Callable[..., Any], w
         "tokenizing 250/600", "tokenizing 500/600", "tokenizing 600/600"
     ]  # fmt: skip
     second = nybble(*words, "--json")
-    assert "taken from the cache" in second.err
+    assert "loaded from the cache" in second.err
     assert "tokenizing" not in second.err
     assert "tokenizing 600/600" in nybble(*words, "--json", "--no-cache").err
     assert first.out == second.out

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nybble.data import encode_follow_up, encode_prompt, prepare_rows
-from nybble.data.rendered import FAMILIES
+from nybble.data.rendered import CHAT_FORMATS
 from nybble.recipe import DataSection, EvaluationSection
 
 
@@ -22,11 +22,13 @@ def test_a_second_question_has_the_tokens_of_rows_with_two_turns(
     if form == "inst":
         text = "<s>[INST] a [/INST] b </s><s>[INST] c [/INST] d </s>"
     else:
-        family = FAMILIES[form]
-        marks = [family.stop, *(part for part in family.header.split("\n") if part.startswith("<"))]
+        chat_format = CHAT_FORMATS[form]
+        marks = [chat_format.stop, *(part for part in chat_format.header.split("\n") if part.startswith("<"))]
         tokenizer.add_special_tokens({"additional_special_tokens": list(dict.fromkeys(marks))})
-        between = family.question.partition(family.stop)[2].partition("<")[0]
-        text = between.join(f"{family.question.format(q)}{a}{family.stop}" for q, a in (("a", "b"), ("c", "d")))
+        between = chat_format.question.partition(chat_format.stop)[2].partition("<")[0]
+        text = between.join(
+            f"{chat_format.question.format(q)}{a}{chat_format.stop}" for q, a in (("a", "b"), ("c", "d"))
+        )
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"text": text}) + "\n")
     data = DataSection(dataset_name=str(file), eval_fraction=0)

@@ -140,9 +140,9 @@ def test_a_run_without_end_tokens_is_allowed_by_name(prepare: Call) -> None:
 @pytest.mark.parametrize(
     ("roles", "said"),
     [
-        (["user", "user", "assistant"], "turn 2: 'user' follows 'user'; it may follow: the beginning, system"),
+        (["user", "user", "assistant"], "turn 2: 'user' follows 'user'; allowed before it: the beginning, system"),
         (["user", "assistant", "assistant"], "turn 3: 'assistant' follows 'assistant'"),
-        (["user", "system", "assistant"], "turn 2: 'system' follows 'user'; it may follow: the beginning"),
+        (["user", "system", "assistant"], "turn 2: 'system' follows 'user'; allowed before it: the beginning"),
         (["tool", "assistant"], "turn 1: 'tool' comes first"),
     ],
 )
@@ -162,7 +162,7 @@ def test_tools_that_are_no_list_are_refused(prepare: Call, tools: str) -> None:
 def test_a_row_of_50_megabytes_is_refused_at_once(tmp_path: Path, tok: Any, name: str) -> None:
     (tmp_path / name).write_text('{"text": "' + "a" * 50_000_000 + '"}\n')
     began = time.monotonic()
-    with pytest.raises(RowsError, match="line 1: more than 16,777,216 characters"):
+    with pytest.raises(RowsError, match="line 1: has more than 16,777,216 characters"):
         prepare_rows(DataSection(dataset_name=str(tmp_path / name)), EvaluationSection(), tok, 0)
     assert time.monotonic() - began < 60
 
@@ -172,7 +172,7 @@ def conversation(n_turns: int, size: int = 1) -> dict[str, Any]:
 
 
 def test_a_conversation_beyond_bounds_is_refused(prepare: Call) -> None:
-    with pytest.raises(RowsError, match="row 1: a text of 2,500,000 characters"):
+    with pytest.raises(RowsError, match="row 1: the text has 2,500,000 characters"):
         prepare([conversation(50, 50_000)], chat_template="inst")
 
 
@@ -194,7 +194,7 @@ def test_a_template_that_numbers_its_turns_takes_no_more_than_it_can_search(
         "{% for m in messages %}{% if m.content != 'a' %}{{ raise_exception('no a') }}{% endif %}a</s>{% endfor %}"
     )
     assert prepare([conversation(10)], **settings).ledger.stop_tokens_trained == 5
-    with pytest.raises(RowsError, match="row 1: the chat template renders each of its 12 turns in another way"):
+    with pytest.raises(RowsError, match="row 1: the chat template renders each of its 12 turns in a different way"):
         prepare([conversation(12)], **settings)
 
 
@@ -215,7 +215,7 @@ def test_a_row_whose_first_line_ends_with_a_colon_is_one_row(tmp_path: Path) -> 
 
 def test_broken_json_of_many_lines_is_named_by_line(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text('{\n "text": "a",\n "more" 3\n}\n')
-    with pytest.raises(RowsError, match=r"r\.json line 3: not JSON"):
+    with pytest.raises(RowsError, match=r"r\.json line 3: is not valid JSON"):
         read_rows(str(tmp_path / "r.json"))
 
 

@@ -221,7 +221,7 @@ def test_rows_with_nothing_to_learn_are_dropped_and_counted(prepare: Call) -> No
     ("text", "said"),
     [
         ("<s>[INST] Q [/INST] " + "A " * 40 + "</s>", "no answer keeps its end token within max_length 30"),
-        ("<s>[INST] " + "Q " * 40 + " [/INST] A </s>", "none of 2 rows has a token to learn within max_length 30"),
+        ("<s>[INST] " + "Q " * 40 + " [/INST] A </s>", "none of the 2 rows has a token to learn within max_length 30"),
     ],
 )
 def test_rows_that_are_all_cut_short_are_refused(prepare: Call, text: str, said: str) -> None:
@@ -232,9 +232,9 @@ def test_rows_that_are_all_cut_short_are_refused(prepare: Call, text: str, said:
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([{"text": "a"}, {"txt": "b"}], "row 2: column 'text' is missing; this row has txt"),
-        ([{"text": "a"}, {}], "row 2: column 'text' is missing; this row has none"),
-        ([{"text": "a"}, {"messages": TURNS}], "row 2: column 'text' is missing; this row has messages"),
+        ([{"text": "a"}, {"txt": "b"}], "row 2: column 'text' is missing; the row has txt"),
+        ([{"text": "a"}, {}], "row 2: column 'text' is missing; the row has none"),
+        ([{"text": "a"}, {"messages": TURNS}], "row 2: column 'text' is missing; the row has messages"),
         ([{"text": "a"}, {"text": ["a"]}], "row 2: column 'text' is of type list, not text"),
         ([{"text": "a"}, {"text": None}], "row 2: column 'text' is of type NoneType, not text"),
         ([{"prompt": "a", "completion": 4}], "row 1: column 'completion' is of type int, not text"),
@@ -251,14 +251,14 @@ def test_rows_that_are_all_cut_short_are_refused(prepare: Call, text: str, said:
         ),
         (
             [{"messages": [{"role": "user", "content": [{"type": "image"}]}]}],
-            "row 1 turn 1: a content's part is 'image'",
+            "row 1 turn 1: a part of the content is 'image'",
         ),
         (
             [{"messages": [{"role": "user", "content": [3]}]}],
-            "row 1 turn 1: a content's part is 'int'; allowed is {'type'",
+            "row 1 turn 1: a part of the content is 'int'; allowed is only {'type'",
         ),
-        ([{"messages": TURNS}, {"messages": [QUESTION]}], "row 2: no assistant turn, so nothing to learn"),
-        ([{"conversations": [{"from": "human", "value": "x"}]}], "row 1: no assistant turn"),
+        ([{"messages": TURNS}, {"messages": [QUESTION]}], "row 2: has no assistant turn, so there is nothing to learn"),
+        ([{"conversations": [{"from": "human", "value": "x"}]}], "row 1: has no assistant turn"),
         ([{"question": "a", "reply": "b"}], "row 1: has the columns question, reply; allowed: text"),
     ],
 )
@@ -278,7 +278,7 @@ def test_turns_without_a_template_are_refused(prepare: Call) -> None:
     ("template", "said"),
     [
         (None, "chat_template: got '.*own.jinja'; allowed: inst, chatml or an existing .jinja file"),
-        ("{{ raise_exception('no system, please') }}", "row 1: the chat template refuses it: no system, please"),
+        ("{{ raise_exception('no system, please') }}", "row 1: the chat template failed: no system, please"),
         ("{{ messages | length }}{{ messages[-1].content }}", "row 1: the chat template renders earlier turns diff"),
     ],
 )
@@ -332,7 +332,7 @@ def test_a_header_is_told_from_content_that_looks_like_it(prepare: Call, tok: An
 
 def test_a_template_that_fails_is_the_rows_error(prepare: Call, tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text("{{ 1 // 0 }}")
-    with pytest.raises(RowsError, match="row 1: the chat template refuses it"):
+    with pytest.raises(RowsError, match="row 1: the chat template failed"):
         prepare([{"messages": TURNS}], chat_template=str(tmp_path / "own.jinja"))
 
 

@@ -111,12 +111,12 @@ def test_a_folders_split_may_be_held_out(prepare: Call, tmp_path: Path, name: st
 def test_a_split_that_is_not_there_is_named_with_those_that_are(prepare: Call, tmp_path: Path) -> None:
     write_lines(tmp_path / "set" / "train.jsonl", NUMBERED)
     write_lines(tmp_path / "set" / "eval.jsonl", NUMBERED)
-    with pytest.raises(RowsError, match="has no split 'validation'; by the names of its files it has: test, train"):
+    with pytest.raises(RowsError, match="has no split 'validation'; according to its file names it has: test, train"):
         prepare([], dataset_name=str(tmp_path / "set"), eval_dataset_split="validation")
 
 
 def test_one_file_has_no_splits(prepare: Call) -> None:
-    with pytest.raises(RowsError, match="is one file and has no splits; leave out --eval_dataset_split"):
+    with pytest.raises(RowsError, match="is one file and has no splits; remove --eval_dataset_split"):
         prepare(NUMBERED, eval_dataset_split="test")
 
 
@@ -212,15 +212,15 @@ class TestKept:
             told = Told()
             kept = prepare(rows, cache=Cache("rows", 1 << 30), watch=told, **settings)
             assert list(kept.train) == list(prepare(rows, **settings).train)
-            assert bool(told.moves) == (len(rows) > 250 and not any("taken from" in note for note in told.notes))
+            assert bool(told.moves) == (len(rows) > 250 and not any("loaded from" in note for note in told.notes))
             return told.notes
 
         return run
 
     def test_the_second_time_nothing_is_tokenized(self, notes: Callable[..., list[str]]) -> None:
         assert notes() == []
-        assert "taken from the cache" in notes()[0]
-        assert "taken from the cache" in notes(dataset_num_proc=1)[0]
+        assert "loaded from the cache" in notes()[0]
+        assert "loaded from the cache" in notes(dataset_num_proc=1)[0]
 
     @pytest.mark.parametrize(
         "changed",
@@ -237,7 +237,7 @@ class TestKept:
     def test_any_change_is_another_entry(self, notes: Callable[..., list[str]], changed: dict[str, Any]) -> None:
         notes()
         assert notes(**changed) == []
-        assert "taken from the cache" in notes(**changed)[0]
+        assert "loaded from the cache" in notes(**changed)[0]
 
     def test_another_tokenizer_or_version_is_another_entry(
         self, notes: Callable[..., list[str]], tok: Any, monkeypatch: pytest.MonkeyPatch
@@ -247,7 +247,7 @@ class TestKept:
         assert notes() == []
         tok.eos_token = "<unk>"  # noqa: S105
         assert notes() == []
-        assert "taken from the cache" in notes()[0]
+        assert "loaded from the cache" in notes()[0]
         monkeypatch.setattr(encode_all, "_VERSION", 2)
         assert notes() == []
 
@@ -280,14 +280,14 @@ class TestKept:
         if harm == "gone":
             file.unlink()
         assert notes() == []
-        assert "taken from the cache" in notes()[0]
+        assert "loaded from the cache" in notes()[0]
 
     def test_a_full_disk_is_said_and_not_fatal(
         self, notes: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-        assert "what was tokenized is not kept" in notes()[0]
+        assert "the tokenized data is not kept" in notes()[0]
         assert list(tmp_path.glob("nybble-*")) == []
 
     def test_few_rows_are_not_worth_keeping(self, notes: Callable[..., list[str]], tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_no_name_is_told_what_to_give() -> None:
 
 
 def test_a_hub_id_without_network_cannot_run() -> None:
-    with pytest.raises(CannotRunError, match="'nobody/no-rows' is no file here"):
+    with pytest.raises(CannotRunError, match="'nobody/no-rows' is not a local file"):
         read_rows("nobody/no-rows")
 
 
@@ -177,7 +177,7 @@ def test_a_hub_id_without_network_cannot_run() -> None:
     ],
 )
 def test_a_file_without_rows_is_refused(tmp_path: Path, name: str, content: str) -> None:
-    assert refusal(tmp_path / name, content) == " holds no rows; give a file that does"
+    assert refusal(tmp_path / name, content) == " contains no rows; give a file that contains rows"
 
 
 def test_a_parquet_file_without_rows_is_refused(tmp_path: Path) -> None:
@@ -185,17 +185,17 @@ def test_a_parquet_file_without_rows_is_refused(tmp_path: Path) -> None:
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "r.parquet")
-    assert "holds no rows" in refusal(tmp_path / "r.parquet")
+    assert "contains no rows" in refusal(tmp_path / "r.parquet")
 
 
 def test_a_folder_without_rows_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.md").write_text("x")
-    assert "holds no file of rows; allowed endings: .parquet, .json" in refusal(tmp_path)
+    assert "contains no files with rows; allowed extensions: .parquet, .json" in refusal(tmp_path)
 
 
 def test_an_unknown_ending_is_refused_with_those_that_are_read(tmp_path: Path) -> None:
     assert refusal(tmp_path / "r.docx", "x").startswith(
-        ": ending '.docx' is not read; allowed: .parquet, .json, .jsonl"
+        ": extension '.docx' is not supported; allowed: .parquet, .json, .jsonl"
     )
 
 
@@ -210,7 +210,7 @@ def test_an_unknown_ending_is_refused_with_those_that_are_read(tmp_path: Path) -
     ],
 )
 def test_what_is_not_json_is_named_by_line(tmp_path: Path, name: str, content: str, line: int) -> None:
-    assert refusal(tmp_path / name, content).startswith(f" line {line}: not JSON (")
+    assert refusal(tmp_path / name, content).startswith(f" line {line}: is not valid JSON (")
 
 
 @pytest.mark.parametrize(
@@ -224,14 +224,14 @@ def test_what_is_not_json_is_named_by_line(tmp_path: Path, name: str, content: s
 )
 def test_a_row_that_is_no_object_is_named_by_number(tmp_path: Path, name: str, content: str, kind: str) -> None:
     assert refusal(tmp_path / name, content) == (
-        f" row 2: is of type {kind}; a row is an object with columns: repair the file"
+        f" row 2: is of type {kind}, but a row must be an object with columns; repair the file"
     )
 
 
 @pytest.mark.parametrize("row", ["1,2,3", "1"])
 def test_a_ragged_csv_row_is_named_by_line(tmp_path: Path, row: str) -> None:
     message = refusal(tmp_path / "r.csv", f"a,b\n1,2\n{row}\n3,4\n")
-    assert message == " line 3: has other columns than the first line; quote its commas"
+    assert message == " line 3: has different columns from the first line; quote values that contain commas"
 
 
 @pytest.mark.parametrize("name", ["r.jsonl", "r.json", "r.csv", "r.txt"])
@@ -243,13 +243,13 @@ def test_what_is_not_utf8_is_named_by_byte(tmp_path: Path, name: str) -> None:
 def test_a_cut_parquet_file_is_refused(tmp_path: Path, keep: int) -> None:
     write_parquet(tmp_path / "whole.parquet", ROWS)
     content = (tmp_path / "whole.parquet").read_bytes()[:keep]
-    assert refusal(tmp_path / "cut.parquet", content).startswith(": not a parquet file (")
+    assert refusal(tmp_path / "cut.parquet", content).startswith(": is not a parquet file (")
 
 
 def test_a_damaged_file_in_a_folder_is_the_one_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", ROWS)
     (tmp_path / "b.jsonl").write_text('{"text": "x"}\nx\n')
-    assert refusal(tmp_path) == "/b.jsonl line 2: not JSON (Expecting value); repair the line"
+    assert refusal(tmp_path) == "/b.jsonl line 2: is not valid JSON (Expecting value); repair the line"
 
 
 def test_a_byte_order_mark_is_no_part_of_a_text_file(tmp_path: Path) -> None:

@@ -307,5 +307,5 @@ def test_tools_go_into_the_system_text_otherwise(prepare: Call, speak: Callable[
 
 def test_calls_that_a_template_would_leave_out_are_refused(prepare: Call, speak: Callable[[str], Any]) -> None:
     tokenizer, _ = speak("phi-3")
-    with pytest.raises(RowsError, match="row 1: the chat template knows no tool_calls"):
+    with pytest.raises(RowsError, match="row 1: the chat template does not support tool_calls"):
         prepare([{"messages": TOOL_TURNS}], tokenizer=tokenizer)

@@ -195,7 +195,7 @@ def _recipe(folder: Path) -> None:
 def _rows(name: str, folder: Path) -> None:
     """All that happens to rows before a tokenizer sees them."""
     from nybble.data.rows import read_rows
-    from nybble.data.shapes import answers_of, begun_anew, detect_shape, exchanges, to_form
+    from nybble.data.shapes import answers_of, as_first_unit, detect_shape, exchanges, to_form
     from nybble.recipe import DataSection
 
     data = DataSection()
@@ -205,7 +205,7 @@ def _rows(name: str, folder: Path) -> None:
         form = to_form(row, shape, data, where, has_template=True)
         answers_of(form)
         for unit in exchanges(form)[1]:
-            begun_anew(unit, form)
+            as_first_unit(unit, form)
 
 
 def _template(folder: Path) -> None:

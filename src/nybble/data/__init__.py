@@ -1,4 +1,4 @@
-"""Rows: read, recognise their shape, mark what is learned, count it, batch it."""
+"""Rows: read them, detect their shape, label the tokens to learn, count them, and build batches."""
 
 from nybble.data.batches import FlatBatch, Groups, PadBatch, pack_rows, packs_of
 from nybble.data.encode import IGNORED, Example, encode_chat, encode_follow_up, encode_prompt, question_form

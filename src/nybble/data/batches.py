@@ -1,6 +1,6 @@
-"""Examples to tensors: rows behind each other in one sequence, or padded side by side where a model needs that.
+"""Build batches: rows concatenated into one sequence, or padded side by side for models that need it.
 
-What is drawn for a batch is a group of rows: one row, or as many as fill a length (`pack_rows`).
+A batch consists of groups of rows. A group is one row, or several rows that fill a given length (`pack_rows`).
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ from nybble.data.encode import IGNORED, Example
 from nybble.data.store import Examples
 from nybble.recipe import DataSection
 
-Group = Sequence[dict[str, list[int]]]  # rows that are drawn together
-NOTHING: Group = ({"input_ids": [0], "labels": [IGNORED]},)  # a row of which nothing is learned
+Group = Sequence[dict[str, list[int]]]  # rows that always enter the same batch
+NOTHING: Group = ({"input_ids": [0], "labels": [IGNORED]},)  # a row without any token to learn
 
 
 @dataclass(frozen=True)
 class FlatBatch:
-    """Lays rows behind each other, without padding. Called by torch's DataLoader."""
+    """Concatenates rows into one sequence without padding; a collate function for torch's DataLoader."""
 
     def __call__(self, groups: Sequence[Group]) -> dict[str, Any]:
-        """What a model with our blocks takes; T is the number of tokens, `filled` up, n that of learned ones.
+        """The inputs of a model with Nybble's blocks.
 
-        `input_ids`, `position_ids` (from 0 in each row) and `labels` `(1, T) int64`; `lengths`, the tokens of each row,
-        those that fill up counting to the last: no token before them sees them; `learned` `(n,) int64`, the places
-        whose next token is learned, and `targets` `(n,) int64`, those tokens. All of it is made here, on the host, so
-        that the step need not ask the device.
+        T is the number of tokens rounded up by `filled`, and n is the number of tokens to learn. The result holds
+        `input_ids`, `position_ids` (from 0 in each row) and `labels`, each `(1, T) int64`; `lengths`, a tuple with the
+        number of tokens of each row (the tokens added by rounding count towards the last row, and no earlier token
+        attends to them); `learned` `(n,) int64`, the positions whose next token is learned; and `targets`
+        `(n,) int64`, those next tokens. Everything is computed on the host, so the step never waits for the device.
         """
         examples = [example for group in groups for example in group]
         lengths = [len(example["input_ids"]) for example in examples]
@@ -40,7 +41,7 @@ class FlatBatch:
         lengths[-1] += spare
         labels = [torch.tensor(example["labels"]) for example in examples]
         for row in labels:
-            row[:1] = IGNORED  # nothing comes before a row's first token; in one sequence another row would
+            row[:1] = IGNORED  # in one sequence the token before a row's first token belongs to another row
         flat = torch.cat([*labels, torch.full((spare,), IGNORED)])
         learned = (flat[1:] != IGNORED).nonzero().squeeze(1)
         nothing = torch.zeros(spare, dtype=torch.int64)
@@ -56,12 +57,12 @@ class FlatBatch:
 
 @dataclass(frozen=True)
 class PadBatch:
-    """Puts rows side by side, padded to the longest. Called by torch's DataLoader."""
+    """Pads rows to the longest one of the batch; a collate function for torch's DataLoader."""
 
     pad_token_id: int
 
     def __call__(self, groups: Sequence[Group]) -> dict[str, Tensor]:
-        """`input_ids`, `labels`, `attention_mask`, each `(rows, longest) int64`."""
+        """The tensors `input_ids`, `labels` and `attention_mask`, each `(rows, longest) int64`."""
         examples = [example for group in groups for example in group]
         longest = max(len(example["input_ids"]) for example in examples)
         shape = (len(examples), longest)
@@ -77,17 +78,17 @@ class PadBatch:
 
 
 def filled(n_tokens: int) -> int:
-    """`n_tokens` rounded up so that few lengths differ: by a sixteenth at most.
+    """Round `n_tokens` up by at most a sixteenth, so that batches have few different lengths.
 
-    Libraries make and keep a kernel for each shape they meet, and allocators a block: oneDNN takes 1.5 ms for each new
-    one, and a step has 30.
+    Libraries build and cache a kernel for each new shape, and allocators a block: oneDNN takes 1.5 ms for each new
+    shape, and a step has 30 of them.
     """
     step = max(8, 1 << max(n_tokens.bit_length() - 5, 0))
     return -(-n_tokens // step) * step
 
 
 class Groups(Sequence[Group]):
-    """What a DataLoader draws from: each row by itself, or rows in the groups of `packs`; made when asked for."""
+    """The groups that a DataLoader indexes: single rows, or the groups listed in `packs`; each is built on access."""
 
     def __init__(self, examples: Sequence[Example], packs: Sequence[Sequence[int]] | None = None) -> None:
         self._examples = examples
@@ -97,7 +98,7 @@ class Groups(Sequence[Group]):
         return len(self._examples if self._packs is None else self._packs)
 
     def rows(self, index: int) -> list[int]:
-        """Numbers of the rows in a group, from 1."""
+        """The row numbers in a group; rows are numbered from 1."""
         return [self._examples[place].row for place in self._places(index)]
 
     def _places(self, index: int) -> Sequence[int]:
@@ -109,7 +110,7 @@ class Groups(Sequence[Group]):
 
 
 def packs_of(examples: Examples, section: DataSection) -> list[list[int]] | None:
-    """Rows, by number, that are drawn together; None: each by itself."""
+    """The packs of rows, as indices from 0, that `section.packing` asks for; None if every row is its own group."""
     if section.packing is False:
         return None
     return pack_rows(
@@ -118,19 +119,20 @@ def packs_of(examples: Examples, section: DataSection) -> list[list[int]] | None
 
 
 def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows, by number, in groups of at most `capacity` tokens: best-fit decreasing, so groups are nearly full.
+    """Pack rows, as indices from 0, into groups of at most `capacity` tokens by best-fit decreasing.
 
-    The longest row goes first, each into the group with the least room that still takes it (Johnson 1973: at most
-    11/9 of the fewest groups). A row longer than the capacity stands alone.
+    Rows are placed from the longest to the shortest, each into the group with the least room that still fits it
+    (Johnson 1973: at most 11/9 of the optimal number of groups). A row longer than the capacity is a group by itself.
     """
     packs: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # of the open groups, ascending: tokens that still fit, group
+    room: list[tuple[int, int]] = []  # (tokens that still fit, group) of the groups that are not full, ascending
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
         at = bisect_left(room, (lengths[row], -1))
         if at < len(room):
             left, pack = room.pop(at)
         else:
-            left, pack = capacity, len(packs)
+            left = capacity
+            pack = len(packs)
             packs.append([])
         packs[pack].append(row)
         if left > lengths[row]:

@@ -1,8 +1,8 @@
-"""From rows to token ids and labels: what is learned, marked token by token.
+"""Turn rows into token ids and labels; the labels say which tokens are learned.
 
-The text is tokenized whole and answers are found by character offsets, so that training sees the very tokens that
-generation will meet at the border of prompt and answer. Each learned answer ends with the token that ends a turn; that
-token is learned too. Padding is never a label.
+The text is tokenized as a whole and answers are located by character offsets, so that training sees exactly the tokens
+that generation will see at the border of prompt and answer. Each learned answer ends with an end-of-turn token, which
+is learned too. Padding is never a label.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
-from nybble.data.rendered import FAMILIES
-from nybble.data.shapes import Form, Piece, Turn, alpaca_prompt, answers_of, begun_anew, exchanges, put_as
+from nybble.data.rendered import CHAT_FORMATS
+from nybble.data.shapes import Form, Piece, Turn, alpaca_prompt, answers_of, as_first_unit, exchanges, prompt_form_of
 from nybble.data.templates import render_chat
 from nybble.data.tokens import MARKS, adds_bos, mark, spelled, stop_ids, tokenize, unmark
 from nybble.errors import RowsError
 
 IGNORED = -100  # the label that torch's cross-entropy skips
-_MOST_SEARCHED = 1000  # answers of a row whose every search renders all turns before it; 1,000 take some 20 s
+_MOST_SEARCHED = 1000  # answers of one row; locating each renders all turns before it, and 1,000 take about 20 s
 
 
 @dataclass(frozen=True)
 class Example:
-    """What training takes at a time: a row in tokens, or a part of one."""
+    """One training example: a tokenized row, or a part of one."""
 
     input_ids: list[int]
     labels: list[int]  # token id where learned, else -100; not shifted
-    n_answers: int  # answers to be learned, those behind the cut included
-    n_stops: int  # of those, how many end with a learned end-of-turn token
-    n_cut_stops: int  # of those, how many lost it to max_length
-    stop_tokens: tuple[int, ...]  # ids that end its learned answers, each once
-    n_empty: int  # answers without a word
+    n_answers: int  # answers to learn, including those that max_length cuts away
+    n_stops: int  # how many of those answers end with a learned end-of-turn token
+    n_cut_stops: int  # how many of those answers lose their end-of-turn token to max_length
+    stop_tokens: tuple[int, ...]  # distinct ids that end the learned answers
+    n_empty: int  # answers that hold only white space
     last_answer_start: int  # index of the last answer's first token
     is_truncated: bool
-    row: int = 0  # its number in the rows, from 1
-    answer: str | None = None  # what the row says is right, where it says so
+    row: int = 0  # row number, from 1
+    answer: str | None = None  # the reference answer, if the row has one
 
     @property
     def n_trained(self) -> int:
-        """Labels that count in the loss: the first position is never predicted."""
+        """The number of labels that count in the loss; the first position is never predicted."""
         return sum(label != IGNORED for label in self.labels[1:])
 
     @property
@@ -56,18 +56,18 @@ class Example:
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """A row, and what it became."""
+    """The examples of one row, with counts of the whole row."""
 
-    examples: list[Example]  # several where it was split
-    length: int  # tokens before cutting
-    n_turns: int  # answers in it, learned or not
-    key: int  # equal for rows of equal tokens
-    prompt_form: str  # how its prompt is put: "template", the text's family, or "" for plainly
+    examples: list[Example]  # several if the row was split
+    length: int  # tokens before truncation
+    n_turns: int  # answers in the row, learned or not
+    key: int  # equal for rows with equal tokens
+    prompt_form: str  # "template", the chat format of the text, "inst", "alpaca", or "" for plain text
 
 
 @dataclass
 class _Spans:
-    """Tokens under construction, and the spans `(first, end, has_stop)` that are answers."""
+    """The tokens of a row, and the answers in it as spans `(first, end, has_stop)` of token indices."""
 
     ids: list[int]
     answers: list[tuple[int, int, bool]]
@@ -76,25 +76,40 @@ class _Spans:
 def encode_row(
     form: Form, tokenizer: Any, max_length: int, loss_on: str = "answers", overlong: str = "truncate", where: str = ""
 ) -> EncodedRow:
-    """Token ids and labels of one row, no example longer than `max_length` tokens.
+    """Tokenize and label one row; no example is longer than `max_length` tokens.
+
+    Args:
+        form: the row as pieces or turns.
+        tokenizer: a fast tokenizer of transformers.
+        max_length: limit in tokens for each example.
+        loss_on: "answers", "last_answer", or "all" tokens.
+        overlong: what happens to a row above `max_length`: "truncate", "drop" or "split".
+        where: the row's place, which starts each error message.
 
     Raises:
-        RowsError: the chat template cannot render the row, or cannot be split into turns.
+        RowsError: the chat template cannot render the row, or its answers cannot be located in the rendered text.
     """
     whole = _encode(form, tokenizer, loss_on, where)
     parts: list[tuple[Form, _Spans]] = [(form, whole)]
     if len(whole.ids) > max_length and overlong == "drop":
-        parts, loss_on = [((), _Spans(whole.ids, []))], "answers"  # nothing of it is learned
+        parts = [((), _Spans(whole.ids, []))]  # without answers, so nothing is learned
+        loss_on = "answers"
     elif len(whole.ids) > max_length and overlong == "split":
         parts = [(part, _encode(part, tokenizer, loss_on, where)) for part in _split(form, tokenizer, max_length)]
     examples = [_cut(spans, _n_empty(part, loss_on), max_length, loss_on) for part, spans in parts]
     if len(examples) > 1:
         examples = [example for example in examples if example.n_trained] or examples[:1]
-    return EncodedRow(examples, len(whole.ids), len(answers_of(form)), key_of(whole.ids), put_as(form))
+    return EncodedRow(
+        examples=examples,
+        length=len(whole.ids),
+        n_turns=len(answers_of(form)),
+        key=key_of(whole.ids),
+        prompt_form=prompt_form_of(form),
+    )
 
 
 def key_of(ids: Sequence[int]) -> int:
-    """Equal for equal ids. It has 64 bits: that any two of a million others are alike has a chance of 3e-8."""
+    """A 64-bit hash of the ids; the probability that any two of a million different rows collide is 3e-8."""
     return int.from_bytes(hashlib.blake2b(array("i", ids).tobytes(), digest_size=8).digest())
 
 
@@ -106,8 +121,8 @@ def _encode(form: Form, tokenizer: Any, loss_on: str, where: str) -> _Spans:
 
 def _cut(spans: _Spans, n_empty: int, max_length: int, loss_on: str) -> Example:
     ids = spans.ids[:max_length]
-    asked = spans.answers[-1:] if loss_on == "last_answer" else spans.answers
-    learned = [(first, min(end, max_length), stop and end <= max_length) for first, end, stop in asked]
+    answers = spans.answers[-1:] if loss_on == "last_answer" else spans.answers
+    learned = [(first, min(end, max_length), stop and end <= max_length) for first, end, stop in answers]
     learned = [span for span in learned if span[0] < span[1]]
     labels = [IGNORED] * len(ids)
     for first, end, _stop in [(0, len(ids), True)] if loss_on == "all" else learned:
@@ -115,9 +130,9 @@ def _cut(spans: _Spans, n_empty: int, max_length: int, loss_on: str) -> Example:
     return Example(
         input_ids=ids,
         labels=labels,
-        n_answers=len(asked),
+        n_answers=len(answers),
         n_stops=sum(stop for _first, _end, stop in learned),
-        n_cut_stops=sum(stop and end > max_length for _first, end, stop in asked),
+        n_cut_stops=sum(stop and end > max_length for _first, end, stop in answers),
         stop_tokens=tuple(sorted({ids[end - 1] for _first, end, stop in learned if stop})),
         n_empty=n_empty,
         last_answer_start=learned[-1][0] if learned else len(ids),
@@ -131,14 +146,14 @@ def _n_empty(form: Form, loss_on: str) -> int:
 
 
 def _split(form: Form, tokenizer: Any, max_length: int) -> list[Form]:
-    """Parts of a row that fit where they can, parted at turn borders; each begins with the row's system text."""
+    """Split a row between exchanges into parts that fit where possible; each part begins with the row's system text."""
     head, units = exchanges(form)
     parts: list[Form] = []
     part = [*head, *units[0]]
     for unit in units[1:]:
         if len(_encode([*part, *unit], tokenizer, "all", "").ids) > max_length:
             parts.append(part)
-            part = [*head, *begun_anew(unit, form)]
+            part = [*head, *as_first_unit(unit, form)]
         else:
             part += unit
     return [*parts, part]
@@ -150,12 +165,12 @@ def _encode_pieces(pieces: list[Piece], tokenizer: Any) -> _Spans:
     stopping = stop_ids(tokenizer)
     for piece in pieces:
         ids, ends = tokenize(piece.text, tokenizer, spelled(piece.text, tokenizer) if piece.is_literal else ())
-        is_rendered = piece.family in FAMILIES
-        # Rendered text has a begin token once, [INST] text one for each question.
+        is_rendered = piece.prompt_form in CHAT_FORMATS
+        # Rendered text has one begin token; [INST] text has one before each question.
         if not (is_rendered and spans.ids) and ids[:1] != begin:
             spans.ids += begin
         offset = len(spans.ids)
-        # A token that begins in the prompt and ends in the answer belongs to the answer: generation has to produce it.
+        # A token that spans the end of the prompt and the start of the answer counts as answer: generation produces it.
         first = offset + next((i for i, end in enumerate(ends) if end > piece.answer_start), len(ids))
         has_stop = ids[-1:] == [tokenizer.eos_token_id] or (is_rendered and ids[-1] in stopping)
         spans.ids += ids if has_stop else [*ids, tokenizer.eos_token_id]
@@ -164,7 +179,7 @@ def _encode_pieces(pieces: list[Piece], tokenizer: Any) -> _Spans:
 
 
 def _encode_turns(turns: list[Turn], tokenizer: Any, loss_on: str, where: str) -> _Spans:
-    turns = _spoken(turns, tokenizer, where)
+    turns = _adapt_to_template(turns, tokenizer, where)
     contents, sign = mark([turn.content for turn in turns], tokenizer)
     turns = [replace(turn, content=content) for turn, content in zip(turns, contents, strict=True)]
     marked = _render(turns, tokenizer, where)
@@ -174,24 +189,28 @@ def _encode_turns(turns: list[Turn], tokenizer: Any, loss_on: str, where: str) -
         borders = [(a - marked.count(sign, 0, a), b - marked.count(sign, 0, b)) for a, b in borders]
     ids, ends = tokenize(text, tokenizer, as_text)
     if adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
-        ids, ends = [tokenizer.bos_token_id, *ids], [0, *ends]
+        ids = [tokenizer.bos_token_id, *ids]
+        ends = [0, *ends]
     stopping = stop_ids(tokenizer)
     spans = _Spans(ids, [])
     for border in borders:
         inside = range(bisect_right(ends, border[0]), bisect_right(ends, border[1]))
         stops = [i for i in inside if ids[i] in stopping]
-        # The turn ends with its last special token; line breaks that a template puts behind it are not learned.
+        # The turn ends with its last special token; line breaks that a template adds after it are not learned.
         if inside:
             spans.answers.append((inside[0], (stops[-1] if stops else inside[-1]) + 1, bool(stops)))
     if spans.answers and not spans.answers[-1][2]:
         first, end, _stop = spans.answers[-1]
-        spans.ids = [*ids[:end], tokenizer.eos_token_id]  # a template without an end token: we add it
+        spans.ids = [*ids[:end], tokenizer.eos_token_id]  # the template writes no end token, so add one
         spans.answers[-1] = (first, end + 1, True)
     return spans
 
 
 def _answer_borders(turns: list[Turn], text: str, tokenizer: Any, loss_on: str, where: str) -> list[tuple[int, int]]:
-    """Characters of `text` that are answers; where they cannot be told apart and need not be, all is one of them."""
+    """The answers in `text` as spans of characters.
+
+    If the answers cannot be located and `loss_on` is "all", the whole text is one answer.
+    """
     answers = [k for k, turn in enumerate(turns) if turn.role == "assistant"]
     if loss_on == "last_answer":
         answers = answers[-1:]
@@ -201,32 +220,36 @@ def _answer_borders(turns: list[Turn], text: str, tokenizer: Any, loss_on: str, 
     if loss_on == "all":
         return [(-1, len(text))]
     raise RowsError(
-        f"{where}: the chat template renders earlier turns differently once later ones follow, so answers cannot "
-        "be found; set --chat_template to another one, or --loss_on last_answer or all"
+        f"{where}: the chat template renders earlier turns differently when later turns follow, so answers cannot "
+        "be located; set --chat_template to another one, or --loss_on to last_answer or all"
     )
 
 
 def _search(
     turns: list[Turn], answers: list[int], text: str, tokenizer: Any, where: str
 ) -> Iterator[tuple[int, int] | None]:
-    """The border of each answer. Only the first between two of the same gaps is searched, the others are like it."""
-    # First and last have gaps of their own, so few answers are searched as soon.
+    """Yield the span of each answer, or None if it cannot be located.
+
+    Answers between the same two gaps have the same borders relative to them, so only the first of each kind is
+    searched.
+    """
+    # The first and the last answer have gaps of their own, so for three answers or fewer nothing would be saved.
     gaps = _gaps(turns, text, tokenizer, where) if len(answers) > 3 else {}
-    # Gaps -> how much of them belongs to the answer between them.
+    # Gaps -> how many characters of them belong to the answer between them.
     known: dict[tuple[str, str] | None, tuple[int, int]] = {}
     n_searched = 0
     for k in answers:
         start, end, gap = gaps.get(k, (0, 0, None)) if not turns[k].calls else (0, 0, None)
         border: tuple[int, int] | None
         if gap in known:
-            own = known[gap]
-            border = start - own[0], end + own[1]
+            n_before, n_after = known[gap]
+            border = start - n_before, end + n_after
         else:
             n_searched += 1
             if n_searched > _MOST_SEARCHED:
                 raise RowsError(
-                    f"{where}: the chat template renders each of its {len(turns):,} turns in another way; allowed are "
-                    f"{_MOST_SEARCHED:,} answers that have to be searched; part it into several rows"
+                    f"{where}: the chat template renders each of its {len(turns):,} turns in a different way, and at "
+                    f"most {_MOST_SEARCHED:,} such answers are allowed; split it into several rows"
                 )
             border = _answer_border(turns, k, text, tokenizer, where) or _find_border(turns, k, text, tokenizer, where)
             if border and gap and border[0] <= start <= end <= border[1]:
@@ -235,8 +258,8 @@ def _search(
 
 
 def _gaps(turns: list[Turn], text: str, tokenizer: Any, where: str) -> dict[int, tuple[int, int, tuple[str, str]]]:
-    """Where in `text` each turn's words are, white space around them left out, and what stands between them and those
-    of the turns before and behind; empty where the template changes the words."""
+    """For each turn: where its content, without surrounding white space, is in `text`, and the text on both sides of
+    it up to the content of the neighbouring turns. Empty if the template changes the contents."""
     sign = _unused(text)
     spoken = [k for k, turn in enumerate(turns) if turn.role != "tools"]
     marked = list(turns)
@@ -245,7 +268,7 @@ def _gaps(turns: list[Turn], text: str, tokenizer: Any, where: str) -> dict[int,
         marked[k] = replace(turns[k], content=turns[k].content.replace(words, sign + words + sign, 1))
     try:
         parts = _render(marked, tokenizer, where).split(sign)
-    except RowsError:  # a template may parse what a turn says
+    except RowsError:  # a template may parse a turn's content and fail because of the marks
         return {}
     if len(parts) != 2 * len(spoken) + 1 or "".join(parts) != text:
         return {}
@@ -258,9 +281,10 @@ def _unused(text: str) -> str:
 
 
 def _answer_border(turns: list[Turn], k: int, text: str, tokenizer: Any, where: str) -> tuple[int, int] | None:
-    """Characters of `text` that are turn `k`, or None where the template does not keep earlier turns as they were."""
+    """The span of turn `k` in `text`, or None if the template changes earlier turns when later ones follow."""
     whole = _render(turns[: k + 1], tokenizer, where) if k + 1 < len(turns) else text
-    # No template renders nothing: the header of a first turn ends where two different contents begin to differ.
+    # Templates cannot render an empty chat, so the header of a first turn is found by rendering two contents: it ends
+    # where the results begin to differ.
     if all(turn.role == "tools" for turn in turns[:k]):
         a, b = (_render([Turn("assistant", content)], tokenizer, where) for content in ("a", "b"))
         differs = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
@@ -273,25 +297,27 @@ def _answer_border(turns: list[Turn], k: int, text: str, tokenizer: Any, where: 
 
 
 def _find_border(turns: list[Turn], k: int, text: str, tokenizer: Any, where: str) -> tuple[int, int] | None:
-    """Characters of `text` that are turn `k`, found by a mark at its end; for templates that rewrite earlier turns.
+    """The span of turn `k` in `text`, located by a mark at its end; for templates that rewrite earlier turns.
 
-    The turn begins behind the header that asks for an answer, as in generation, and ends as it does when it is last.
+    The turn begins after the header that asks for an answer, as in generation, and ends as it would as the last turn.
     """
     sign = _unused(text)
 
     def with_mark(upto: int) -> str:
-        content = turns[k].content.rstrip()  # the mark goes before white space, which a template may take away
-        ended = replace(turns[k], content=content + sign + turns[k].content[len(content) :])
-        return _render([*turns[:k], ended, *turns[k + 1 : upto]], tokenizer, where)
+        content = turns[k].content.rstrip()  # the mark goes before white space, which a template may strip
+        marked = replace(turns[k], content=content + sign + turns[k].content[len(content) :])
+        return _render([*turns[:k], marked, *turns[k + 1 : upto]], tokenizer, where)
 
-    alone, whole = with_mark(k + 1), with_mark(len(turns))
+    alone = with_mark(k + 1)
+    whole = with_mark(len(turns))
     asked, before = (_render(turns[:k], tokenizer, where, asks) for asks in (True, False))
-    header, tail = asked[len(before) :], alone.partition(sign)[2]
+    header = asked[len(before) :]
+    tail = alone.partition(sign)[2]
     end = whole.find(sign)
     if end < 0 or whole.replace(sign, "") != text or not asked.startswith(before) or not header.strip():
         return None
     start = text.rfind(header, 0, end)
-    while start > 0 and ord(text[start - 1]) in MARKS:  # the same words, spelled in a content
+    while start > 0 and ord(text[start - 1]) in MARKS:  # this header is spelled out in a turn's content
         start = text.rfind(header, 0, start)
     return (start + len(header), end + len(tail)) if start >= 0 and text.startswith(tail, end) else None
 
@@ -306,30 +332,32 @@ def _render(turns: list[Turn], tokenizer: Any, where: str, asks: bool = False) -
     return render_chat(tokenizer, messages, where, tools, asks)
 
 
-def _spoken(turns: list[Turn], tokenizer: Any, where: str) -> list[Turn]:
-    """The turns in words that this tokenizer's template knows: what it does not know it would leave out unsaid.
+def _adapt_to_template(turns: list[Turn], tokenizer: Any, where: str) -> list[Turn]:
+    """The turns with only those roles that the tokenizer's template supports: it would silently omit the others.
 
-    Tools then stand in the system text, and what a tool returned is the user's turn.
+    If the template does not support tools, they become part of the system text; if it has no tool role, a tool's
+    result becomes a user turn.
     """
     template = str(tokenizer.chat_template)
     if any(turn.calls for turn in turns) and "tool_calls" not in template:
         raise RowsError(
-            f"{where}: the chat template knows no tool_calls; write the calls into the content, or set --chat_template"
+            f"{where}: the chat template does not support tool_calls; write the calls into the content, or set "
+            "--chat_template to one that does"
         )
     if not re.search(r"""['"](tool|ipython)['"]""", template):
         turns = [replace(turn, role="user") if turn.role == "tool" else turn for turn in turns]
     if turns[0].role == "tools" and not re.search(r"\btools\b", template):
         system = f"These functions may be called, as a JSON object with name and arguments:\n{turns[0].content}"
-        is_told = turns[1].role == "system"
-        rest = turns[2:] if is_told else turns[1:]
-        return [Turn("system", f"{turns[1].content}\n\n{system}" if is_told else system), *rest]
+        has_system = turns[1].role == "system"
+        rest = turns[2:] if has_system else turns[1:]
+        return [Turn("system", f"{turns[1].content}\n\n{system}" if has_system else system), *rest]
     return turns
 
 
 def encode_prompt(question: str, tokenizer: Any, form: str, system: str = "") -> list[int]:
-    """Token ids of a user's question, ready for the answer, put as the training rows were (`shapes.prompt_form`).
+    """Token ids of a user's question up to where the answer begins, in the prompt form of the training rows.
 
-    Forms without a place for `system` get it before the question.
+    In a form that has no place for a system text, `system` precedes the question.
     """
     if form == "template":
         turns = [Turn("system", system)] if system else []
@@ -338,25 +366,25 @@ def encode_prompt(question: str, tokenizer: Any, form: str, system: str = "") ->
         question = f"<<SYS>>\n{system}\n<</SYS>>\n\n{question}"
     elif system:
         question = f"{system}\n\n{question}"
-    # A plain prompt is the whole text, put by whoever knows the form: its control tokens are meant.
-    (asked,), sign = mark([question], tokenizer) if form != "plain" else ([question], "")
-    return _ready(question_form(form).replace("{}", asked, 1), sign, tokenizer)
+    # A plain prompt is the whole text, written by someone who knows its form: its control tokens are intended.
+    (marked,), sign = mark([question], tokenizer) if form != "plain" else ([question], "")
+    return _tokenize_prompt(question_form(form).replace("{}", marked, 1), sign, tokenizer)
 
 
 def question_form(form: str) -> str:
-    """How a question is put under a form other than "template", with {} in its place."""
-    forms = {name: family.question for name, family in FAMILIES.items()}
+    """The text around a question in a prompt form other than "template"; {} stands for the question."""
+    forms = {name: chat_format.question for name, chat_format in CHAT_FORMATS.items()}
     return {**forms, "inst": "[INST] {} [/INST]", "alpaca": alpaca_prompt("{}")}.get(form, "{}")
 
 
 def encode_follow_up(question: str, tokenizer: Any, form: str) -> list[int]:
-    """Token ids of a later question, to be put behind an answer and its end token; for forms but "template"."""
+    """Token ids of a later question, which follow an answer and its end token; for any form except "template"."""
     ids = encode_prompt(question, tokenizer, form)
-    if form not in FAMILIES:
+    if form not in CHAT_FORMATS:
         return ids
-    # Rendered text has one begin token, and what stands between its turns.
-    family = FAMILIES[form]
-    between = family.question.partition(family.stop)[2].partition("<")[0]
+    # Rendered text has only one begin token, and may have line breaks between its turns.
+    chat_format = CHAT_FORMATS[form]
+    between = chat_format.question.partition(chat_format.stop)[2].partition("<")[0]
     ids = ids[1:] if adds_bos(tokenizer) else ids
     return [*tokenize(between, tokenizer)[0], *ids] if between else ids
 
@@ -365,10 +393,10 @@ def encode_chat(turns: Sequence[Turn], tokenizer: Any) -> list[int]:
     """Token ids of a chat that ends with a question, as the tokenizer's chat template renders it."""
     contents, sign = mark([turn.content for turn in turns], tokenizer)
     marked = [replace(turn, content=content) for turn, content in zip(turns, contents, strict=True)]
-    return _ready(_render(marked, tokenizer, "prompt", asks=True), sign, tokenizer)
+    return _tokenize_prompt(_render(marked, tokenizer, "prompt", asks=True), sign, tokenizer)
 
 
-def _ready(text: str, sign: str, tokenizer: Any) -> list[int]:
+def _tokenize_prompt(text: str, sign: str, tokenizer: Any) -> list[int]:
     text, as_text = unmark(text, sign)
     ids, _ends = tokenize(text, tokenizer, as_text)
     if adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:

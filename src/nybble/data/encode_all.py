@@ -1,8 +1,9 @@
-"""All rows of a set to examples: in several processes, in bounded memory, and kept on disk for the next time.
+"""Encode all rows as examples in several processes and bounded memory, and cache the result on disk.
 
-Rows go to the workers in chunks and come back as Arrow records, which are written as they come, in the order of the
-rows; so neither rows nor tokens are ever all in memory, and the number of workers changes nothing. A set of one chunk
-takes a fraction of a second: it is encoded here, held in memory and not kept.
+Rows go to the workers in chunks and come back as Arrow records, which are written as they arrive, in the order of the
+rows. So neither the rows nor the tokens are ever all in memory, and the result does not depend on the number of
+workers. Rows that fit into one chunk take a fraction of a second: they are encoded in this process, stay in memory and
+are not cached.
 """
 
 from __future__ import annotations
@@ -35,31 +36,31 @@ from nybble.recipe import DataSection
 from nybble.run.record import Observer
 from nybble.storage.cache import Cache, digest
 
-CHUNK = 250  # rows that a worker takes at a time, fewer where they are long:
-_CHUNK_BYTES = 8 << 20  # of such rows as JSON; a worker has three chunks on their way
-_MOST_WORKERS = 16  # beyond it, reading the rows is what takes the time
-# Part of every key: to be raised when the same rows and settings give other tokens, or records another form.
+CHUNK = 250  # rows per task of a worker; fewer if the rows are long
+_CHUNK_BYTES = 8 << 20  # approximate limit for a chunk as JSON; each worker has at most three chunks in flight
+_MOST_WORKERS = 16  # with more workers, reading the rows is the bottleneck
+# Part of every cache key: raise it when the same rows and settings give different tokens or a different record layout.
 _VERSION = 1
 
-_Chunk = tuple[int, list[Placed]]  # rows before it, and its rows
+_Chunk = tuple[int, list[Placed]]  # the number of rows before the chunk, and the chunk's rows
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """What decides the tokens, beside the rows."""
+    """Everything except the rows that determines the tokens."""
 
-    tokenizer: Any  # a fast one of transformers'
+    tokenizer: Any  # a fast tokenizer of transformers
     shape: str
     data: DataSection
     answer_field: str
 
     def key(self) -> str:
-        """Equal for encoders that make the same of the same rows."""
+        """A cache key that is equal for encoders that encode the same rows identically."""
         import tokenizers
         import transformers
 
         tokenizer = self.tokenizer
-        tokenizer("")  # puts away the padding and truncation of an earlier call, which its JSON would hold
+        tokenizer("")  # resets the padding and truncation of an earlier call, which would appear in its JSON
         template = str(tokenizer.chat_template)
         return digest(
             (_VERSION, tokenizers.__version__, transformers.__version__),
@@ -72,7 +73,7 @@ class Encoder:
         )
 
     def encode(self, chunk: _Chunk) -> RecordBatch:
-        """The examples of some rows."""
+        """Encode the rows of a chunk as records."""
         before, rows = chunk
         return to_records(self._encode(number, *placed) for number, placed in enumerate(rows, start=before + 1))
 
@@ -92,11 +93,11 @@ class Encoder:
 
 
 def encode_rows(rows: Rows, encoder: Encoder, cache: Cache | None, watch: Observer) -> Examples:
-    """The examples of all rows, in their order; from `cache` where they are there.
+    """Encode all rows, in order, or take their examples from `cache`.
 
     Raises:
         RowsError: a row cannot be used.
-        CannotRunError: a worker was killed.
+        CannotRunError: a worker process was killed.
     """
     if len(rows) <= _rows_a_chunk(rows):
         return Examples([encoder.encode((0, list(rows)))])
@@ -109,18 +110,18 @@ def encode_rows(rows: Rows, encoder: Encoder, cache: Cache | None, watch: Observ
         key = digest(rows.fingerprint, encoder.key())
         entry = cache.find(key)
         if entry is not None:
-            watch.note(f"the tokens of {rows.source} are taken from the cache")
+            watch.note(f"tokens of {rows.source} loaded from the cache")
             return Examples(map_records(entry / "examples.arrow"))
         why_not = cache.store(key, rows.n_bytes, write)
         if why_not is None:
             return Examples(map_records(cache.path(key) / "examples.arrow"))
-        watch.note(f"what was tokenized {why_not}")
+        watch.note(f"the tokenized data {why_not}")
     folder = Path(tempfile.mkdtemp(prefix="nybble-"))
     try:
         write(folder / "rows")
         return Examples(map_records(folder / "rows" / "examples.arrow"))
     finally:
-        shutil.rmtree(folder, ignore_errors=True)  # what is mapped stays readable
+        shutil.rmtree(folder, ignore_errors=True)  # the mapped file stays readable
 
 
 def _records(rows: Rows, encoder: Encoder, watch: Observer) -> Iterator[RecordBatch]:
@@ -138,14 +139,15 @@ def _rows_a_chunk(rows: Rows) -> int:
 
 
 def _chunks(rows: Rows, size: int) -> Iterator[_Chunk]:
-    placed, before = iter(rows), 0
+    placed = iter(rows)
+    before = 0
     while chunk := list(islice(placed, size)):
         yield before, chunk
         before += len(chunk)
 
 
 def _n_workers(wanted: int | None) -> int:
-    # A forked process needs nothing of the caller's script; a spawned one would run it anew, and macOS forks unsafely.
+    # A forked process does not need the caller's script; a spawned one would run it again. On macOS, fork is unsafe.
     if sys.platform != "linux":
         return 1
     return wanted or min(len(os.sched_getaffinity(0)), _MOST_WORKERS)
@@ -157,28 +159,29 @@ def _in_processes(chunks: Iterator[_Chunk], encoder: Encoder, n_workers: int) ->
         n_workers, multiprocessing.get_context("fork"), initializer=_begin, initargs=(encoder,)
     ) as pool:
         try:
-            with warnings.catch_warnings():  # Python 3.12 warns of threads at a fork: the children only tokenize
+            with warnings.catch_warnings():  # Python 3.12 warns of forking with threads; the children only tokenize
                 warnings.simplefilter("ignore", DeprecationWarning)
                 pool.submit(bool)  # the first task starts all workers
             for chunk in chunks:
                 waiting.append(pool.submit(_encode_chunk, chunk))
-                if len(waiting) > 2 * n_workers:  # no more is in memory
+                if len(waiting) > 2 * n_workers:  # bounds the results in memory
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
             raise CannotRunError(
-                "a process that tokenizes was killed, probably for want of memory; set --dataset_num_proc 1"
+                "a worker process that tokenizes rows was killed, probably because memory ran out; set "
+                "--dataset_num_proc 1"
             ) from error
 
 
-_encoders: list[Encoder] = []  # of a worker process: the one that it was started with
+_encoders: list[Encoder] = []  # in a worker process: the one encoder that it was started with
 
 
 def _begin(encoder: Encoder) -> None:
     _encoders.append(encoder)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads were not forked
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends its workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the threads of the tokenizer do not survive the fork
 
 
 def _encode_chunk(chunk: _Chunk) -> RecordBatch:

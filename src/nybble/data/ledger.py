@@ -1,4 +1,4 @@
-"""The ledger: what the rows hold and how much of it is learned, counted before the first step."""
+"""The ledger: counts of the rows and of the tokens that are learned, taken before the first step."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from nybble.data.store import Examples
 
 @dataclass(frozen=True)
 class Ledger:
-    """Counts of rows, answers and tokens. Those of answers and tokens are of the rows trained on, as they are cut."""
+    """Counts of rows, answers and tokens; answers and tokens are counted in the training rows after truncation."""
 
     shape: str
-    prompt_form: str  # how prompts are put: "template", "plain", "inst", "alpaca", or one of `rendered.FAMILIES`
+    prompt_form: str  # "template", "plain", "inst", "alpaca", or one of `rendered.CHAT_FORMATS`
     rows_read: int
     rows_used: int
-    rows_dropped: int  # nothing to learn in them, too long under `overlong: drop`, or the same row is held out
+    rows_dropped: int  # nothing to learn, too long with `overlong: drop`, or equal to a held-out row
     rows_held_out: int
-    rows_over_max_length: int  # of the rows read, before anything was done about it
-    rows_truncated: int  # of the rows used
-    rows_split: int  # of the rows used, how many became several
-    rows_duplicate: int  # of the rows read, how many say what an earlier one says
-    rows_multi_turn: int  # of the rows read, how many hold more than one answer
-    examples: int  # what the rows used became: one each, more where split
-    turns: int  # answers that are to be learned
-    stop_tokens_trained: int  # end-of-turn tokens in the loss, at most one an answer
-    stop_tokens: tuple[int, ...]  # their ids; generation stops at them
+    rows_over_max_length: int  # rows read that are too long before truncation, dropping or splitting
+    rows_truncated: int  # rows used that were truncated
+    rows_split: int  # rows used that became several examples
+    rows_duplicate: int  # rows read that equal an earlier row
+    rows_multi_turn: int  # rows read that have more than one answer
+    examples: int  # examples of the rows used: one per row, several for a row that was split
+    turns: int  # answers to learn
+    stop_tokens_trained: int  # end-of-turn tokens in the loss, at most one per answer
+    stop_tokens: tuple[int, ...]  # distinct ids of those tokens; generation stops at them
     stop_tokens_cut: int  # end-of-turn tokens that max_length cut away
     stop_token_trained_fraction: float  # stop_tokens_trained / turns
     answers_empty: int
     tokens_total: int
     tokens_trained: int
     tokens_masked: int
-    length_mean: float  # tokens a row; this and those below are of the rows read, before cutting
+    length_mean: float  # tokens per row; all lengths are of the rows read, before truncation
     length_p50: int
     length_p95: int
     length_p99: int  # the max_length that keeps 99 % of the rows whole
@@ -44,7 +44,7 @@ class Ledger:
 
     @property
     def in_words(self) -> list[str]:
-        """What people should know before training."""
+        """The lines that `nybble train` prints before the first step."""
         lines = [
             f"{self.rows_used:,} rows ({self.shape}) to train, {self.rows_held_out:,} held out, "
             f"{self.rows_truncated:,} cut, {self.rows_dropped:,} dropped",
@@ -54,7 +54,7 @@ class Ledger:
         if self.rows_over_max_length:
             lines.append(
                 f"{self.rows_over_max_length:,} rows are longer than max_length, {self.rows_split:,} were split; "
-                f"{self.stop_tokens_cut:,} end tokens are lost; max_length {self.length_p99:,} keeps 99 % whole"
+                f"{self.stop_tokens_cut:,} end tokens are lost; max_length {self.length_p99:,} would keep 99 % whole"
             )
         if self.stop_tokens_trained == 0:
             lines.append("no end token is learned, as allow_no_stop permits: the model will not learn to stop")
@@ -62,16 +62,26 @@ class Ledger:
 
 
 def count_rows(read: Examples, is_used: NDArray[np.bool_], n_held_out: int, max_length: int, shape: str) -> Ledger:
-    """The ledger of the examples `read`, of which those where `is_used` is true are trained on."""
+    """Count rows and tokens.
+
+    Args:
+        read: the examples of all rows that were read.
+        is_used: which of these examples are trained on, `(len(read),)`.
+        n_held_out: the number of rows that are held out.
+        max_length: limit in tokens for each example.
+        shape: the shape of the rows.
+    """
     used = read.take(is_used)
     rows = read.take(first_of_rows(read))
     lengths = np.sort(rows.column("row_length"))
     examples_of = np.unique(used.column("row"), return_counts=True)[1]
-    turns, stops = _sum(used, "n_answers"), _sum(used, "n_stops")
-    total, trained = _sum(used, "length"), _sum(used, "n_trained")
+    turns = _sum(used, "n_answers")
+    stops = _sum(used, "n_stops")
+    total = _sum(used, "length")
+    trained = _sum(used, "n_trained")
     return Ledger(
         shape=shape,
-        prompt_form=next((form for form in read.different("row_form") if form), "plain"),
+        prompt_form=next((form for form in read.distinct("row_form") if form), "plain"),
         rows_read=len(rows),
         rows_used=len(examples_of),
         rows_dropped=len(rows) - len(examples_of),
@@ -84,7 +94,7 @@ def count_rows(read: Examples, is_used: NDArray[np.bool_], n_held_out: int, max_
         examples=len(used),
         turns=turns,
         stop_tokens_trained=stops,
-        stop_tokens=tuple(sorted(used.different("stop_tokens"))),
+        stop_tokens=tuple(sorted(used.distinct("stop_tokens"))),
         stop_tokens_cut=_sum(used, "n_cut_stops"),
         stop_token_trained_fraction=stops / turns if turns else 0.0,
         answers_empty=_sum(used, "n_empty"),
@@ -100,7 +110,7 @@ def count_rows(read: Examples, is_used: NDArray[np.bool_], n_held_out: int, max_
 
 
 def first_of_rows(read: Examples) -> NDArray[np.intp]:
-    """Where the examples of each row begin, `(rows,)`."""
+    """The index of each row's first example, `(rows,)`."""
     return np.flatnonzero(np.diff(read.column("row"), prepend=0))
 
 
@@ -109,5 +119,5 @@ def _sum(examples: Examples, name: str) -> int:
 
 
 def _percentile(ordered: NDArray[np.int32], share: float) -> int:
-    """The smallest of the lengths that at least `share` of them do not exceed."""
+    """The smallest length that at least `share` of the ascending lengths do not exceed."""
     return int(ordered[math.ceil(share * len(ordered)) - 1])

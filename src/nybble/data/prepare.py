@@ -1,4 +1,4 @@
-"""Rows to examples, counted: the ledger says what will be learned before anything is."""
+"""Read, encode and split the rows, and count in a ledger what will be learned."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from nybble.storage.cache import Cache
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything the training and its evaluation take from the rows."""
+    """The examples for training and evaluation, and their counts."""
 
     train: Examples
     held_out: Examples
     ledger: Ledger
-    fingerprint: str  # SHA-256 over all rows
-    dropped: Examples  # of rows that are used for neither
-    fault: str | None  # why nothing useful would be learned
+    fingerprint: str  # SHA-256 of all rows
+    dropped: Examples  # of rows that are neither trained on nor held out
+    fault: str | None  # why nothing useful would be learned; None if all is well
 
     def calibration_rows(self, most: int) -> list[list[int]]:
-        """Token ids of at most so many trained rows, evenly spaced: files are often sorted by kind."""
+        """Token ids of at most `most` training examples, evenly spaced because files are often sorted by kind."""
         step = max(1, len(self.train) // most)
         return [example.input_ids for example in self.train[::step][:most]]
 
@@ -47,12 +47,12 @@ def prepare_rows(
     cache: Cache | None = None,
     watch: Observer | None = None,
 ) -> Prepared:
-    """Read, split, encode and count; what is tokenized is kept in `cache`.
+    """Read, encode, split and count the rows; tokenized rows are stored in `cache`.
 
-    Sets the tokenizer's chat template when the recipe names one.
+    This sets the tokenizer's chat template if the recipe names one.
 
     Raises:
-        RowsError: rows or a row cannot be used, nothing would be learned, or no end token would.
+        RowsError: the rows cannot be used, nothing would be learned, or no end token would be learned.
     """
     prepared = examine_rows(data, evaluation, tokenizer, seed, cache, watch)
     if prepared.fault:
@@ -68,7 +68,7 @@ def examine_rows(
     cache: Cache | None = None,
     watch: Observer | None = None,
 ) -> Prepared:
-    """As `prepare_rows`, but rows of which nothing useful would be learned are handed on with their `fault`."""
+    """Like `prepare_rows`, but if nothing useful would be learned, return the rows with the reason in `fault`."""
     if data.chat_template is not None:
         tokenizer.chat_template = find_template(data.chat_template)
 
@@ -77,51 +77,61 @@ def examine_rows(
         return encode_rows(rows, encoder, cache, watch or Silent())
 
     rows = read_rows(data.dataset_name, data.dataset_split, data.max_train_rows, data.dataset_config)
-    apart = _rows_apart(data, evaluation)
-    other = encode(apart) if apart is not None else None  # the few rows first: their faults show at once
+    eval_rows = _read_eval_rows(data, evaluation)
+    # The held-out rows are few, so they are encoded first: their faults show at once.
+    eval_examples = encode(eval_rows) if eval_rows is not None else None
     read = encode(rows)
     useful = _useful(read)
-    if other is not None:
-        held, held_useful, chosen = other, _useful(other), np.zeros_like(useful)
+    if eval_examples is not None:
+        held_out = eval_examples
+        held_out_useful = _useful(eval_examples)
+        is_held_out = np.zeros_like(useful)
     else:
-        drawn_by = seed if data.eval_seed is None else data.eval_seed
-        chosen = _hold_out(len(rows), data.eval_fraction, drawn_by, evaluation.max_eval_rows)
-        held, held_useful = _of_rows(read, chosen), useful
-    leaks = np.logical_or.reduceat(np.isin(read.column("key"), held.column("key")), first_of_rows(read))
+        eval_seed = seed if data.eval_seed is None else data.eval_seed
+        is_held_out = _hold_out(len(rows), data.eval_fraction, eval_seed, evaluation.max_eval_rows)
+        held_out = _of_rows(read, is_held_out)
+        held_out_useful = useful
+    leaks = np.logical_or.reduceat(np.isin(read.column("key"), held_out.column("key")), first_of_rows(read))
     used = useful & ~leaks
-    neither = ~used & ~(chosen & useful)
-    held = _of_rows(held, held_useful)
+    dropped = ~used & ~(is_held_out & useful)
+    held_out = _of_rows(held_out, held_out_useful)
     is_used = used[read.column("row") - 1]
-    ledger = count_rows(read, is_used, len(np.unique(held.column("row"))), data.max_length, detect_shape(rows, data))
-    ledger = replace(ledger, rows_dropped=int(neither.sum()))
-    fingerprint = rows.fingerprint if apart is None else f"{rows.fingerprint}+{apart.fingerprint}"
-    fault = _fault(ledger, rows.source, data)
-    return Prepared(read.take(is_used), held, ledger, fingerprint, _of_rows(read, neither), fault)
+    n_held_out = len(np.unique(held_out.column("row")))
+    ledger = count_rows(read, is_used, n_held_out, data.max_length, detect_shape(rows, data))
+    ledger = replace(ledger, rows_dropped=int(dropped.sum()))
+    return Prepared(
+        train=read.take(is_used),
+        held_out=held_out,
+        ledger=ledger,
+        fingerprint=rows.fingerprint if eval_rows is None else f"{rows.fingerprint}+{eval_rows.fingerprint}",
+        dropped=_of_rows(read, dropped),
+        fault=_fault(ledger, rows.source, data),
+    )
 
 
-def _rows_apart(data: DataSection, evaluation: EvaluationSection) -> Rows | None:
-    """Held-out rows of their own: another file or set, or another split of the same."""
+def _read_eval_rows(data: DataSection, evaluation: EvaluationSection) -> Rows | None:
+    """The held-out rows of a separate file, data set or split, if the recipe names one."""
     name = data.eval_dataset_name or (data.dataset_name if data.eval_dataset_split else None)
     if name is None:
         return None
     if data.eval_dataset_name is None and Path(name).expanduser().is_file():
-        raise RowsError(f"{name} is one file and has no splits; leave out --eval_dataset_split, or give a folder")
+        raise RowsError(f"{name} is one file and has no splits; remove --eval_dataset_split, or give a folder")
     config = data.dataset_config if name == data.dataset_name else None
     return read_rows(name, data.eval_dataset_split or data.dataset_split, evaluation.max_eval_rows, config)
 
 
 def _useful(read: Examples) -> NDArray[np.bool_]:
-    """Whether a token of it is learned, `(rows,)`."""
+    """Whether at least one token of each row is learned, `(rows,)`."""
     return np.logical_or.reduceat(read.column("n_trained") > 0, first_of_rows(read))
 
 
 def _of_rows(read: Examples, is_wanted: NDArray[np.bool_]) -> Examples:
-    """The examples of the rows where `is_wanted`, `(rows,)`, is true."""
+    """The examples of those rows for which `is_wanted`, `(rows,)`, is true."""
     return read.take(is_wanted[read.column("row") - 1])
 
 
 def _hold_out(n_rows: int, fraction: float, seed: int, most: int) -> NDArray[np.bool_]:
-    """Which rows are drawn by the seed, `(n_rows,)`; at least one where a share is asked for at all."""
+    """Which rows are held out, `(n_rows,)`, drawn at random; at least one if `fraction` is above 0."""
     chosen = np.zeros(n_rows, bool)
     if fraction > 0 and n_rows > 1:
         wanted = min(most, max(1, round(fraction * n_rows)), n_rows - 1)
@@ -130,16 +140,16 @@ def _hold_out(n_rows: int, fraction: float, seed: int, most: int) -> NDArray[np.
 
 
 def _fault(ledger: Ledger, source: str, data: DataSection) -> str | None:
-    """Why a run on these rows would be of no use, and what to do."""
+    """Why a run on these rows would be useless, and what to do about it; None if it would be useful."""
     if ledger.rows_used == 0 and ledger.rows_held_out > 0:
         return (
-            f"{source}: every row is held out, or the same as one that is; lower --eval_fraction, or "
-            "give other held-out rows"
+            f"{source}: every row is held out or equal to a held-out row; lower --eval_fraction, or give different "
+            "held-out rows"
         )
     if ledger.tokens_trained == 0:
         return (
-            f"{source}: none of {ledger.rows_read} rows has a token to learn within max_length {data.max_length}; "
-            "raise --max_length, or look at the rows"
+            f"{source}: none of the {ledger.rows_read} rows has a token to learn within max_length {data.max_length}; "
+            "raise --max_length, or check the rows"
         )
     if ledger.stop_tokens_trained == 0 and not data.allow_no_stop:
         return (
@@ -150,5 +160,5 @@ def _fault(ledger: Ledger, source: str, data: DataSection) -> str | None:
 
 
 def rows_cache(section: QuantizationSection) -> Cache | None:
-    """Where tokenized rows are kept, if they are; packed bases lie beside them under the same limit."""
+    """The cache of tokenized rows, or None if caching is off; packed base models share its size limit."""
     return Cache("rows", section.cache_limit) if section.cache else None

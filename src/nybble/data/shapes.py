@@ -1,9 +1,9 @@
-"""From a row, whatever its shape, to one of two forms.
+"""Convert a row of any supported shape to one of two forms.
 
-    pieces    text whose answers are already marked: [INST] text, prompt + completion, plain text
-    turns     who says what: messages, sharegpt, alpaca; a chat template will render them
+    pieces    text in which the answers are already marked: [INST] text, prompt + completion, plain text
+    turns     messages with roles: messages, sharegpt, alpaca; a chat template will render them
 
-Shapes are told apart by their columns; the first row decides, and a row that differs is an error with its number.
+The columns of the first row determine the shape; a later row with other columns is an error that names its number.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from nybble.recipe import DataSection
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of text between a begin and an end token; learned from `answer_start` on."""
+    """A prompt and its answer between a begin and an end token; characters from `answer_start` on are learned."""
 
     text: str
     answer_start: int
-    is_literal: bool = False  # what looks like a control token is text
-    family: str = ""  # how its prompt is put: "" for plainly, "inst", "alpaca", or one of `rendered.FAMILIES`
+    is_literal: bool = False  # treat text that looks like a control token as plain text
+    prompt_form: str = ""  # "" for plain text, "inst", "alpaca", or one of `rendered.CHAT_FORMATS`
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message."""
+    """One message of a chat."""
 
-    role: str  # "system", "user", "assistant", "tool", or "tools": what may be called, as a JSON list
+    role: str  # "system", "user", "assistant", "tool", or "tools" (the functions that may be called, as a JSON list)
     content: str
-    calls: str = ""  # the tools that an assistant calls, as a JSON list
+    calls: str = ""  # the calls that an assistant makes, as a JSON list
 
 
 Form = Sequence[Piece | Turn]
@@ -54,14 +54,14 @@ _SHAREGPT_ROLES = {
     "system": "system",
 }
 _MESSAGE_ROLES = ("system", "user", "assistant", "tool")
-# Whom a turn may follow; "" is the beginning.
+# Role -> the roles that may precede it; "" is the beginning.
 _BEFORE = {
     "system": ("",),
     "user": ("", "system", "assistant"),
     "assistant": ("", "system", "user", "tool"),
     "tool": ("assistant", "tool"),
 }
-_MOST_CHARACTERS = 2_000_000  # more than any context holds; beyond it, tokenizing takes gigabytes and minutes
+_MOST_CHARACTERS = 2_000_000  # longer than any context; tokenizing more takes gigabytes and minutes
 _COLUMNS = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -74,10 +74,10 @@ _ALPACA_WITH_INPUT = f"### Instruction:\n{{instruction}}\n\n### Input:\n{{input}
 
 
 def detect_shape(rows: Rows, data: DataSection) -> str:
-    """The shape of the rows, by the columns of the first.
+    """The shape of the rows according to the columns of the first row.
 
     Raises:
-        RowsError: no known set of columns.
+        RowsError: the columns belong to no supported shape.
     """
     if data.data_format != "auto":
         return data.data_format
@@ -98,7 +98,7 @@ def to_form(row: Row, shape: str, data: DataSection, where: str, has_template: b
     """The row as pieces or turns.
 
     Raises:
-        RowsError: a column is missing or holds another type; the message starts with `where`.
+        RowsError: a column is missing or has the wrong type; the message starts with `where`.
     """
     if shape == "text":
         return _split_text(_text(row, data.dataset_text_field, where))
@@ -115,65 +115,66 @@ def to_form(row: Row, shape: str, data: DataSection, where: str, has_template: b
 
 
 def _split_text(text: str) -> list[Piece]:
-    """Pieces of text with a known family's marks, or the whole text, all of it learned, where there are none.
+    """Split text with the marks of a known form into pieces; text without marks is one piece and learned as a whole.
 
-    The literal `<s>` and `</s>` stand for the tokenizer's own begin and end tokens, whatever those are called.
+    The literals `<s>` and `</s>` stand for the tokenizer's own begin and end tokens, whatever their names are.
     """
-    family, answers = find_answers(text)
+    form, answers = find_answers(text)
     if answers:
         begins = [0, *(end for _start, end in answers)]
         return [
-            Piece(text[begin:end], start - begin, family=family)
+            Piece(text[begin:end], start - begin, prompt_form=form)
             for begin, (start, end) in zip(begins, answers, strict=False)
         ]
     prompt, header, answer = text.partition(_RESPONSE)
     if header and _RESPONSE not in answer:
         prompt = prompt.removeprefix("<s>") + header
-        return [Piece(prompt + answer.removesuffix("</s>"), len(prompt), family="alpaca")]
+        return [Piece(prompt + answer.removesuffix("</s>"), len(prompt), prompt_form="alpaca")]
     pieces = []
     for part in re.split(r"</s>", text.strip()):
         content = part.strip().removeprefix("<s>").lstrip() if "[INST]" in part else part.removeprefix("<s>")
         if not content.strip():
             continue
         if content.startswith("[INST]") and "[/INST]" not in content:
-            continue  # a question that nobody answers
+            continue  # a question without an answer
         prompt, mark, _answer = content.rpartition("[/INST]")
-        # What stood before the end token stays as written, its space included: that is what a chat template makes.
+        # White space before the end token stays, because a chat template writes it too.
         tail = part[len(part.rstrip()) :] if mark else ""
-        start, family = (len(prompt) + len(mark), "inst") if mark else (0, "")
-        pieces.append(Piece(content.rstrip() + tail, start, family=family))
+        start = len(prompt) + len(mark) if mark else 0
+        pieces.append(Piece(content.rstrip() + tail, start, prompt_form="inst" if mark else ""))
     return pieces
 
 
 def _alpaca(row: Row, where: str, has_template: bool) -> Form:
-    instruction, output = _text(row, "instruction", where), _text(row, "output", where)
+    instruction = _text(row, "instruction", where)
+    output = _text(row, "output", where)
     extra = _text(row, "input", where) if row.get("input") else ""
     if has_template:
         return [Turn("user", f"{instruction}\n\n{extra}" if extra else instruction), Turn("assistant", output)]
     prompt = alpaca_prompt(instruction, extra)
-    return [Piece(prompt + output, len(prompt), is_literal=True, family="alpaca")]
+    return [Piece(prompt + output, len(prompt), is_literal=True, prompt_form="alpaca")]
 
 
 def alpaca_prompt(instruction: str, extra: str = "") -> str:
-    """Alpaca's plain form, up to where the answer begins."""
+    """An instruction in Alpaca's plain form, up to where the answer begins."""
     return (_ALPACA_WITH_INPUT if extra else _ALPACA).format(instruction=instruction, input=extra)
 
 
-def put_as(form: Form) -> str:
-    """How a prompt was put to the model: "template", a piece's family, or "" for plainly. `ask` must put it alike."""
-    families = (part.family if isinstance(part, Piece) else "template" for part in form)
-    return next((family for family in families if family), "")
+def prompt_form_of(form: Form) -> str:
+    """The prompt form of a row: "template", a piece's form, or "" for plain text. `nybble ask` must use the same."""
+    names = (part.prompt_form if isinstance(part, Piece) else "template" for part in form)
+    return next((name for name in names if name), "")
 
 
 def answers_of(form: Form) -> list[str]:
-    """The answers' texts, in order."""
+    """The text of each answer, in order."""
     turns = [part.content for part in form if isinstance(part, Turn) and part.role == "assistant"]
     pieces = [part for part in form if isinstance(part, Piece)]
-    return turns + [without_stop(piece.text[piece.answer_start :], piece.family) for piece in pieces]
+    return turns + [without_stop(piece.text[piece.answer_start :], piece.prompt_form) for piece in pieces]
 
 
 def exchanges(form: Form) -> tuple[Form, list[Form]]:
-    """Tools and system text, and the questions with their answers: what a row can be parted into."""
+    """The units that a row can be split into: its tools and system text, and each question with its answers."""
     head = [part for part in form[:2] if isinstance(part, Turn) and part.role in ("tools", "system")]
     units: list[list[Piece | Turn]] = []
     former = ""
@@ -186,29 +187,31 @@ def exchanges(form: Form) -> tuple[Form, list[Form]]:
     return head, list(units)
 
 
-def begun_anew(unit: Form, form: Form) -> Form:
-    """A unit of `exchanges` as the beginning of a row: text that is rendered holds its system text in the first."""
-    first, piece = form[0], unit[0]
-    if not (isinstance(first, Piece) and isinstance(piece, Piece) and first.family == piece.family):
+def as_first_unit(unit: Form, form: Form) -> Form:
+    """A unit of `exchanges(form)` as the first of a row: rendered text has its system text only in its first piece."""
+    first = form[0]
+    piece = unit[0]
+    if not (isinstance(first, Piece) and isinstance(piece, Piece) and first.prompt_form == piece.prompt_form):
         return unit
-    prompt, answer = piece.text[: piece.answer_start], piece.text[piece.answer_start :]
-    prompt = with_system(prompt, first.text[: first.answer_start], piece.family)
+    prompt = piece.text[: piece.answer_start]
+    answer = piece.text[piece.answer_start :]
+    prompt = with_system(prompt, first.text[: first.answer_start], piece.prompt_form)
     return [replace(piece, text=prompt + answer, answer_start=len(prompt)), *unit[1:]]
 
 
 def _tools(row: Row, where: str) -> list[Turn]:
-    """What the row says may be called, as a turn of its own; a JSON text or a list."""
+    """The functions in column `tools`, which holds JSON text or a list, as a turn of their own."""
     tools = row.get("tools")
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError) as error:
-            raise RowsError(f"{where}: column 'tools' is no JSON ({brief(error)}); repair the row") from error
+            raise RowsError(f"{where}: column 'tools' is not valid JSON ({brief(error)}); repair the row") from error
     if not tools:
         return []
     if not isinstance(tools, list):
         raise RowsError(
-            f"{where}: column 'tools' is of type {type(tools).__name__}; it is a list of functions: repair the row"
+            f"{where}: column 'tools' is of type {type(tools).__name__}, not a list of functions; repair the row"
         )
     return [Turn("tools", json.dumps(tools, ensure_ascii=False))]
 
@@ -221,10 +224,14 @@ def _turns(messages: list[Any], role_key: str, content_key: str, where: str) -> 
         if former not in _BEFORE[turn.role]:
             after = f"follows {former!r}" if former else "comes first"
             allowed = ", ".join(name or "the beginning" for name in _BEFORE[turn.role])
-            raise RowsError(f"{where} turn {number}: {turn.role!r} {after}; it may follow: {allowed}; repair the row")
+            raise RowsError(
+                f"{where} turn {number}: {turn.role!r} {after}; allowed before it: {allowed}; repair the row"
+            )
         turns.append(turn)
     if not any(turn.role == "assistant" for turn in turns):
-        raise RowsError(f"{where}: no assistant turn, so nothing to learn; add the answer, or leave the row out")
+        raise RowsError(
+            f"{where}: has no assistant turn, so there is nothing to learn; add the answer, or remove the row"
+        )
     _check_size(sum(len(turn.content) for turn in turns), where)
     return turns
 
@@ -232,7 +239,9 @@ def _turns(messages: list[Any], role_key: str, content_key: str, where: str) -> 
 def _turn(message: Any, role_key: str, content_key: str, where: str) -> Turn:
     if not isinstance(message, Mapping) or role_key not in message or not {content_key, "tool_calls"} & message.keys():
         raise RowsError(f"{where}: needs {role_key!r} and {content_key!r}, got {shown(message)}; repair the row")
-    role, content, calls = message[role_key], message.get(content_key), message.get("tool_calls")
+    role = message[role_key]
+    content = message.get(content_key)
+    calls = message.get("tool_calls")
     if role_key == "from" and isinstance(role, str):
         role = _SHAREGPT_ROLES.get(role, role)
     if role not in _MESSAGE_ROLES:
@@ -248,24 +257,27 @@ def _turn(message: Any, role_key: str, content_key: str, where: str) -> Turn:
 
 
 def _text_part(part: Any, where: str) -> str:
-    """The text of one part of a content: `{"type": "text", "text": ..}`, or the text alone."""
+    """The text of one part of a message's content, which is `{"type": "text", "text": ..}` or only the text."""
     text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
     if not isinstance(text, str):
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        raise RowsError(f"{where}: a content's part is {shown(kind)}; allowed is {{'type': 'text', 'text': '..'}}")
+        raise RowsError(
+            f"{where}: a part of the content is {shown(kind)}; allowed is only {{'type': 'text', 'text': '..'}}"
+        )
     return text
 
 
 def _check_size(n_characters: int, where: str) -> None:
     if n_characters > _MOST_CHARACTERS:
         raise RowsError(
-            f"{where}: a text of {n_characters:,} characters; allowed are {_MOST_CHARACTERS:,}; part it into rows"
+            f"{where}: the text has {n_characters:,} characters; at most {_MOST_CHARACTERS:,} are allowed; split it "
+            "into several rows"
         )
 
 
 def _text(row: Row, column: str, where: str) -> str:
     if column not in row:
-        raise RowsError(f"{where}: column {column!r} is missing; this row has {_columns(row)}; repair the row")
+        raise RowsError(f"{where}: column {column!r} is missing; the row has {_columns(row)}; repair the row")
     if not isinstance(row[column], str):
         raise RowsError(f"{where}: column {column!r} is of type {type(row[column]).__name__}, not text; repair the row")
     _check_size(len(row[column]), where)

@@ -1,4 +1,4 @@
-"""A row as people look at it: its tokens as text, in stretches that are learned or masked."""
+"""Show rows to people: tokens as text, in stretches that are learned or masked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nybble.data.tokens import control_ids
 
 @dataclass(frozen=True)
 class Stretch:
-    """Tokens side by side that are treated alike."""
+    """Consecutive tokens that are all learned or all masked; each control token is a stretch by itself."""
 
     text: str
     is_learned: bool
@@ -25,9 +25,9 @@ class Stretch:
 
 @dataclass(frozen=True)
 class ShownRow:
-    """One example, counted and written out."""
+    """One example with its counts and its text."""
 
-    row: int  # number in the rows, from 1; the parts of a split row have the same
+    row: int  # row number, from 1; the parts of a split row have the same number
     use: str  # "train", "held_out" or "dropped"
     tokens: int
     trained: int
@@ -37,7 +37,7 @@ class ShownRow:
 
     @property
     def title(self) -> str:
-        """The row's figures in a line."""
+        """The counts of the row in one line."""
         use = {"held_out": ", held out", "dropped": ", dropped"}.get(self.use, "")
         ends = "1 end token" if self.stops == 1 else f"{self.stops} end tokens"
         cut = ", cut at max_length" if self.truncated else ""
@@ -45,21 +45,21 @@ class ShownRow:
 
 
 def show_rows(prepared: Prepared, tokenizer: Any, n_rows: int, find: str = "") -> list[ShownRow]:
-    """The first `n_rows` examples whose text, as it is trained on, contains `find`, in the order of the rows."""
-    found: list[ShownRow] = []
+    """The first `n_rows` examples, in row order, whose text after encoding contains `find`."""
+    shown: list[ShownRow] = []
     control = control_ids(tokenizer)
     for use, example in _in_order(prepared):
-        if len(found) >= n_rows:
+        if len(shown) >= n_rows:
             break
         if not find or find in _decode(example.input_ids, tokenizer):
-            found.append(_shown(use, example, tokenizer, control))
-    return found
+            shown.append(_shown(use, example, tokenizer, control))
+    return shown
 
 
 def _in_order(prepared: Prepared) -> Iterator[tuple[str, Example]]:
     uses = [("train", prepared.train), ("dropped", prepared.dropped)]
     held_out = ("held_out", prepared.held_out)
-    # Rows of a file of their own come behind those of the training file.
+    # Held-out rows of a separate file come after the rows of the training file.
     for group in [uses, [held_out]] if "+" in prepared.fingerprint else [[*uses, held_out]]:
         owners = np.concatenate([np.full(len(examples), k) for k, (_use, examples) in enumerate(group)])
         places = np.concatenate([np.arange(len(examples)) for _use, examples in group])
@@ -83,18 +83,18 @@ def _shown(use: str, example: Example, tokenizer: Any, control: set[int]) -> Sho
 
 def _stretches(example: Example, tokenizer: Any, control: set[int]) -> Iterator[Stretch]:
     marked = [
-        # A control token is a stretch of its own.
+        # The position makes each control token a group by itself.
         (label != IGNORED, place if token in control else -1, token)
         for place, (token, label) in enumerate(zip(example.input_ids, example.labels, strict=True))
     ]
     ids: list[int] = []
     before = ""
     for (is_learned, place), group in groupby(marked, key=lambda entry: entry[:2]):
-        own = [token for *_, token in group]
-        ids += own
-        # A decoder may drop the space of a text's beginning, so a stretch is what it adds to those before it.
+        group_ids = [token for *_, token in group]
+        ids += group_ids
+        # A decoder may drop a leading space, so the text of a stretch is what it adds to the text before it.
         whole = _decode(ids, tokenizer)
-        text = whole[len(before) :] if whole.startswith(before) else _decode(own, tokenizer)
+        text = whole[len(before) :] if whole.startswith(before) else _decode(group_ids, tokenizer)
         yield Stretch(text, is_learned, place >= 0)
         before = whole
 

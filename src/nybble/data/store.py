@@ -1,7 +1,7 @@
-"""Examples in Arrow's form: in memory where they are few, mapped from a file where they are many.
+"""Store examples as Arrow records: in memory if they are few, memory-mapped from a file if they are many.
 
-A record is one example; a row that was split has several, one after the other. Ids and labels share a column: a token
-that is not learned stands as its complement (`~id`, negative), so an example takes four bytes a token.
+A record is one example; a row that was split has several consecutive records. Ids and labels share a column: a token
+that is not learned is stored as its complement (`~id`, which is negative), so an example takes four bytes per token.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _SCHEMA = pa.schema(
         "n_empty": pa.int32(),
         "last_answer_start": pa.int32(),
         "is_truncated": pa.bool_(),
-        # What the ledger counts: of the example, then of its row.
+        # Columns for the ledger: first those of the example, then those of its row.
         "length": pa.int32(),
         "n_trained": pa.int32(),
-        "key": pa.uint64(),  # equal for equal ids
+        "key": pa.uint64(),  # hash of the ids
         "row_length": pa.int32(),
         "row_turns": pa.int32(),
         "row_key": pa.uint64(),
@@ -43,7 +43,7 @@ _SCHEMA = pa.schema(
 
 
 def to_records(rows: Iterable[EncodedRow]) -> pa.RecordBatch:
-    """The rows' examples as records, in order."""
+    """Convert the examples of the rows to records, in order."""
     records: list[dict[str, Any]] = []
     for row in rows:
         for example in row.examples:
@@ -58,22 +58,25 @@ def to_records(rows: Iterable[EncodedRow]) -> pa.RecordBatch:
 
 
 def write_records(batches: Iterable[pa.RecordBatch], file: Path) -> None:
-    """Write records as they come."""
+    """Write records to an Arrow file one batch at a time, as the iterator yields them."""
     with pa.ipc.new_file(str(file), _SCHEMA) as writer:
         for batch in batches:
             writer.write_batch(batch)
 
 
 def map_records(file: Path) -> list[pa.RecordBatch]:
-    """The records of a file, whose pages the system reads when they are touched and drops when it needs the room."""
+    """Memory-map the records of a file: the system reads pages on access and may drop them when memory is short."""
     return list(pa.ipc.open_file(pa.memory_map(str(file))).read_all().to_batches())
 
 
 class Examples(Sequence[Example]):
-    """Some of a set's examples, in an order; each is built when it is asked for."""
+    """A sequence of examples backed by Arrow records; each `Example` is built on access."""
 
     def __init__(self, batches: Sequence[pa.RecordBatch], index: NDArray[np.int64] | None = None) -> None:
-        """`index`: the records, counted through all batches; all of them where it is left out."""
+        """Args:
+        batches: the records.
+        index: which records, in which order, `(len,) int64`, counted across all batches; None for all of them.
+        """
         self._batches = batches
         self._ends = np.cumsum([batch.num_rows for batch in batches])
         self._index = np.arange(self._ends[-1]) if index is None else index
@@ -106,15 +109,15 @@ class Examples(Sequence[Example]):
         return (self[at] for at in range(len(self)))
 
     def take(self, chosen: NDArray[Any]) -> Examples:
-        """Those at these places, or where a mask of this length is true."""
+        """A subset of the examples, chosen by indices or by a boolean mask `(len,)`."""
         return Examples(self._batches, self._index[chosen])
 
     def column(self, name: str) -> NDArray[Any]:
-        """A number of each example, `(len,)`; no token is read."""
+        """One column of numbers, `(len,)`; this reads no tokens."""
         return np.asarray(self._column(name).to_numpy()[self._index])
 
-    def different(self, name: str) -> list[Any]:
-        """The different values of a column, or of the lists in it, in the order of their first appearance."""
+    def distinct(self, name: str) -> list[Any]:
+        """The distinct values of a column, or of the lists in it, in order of first appearance."""
         values = self._column(name).take(pa.array(self._index))
         values = pa.compute.list_flatten(values) if pa.types.is_list(values.type) else values
         return list(pa.compute.unique(values).to_pylist())

@@ -1,8 +1,7 @@
-"""Chat templates: those for tokenizers that bring none, by name, and rendering whatever a tokenizer brings.
+"""Chat templates: named ones for tokenizers that have none, and rendering with limits on time and memory.
 
-A template is a program of somebody else's. transformers runs it in jinja's sandbox, which keeps it from files and
-processes but lets it loop for days and multiply text until memory ends; here it gets a few seconds and a few hundred
-megabytes.
+A template is a program written by someone else. transformers runs it in jinja's sandbox, which denies it files and
+processes but lets it loop for days and multiply text until memory runs out. Here its time and memory are limited.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 from nybble.errors import RowsError
 from nybble.guard import brief
 
-# Llama-2's form: the system text goes into the first user turn.
+# The format of Llama 2: the system text is part of the first user turn.
 INST = (
     "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}"
     "{% set turns = messages[1:] %}{% else %}{% set system = '' %}{% set turns = messages %}{% endif %}"
@@ -32,18 +31,18 @@ CHATML = (
     "{{ eos_token if turn['role'] == 'assistant' else '<|im_end|>' }}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-MOST_SECONDS = 0.5  # of this process' own time, for one rendering; a real one takes a thousandth of it
-_MOST_MEMORY = 1 << 30  # bytes beyond what the process has
+MOST_SECONDS = 0.5  # CPU time of this process for one rendering; a real template takes a thousandth of it
+_MOST_MEMORY = 1 << 30  # bytes of address space beyond what the process already has
 _MOST_CHARACTERS = 8 << 20
 _MOST_TEMPLATE_BYTES = 256 << 10
 _NAMED = {"inst": INST, "chatml": CHATML}
 
 
 def find_template(name: str) -> str:
-    """The template called `name`, or the text of the `.jinja` file at `name`.
+    """The template with this name, or the text of the `.jinja` file at this path.
 
     Raises:
-        RowsError: neither exists.
+        RowsError: neither exists, or the file cannot be read.
     """
     if name in _NAMED:
         return _NAMED[name]
@@ -61,10 +60,10 @@ def find_template(name: str) -> str:
 def render_chat(
     tokenizer: Any, messages: Sequence[Mapping[str, Any]], where: str, tools: Any = None, asks: bool = False
 ) -> str:
-    """The chat as the tokenizer's template puts it; `asks`: up to where the answer begins.
+    """Render a chat with the tokenizer's template; with `asks`, up to where the answer begins.
 
     Raises:
-        RowsError: the template fails, takes too long, or makes too much; the message starts with `where`.
+        RowsError: the template fails or exceeds a limit of time, memory or size; the message starts with `where`.
     """
     if len(str(tokenizer.chat_template)) > _MOST_TEMPLATE_BYTES:
         raise RowsError(
@@ -80,31 +79,31 @@ def render_chat(
         ) from error
     except MemoryError as error:
         raise RowsError(
-            f"{where}: the chat template takes more than {_MOST_MEMORY:,} bytes; set --chat_template to another one"
+            f"{where}: the chat template needs more than {_MOST_MEMORY:,} bytes; set --chat_template to another one"
         ) from error
     except Exception as error:
         raise RowsError(
-            f"{where}: the chat template refuses it: {brief(error)}; repair the row, or set --chat_template"
+            f"{where}: the chat template failed: {brief(error)}; repair the row, or set --chat_template"
         ) from error
     if len(text) > _MOST_CHARACTERS:
         raise RowsError(
-            f"{where}: the chat template makes {len(text):,} characters; set --chat_template to another one"
+            f"{where}: the chat template produced {len(text):,} characters; set --chat_template to another one"
         )
     return text
 
 
 class _TooLongError(Exception):
-    """Raised inside a template that does not end."""
+    """Raised inside a template that runs for too long."""
 
 
 @contextmanager
 def _in_time() -> Iterator[None]:
-    """Within: an end comes after `MOST_SECONDS`. Of threads the main one alone can be interrupted."""
+    """Raise `_TooLongError` in the body after `MOST_SECONDS`; only the main thread can be interrupted this way."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
     former = signal.signal(signal.SIGVTALRM, _stop)
-    # Again and again: jinja swallows what is raised while it folds constants.
+    # The timer repeats because jinja swallows exceptions that are raised while it folds constants.
     signal.setitimer(signal.ITIMER_VIRTUAL, MOST_SECONDS, MOST_SECONDS / 10)
     try:
         yield
@@ -115,14 +114,14 @@ def _in_time() -> Iterator[None]:
 
 @contextmanager
 def _in_memory() -> Iterator[None]:
-    """Within: memory ends `_MOST_MEMORY` above what the process has, on Linux, where that can be said."""
+    """Limit the address space to `_MOST_MEMORY` above what the process has now; does nothing except on Linux."""
     if sys.platform != "linux":
         yield
         return
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - once a rendering, and a Path doubles its time
+    with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - runs for each rendering; a Path doubles the time
         present = int(file.read().partition(b" ")[0]) * resource.getpagesize()
     wanted = present + _MOST_MEMORY
     if soft == resource.RLIM_INFINITY or wanted < soft:

@@ -1,8 +1,8 @@
-"""Text to tokens, where text that merely spells a control token stays text.
+"""Tokenize text so that text which merely spells a control token stays text.
 
-A user may write `</s>` or `<|im_end|>` in a message. A tokenizer would make the control token of it, and the model
-would learn, or be told, that a turn ends there. So contents are marked before a template renders them (`mark`), and
-what is found behind a mark is tokenized as the characters that it is.
+A user may write `</s>` or `<|im_end|>` in a message. A tokenizer would turn that into the control token, and the model
+would see a turn end there. So contents are marked before a template renders them (`mark`), and the text after a mark is
+tokenized as plain characters.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-MARKS = range(0xF0000, 0xFFFFE)  # private use: templates pass them through, and nobody trims them
+MARKS = range(0xF0000, 0xFFFFE)  # private-use characters: templates pass them through and never trim them
 
 
 def control_ids(tokenizer: Any) -> set[int]:
-    """Ids of the tokens that steer rather than say something."""
+    """Ids of the tokenizer's special tokens."""
     return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
 
 
 def stop_ids(tokenizer: Any) -> set[int]:
-    """Control tokens that may end a turn."""
+    """Ids of the control tokens that may end a turn."""
     fillers = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
     return control_ids(tokenizer) - fillers
 
 
 def spelled(text: str, tokenizer: Any) -> list[int]:
-    """Where control tokens are spelled out in `text`."""
+    """The positions in `text`, in characters, where a control token is spelled out."""
     literals = sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special}, key=len)
     if not any(literal in text for literal in literals):
         return []
@@ -36,24 +36,25 @@ def spelled(text: str, tokenizer: Any) -> list[int]:
 
 
 def mark(contents: Sequence[str], tokenizer: Any) -> tuple[list[str], str]:
-    """The contents with a mark before every control token that they spell, and the mark; "" where none is."""
-    found = [spelled(content, tokenizer) for content in contents]
-    if not any(found):
+    """The contents with a mark before each control token that they spell, and that mark ("" if none is needed)."""
+    spelled_at = [spelled(content, tokenizer) for content in contents]
+    if not any(spelled_at):
         return list(contents), ""
     whole = "".join(contents)
     sign = next(chr(code) for code in MARKS if chr(code) not in whole)
     marked = []
-    for content, places in zip(contents, found, strict=True):
+    for content, places in zip(contents, spelled_at, strict=True):
         borders = [0, *places, len(content)]
         marked.append(sign.join(content[a:b] for a, b in pairwise(borders)))
     return marked, sign
 
 
 def unmark(text: str, sign: str) -> tuple[str, list[int]]:
-    """The text without its marks, and where they stood."""
+    """The text without its marks, and the positions in it where they were."""
     if not sign:
         return text, []
-    places, seen = [], 0
+    places = []
+    seen = 0
     for part in text.split(sign)[:-1]:
         seen += len(part)
         places.append(seen)
@@ -61,39 +62,41 @@ def unmark(text: str, sign: str) -> tuple[str, list[int]]:
 
 
 def tokenize(text: str, tokenizer: Any, as_text: Sequence[int] = ()) -> tuple[list[int], list[int]]:
-    """Ids, and for each token the character behind its last; control tokens spelled at `as_text` become characters.
+    """Token ids, and for each token the end of its characters; control tokens spelled at `as_text` stay text.
 
-    Only the stretches between true control tokens that hold such a spelling are tokenized anew, so all others keep the
-    tokens that they always have.
+    Only stretches between real control tokens that contain such a spelling are tokenized a second time, so all other
+    stretches keep their usual tokens.
     """
     ids, spans = _tokenize(text, tokenizer)
     if not as_text:
         return ids, [end for _start, end in spans]
     control = control_ids(tokenizer)
-    true = [i for i, (a, b) in enumerate(spans) if ids[i] in control and not any(a <= place < b for place in as_text)]
-    done: tuple[list[int], list[int]] = ([], [])
-    for before, behind in zip([-1, *true], [*true, len(ids)], strict=True):
+    real = [i for i, (a, b) in enumerate(spans) if ids[i] in control and not any(a <= place < b for place in as_text)]
+    all_ids: list[int] = []
+    all_ends: list[int] = []
+    for before, after in zip([-1, *real], [*real, len(ids)], strict=True):
         first = spans[before][1] if before >= 0 else 0
-        last = spans[behind][0] if behind < len(ids) else len(text)
+        last = spans[after][0] if after < len(ids) else len(text)
         if any(first <= place < last for place in as_text):
             lead = tokenizer.decode([ids[before]]) if before >= 0 else ""
             inner, ends = _tokenize_as_text(text[first:last], tokenizer, lead)
             ends = [first + end for end in ends]
         else:
-            inner, ends = ids[before + 1 : behind], [end for _start, end in spans[before + 1 : behind]]
-        done[0].extend(inner)
-        done[1].extend(ends)
-        if behind < len(ids):
-            done[0].append(ids[behind])
-            done[1].append(spans[behind][1])
-    return done
+            inner = ids[before + 1 : after]
+            ends = [end for _start, end in spans[before + 1 : after]]
+        all_ids.extend(inner)
+        all_ends.extend(ends)
+        if after < len(ids):
+            all_ids.append(ids[after])
+            all_ends.append(spans[after][1])
+    return all_ids, all_ends
 
 
 def _tokenize_as_text(text: str, tokenizer: Any, lead: str) -> tuple[list[int], list[int]]:
-    """Ids and ends of text without any control token, as they are behind the control token `lead`."""
+    """Ids and ends of text that contains no control token and follows the control token `lead`."""
     probe = _tokenize(lead + "a", tokenizer)[0]
     if lead and probe[1:] != _tokenize("a", tokenizer)[0]:
-        # This tokenizer puts a space before a text's beginning, and here is none: a line break takes it instead.
+        # This tokenizer prepends a space to a text, which is wrong here: a line break takes it and is removed again.
         shield = _tokenize("\n", tokenizer, split_special_tokens=True)[0]
         ids, spans = _tokenize("\n" + text, tokenizer, split_special_tokens=True)
         if ids[: len(shield)] == shield:
@@ -108,5 +111,5 @@ def _tokenize(text: str, tokenizer: Any, **options: bool) -> tuple[list[int], li
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether this tokenizer puts its begin token first when asked for nothing special."""
+    """Whether this tokenizer prepends its begin token by default."""
     return bool(tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] and tokenizer.bos_token_id is not None)
