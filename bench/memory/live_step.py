@@ -1,7 +1,7 @@
 """Live tensors of one training step at Llama-2-7B's shape, batch 4, r = 8 on q and v with dropout 0.1.
 
 All 32 layers are run on tensors without data, forward, backward and update, and every storage is counted while it is
-alive; nothing is extrapolated and no weights are needed. Where all layers are recomputed, also down the ladder below.
+alive; nothing is extrapolated and no weights are needed. Where all layers are recomputed, also down the savers below.
 Prints a table, the largest tensors at each peak with --tensors, and one JSON object last. About half a minute a case.
 
     python -m bench.memory.live_step [--tensors]
@@ -17,19 +17,19 @@ from collections import Counter
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nybble.models import RUNGS, Ladder, materialize, meta_model
-from nybble.planning.live import LiveTensors
+from nybble.models import MEMORY_SAVERS, MemorySavers, materialize, meta_model
+from nybble.planning.memory_tracer import MemoryTracer
 from nybble.planning.shapes import config_of
-from nybble.planning.step import Rows, adopt, batch_of, reusing, run_steps
+from nybble.planning.traced_step import BatchShape, adopt, batch_of, reusing, run_steps
 from nybble.recipe import load_recipe
 from nybble.training import software_versions
 
 LAYERS = 32
-LADDER = tuple(tuple(RUNGS)[:n] for n in range(len(RUNGS) + 1))
+LEVELS = tuple(tuple(MEMORY_SAVERS)[:n] for n in range(len(MEMORY_SAVERS) + 1))
 CASES = (
     ((512,) * 4, LAYERS, ()),
-    *(((1024,) * 4, LAYERS, rungs) for rungs in LADDER),
-    *(((2048,) * 4, LAYERS, rungs) for rungs in LADDER),
+    *(((1024,) * 4, LAYERS, names) for names in LEVELS),
+    *(((2048,) * 4, LAYERS, names) for names in LEVELS),
     ((429, 429, 429, 428), 0, ()),
 )
 
@@ -42,23 +42,23 @@ def main() -> None:
     recipe = load_recipe(None, {"r": 8, "lora_alpha": 16, "lora_dropout": 0.1, "target_modules": "q_proj,v_proj"})
     found = []
     print(
-        "| tokens | recomputed | rungs | peak GB | first step GB | weights | activations | on the host | highest in |"
+        "| tokens | recomputed | savers | peak GB | first step GB | weights | activations | on the host | highest in |"
     )
     print("|---:|---:|---|---:|---:|---:|---:|---:|---|")
-    for lengths, depth, rungs in CASES:
+    for lengths, depth, names in CASES:
         started = time.monotonic()
         model = meta_model(config_of("llama-2-7b"), recipe, torch.bfloat16)
-        batch = batch_of(model, Rows(lengths))
+        batch = batch_of(model, BatchShape(lengths))
         with FakeTensorMode(), reusing():
             materialize(model)
-            ladder = Ladder(model)
-            ladder.take(rungs)
-            live = LiveTensors(detailed=asked.tensors)
-            adopt(live, model, ladder)
-            first, later = run_steps(live, model, batch, depth, torch.bfloat16, ladder=ladder)
+            savers = MemorySavers(model)
+            savers.apply(names)
+            live = MemoryTracer(detailed=asked.tensors)
+            adopt(live, model, savers)
+            first, later = run_steps(live, model, batch, depth, torch.bfloat16, savers=savers)
         section, peak = max(later.peaks.items(), key=lambda item: item[1].total_bytes)
         print(
-            f"| {sum(lengths):,} | {depth} of {LAYERS} | {', '.join(rungs) or '–'} | {peak.total_bytes / 1e9:.3f} "
+            f"| {sum(lengths):,} | {depth} of {LAYERS} | {', '.join(names) or '–'} | {peak.total_bytes / 1e9:.3f} "
             f"| {first.peak.total_bytes / 1e9:.3f} | {peak.parts['weights'] / 1e9:.3f} "
             f"| {peak.parts['activations'] / 1e9:.3f} | {later.host_bytes / 1e9:.2f} | {section} |",
             flush=True,
@@ -68,7 +68,7 @@ def main() -> None:
         parts = {
             "tokens": sum(lengths),
             "recomputed": depth,
-            "rungs": rungs,
+            "savers": names,
             "peak_bytes": peak.total_bytes,
             "parts": peak.parts,
         }

@@ -27,9 +27,9 @@ from nybble.data import Example, Groups
 from nybble.hardware import detect_device
 from nybble.models import attach, find_model, load_model, materialize, meta_model
 from nybble.nn.scratch import scratch
-from nybble.planning.curve import Curve, Setting
-from nybble.planning.live import LiveTensors
-from nybble.planning.step import Rows, adopt
+from nybble.planning.extrapolate import StepAtLevels, TracedModel
+from nybble.planning.memory_tracer import MemoryTracer
+from nybble.planning.traced_step import BatchShape, adopt
 from nybble.recipe import Recipe, StepMemory, load_recipe
 from nybble.run.directory import RunDirectory
 from nybble.run.record import Silent
@@ -117,8 +117,8 @@ def depth_of(case: Case, n_layers: int) -> int:
 
 def predicted(case: Case, config: Any, recipe: Recipe) -> int:
     """The plan's peak of live tensors in two steps, bytes."""
-    setting = Setting(config, recipe, torch.bfloat16)
-    curve = Curve(setting, Rows((case.length,) * case.batch, case.batch * (case.length - 1)))
+    setting = TracedModel(config, recipe, torch.bfloat16)
+    curve = StepAtLevels(setting, BatchShape((case.length,) * case.batch, case.batch * (case.length - 1)))
     return curve.steady(depth_of(case, setting.n_layers)).peak.total_bytes
 
 
@@ -143,7 +143,7 @@ def measured(case: Case, config: Any, recipe: Recipe, folder: Path) -> int:
     rows = [Example(ids, ids, 1, 1, 0, (2,), 0, 0, False) for _ in range(2 * case.batch)]
     setup = Setup(RunDirectory(folder), device, torch.bfloat16, Silent(), lambda _: 0.0, 0, 2, memory)
     section = recipe.training.model_copy(update={"output_dir": str(folder)})
-    live = LiveTensors()
+    live = MemoryTracer()
     adopt(live, model)
     with live:
         live.start("train")

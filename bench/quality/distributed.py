@@ -42,7 +42,7 @@ from nybble.models import config_with_layers, find_model, held_bytes, materializ
 from nybble.nn import Linear4bit
 from nybble.nn.scratch import scratch
 from nybble.planning import PROFILES, find_config, make_plan, plan_shared, profile_of, shards_among, share_of
-from nybble.planning.shards import Sizes
+from nybble.planning.sharded_memory import Sizes
 from nybble.recipe import load_recipe
 from nybble.run.directory import RunDirectory
 from nybble.run.processes import Processes, joined

@@ -21,7 +21,7 @@ from nybble.bundled import base_path, heldout_rows_path, recipe_path, train_rows
 from nybble.data import prepare_rows
 from nybble.exporting import Limits, Reference
 from nybble.hardware import detect_device
-from nybble.models import find_tuned, load_tuned
+from nybble.models import find_artifact, load_artifact
 from nybble.recipe import load_recipe
 from nybble.training import software_versions, stop_at
 
@@ -70,9 +70,9 @@ def peft_merge(run: Path, folder: Path) -> Path:
 
 def measure_peft(run: Path, folder: Path) -> dict[str, Any]:
     """PEFT's own merge, measured as ours are."""
-    tuned, device = find_tuned(str(run)), detect_device("cpu")
+    tuned, device = find_artifact(str(run)), detect_device("cpu")
     recipe = load_recipe(run / "recipe.yaml")
-    model, tokenizer, dtype = load_tuned(tuned, device)
+    model, tokenizer, dtype = load_artifact(tuned, device)
     stop_at(model, tuned.stop_tokens)
     rows = prepare_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed).held_out
     with Reference(rows, 24, tuned.stop_tokens) as reference:

@@ -20,13 +20,13 @@ import torch
 
 from bench.memory.plan import Case, recipe_of, shape
 from nybble.models import materialize, meta_model
-from nybble.planning.curve import Curve, Setting
-from nybble.planning.live import LiveTensors
-from nybble.planning.step import Rows, adopt, batch_of, reusing, run_steps
+from nybble.planning.extrapolate import StepAtLevels, TracedModel
+from nybble.planning.memory_tracer import MemoryTracer
+from nybble.planning.traced_step import BatchShape, adopt, batch_of, reusing, run_steps
 from nybble.recipe import StepMemory
 from nybble.training import software_versions
 
-ROWS = Rows((128,) * 4)
+ROWS = BatchShape((128,) * 4)
 
 
 def main() -> None:
@@ -35,8 +35,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    setting = Setting(shape("llama-160m"), recipe_of(Case("llama-160m")), torch.bfloat16)
-    curve, depths = Curve(setting, ROWS), range(setting.n_layers + 1)
+    setting = TracedModel(shape("llama-160m"), recipe_of(Case("llama-160m")), torch.bfloat16)
+    curve, depths = StepAtLevels(setting, ROWS), range(setting.n_layers + 1)
     model = meta_model(setting.config, setting.recipe, setting.dtype)
     batch = batch_of(model, ROWS)
     materialize(model)
@@ -45,7 +45,7 @@ def main() -> None:
     for turn in range(asked.turns):
         for depth in depths:
             with reusing():
-                live = LiveTensors()
+                live = MemoryTracer()
                 adopt(live, model)
                 before = time.process_time()
                 _, later = run_steps(live, model, batch, depth, setting.dtype)

@@ -21,9 +21,9 @@ import torch
 from bench.memory.plan import Case, depth_of, recipe_of, shape
 from nybble.hardware import detect_device
 from nybble.models import find_model, materialize, meta_model
-from nybble.planning.curve import Curve, Setting
 from nybble.planning.devices import measured_profile
-from nybble.planning.step import Rows, batch_of, stepper
+from nybble.planning.extrapolate import StepAtLevels, TracedModel
+from nybble.planning.traced_step import BatchShape, batch_of, stepper
 from nybble.training import software_versions
 
 
@@ -37,7 +37,7 @@ def cases(folders: list[str]) -> list[Case]:
     return found + [Case(folder, length=n, batch=16) for folder in folders for n in (64, 256)]
 
 
-def measured(setting: Setting, rows: Rows, depth: int, turns: int) -> float:
+def measured(setting: TracedModel, rows: BatchShape, depth: int, turns: int) -> float:
     """Seconds of a step."""
     model = meta_model(setting.config, setting.recipe, setting.dtype)
     batch = batch_of(model, rows)
@@ -67,9 +67,9 @@ def main() -> None:
     for case in cases(asked.models):
         recipe = recipe_of(case)
         config = find_model(recipe.model).config if Path(case.model).is_dir() else shape(case.model)
-        setting = Setting(config, recipe, torch.bfloat16)
-        rows, depth = Rows((case.length,) * case.batch), depth_of(case, setting.n_layers)
-        work = Curve(setting, rows).steady(depth)
+        setting = TracedModel(config, recipe, torch.bfloat16)
+        rows, depth = BatchShape((case.length,) * case.batch), depth_of(case, setting.n_layers)
+        work = StepAtLevels(setting, rows).steady(depth)
         expected, seconds = profile.seconds(work), measured(setting, rows, depth, asked.turns)
         name = Path(case.model).name
         found.append({**asdict(case), "model": name, "predicted_seconds": expected, "measured_seconds": seconds})

@@ -22,7 +22,7 @@ _HOMES = {
     "inspect_rows": "nybble.pipeline",
     "plan": "nybble.planning",
     "probe": "nybble.pipeline",
-    "quantize": "nybble.models.checkpoint",
+    "quantize": "nybble.models.four_bit_folder",
     "report": "nybble.pipeline",
     "resume_check": "nybble.resume_check",
     "train": "nybble.pipeline",

@@ -178,7 +178,7 @@ def _resident_peak_bytes() -> int:
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    import resource  # macOS and kernels without /proc: the peak of the whole process life
+    import resource  # macOS and kernels without /proc: the peak of the full_tensors process life
 
     scale = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -10,7 +10,7 @@ from nybble.errors import RecipeError
 from nybble.hardware import Device
 from nybble.models import LoadReport, ModelSource, attach, compute_dtype, load_model, meta_model, shard
 from nybble.nn import Linear4bit
-from nybble.planning.shards import shards_among
+from nybble.planning.sharded_memory import shards_among
 from nybble.recipe import QuantizationSection, Recipe
 from nybble.run.processes import Processes
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from nybble.hardware import detect_device
-from nybble.models import cache, find_model, load_model
-from nybble.models.cache import PackedCache
+from nybble.models import find_model, load_model, packed_cache
+from nybble.models.packed_cache import PackedCache
 from nybble.recipe import ModelSection, QuantizationSection
 
 IDS = torch.arange(4, 36).view(2, 16)
@@ -24,7 +24,7 @@ FROM_CACHE = "the packed base is taken from the cache"
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "SMALLEST", 0)
+    monkeypatch.setattr(packed_cache, "SMALLEST", 0)
     return tmp_path / "cache" / "packed"
 
 
@@ -132,6 +132,6 @@ def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
 
 
 def test_small_models_are_not_worth_keeping(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "SMALLEST", 1 << 28)
+    monkeypatch.setattr(packed_cache, "SMALLEST", 1 << 28)
     load(source)
     assert not folder.exists()

@@ -11,13 +11,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.data import FlatBatch, PadBatch
-from nybble.models import RUNGS, Ladder, attach, blocks_of, families, swap_blocks
-from nybble.models.families import FAMILIES
+from nybble.models import MEMORY_SAVERS, MemorySavers, attach, blocks_of, swap_blocks
+from nybble.models.blocks import FAMILIES
 from nybble.nn import Linear4bit
 from nybble.nn.attention import attend_cached
 from nybble.nn.recompute import recomputed
 from nybble.nn.scratch import scratch
-from nybble.planning.step import reusing
+from nybble.planning.traced_step import reusing
 from nybble.quant import decode, encode
 from nybble.recipe import LoraSection
 from nybble.training.evaluate import device_of
@@ -200,11 +200,11 @@ def test_recomputed_layers_give_the_same_bits(family: str, depth: int) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "phi3"])
-@pytest.mark.parametrize("n_rungs", [1, 2, 3, 4])
+@pytest.mark.parametrize("n_savers", [1, 2, 3, 4])
 @pytest.mark.filterwarnings("ignore:It is strongly recommended to train Gemma:UserWarning")
-def test_every_rung_gives_the_same_gradients(family: str, n_rungs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nybble.models.families._TILE_ROWS", 16)
-    monkeypatch.setattr("nybble.models.lean._SLICE_ELEMENTS", 256)
+def test_every_rung_gives_the_same_gradients(family: str, n_savers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nybble.models.blocks._TILE_ROWS", 16)
+    monkeypatch.setattr("nybble.models.memory_savers._SLICE_ELEMENTS", 256)
     model = ours_of(build(family))
     pack(model)
     ours = adapt(model, lora_dropout=0.1)
@@ -213,10 +213,10 @@ def test_every_rung_gives_the_same_gradients(family: str, n_rungs: int, monkeypa
     _, plain = gradients(ours, batch)
     with torch.no_grad():
         judged = ours(**batch).token_losses
-    ladder = Ladder(ours)
-    rungs = tuple(RUNGS)[:n_rungs]
-    assert ("embedding" in ladder.rungs) == (not ours.config.tie_word_embeddings)
-    ladder.take(rungs)
+    savers = MemorySavers(ours)
+    names = tuple(MEMORY_SAVERS)[:n_savers]
+    assert ("embedding" in savers.available) == (not ours.config.tie_word_embeddings)
+    savers.apply(names)
     for layer in ours.get_base_model().model.layers:
         layer.gradient_checkpointing = True
     with reusing():
@@ -225,12 +225,12 @@ def test_every_rung_gives_the_same_gradients(family: str, n_rungs: int, monkeypa
             assert largest_relative(plain, lean) < 1e-5
         with torch.no_grad():
             assert torch.allclose(ours(**batch).token_losses, judged, atol=1e-6)
-        assert bool(scratch.pieces()) == ("slices" not in rungs)
+        assert bool(scratch.pieces()) == ("slices" not in names)
 
 
 def test_a_table_on_the_host_stays_there_when_the_model_moves() -> None:
     ours = adapt(ours_of(build("llama")))
-    Ladder(ours).take(["embedding"])
+    MemorySavers(ours).apply(["embedding"])
     ours.to("meta")
     table = ours.get_input_embeddings().weight
     assert table.device.type == "cpu"
@@ -241,18 +241,18 @@ def test_a_table_on_the_host_stays_there_when_the_model_moves() -> None:
 def test_a_layer_input_on_the_host_is_let_go() -> None:
     """A pass that fails leaves its copies; the next begins without them."""
     ours = adapt(ours_of(build("llama")))
-    ladder = Ladder(ours)
-    ladder.take(["inputs"])
+    savers = MemorySavers(ours)
+    savers.apply(["inputs"])
     for layer in ours.get_base_model().model.layers:
         layer.gradient_checkpointing = True
     ours(**FlatBatch()([rows()]), num_items_in_batch=1)
-    assert len(ladder._store._kept) == 3
-    ladder.take(["inputs"])
-    assert not ladder._store._kept
+    assert len(savers._store._kept) == 3
+    savers.apply(["inputs"])
+    assert not savers._store._kept
 
 
 def share(model: Any) -> None:
-    from nybble.models.lora import share_seeds
+    from nybble.models.lora_linear import share_seeds
     from nybble.nn.seeds import Seeds
 
     share_seeds(model, Seeds(seed=1, micro_step=4))
@@ -287,7 +287,7 @@ def test_two_adapters_and_dora_take_peft_s_own_path() -> None:
         torch.manual_seed(1)
         from peft import LoraConfig, get_peft_model
 
-        from nybble.models.lora import use_our_layer
+        from nybble.models.lora_linear import use_our_layer
 
         config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"], use_dora=True)
         if model is ours:
@@ -301,7 +301,7 @@ def test_two_adapters_and_dora_take_peft_s_own_path() -> None:
 
 
 def test_dropout_changes_with_the_micro_step_and_not_with_evaluation() -> None:
-    from nybble.models.lora import share_seeds
+    from nybble.models.lora_linear import share_seeds
     from nybble.nn.seeds import Seeds
 
     ours = adapt(ours_of(build("llama")), lora_dropout=0.5)
@@ -344,7 +344,7 @@ def test_greedy_answers_are_those_of_transformers_and_peft(
     mask = torch.ones_like(ids)
     mask[0, : 2 * rows_padded] = 0
     steps = []
-    monkeypatch.setattr(families, "attend_cached", lambda *a: steps.append(1) or attend_cached(*a))
+    monkeypatch.setattr("nybble.models.blocks.attend_cached", lambda *a: steps.append(1) or attend_cached(*a))
     tokens, logits = answers(ours, ids, mask)
     expected_tokens, expected = answers(theirs, ids, mask)
     assert torch.equal(tokens, expected_tokens)

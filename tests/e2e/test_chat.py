@@ -46,12 +46,12 @@ def test_an_adapter_answers_as_its_run_wherever_it_lies(runs: dict[str, Path], t
 def test_adapters_on_one_base_answer_without_loading_it_again(
     runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nybble.models import tuned
+    from nybble.models import artifact
 
     alone = [ask(run, QUESTIONS) for run in runs.values()]
     loads = []
-    right = tuned.load_model
-    monkeypatch.setattr(tuned, "load_model", lambda *a: loads.append(a) or right(*a))
+    right = artifact.load_model
+    monkeypatch.setattr(artifact, "load_model", lambda *a: loads.append(a) or right(*a))
     both = ask(runs["next"], QUESTIONS, others=[runs["before"]])
     assert len(loads) == 1
     assert [answer.tuned for answer in both] == [answer.tuned for answer in alone[0]]

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 import nybble as library
 from nybble.exporting import arithmetic
 from nybble.exporting.arithmetic import AdapterDelta, write_merged
-from nybble.models import BaseWeights, find_model, find_tuned
-from nybble.models import weights as weights_module
+from nybble.models import BaseWeights, find_artifact, find_model
+from nybble.models import base_weights as weights_module
 from nybble.recipe import load_recipe
 
 FAST = {
@@ -67,7 +67,7 @@ def peft_logits(run: Path, base: dict[str, torch.Tensor]) -> torch.Tensor:
     """Stock PEFT's merge over a stock float32 model with the weights `base` in it."""
     from peft import PeftModel
 
-    source = find_tuned(str(run)).original.model_name_or_path
+    source = find_artifact(str(run)).original.model_name_or_path
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with torch.no_grad():
         for name, value in base.items():
@@ -78,7 +78,7 @@ def peft_logits(run: Path, base: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def written(run: Path, out: Path, target: str, dtype: torch.dtype = torch.float32) -> Any:
     """The merged tensors in a stock model, without verification."""
-    tuned = find_tuned(str(run))
+    tuned = find_artifact(str(run))
     source = find_model(tuned.base if target == "dequantized" else tuned.original)
     packing = (tuned.quantization, torch.bfloat16) if target == "dequantized" else ()
     out.mkdir()
@@ -95,7 +95,7 @@ def decoded(run: Path) -> dict[str, torch.Tensor]:
     from nybble.models import load_model
     from nybble.nn import Linear4bit
 
-    tuned = find_tuned(str(run))
+    tuned = find_artifact(str(run))
     model, _ = load_model(find_model(tuned.base), "qlora", tuned.base, tuned.quantization, detect_device("cpu"))
     packed = {f"{n}.weight": m.dequantize(torch.float32) for n, m in model.named_modules() if isinstance(m, Linear4bit)}
     return packed | {
@@ -219,11 +219,11 @@ def test_what_does_not_fit_into_memory_is_verified_from_disk(trained: Callable[.
     from nybble.data import prepare_rows
     from nybble.exporting import Limits, Reference
     from nybble.hardware import detect_device
-    from nybble.models import load_tuned
+    from nybble.models import load_artifact
     from nybble.training import stop_at
 
-    tuned, recipe = find_tuned(str(trained())), load_recipe(trained() / "recipe.yaml")
-    model, tokenizer, dtype = load_tuned(tuned, detect_device("cpu"))
+    tuned, recipe = find_artifact(str(trained())), load_recipe(trained() / "recipe.yaml")
+    model, tokenizer, dtype = load_artifact(tuned, detect_device("cpu"))
     stop_at(model, tuned.stop_tokens)
     held_out = prepare_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed).held_out
     written(trained(), tmp_path / "out", "dequantized", torch.bfloat16)
@@ -237,7 +237,7 @@ def test_what_does_not_fit_into_memory_is_verified_from_disk(trained: Callable[.
 
 def spoil_base(run: Path, copy: Path) -> Path:
     """A copy of a run's base with other weights in the same shapes."""
-    shutil.copytree(find_tuned(str(run)).original.model_name_or_path, copy)
+    shutil.copytree(find_artifact(str(run)).original.model_name_or_path, copy)
     tensors = load_file(copy / "model.safetensors")
     save_file({name: value + 0.01 for name, value in tensors.items()}, copy / "model.safetensors", {"format": "pt"})
     return copy
@@ -306,7 +306,7 @@ def test_a_run_without_an_adapter_and_no_run_are_refused(
 
 
 def test_the_cache_gives_the_same_base(trained: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    tuned = find_tuned(str(trained()))
+    tuned = find_artifact(str(trained()))
     source, asked = find_model(tuned.base), []
 
     def seen(source: Any, *_: Any) -> Any:

@@ -117,13 +117,13 @@ def test_rows_that_cannot_be_read_are_said_and_max_length_is_planned_for(
 def test_a_model_that_cannot_be_traced_is_counted_and_said(
     nybble: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nybble.planning import curve
+    from nybble.planning import extrapolate
 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("data-dependent control flow")
 
     traced = nybble("plan", *SMALL, "--json").json
-    monkeypatch.setattr(curve, "run_steps", fail)
+    monkeypatch.setattr(extrapolate, "run_steps", fail)
     counted = nybble("plan", *SMALL, "--json").json
     assert any("cannot be traced (data-dependent control flow)" in note for note in counted["notes"])
     load = [plan["phases"][0]["peak_bytes"] for plan in (traced, counted)]

@@ -13,14 +13,14 @@ from transformers import AutoConfig
 
 from nybble.data import Example, Groups
 from nybble.hardware import detect_device
-from nybble.models import RUNGS, Ladder, attach, find_model, load_model, materialize, meta_model
+from nybble.models import MEMORY_SAVERS, MemorySavers, attach, find_model, load_model, materialize, meta_model
 from nybble.nn.scratch import scratch
-from nybble.planning.choose import changed, choose, largest_length, rungs_of, smallest_peak
-from nybble.planning.curve import Curve, Setting
 from nybble.planning.devices import named_profile
-from nybble.planning.forecast import Batches, Forecast
-from nybble.planning.live import LiveTensors
-from nybble.planning.step import Rows, Work, adopt, batch_of, reusing, run_steps
+from nybble.planning.extrapolate import StepAtLevels, TracedModel
+from nybble.planning.memory_tracer import MemoryTracer
+from nybble.planning.phases import Batches, Forecast
+from nybble.planning.search import changed, choose, largest_length, plan_levels, smallest_peak
+from nybble.planning.traced_step import BatchShape, StepCost, adopt, batch_of, reusing, run_steps
 from nybble.recipe import Recipe, StepMemory, load_recipe
 from nybble.run.directory import RunDirectory
 from nybble.run.record import Silent
@@ -35,26 +35,28 @@ SIZES = {
     "vocab_size": 512,
     "head_dim": 16,
 }
-ROWS = Rows((40, 24, 33), 60)
+ROWS = BatchShape((40, 24, 33), 60)
 
 
-def setting_of(kind: str = "llama", method: str = "qlora", **changes: Any) -> Setting:
+def setting_of(kind: str = "llama", method: str = "qlora", **changes: Any) -> TracedModel:
     lora = {"r": 4, "lora_dropout": 0.1, "target_modules": "q_proj,down_proj"} if method != "full" else {}
     recipe = load_recipe(None, {"method": method, **lora})
-    return Setting(AutoConfig.for_model(kind, **{**SIZES, **changes}), recipe, torch.bfloat16)
+    return TracedModel(AutoConfig.for_model(kind, **{**SIZES, **changes}), recipe, torch.bfloat16)
 
 
-def measured(setting: Setting, rows: Rows, depth: int, rungs: tuple[str, ...] = ()) -> tuple[Work, Work]:
+def measured(
+    setting: TracedModel, rows: BatchShape, depth: int, names: tuple[str, ...] = ()
+) -> tuple[StepCost, StepCost]:
     """The first and a later step of the whole model on real tensors."""
     model = meta_model(setting.config, setting.recipe, setting.dtype)
     batch = batch_of(model, rows)
     materialize(model)
     with reusing():
-        ladder = Ladder(model)
-        ladder.take(rungs)
-        live = LiveTensors()
-        adopt(live, model, ladder)
-        first, later = run_steps(live, model, batch, depth, setting.dtype, ladder=ladder)
+        savers = MemorySavers(model)
+        savers.apply(names)
+        live = MemoryTracer()
+        adopt(live, model, savers)
+        first, later = run_steps(live, model, batch, depth, setting.dtype, savers=savers)
     return first, later
 
 
@@ -77,53 +79,53 @@ def test_the_predicted_peak_is_that_of_real_tensors(
         names = {"target_modules": "all-linear"}
         sizes = {name: value for name, value in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
         recipe = load_recipe(None, {"method": method, **names})
-        setting = Setting(AutoConfig.for_model(kind, **sizes), recipe, torch.bfloat16)
+        setting = TracedModel(AutoConfig.for_model(kind, **sizes), recipe, torch.bfloat16)
     else:
         setting = setting_of(kind, method, **changes)
     first, later = measured(setting, ROWS, depth)
-    curve = Curve(setting, ROWS)
+    curve = StepAtLevels(setting, ROWS)
     assert curve.steady(depth).peak.total_bytes == pytest.approx(later.peak.total_bytes, rel=0.01)
     assert curve.first(depth).peak.total_bytes == pytest.approx(first.peak.total_bytes, rel=0.01)
 
 
-@pytest.mark.parametrize("n_rungs", [1, 2, 3, 4])
-def test_each_rung_takes_less_and_what_is_predicted(n_rungs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nybble.models.families._TILE_ROWS", 64)
-    monkeypatch.setattr("nybble.models.lean._SLICE_ELEMENTS", 1 << 14)
-    batch, rungs = Rows((200, 190, 120), 400), tuple(RUNGS)[:n_rungs]
+@pytest.mark.parametrize("n_savers", [1, 2, 3, 4])
+def test_each_level_takes_less_and_what_is_predicted(n_savers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nybble.models.blocks._TILE_ROWS", 64)
+    monkeypatch.setattr("nybble.models.memory_savers._SLICE_ELEMENTS", 1 << 14)
+    batch, names = BatchShape((200, 190, 120), 400), tuple(MEMORY_SAVERS)[:n_savers]
     setting = setting_of(vocab_size=4096, hidden_size=128, intermediate_size=512)
-    _, later = measured(setting, batch, 7, rungs)
+    _, later = measured(setting, batch, 7, names)
     forecast = Forecast(setting, Batches(batch, batch, batch), named_profile("rtx4090"))
-    found = rungs_of(choose(forecast, 1, 1))
-    assert [rung.name for rung in found[2:]] == list(RUNGS)
-    assert found[1 + n_rungs].live_bytes == pytest.approx(later.peak.total_bytes, rel=0.003)
-    assert found[1 + n_rungs].host_bytes == pytest.approx(later.host_bytes, rel=0.01)
-    assert found[1 + n_rungs].live_bytes < found[n_rungs].live_bytes
+    found = plan_levels(choose(forecast, 1, 1))
+    assert [level.name for level in found[2:]] == list(MEMORY_SAVERS)
+    assert found[1 + n_savers].live_bytes == pytest.approx(later.peak.total_bytes, rel=0.003)
+    assert found[1 + n_savers].host_bytes == pytest.approx(later.host_bytes, rel=0.01)
+    assert found[1 + n_savers].live_bytes < found[n_savers].live_bytes
 
 
 def test_rungs_are_taken_in_their_order_and_only_when_needed() -> None:
-    batch = Rows((2048,) * 2)
+    batch = BatchShape((2048,) * 2)
     setting = setting_of(vocab_size=4096, hidden_size=128, intermediate_size=512, max_position_embeddings=4096)
     forecast = Forecast(setting, Batches(batch, batch, batch), named_profile("rtx4090"))
-    peaks = [rung.peak_bytes for rung in rungs_of(choose(forecast, 1, 1))]
+    peaks = [level.peak_bytes for level in plan_levels(choose(forecast, 1, 1))]
     assert peaks == sorted(peaks, reverse=True)
     for n, peak in enumerate(peaks):
         chosen = choose(forecast, peak, 1)
-        assert chosen.lean == tuple(RUNGS)[: max(0, n - 1)]
+        assert chosen.savers == tuple(MEMORY_SAVERS)[: max(0, n - 1)]
         assert chosen.depths[1] >= 6 if n else chosen.depths[1] == 0
     assert forecast.profile.shares_memory is False
     on_cpu = replace(forecast, setting=replace(setting, shares_memory=True, traces={}))
-    assert choose(on_cpu, 1, 1).lean == ("tiles", "slices")
+    assert choose(on_cpu, 1, 1).savers == ("tiles", "slices")
     for changes in ({"lean": "never"}, {"gradient_checkpointing": "never"}):
         recipe = changed(setting.recipe, "training", **changes)
-        assert choose(replace(forecast, setting=setting.of(recipe=recipe)), 1, 1).lean == ()
+        assert choose(replace(forecast, setting=setting.of(recipe=recipe)), 1, 1).savers == ()
     always = setting.of(recipe=changed(setting.recipe, "training", lean="always"))
-    assert choose(replace(forecast, setting=always), 1 << 40, 1).lean == tuple(RUNGS)
+    assert choose(replace(forecast, setting=always), 1 << 40, 1).savers == tuple(MEMORY_SAVERS)
 
 
 def test_parts_add_up_and_are_what_they_are_called() -> None:
     setting = setting_of()
-    work = Curve(setting, ROWS).steady(3)
+    work = StepAtLevels(setting, ROWS).steady(3)
     for peak in work.peaks.values():
         assert sum(peak.parts.values()) == peak.total_bytes
     trainable, _ = setting.parameters
@@ -133,7 +135,7 @@ def test_parts_add_up_and_are_what_they_are_called() -> None:
 
 
 def test_recomputation_costs_work_and_saves_memory() -> None:
-    curve = Curve(setting_of(), Rows((512,) * 2))
+    curve = StepAtLevels(setting_of(), BatchShape((512,) * 2))
     works = [curve.steady(depth) for depth in range(8)]
     peaks = [work.peak.total_bytes for work in works]
     assert peaks == sorted(peaks, reverse=True)
@@ -147,12 +149,12 @@ def test_the_prediction_holds_for_the_trainer(tiny_llama: Callable[..., Path], t
     folder = tiny_llama()
     recipe = load_recipe(None, _training(folder, tmp_path))
     source = find_model(recipe.model)
-    setting = Setting(source.config, recipe, torch.bfloat16)
+    setting = TracedModel(source.config, recipe, torch.bfloat16)
     depth = setting.n_layers if recompute == "all" else 0
-    rows = Rows((60, 60), 2 * 59)
-    expected = Curve(setting, rows).steady(depth).peak.total_bytes
+    rows = BatchShape((60, 60), 2 * 59)
+    expected = StepAtLevels(setting, rows).steady(depth).peak.total_bytes
     model = _model(recipe)
-    live = LiveTensors()
+    live = MemoryTracer()
     adopt(live, model)
     with live:
         live.start("train")
@@ -202,16 +204,16 @@ def test_depth_follows_the_room_and_lines_lie_above_the_curve() -> None:
     assert memory.above_base(210, 0) == 8500  # the last line goes on
     assert memory.above_base(1, 0) == 500  # fewer tokens than any batch seen count as that
     assert [memory.level_for(110, room) for room in (4500, 4499, 2500, 2499, 0)] == [0, 1, 1, 2, 2]
-    curve = Curve(setting_of(), Rows((128,) * 2))
-    ends = {n: Curve(curve.setting, Rows((n,) * 2)).peaks[2] for n in (16, 256)}
+    curve = StepAtLevels(setting_of(), BatchShape((128,) * 2))
+    ends = {n: StepAtLevels(curve.setting, BatchShape((n,) * 2)).peaks[2] for n in (16, 256)}
     line = StepMemory((32, 512), ((ends[16],), (ends[256],)), 0).above_base(256, 0)
     assert curve.peaks[2] <= line <= 1.02 * curve.peaks[2]
 
 
 def test_a_choice_is_within_the_budget_and_no_shallower_one_is() -> None:
     setting, profile = setting_of(), named_profile("rtx4090")
-    batch = Rows((256,) * 2)
-    forecast = Forecast(setting, Batches(batch, batch, Rows((256,))), profile)
+    batch = BatchShape((256,) * 2)
+    forecast = Forecast(setting, Batches(batch, batch, BatchShape((256,))), profile)
     none, every = (forecast.total(forecast.longest.steady(depth).peak) for depth in (0, 7))
     budget = (none + every) // 2
     chosen = choose(forecast, budget, 1)
@@ -226,7 +228,7 @@ def test_a_choice_is_within_the_budget_and_no_shallower_one_is() -> None:
 @pytest.mark.parametrize("device", ["rtx4090", "strix-halo"])
 def test_a_checkpoint_is_written_from_a_copy_that_takes_room_where_the_host_is_the_device(device: str) -> None:
     setting = setting_of()
-    batch, copy = Rows((256,) * 2), 12 * setting.parameters[0]  # adapters and Adam's two moments
+    batch, copy = BatchShape((256,) * 2), 12 * setting.parameters[0]  # adapters and Adam's two moments
     found = {}
     for save_steps in (5, 10):
         recipe = changed(setting.recipe, "training", max_steps=10, save_steps=save_steps)
@@ -248,7 +250,7 @@ def test_the_largest_length_fits_and_a_longer_one_does_not() -> None:
     setting, profile = setting_of(max_position_embeddings=4096), named_profile("rtx4090")
 
     def forecast(length: int) -> Forecast:
-        batch = Rows((length,) * 2)
+        batch = BatchShape((length,) * 2)
         return Forecast(setting, Batches(batch, batch, batch), profile)
 
     budget = smallest_peak(forecast(1024))

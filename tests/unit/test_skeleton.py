@@ -79,6 +79,6 @@ def test_a_plan_computes_in_the_type_that_the_run_computes_in(
         seen.append(dtype)
         return meta_model(config, recipe, dtype)
 
-    monkeypatch.setattr("nybble.planning.curve.meta_model", recorded)
+    monkeypatch.setattr("nybble.planning.extrapolate.meta_model", recorded)
     make_plan(recipe, config_of(), profile)
     assert set(seen) == {compute_dtype(wanted, device)[0]} == {dtype}

@@ -225,14 +225,14 @@ def _loaded(folder: Path) -> Any:
 
 
 def _header(folder: Path) -> None:
-    from nybble.models.limits import read_header, weight_files
+    from nybble.models.folder_checks import read_header, weight_files
 
     for file in weight_files(folder):
         read_header(file)
 
 
 def _index(folder: Path) -> None:
-    from nybble.models.limits import weight_files
+    from nybble.models.folder_checks import weight_files
 
     weight_files(folder)
 
@@ -283,19 +283,19 @@ def _adapter(folder: Path) -> None:
 
 
 def _tuned(folder: Path) -> None:
-    from nybble.models import find_tuned
+    from nybble.models import find_artifact
 
-    find_tuned(str(folder))
+    find_artifact(str(folder))
 
 
 def _record(folder: Path) -> None:
-    from nybble.models import find_tuned
+    from nybble.models import find_artifact
     from nybble.recipe import stored_recipe
     from nybble.run.directory import read_record
 
     (folder / "adapter").mkdir(exist_ok=True)
     stored_recipe(read_record(folder), folder)
-    find_tuned(str(folder))
+    find_artifact(str(folder))
 
 
 def _events(folder: Path) -> None:

@@ -68,7 +68,7 @@ def _print(made: Plan) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from nybble.models import RUNGS
+    from nybble.models import MEMORY_SAVERS
     from nybble.units import format_bytes, format_count, format_seconds
 
     console = Console(highlight=False)
@@ -90,11 +90,11 @@ def _print(made: Plan) -> None:
     if made.total_seconds:
         console.print(f"{format_count(made.optimizer_steps)} steps: {format_seconds(made.total_seconds)}{estimate}")
     if made.rungs:
-        rungs: Any = Table(f"{unit} of the longest batch", "peak", "tensors", "host", "", box=None, pad_edge=False)
+        levels: Any = Table(f"{unit} of the longest batch", "peak", "tensors", "host", "", box=None, pad_edge=False)
         for r in made.rungs:
             shown = [f"{n / size:.2f}" if n else "–" for n in (r.peak_bytes, r.live_bytes, r.host_bytes)]
-            rungs.add_row(RUNGS.get(r.name, r.name), *shown, "taken" if r.taken else "")
-        console.print(rungs)
+            levels.add_row(MEMORY_SAVERS.get(r.name, r.name), *shown, "taken" if r.taken else "")
+        console.print(levels)
     if made.largest_length is not None:
         console.print(f"largest max_length that fits: {format_count(made.largest_length)}")
     if made.largest_model is not None:

@@ -19,7 +19,7 @@ def quantize(
     overrides = read_flags(list(context.args))
     quiet_libraries()
     from nybble.cli.progress import Live
-    from nybble.models.checkpoint import quantize as write_checkpoint
+    from nybble.models.four_bit_folder import quantize as write_checkpoint
     from nybble.units import format_bytes
 
     live = Live()

@@ -15,7 +15,7 @@ from nybble.diagnostics.measure import Measured
 from nybble.diagnostics.operators import decode_exactly
 from nybble.hardware import detect_device
 from nybble.models import attach, find_model, load_model
-from nybble.models.families import blocks_of
+from nybble.models.blocks import blocks_of
 from nybble.nn import Linear4bit
 from nybble.recipe import LoraSection, ModelSection, QuantizationSection
 

@@ -20,7 +20,7 @@ from nybble.exporting.gguf import TYPES, check_gguf, write_adapter_gguf, write_g
 from nybble.exporting.merge import UNVERIFIED, merge
 from nybble.exporting.ollama import modelfile
 from nybble.exporting.vocabulary import read_vocabulary, says_alike
-from nybble.models import BaseWeights, ModelSource, Tuned, find_model, find_tuned, push_folder, tokenizer_of
+from nybble.models import Artifact, BaseWeights, ModelSource, find_artifact, find_model, push_folder, tokenizer_of
 from nybble.run.record import Observer, Silent
 from nybble.units import format_bytes
 
@@ -85,7 +85,7 @@ def export(
     for path in (file, folder):
         if path is not None and path.exists():
             raise InputError(f"{path} exists already; choose a new name")
-    watch, found = observer or Silent(), find_tuned(str(tuned), overrides)
+    watch, found = observer or Silent(), find_artifact(str(tuned), overrides)
     if (found.folder / UNVERIFIED).exists():
         raise InputError(f"{found.folder} is marked {UNVERIFIED}: it is not what was trained; merge again")
     result: dict[str, Any] = {"verified": True}
@@ -105,7 +105,7 @@ def export(
     return result
 
 
-def _whole(tuned: Tuned, overrides: Mapping[str, Any] | None, watch: Observer, scratch: str) -> _Whole:
+def _whole(tuned: Artifact, overrides: Mapping[str, Any] | None, watch: Observer, scratch: str) -> _Whole:
     """The model as one folder: merged into a scratch folder if it is a run, which is measured on its way."""
     check_gguf(find_model(tuned.base))  # before any work
     if tuned.is_adapter:
@@ -116,7 +116,7 @@ def _whole(tuned: Tuned, overrides: Mapping[str, Any] | None, watch: Observer, s
         done = merge(tuned.name, Path(scratch) / Path(tuned.name).resolve().name, overrides, observer=watch)
         if not done["verified"]:
             raise NybbleError(f"the merged model is not what was trained ({'; '.join(done['faults'])}): not exported")
-        tuned = find_tuned(done["out"])
+        tuned = find_artifact(done["out"])
     source = find_model(tuned.base)
     tokenizer = tokenizer_of(tuned, source)
     form = tuned.form or ("template" if tokenizer.chat_template else "plain")
@@ -179,7 +179,7 @@ def _write_ollama(whole: _Whole, folder: Path, outtype: str, watch: Observer) ->
     return measured
 
 
-def _adapter(tuned: Tuned, file: Path) -> dict[str, Any]:
+def _adapter(tuned: Artifact, file: Path) -> dict[str, Any]:
     if not tuned.is_adapter:
         raise InputError(f"{tuned.name} is a whole model without an adapter; allowed: f16, bf16, q8_0")
     if tuned.is_repaired:

@@ -30,15 +30,15 @@ from nybble.exporting.verify import Limits, Measured, Reference
 from nybble.hardware import Device, detect_device
 from nybble.models import (
     NOTE,
+    Artifact,
     BaseWeights,
     ModelSource,
-    Tuned,
     calibrate,
     check_original,
+    find_artifact,
     find_model,
-    find_tuned,
+    load_artifact,
     load_model,
-    load_tuned,
     save_whole,
     tokenizer_of,
 )
@@ -61,7 +61,7 @@ _PACKED_SHARE = 0.5  # of the 16-bit bytes, at most, that the 4-bit folder takes
 class _Job:
     """A merge that is known to be possible."""
 
-    tuned: Tuned
+    tuned: Artifact
     recipe: Recipe
     out: Path
     dtype: torch.dtype
@@ -139,7 +139,7 @@ def _prepare(
         raise RecipeError(f"dtype: got {dtype!r}; allowed: {', '.join(DTYPES)}")
     if out.exists():
         raise InputError(f"{out} exists already; choose a new folder")
-    recipe, tuned = _recipe_now(run, overrides), find_tuned(str(run), overrides)
+    recipe, tuned = _recipe_now(run, overrides), find_artifact(str(run), overrides)
     if not tuned.is_adapter:
         raise InputError(f"{run} trained every parameter (method full): {tuned.folder} is the whole model already")
     device = detect_device(recipe.model.device)
@@ -159,7 +159,7 @@ def _recipe_now(run: Path, overrides: Mapping[str, Any] | None) -> Recipe:
     return now
 
 
-def _bases(tuned: Tuned, into: str, watch: Observer) -> dict[str, BaseWeights]:
+def _bases(tuned: Artifact, into: str, watch: Observer) -> dict[str, BaseWeights]:
     """The bases that the adapter can go into, of those that are wanted."""
     if tuned.method == "lora":
         if into in ("dequantized", "4bit"):
@@ -188,7 +188,7 @@ def _bases(tuned: Tuned, into: str, watch: Observer) -> dict[str, BaseWeights]:
     return found | {f"{prefix}original": BaseWeights(source)}
 
 
-def _original(tuned: Tuned) -> ModelSource:
+def _original(tuned: Artifact) -> ModelSource:
     source = find_model(tuned.original)
     check_original(tuned, source)
     if source.is_4bit:
@@ -196,7 +196,7 @@ def _original(tuned: Tuned) -> ModelSource:
     return source
 
 
-def _trained_base(tuned: Tuned) -> BaseWeights:
+def _trained_base(tuned: Artifact) -> BaseWeights:
     """What training saw: the packed base, decoded."""
     source = find_model(tuned.base)
     if tuned.base == tuned.original:
@@ -235,7 +235,7 @@ def _rows(job: _Job) -> tuple[Prepared, bool]:
 def _ask_adapter(job: _Job, reference: Reference) -> tuple[Any, Any, Any]:
     """Let the adapter on its base answer; its config, generation config and tokenizer."""
     job.watch.stage("reference")
-    model, tokenizer, dtype = load_tuned(job.tuned, job.device)
+    model, tokenizer, dtype = load_artifact(job.tuned, job.device)
     stop_at(model, job.tuned.stop_tokens)
     reference.capture(model, tokenizer, dtype)
     config, generation = model.config, model.generation_config

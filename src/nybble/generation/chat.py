@@ -15,7 +15,7 @@ from nybble.data import Turn, encode_chat, encode_follow_up, encode_prompt
 from nybble.errors import InputError
 from nybble.generation.questions import add_adapters, form_of, now
 from nybble.hardware import detect_device
-from nybble.models import find_tuned, load_tuned
+from nybble.models import find_artifact, load_artifact
 from nybble.training import evaluation_mode, stop_at
 
 
@@ -56,9 +56,9 @@ class Chat:
             InputError: there is nothing of the kind; ModelError: a base is gone, or another one.
         """
         on = now(device, trust_remote_code)
-        self._first = find_tuned(str(tuned), on)
-        more = [find_tuned(str(other), on) for other in others]
-        self._model, self._tokenizer, self._dtype = load_tuned(self._first, detect_device(self._first.base.device))
+        self._first = find_artifact(str(tuned), on)
+        more = [find_artifact(str(other), on) for other in others]
+        self._model, self._tokenizer, self._dtype = load_artifact(self._first, detect_device(self._first.base.device))
         stop_at(self._model, [*self._first.stop_tokens, self._tokenizer.eos_token_id])
         added = add_adapters(self._model, self._first, more)
         self._adapters = {self._first.name: "default"} if self._first.is_adapter else {}

@@ -14,7 +14,7 @@ from nybble.data import encode_prompt
 from nybble.errors import InputError, ModelError, RowsError
 from nybble.guard import brief
 from nybble.hardware import Device, detect_device
-from nybble.models import Tuned, add_adapter, find_model, find_tuned, load_model, load_tuned
+from nybble.models import Artifact, add_adapter, find_artifact, find_model, load_artifact, load_model
 from nybble.recipe import EvaluationSection
 from nybble.training import generate_answers, stop_at
 
@@ -58,10 +58,10 @@ def ask(
     if not questions:
         raise InputError('no question given; e.g. nybble ask RUN "What makes a good chatbot?"')
     on = now(device, trust_remote_code)
-    first = find_tuned(str(tuned), on)
-    more = [find_tuned(str(other), on) for other in others]
+    first = find_artifact(str(tuned), on)
+    more = [find_artifact(str(other), on) for other in others]
     place = detect_device(first.base.device)
-    model, tokenizer, dtype = load_tuned(first, place)
+    model, tokenizer, dtype = load_artifact(first, place)
     form = form_of(first, tokenizer)
     prompts = [encode_prompt(question, tokenizer, form, system) for question in questions]
     section = EvaluationSection(max_new_tokens=max_new_tokens, per_device_eval_batch_size=BATCH)
@@ -120,12 +120,12 @@ def read_questions(file: Path) -> list[str]:
     return found
 
 
-def form_of(tuned: Tuned, tokenizer: Any) -> str:
+def form_of(tuned: Artifact, tokenizer: Any) -> str:
     """How its prompts are put; where nobody noted it, by the chat template if there is one."""
     return tuned.form or ("template" if tokenizer.chat_template else "plain")
 
 
-def add_adapters(model: Any, first: Tuned, others: Sequence[Tuned]) -> list[str]:
+def add_adapters(model: Any, first: Artifact, others: Sequence[Artifact]) -> list[str]:
     """Put further adapters beside the first, on the base that is loaded; the names to switch to.
 
     Raises:
@@ -149,13 +149,13 @@ def add_adapters(model: Any, first: Tuned, others: Sequence[Tuned]) -> list[str]
     return names
 
 
-def base_of(model: Any, tuned: Tuned) -> AbstractContextManager[Any]:
+def base_of(model: Any, tuned: Artifact) -> AbstractContextManager[Any]:
     """Within: the model without its adapter."""
     without: AbstractContextManager[Any] = model.disable_adapter() if tuned.is_adapter else nullcontext()
     return without
 
 
-def _untrained(tuned: Tuned, device: Device) -> Any:
+def _untrained(tuned: Artifact, device: Device) -> Any:
     """The model that training began with, where taking the adapter off does not give it: after full training, and
     under pissa, whose base lacks what the adapter started with."""
     source = find_model(tuned.original)

@@ -10,14 +10,23 @@ from nybble.models.adapters import (
     trained_parameters,
     trained_weights,
 )
+from nybble.models.artifact import (
+    NOTE,
+    Artifact,
+    check_original,
+    find_artifact,
+    load_artifact,
+    tokenizer_of,
+    write_note,
+)
+from nybble.models.base_weights import BaseWeights
+from nybble.models.blocks import SwapReport, blocks_of, swap_blocks
 from nybble.models.calibrate import Calibration, Starts, calibrate, needs_calibration
-from nybble.models.families import SwapReport, blocks_of, swap_blocks
-from nybble.models.hub import push_folder
-from nybble.models.lean import RUNGS, Ladder
 from nybble.models.load import LoadReport, count_parameters, hash_of, load_model, save_whole
+from nybble.models.memory_savers import MEMORY_SAVERS, MemorySavers
 from nybble.models.meta_model import config_with_layers, materialize, meta_model
-from nybble.models.plugin import NybbleConfig, register
-from nybble.models.sharding import held_bytes, is_sharded, shard, shard_like, tables, whole
+from nybble.models.quantizer import NybbleConfig, register
+from nybble.models.sharding import full_tensors, held_bytes, is_sharded, shard, shard_like, tables
 from nybble.models.skeleton import (
     CausalLM,
     base_of,
@@ -28,24 +37,23 @@ from nybble.models.skeleton import (
 )
 from nybble.models.source import ModelSource, find_folder, find_model, read_config
 from nybble.models.tokenizer import find_tokenizer, load_tokenizer
-from nybble.models.tuned import NOTE, Tuned, check_original, find_tuned, load_tuned, tokenizer_of, write_note
-from nybble.models.weights import BaseWeights
+from nybble.models.upload import push_folder
 
 __all__ = [
+    "MEMORY_SAVERS",
     "NOTE",
     "PREFIX",
-    "RUNGS",
     "AdapterFiles",
+    "Artifact",
     "BaseWeights",
     "Calibration",
     "CausalLM",
-    "Ladder",
     "LoadReport",
+    "MemorySavers",
     "ModelSource",
     "NybbleConfig",
     "Starts",
     "SwapReport",
-    "Tuned",
     "add_adapter",
     "attach",
     "base_of",
@@ -56,17 +64,18 @@ __all__ = [
     "config_with_layers",
     "count_parameters",
     "decoder_layers",
+    "find_artifact",
     "find_folder",
     "find_model",
     "find_tokenizer",
-    "find_tuned",
+    "full_tensors",
     "hash_of",
     "held_bytes",
     "is_sharded",
     "load_adapter",
+    "load_artifact",
     "load_model",
     "load_tokenizer",
-    "load_tuned",
     "materialize",
     "meta_model",
     "needs_calibration",
@@ -86,6 +95,5 @@ __all__ = [
     "tokenizer_of",
     "trained_parameters",
     "trained_weights",
-    "whole",
     "write_note",
 ]

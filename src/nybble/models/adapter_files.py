@@ -16,7 +16,7 @@ from torch import nn
 
 from nybble.errors import ModelError
 from nybble.guard import check_links, read_object, shown
-from nybble.models.limits import StoredTensor, read_header
+from nybble.models.folder_checks import StoredTensor, read_header
 from nybble.recipe import first_fault
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

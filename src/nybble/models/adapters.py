@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nybble.errors import ModelError, RecipeError
 from nybble.guard import brief
 from nybble.models.adapter_files import read_adapter
-from nybble.models.sharding import shard_like, whole
+from nybble.models.sharding import full_tensors, shard_like
 from nybble.nn import Linear4bit
 from nybble.recipe import LoraSection
 
@@ -39,7 +39,7 @@ def attach(
     """
     from peft import LoraConfig, get_peft_model
 
-    from nybble.models.lora import use_our_layer
+    from nybble.models.lora_linear import use_our_layer
 
     targets: str | list[str] = lora.target_modules if isinstance(lora.target_modules, str) else [*lora.target_modules]
     if targets != "all-linear":
@@ -139,7 +139,7 @@ def save_adapter(model: Any, folder: Path, trained: dict[str, Tensor] | None = N
 
 def trained_parameters(model: Any) -> dict[str, Tensor]:
     """What of `model` is trained, whole, by the parameters' names; all processes ask together."""
-    return {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    return {name: full_tensors(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def trained_weights(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -150,7 +150,7 @@ def trained_weights(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     from peft import PeftModel
 
-    weights = {name: whole(p.detach()) for name, p in _by_file_name(model).items()}
+    weights = {name: full_tensors(p.detach()) for name, p in _by_file_name(model).items()}
     if not isinstance(model, PeftModel):
         return weights, {}
     config = {**model.peft_config["default"].to_dict(), "inference_mode": True}

@@ -17,9 +17,9 @@ from torch import nn
 
 from nybble.errors import ModelError, RecipeError
 from nybble.hardware import Device
-from nybble.models import cache
-from nybble.models.families import swap_blocks
-from nybble.models.plugin import NybbleConfig, adopt_bnb, raising_faults, register
+from nybble.models import packed_cache
+from nybble.models.blocks import swap_blocks
+from nybble.models.quantizer import NybbleConfig, adopt_bnb, raising_faults, register
 from nybble.models.skeleton import compute_dtype
 from nybble.models.source import ModelSource
 from nybble.nn import Linear4bit
@@ -100,7 +100,7 @@ def load_model(
 
 def hash_of(quantization: QuantizationSection) -> Callable[[Path], str]:
     """SHA-256 of a file of weights; remembered in the cache while the file stays as it is, where one is kept."""
-    return cache.PackedCache(quantization.cache_limit).content if quantization.cache else sha256_of
+    return packed_cache.PackedCache(quantization.cache_limit).content if quantization.cache else sha256_of
 
 
 def cached_source(source: ModelSource, quantization: QuantizationSection, dtype: torch.dtype) -> ModelSource:
@@ -114,10 +114,10 @@ class _Kept:
 
     def __init__(self, source: ModelSource, quantization: QuantizationSection, dtype: torch.dtype) -> None:
         size = sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
-        self._wanted = quantization.cache and size >= cache.SMALLEST
+        self._wanted = quantization.cache and size >= packed_cache.SMALLEST
         self.folder: Path | None = None
         if self._wanted:
-            self._cache = cache.PackedCache(quantization.cache_limit)
+            self._cache = packed_cache.PackedCache(quantization.cache_limit)
             settings = quantization.model_dump(exclude={"cache", "cache_limit", "calibration_rows"})
             settings |= {"encoder": "absmax" if quantization.encoder == "absmax" else "search", "dtype": str(dtype)}
             self._key = self._cache.key(source.folder, settings)

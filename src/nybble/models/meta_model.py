@@ -7,13 +7,14 @@ tensors: real ones, or fake ones under torch's fake mode.
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nybble.models.adapters import attach
-from nybble.models.families import swap_blocks
+from nybble.models.blocks import swap_blocks
 from nybble.models.skeleton import linears_to_pack, model_without_weights, swap_linears
 from nybble.nn import Linear4bit
 from nybble.quant import PackedWeight
@@ -30,7 +31,8 @@ def config_with_layers(config: Any, n_layers: int) -> Any:
     if kinds:
         # The last layer's kind may differ; memory does not, but each kind brings rotary tables of its own.
         rare = list(dict.fromkeys(kinds))
-        cut.layer_types = [*rare, *([kinds[0]] * n_layers)][:n_layers]
+        with suppress(AttributeError):  # a config that derives them from the number of layers cannot be told
+            cut.layer_types = [*rare, *([kinds[0]] * n_layers)][:n_layers]
     return cut
 
 

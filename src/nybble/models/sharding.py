@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nybble.models.families import has_fused_head
+from nybble.models.blocks import has_fused_head
 from nybble.models.skeleton import base_of, decoder_layers
 from nybble.nn import Linear4bit
 from nybble.run.processes import Processes
@@ -126,16 +126,16 @@ def held_bytes(model: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in here)
 
 
-def whole(value: Any) -> Any:
+def full_tensors(value: Any) -> Any:
     """`value`, with tensors in shards put together, within dicts and lists; all processes ask together."""
     from torch.distributed.tensor import DTensor
 
     if isinstance(value, DTensor):
         return value.full_tensor()
     if isinstance(value, dict):
-        return {key: whole(inner) for key, inner in value.items()}
+        return {key: full_tensors(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(whole(inner) for inner in value)
+        return type(value)(full_tensors(inner) for inner in value)
     return value
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from nybble.errors import CannotRunError, ModelError
 from nybble.guard import as_path, library_faults, shown
-from nybble.models.limits import check_fits, read_header, read_numbers, weight_files
+from nybble.models.folder_checks import check_fits, read_header, read_numbers, weight_files
 from nybble.recipe import ModelSection
 
 _WEIGHTS = "*.safetensors"

@@ -11,7 +11,7 @@ from typing import Any
 
 from nybble.errors import ModelError
 from nybble.guard import MOST_JSON_BYTES, library_faults, read_object, shown
-from nybble.models.limits import read_numbers
+from nybble.models.folder_checks import read_numbers
 from nybble.models.source import ModelSource, find_folder
 from nybble.recipe import ModelSection
 

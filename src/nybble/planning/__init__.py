@@ -11,9 +11,7 @@ processes what several processes take and send
 """
 
 from nybble.planning.devices import PROFILES, Profile, named_profile, profile_of
-from nybble.planning.forecast import Batches
-from nybble.planning.make import find_config, make_plan, plan
-from nybble.planning.processes import (
+from nybble.planning.distributed import (
     SharedPlan,
     among,
     plan_processes,
@@ -21,8 +19,10 @@ from nybble.planning.processes import (
     plan_training,
     share_of,
 )
+from nybble.planning.phases import Batches
+from nybble.planning.planner import find_config, make_plan, plan
 from nybble.planning.shapes import SHAPES
-from nybble.planning.shards import shards_among
+from nybble.planning.sharded_memory import shards_among
 
 __all__ = [
     "PROFILES",

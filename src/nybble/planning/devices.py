@@ -18,8 +18,8 @@ import torch
 from nybble.errors import InputError
 from nybble.hardware import Device, free_bytes, used_bytes
 from nybble.models import materialize, meta_model
-from nybble.planning.curve import Setting
-from nybble.planning.step import Rows, Work, batch_of, stepper
+from nybble.planning.extrapolate import TracedModel
+from nybble.planning.traced_step import BatchShape, StepCost, batch_of, stepper
 from nybble.recipe import load_recipe
 from nybble.storage.atomic import write_text
 from nybble.storage.cache import default_folder
@@ -40,7 +40,7 @@ _TINY = {
     "num_key_value_heads": 2,
     "vocab_size": 128,
 }
-_FEW = Rows((16,))
+_FEW = BatchShape((16,))
 _ALLOCATOR_SHARE = 0.03  # of the live tensors, lost between the pieces of a GPU's caching allocator; estimate
 
 
@@ -86,7 +86,7 @@ class Profile:
         """What the allocator holds beyond live tensors."""
         return 0 if self.backend == "cpu" else int(_ALLOCATOR_SHARE * live_bytes)
 
-    def seconds(self, work: Work) -> float:
+    def seconds(self, work: StepCost) -> float:
         """Predicted time of a step."""
         computing = work.flops / self.flops_per_second + work.moved_bytes / self.bytes_per_second
         calling = work.operators * self.operator_seconds
@@ -239,7 +239,7 @@ def _operator_seconds(stopwatch: _Stopwatch) -> float:
     from transformers import AutoConfig
 
     recipe = load_recipe(None, {"r": 4})
-    setting = Setting(AutoConfig.for_model("llama", **_TINY), recipe, torch.bfloat16)
+    setting = TracedModel(AutoConfig.for_model("llama", **_TINY), recipe, torch.bfloat16)
     work, _ = setting.trace(_FEW, setting.n_layers, 0)
     model = meta_model(setting.config, recipe, setting.dtype)
     batch = batch_of(model, _FEW)

@@ -8,25 +8,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nybble.planning.live import PARTS, Peak
-from nybble.planning.step import Rows, Work
+from nybble.planning.memory_tracer import PARTS, Peak
+from nybble.planning.traced_step import BatchShape, StepCost
 
 if TYPE_CHECKING:
-    from nybble.planning.curve import Setting
+    from nybble.planning.extrapolate import TracedModel
 
 
 class Formula:
-    """As `nybble.planning.curve.Curve`, by counting."""
+    """As `nybble.planning.extrapolate.StepAtLevels`, by counting."""
 
-    def __init__(self, setting: Setting, rows: Rows) -> None:
+    def __init__(self, setting: TracedModel, rows: BatchShape) -> None:
         self.setting, self.rows = setting, rows
         self.peaks = tuple(self.steady(depth).peak.total_bytes for depth in range(setting.n_layers + 1))
 
-    def first(self, depth: int) -> Work:
+    def first(self, depth: int) -> StepCost:
         """The first step; as later ones."""
         return self.steady(depth)
 
-    def steady(self, depth: int) -> Work:
+    def steady(self, depth: int) -> StepCost:
         """A step, the first `depth` layers recomputed."""
         text, n, tokens = self.setting.config.get_text_config(), self.setting.n_layers, self.rows.tokens
         inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
@@ -41,20 +41,20 @@ class Formula:
         flops = products * (3 if self.setting.recipe.method == "full" else 2) + products * depth // n
         peak = Peak(sum(parts.values()), parts)
         moved = 4 * sum(parts.values())
-        return self.setting.here(Work({"step": peak}, flops, moved, 0, static_parts(self.setting)))
+        return self.setting.here(StepCost({"step": peak}, flops, moved, 0, static_parts(self.setting)))
 
 
-def evaluation_by_formula(setting: Setting, rows: Rows) -> Work:
+def evaluation_by_formula(setting: TracedModel, rows: BatchShape) -> StepCost:
     """One evaluated batch."""
     text, parts = setting.config.get_text_config(), static_parts(setting)
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     parts["activations"] = 2 * rows.tokens * (6 * text.hidden_size + 2 * inner)
     parts["loss"] = 8 * text.vocab_size * rows.tokens
     work = 2 * rows.tokens * setting.parameters[1]
-    return setting.here(Work({"evaluate": Peak(sum(parts.values()), parts)}, work, 0, 0, static_parts(setting)))
+    return setting.here(StepCost({"evaluate": Peak(sum(parts.values()), parts)}, work, 0, 0, static_parts(setting)))
 
 
-def static_parts(setting: Setting) -> dict[str, int]:
+def static_parts(setting: TracedModel) -> dict[str, int]:
     """Weights and adapters."""
     trainable, total = setting.parameters
     frozen = 0 if setting.recipe.method == "full" else total - trainable

@@ -31,25 +31,25 @@ class PhasePlan:
 class StepMemory:
     """Peak bytes of a training step, by the tokens of the batch and by memory saver level.
 
-    Levels 0 to n recompute that many of the n layers. Each further level, in `lean`, recomputes all layers and applies
-    memory savers as well (`nybble.models.lean`).
+    Levels 0 to n recompute that many of the n layers. Each further level, in `saver_levels`, recomputes all layers and
+    applies memory savers as well (`nybble.models.memory_savers`).
     """
 
     tokens: tuple[int, ...]  # of the batches that were traced, ascending
     peaks: tuple[tuple[int, ...], ...]  # bytes for each of them, by level
     base_bytes: int  # of these, the bytes before training: weights and adapters
-    lean: tuple[tuple[str, ...], ...] = ()
-    rungs: tuple[str, ...] = ()  # memory savers that every level applies
+    saver_levels: tuple[tuple[str, ...], ...] = ()
+    savers: tuple[str, ...] = ()  # memory savers that every level applies
 
     @property
     def n_levels(self) -> int:
         """The number of levels, counted from 0."""
         return len(self.peaks[0])
 
-    def rungs_at(self, level: int) -> tuple[str, ...]:
+    def savers_at(self, level: int) -> tuple[str, ...]:
         """The memory savers that a level applies."""
-        beyond = level - (self.n_levels - len(self.lean))
-        return (*self.rungs, *(self.lean[beyond] if beyond >= 0 else ()))
+        beyond = level - (self.n_levels - len(self.saver_levels))
+        return (*self.savers, *(self.saver_levels[beyond] if beyond >= 0 else ()))
 
     def above_base(self, n_tokens: int, level: int) -> int:
         """Peak bytes of a step beyond weights and adapters.
@@ -76,7 +76,7 @@ class StepMemory:
 
 @dataclass(frozen=True)
 class LevelPlan:
-    """The memory of the longest batch at one memory saver level (`nybble.models.lean`)."""
+    """The memory of the longest batch at one memory saver level (`nybble.models.memory_savers`)."""
 
     name: str
     peak_bytes: int

@@ -3,7 +3,7 @@
 Training without recomputation costs 4 FLOP a weight and token under frozen weights, with all of it 6 (Chen et al.
 2016), so a layer is only recomputed where its activations do not fit. What a batch takes at each level says the plan.
 The first layers are recomputed: their turn in the backward pass comes last, when the activations of the others are
-gone. Where all of them are not enough, further levels go down the ladder of `nybble.models.lean`.
+gone. Where all of them are not enough, further levels go down the savers of `nybble.models.memory_savers`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from nybble.errors import RecipeError
 from nybble.hardware import Device, free_bytes, used_bytes
-from nybble.models import RUNGS, Ladder, recomputable_layers, set_recomputed
+from nybble.models import MEMORY_SAVERS, MemorySavers, recomputable_layers, set_recomputed
 from nybble.nn.recompute import recomputed
 from nybble.recipe import StepMemory, TrainingSection
 
@@ -30,22 +30,25 @@ class Recomputation:
         model: nn.Module,
         memory: StepMemory | None,
         room: Room | None = None,
-        ladder: Ladder | None = None,
+        savers: MemorySavers | None = None,
         *,
         shallowest: int = 0,
-        rungs: Collection[str] = (),
+        always: Collection[str] = (),
     ) -> None:
-        """`memory` or `room` None: all layers are recomputed always, with `rungs`; `shallowest`: level at least."""
+        """Without `memory` or `room`, every layer is recomputed in every batch, with the savers in `always`.
+
+        `shallowest` is the level that every batch takes at least.
+        """
         self._layers = recomputable_layers(model)
         self._memory = memory if room is not None else None
         self._room = room
-        self._ladder = ladder
+        self._savers = savers
         self._shallowest = shallowest
-        self._rungs = rungs
+        self._always = always
         self._level = 0
         self.depth = 0  # layers recomputed in the batch that was prepared last
         self.deepest = 0  # in any so far
-        self.taken: set[str] = set()  # rungs, in any so far
+        self.taken: set[str] = set()  # memory savers, in any so far
         set_recomputed(self._layers, 0, recomputed)
 
     def prepare(self, n_tokens: int) -> int:
@@ -71,17 +74,17 @@ class Recomputation:
         """What was done so far."""
         if not self.deepest:
             return None
-        further = "".join(f"; {words}" for rung, words in RUNGS.items() if rung in self.taken)
+        further = "".join(f"; {words}" for saver, words in MEMORY_SAVERS.items() if saver in self.taken)
         return f"up to {self.deepest} layers were recomputed to stay within memory{further}"
 
     def _set(self, level: int) -> None:
         self._level = level
         self.depth = min(level, len(self._layers))
-        rungs = self._rungs if self._memory is None else self._memory.rungs_at(level)
+        names = self._always if self._memory is None else self._memory.savers_at(level)
         set_recomputed(self._layers, self.depth)
-        if self._ladder is not None:
-            self._ladder.take(rungs)
-            self.taken.update(rungs)
+        if self._savers is not None:
+            self._savers.apply(names)
+            self.taken.update(names)
         self.deepest = max(self.deepest, self.depth)
 
 
@@ -115,15 +118,15 @@ def recomputation_for(
         RecipeError: `lean: always`, and the model has nothing to be lean with.
     """
     layers = recomputable_layers(model)
-    ladder = Ladder(model)
+    savers = MemorySavers(model)
     if section.lean == "always":
-        if not ladder.rungs:
+        if not savers.available:
             raise RecipeError("training.lean always is for families that run through our blocks; set it to auto")
-        return Recomputation(model, None, None, ladder, rungs=ladder.gaining(device.shares_memory))
+        return Recomputation(model, None, None, savers, always=savers.useful_on(device.shares_memory))
     if section.gradient_checkpointing == "never" or not layers:
         return None
     if memory is not None:
-        ladder.take(memory.rungs)  # before the room is measured
+        savers.apply(memory.savers)  # before the room is measured
     shallowest = len(layers) if section.gradient_checkpointing == "always" else 0
     room = Room(device.torch_device, section.memory_budget, n_beside)
-    return Recomputation(model, memory, room, ladder, shallowest=shallowest)
+    return Recomputation(model, memory, room, savers, shallowest=shallowest)

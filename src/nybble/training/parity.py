@@ -67,7 +67,7 @@ def check(parity: Parity, step: int, dtype: torch.dtype) -> None:
 @contextmanager
 def plain_path(model: nn.Module) -> Iterator[None]:
     """Within: modules run the forward of their class, and adapters PEFT's."""
-    from nybble.models.lora import LoraLinear
+    from nybble.models.lora_linear import LoraLinear
 
     ours = {m: m.__dict__.pop("forward") for m in model.modules() if _is_ours(m)}
     layers = [m for m in model.modules() if isinstance(m, LoraLinear)]
@@ -85,7 +85,7 @@ def plain_path(model: nn.Module) -> Iterator[None]:
 def _is_ours(module: nn.Module) -> bool:
     forward = module.__dict__.get("forward")
     function = getattr(getattr(forward, "__func__", None), "func", getattr(forward, "__func__", None))
-    return getattr(function, "__module__", "") == "nybble.models.families"
+    return getattr(function, "__module__", "") == "nybble.models.blocks"
 
 
 @contextmanager

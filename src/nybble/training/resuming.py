@@ -26,7 +26,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
 from transformers import Trainer, TrainerCallback
 
 from nybble.errors import CannotRunError, InputError
-from nybble.models import is_sharded, put_weights_back, shard_like, trained_weights, whole
+from nybble.models import full_tensors, is_sharded, put_weights_back, shard_like, trained_weights
 from nybble.run.processes import Processes
 from nybble.storage.checkpoints import STATE, Place, read_json
 from nybble.training.generators import generator_states, set_generator_states
@@ -107,7 +107,7 @@ class ResumableTrainer(Trainer):
         if not self._can_be_packed and self.optimizer.state:
             self._packed({"optimizer": self.optimizer.state_dict()}, None)
             self._can_be_packed = True
-        norm = whole(super()._get_grad_norm(model, grad_norm))
+        norm = full_tensors(super()._get_grad_norm(model, grad_norm))
         if self.processes.are_many:  # each had its share of the step, scaled up by their number
             self.step_loss.copy_(self.processes.mean(self.step_loss))
             self._tr_loss.copy_(self._before_step + self.step_loss)
@@ -130,7 +130,7 @@ class ResumableTrainer(Trainer):
         asked = {
             "generators": generators,
             "counters": {name: counter.state() for name, counter in self._counters.items()},
-            "optimizer": whole(self.optimizer.state_dict()),
+            "optimizer": full_tensors(self.optimizer.state_dict()),
         }
         weights, texts = trained_weights(self.model)
         if self.args.should_save:

@@ -78,7 +78,7 @@ def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSec
     """
     from transformers.trainer_callback import PrinterCallback
 
-    from nybble.models.lora import share_seeds  # brings PEFT
+    from nybble.models.lora_linear import share_seeds  # brings PEFT
     from nybble.training.steps import StepTrainer
 
     run, processes = setup.run, setup.processes

@@ -11,10 +11,18 @@ from nybble.data import examine_rows, packs_of
 from nybble.errors import ModelError, NybbleError
 from nybble.hardware import detect_device
 from nybble.models import compute_dtype, find_folder, find_tokenizer, read_config
-from nybble.planning.choose import Choice, changed, cheapest_changes, choose, largest_length, largest_model, rungs_of
-from nybble.planning.curve import Setting
 from nybble.planning.devices import Profile, named_profile, profile_of
-from nybble.planning.forecast import Batches, Forecast
+from nybble.planning.extrapolate import TracedModel
+from nybble.planning.phases import Batches, Forecast
+from nybble.planning.search import (
+    ChosenSettings,
+    changed,
+    cheapest_changes,
+    choose,
+    largest_length,
+    largest_model,
+    plan_levels,
+)
 from nybble.planning.shapes import config_of, known_shape, not_known
 from nybble.recipe import ModelSection, Plan, Recipe, load_recipe
 
@@ -72,7 +80,7 @@ def plan(
         resolved = changed(resolved, "data", max_length=limit)
     device = named_profile(profile) if profile else profile_of(detect_device(resolved.model.device))
     batches, why_not = read_batches(resolved)
-    made = make_plan(resolved, config, device, batches, also=("rungs", *(("largest",) if largest else ())))
+    made = make_plan(resolved, config, device, batches, also=("levels", *(("largest",) if largest else ())))
     return replace(made, notes=tuple(n for n in (note, why_not, *made.notes) if n))
 
 
@@ -109,7 +117,7 @@ def make_plan(
         batches: what meets in a batch; default: every row has max_length.
         micro_batch: rows at a time, where that is settled already.
         n_shards: processes that share the model; `recipe` and `batches` are the share of one.
-        also: "rungs", what the longest batch takes at every rung; "largest", see `plan`.
+        also: "levels", what the longest batch takes at every memory saver level; "largest", see `plan`.
 
     Raises:
         ModelError: no model can be built of the config, or nothing in it would be trained.
@@ -119,7 +127,7 @@ def make_plan(
     if not profile.is_estimate:
         budget = min(budget, profile.memory_bytes)
     dtype, _notes = compute_dtype(recipe.quantization.bnb_4bit_compute_dtype, profile)
-    setting = Setting(config, recipe, dtype, profile.rounding, profile.shares_memory, n_shards)
+    setting = TracedModel(config, recipe, dtype, profile.rounding, profile.shares_memory, n_shards)
     forecast, notes = _forecast(setting, known, profile)
     if known.n_rows is None:
         notes.append(f"rows are not known: every row is taken as {recipe.data.max_length:,} tokens")
@@ -130,14 +138,14 @@ def make_plan(
         made,
         rows=known.n_rows or 0,
         cheapest_changes=() if choice.fits else cheapest_changes(forecast, budget),
-        rungs=rungs_of(choice) if "rungs" in also else (),
+        rungs=plan_levels(choice) if "levels" in also else (),
         largest_length=largest_length(forecast, budget) if "largest" in also else None,
         largest_model=largest_model(forecast, budget) if "largest" in also else None,
         notes=tuple(notes),
     )
 
 
-def _plan_of(choice: Choice, budget: int) -> Plan:
+def _plan_of(choice: ChosenSettings, budget: int) -> Plan:
     setting = choice.forecast.setting
     training = setting.recipe.training
     size, accumulated = training.per_device_train_batch_size, training.gradient_accumulation_steps
@@ -155,7 +163,7 @@ def _plan_of(choice: Choice, budget: int) -> Plan:
         recompute_layers=choice.depths[0],
         recompute_layers_longest=choice.depths[1],
         n_layers=setting.n_layers,
-        lean=choice.lean,
+        lean=choice.savers,
         host_bytes=choice.host_bytes,
         micro_batch=-(-size // choice.n_parts),
         eval_batch=choice.eval_rows,
@@ -168,7 +176,7 @@ def _plan_of(choice: Choice, budget: int) -> Plan:
     )
 
 
-def _forecast(setting: Setting, batches: Batches, profile: Profile) -> tuple[Forecast, list[str]]:
+def _forecast(setting: TracedModel, batches: Batches, profile: Profile) -> tuple[Forecast, list[str]]:
     """By tracing, or by the formula and why.
 
     Raises:

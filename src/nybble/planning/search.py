@@ -1,8 +1,8 @@
 """The choice of neutral settings within a budget, and what to change where none fits.
 
-Neutral: recomputed layers, the rungs below full recomputation, the split of a batch into micro-batches (the loss is
-divided by the learned tokens of the whole step), the rows that are evaluated at a time. None changes what is learned.
-Changes that do are only named, the cheapest for learning first.
+Neutral are: the layers that are recomputed, the memory savers beyond that, the split of a batch into micro-batches (the
+loss is divided by the learned tokens of the whole step), and the rows that are evaluated at a time. None of them
+changes what is learned. Changes that do are only proposed, those that cost learning least first.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nybble.planning.forecast import Batches, Forecast
+from nybble.planning.phases import Batches, Forecast
 from nybble.planning.shapes import SHAPES, config_of
-from nybble.planning.step import Rows
+from nybble.planning.traced_step import BatchShape
 from nybble.recipe import Change, LevelPlan, PhasePlan, Recipe
 
 _SPLITS = 3  # splits of a batch that are looked at
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenSettings:
     """Neutral settings and what follows from them."""
 
     forecast: Forecast
@@ -38,12 +38,12 @@ class Choice:
         return min(self.average_level, n), min(self.longest_level, n)
 
     @property
-    def lean(self) -> tuple[str, ...]:
-        """Rungs that the longest batch takes."""
+    def savers(self) -> tuple[str, ...]:
+        """Memory savers that the longest batch takes."""
         setting = self.forecast.setting
         beyond = self.longest_level - setting.n_layers
-        taken = setting.lean[beyond - 1] if beyond > 0 else ()
-        return tuple(r for r in setting.rungs if r in taken or (r == "embedding" and setting.host_embedding))
+        taken = setting.saver_levels[beyond - 1] if beyond > 0 else ()
+        return tuple(r for r in setting.savers if r in taken or (r == "embedding" and setting.host_embedding))
 
     @property
     def host_bytes(self) -> int:
@@ -63,13 +63,13 @@ class Choice:
         return self.n_parts * self.forecast.profile.seconds(work)
 
 
-def choose(forecast: Forecast, budget_bytes: int, n_parts: int | None = None) -> Choice:
+def choose(forecast: Forecast, budget_bytes: int, n_parts: int | None = None) -> ChosenSettings:
     """The fastest split and level within the budget; the smallest where nothing fits. `n_parts` fixes the split.
 
-    The embedding table goes to the host, where it stays, only if no batch fits without one of the rungs behind it.
+    The embedding table goes to the host, where it stays, only if no batch fits without one of the savers after it.
     """
     setting = forecast.setting
-    if "embedding" not in setting.rungs or not forecast.traced:
+    if "embedding" not in setting.savers or not forecast.traced:
         return _fastest(forecast, budget_bytes, n_parts)
     beside = replace(forecast, setting=replace(setting, host_embedding=True))
     if setting.recipe.training.lean == "always":
@@ -78,10 +78,10 @@ def choose(forecast: Forecast, budget_bytes: int, n_parts: int | None = None) ->
     return shallow if shallow.fits else _fastest(beside, budget_bytes, n_parts)
 
 
-def _fastest(forecast: Forecast, budget_bytes: int, n_parts: int | None) -> Choice:
+def _fastest(forecast: Forecast, budget_bytes: int, n_parts: int | None) -> ChosenSettings:
     size = forecast.setting.recipe.training.per_device_train_batch_size
     parts = [n_parts] if n_parts else [n for n in range(1, size + 1) if size % n == 0][: _SPLITS + 1]
-    found: list[Choice] = []
+    found: list[ChosenSettings] = []
     for n in parts:
         found.append(_at(forecast, n, budget_bytes))
         # Without recomputation more parts only cost, and once they cost more than they save they go on doing so.
@@ -93,7 +93,7 @@ def _fastest(forecast: Forecast, budget_bytes: int, n_parts: int | None) -> Choi
     return min(fitting, key=lambda c: c.seconds * (1 if c.n_parts == 1 else 1.05)) if fitting else found[-1]
 
 
-def _at(forecast: Forecast, n_parts: int, budget_bytes: int) -> Choice:
+def _at(forecast: Forecast, n_parts: int, budget_bytes: int) -> ChosenSettings:
     part = replace(forecast, batches=forecast.batches.split(n_parts)) if n_parts > 1 else forecast
     average, longest = (part.level_for(curve, budget_bytes) for curve in (part.average, part.longest))
     last = part.levels[-1]
@@ -101,24 +101,24 @@ def _at(forecast: Forecast, n_parts: int, budget_bytes: int) -> Choice:
     eval_rows = part.evaluated_together(levels[0], budget_bytes)
     phases = part.phases(*levels, eval_rows)
     fits = all(phase.peak_bytes <= budget_bytes for phase in phases)
-    return Choice(part, n_parts, *levels, eval_rows, phases, fits)
+    return ChosenSettings(part, n_parts, *levels, eval_rows, phases, fits)
 
 
-def rungs_of(choice: Choice) -> tuple[LevelPlan, ...]:
-    """The longest batch at every rung, each with those before it: what is taken, and what there still is to take."""
+def plan_levels(choice: ChosenSettings) -> tuple[LevelPlan, ...]:
+    """The longest batch at every memory saver level, each with the savers of those before it."""
     forecast = choice.forecast
     setting = replace(forecast.setting, host_embedding=False)
     curve, n = replace(forecast, setting=setting).longest, setting.n_layers
     named = [("nothing recomputed", 0, False), ("every layer recomputed", n, False)]
-    for rung in setting.rungs if forecast.traced else ():
-        named.append((rung, named[-1][1] + (rung != "embedding"), named[-1][2] or rung == "embedding"))
+    for saver in setting.savers if forecast.traced else ():
+        named.append((saver, named[-1][1] + (saver != "embedding"), named[-1][2] or saver == "embedding"))
     moved = replace(forecast, setting=replace(setting, host_embedding=True)).longest
     made = []
     for name, level, with_table in named:
         work = (moved if with_table else curve).steady(level)
         taken = (
-            name in choice.lean
-            if name in setting.rungs
+            name in choice.savers
+            if name in setting.savers
             else (choice.longest_level >= n if level else not choice.longest_level)
         )
         made.append(LevelPlan(name, forecast.total(work.peak), work.peak.total_bytes, work.host_bytes, taken))
@@ -128,7 +128,7 @@ def rungs_of(choice: Choice) -> tuple[LevelPlan, ...]:
 def smallest_peak(forecast: Forecast) -> int:
     """The highest moment of the run at the last level before weights are decoded in slices, which are slow to trace."""
     setting = forecast.setting
-    if "embedding" in setting.rungs and forecast.traced:
+    if "embedding" in setting.savers and forecast.traced:
         forecast = replace(forecast, setting=replace(setting, host_embedding=True))
     level = max(level for level in forecast.levels if level == forecast.levels[0] or not _slices(forecast, level))
     slim = replace(forecast, batches=replace(forecast.batches, average=forecast.batches.longest))
@@ -136,8 +136,8 @@ def smallest_peak(forecast: Forecast) -> int:
 
 
 def _slices(forecast: Forecast, level: int) -> bool:
-    n, lean = forecast.setting.n_layers, forecast.setting.lean
-    return level > n and "slices" in lean[level - n - 1]
+    n, levels = forecast.setting.n_layers, forecast.setting.saver_levels
+    return level > n and "slices" in levels[level - n - 1]
 
 
 def cheapest_changes(forecast: Forecast, budget_bytes: int) -> tuple[Change, ...]:
@@ -221,16 +221,16 @@ def largest_length(forecast: Forecast, budget_bytes: int) -> int | None:
 
 
 def _stretched(batches: Batches, length: int) -> Batches:
-    def all_of(rows: Rows) -> Rows:
-        return Rows((length,) * len(rows.lengths))
+    def all_of(rows: BatchShape) -> BatchShape:
+        return BatchShape((length,) * len(rows.lengths))
 
     return Batches(all_of(batches.average), all_of(batches.longest), all_of(batches.evaluation))
 
 
 def _cut(batches: Batches, length: int) -> Batches:
-    def cut(rows: Rows) -> Rows:
+    def cut(rows: BatchShape) -> BatchShape:
         lengths = tuple(min(length, n) for n in rows.lengths)
-        return Rows(lengths, None if rows.learned is None else min(rows.learned, sum(lengths)))
+        return BatchShape(lengths, None if rows.learned is None else min(rows.learned, sum(lengths)))
 
     return Batches(cut(batches.average), cut(batches.longest), cut(batches.evaluation))
 

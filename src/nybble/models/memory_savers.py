@@ -1,12 +1,12 @@
-"""The ladder below full recomputation, for a model that runs through our blocks.
+"""Memory savers: what a model that runs through our blocks can do beyond recomputing all of its layers.
 
     inputs      layer inputs wait on the host
     embedding   the embedding table stays on the host
-    tiles       the MLP runs some tokens at a time
+    tiles       the MLP runs on some of the tokens at a time
     slices      4-bit weights are decoded some rows at a time, and no memory is held between uses
 
-`nybble.nn` says how each is done; nothing that is learned changes. A plan takes them in this order, each only where
-those before are not enough.
+`nybble.nn` implements each of them, and none changes what is learned. A plan applies them in this order, one more
+at each level, and only where the level before is not enough.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 
 from torch import nn
 
-from nybble.models.families import blocks_of
+from nybble.models.blocks import blocks_of
 from nybble.models.skeleton import base_of, decoder_layers
 from nybble.nn import Linear4bit
 from nybble.nn.lean import HostEmbedding, HostStore
 from nybble.nn.recompute import recomputed
 from nybble.nn.scratch import scratch
 
-RUNGS: Mapping[str, str] = MappingProxyType(
+MEMORY_SAVERS: Mapping[str, str] = MappingProxyType(
     {
         "inputs": "layer inputs wait on the host",
         "embedding": "the embedding table stays on the host",
@@ -32,16 +32,16 @@ RUNGS: Mapping[str, str] = MappingProxyType(
         "slices": "weights are decoded in slices",
     }
 )
-_ON_HOST = ("inputs", "embedding")  # these gain nothing where device and host share their memory
+_ON_HOST = ("inputs", "embedding")  # these save nothing where device and host share their memory
 _SLICE_ELEMENTS = 1 << 24  # at least, 34 MB in 16 bits: thousands of rows
 _SLICES = 4  # of one weight, at most
 
 
-class Ladder:
-    """Switches the rungs of one model, batch by batch."""
+class MemorySavers:
+    """Switches the memory savers of one model on and off, batch by batch."""
 
     def __init__(self, model: Any) -> None:
-        """`model` bare or with adapters."""
+        """`model` may be bare or have adapters."""
         base = base_of(model)
         blocks = blocks_of(model)
         self._layers: list[Any] = decoder_layers(base) if blocks.flattened else []
@@ -51,45 +51,45 @@ class Ladder:
         table = base.get_input_embeddings()
         is_alone = type(table) is nn.Embedding and not table.weight.requires_grad
         self._table = table if self._layers and is_alone and not base.config.tie_word_embeddings else None
-        self._taken: frozenset[str] | None = None  # None: whatever a former training has left
+        self._applied: frozenset[str] | None = None  # None: whatever an earlier training has left
 
     @property
-    def rungs(self) -> tuple[str, ...]:
-        """Those that this model has, in their order."""
+    def available(self) -> tuple[str, ...]:
+        """The savers that this model has, in the order of `MEMORY_SAVERS`."""
         has = {
             "inputs": bool(self._layers),
             "embedding": self._table is not None,
             "tiles": self._has_tiles,
             "slices": bool(self._linears),
         }
-        return tuple(rung for rung in RUNGS if has[rung])
+        return tuple(name for name in MEMORY_SAVERS if has[name])
 
-    def gaining(self, shares_memory: bool) -> tuple[str, ...]:
-        """Those that make a step smaller, on a device that shares its memory with the host or not."""
-        return tuple(rung for rung in self.rungs if not (shares_memory and rung in _ON_HOST))
+    def useful_on(self, shares_memory: bool) -> tuple[str, ...]:
+        """The savers that make a step smaller on a device that shares its memory with the host, or does not."""
+        return tuple(name for name in self.available if not (shares_memory and name in _ON_HOST))
 
-    def take(self, rungs: Collection[str]) -> None:
-        """These from now on, and no others; but a table that is on the host stays there."""
+    def apply(self, names: Collection[str]) -> None:
+        """Switch on the named savers and switch off the others; a table that is on the host stays there."""
         self._store.clear()
-        wanted = frozenset(rungs)
-        if wanted != self._taken:
+        wanted = frozenset(names)
+        if wanted != self._applied:
             self._switch(wanted)
 
-    def _switch(self, rungs: frozenset[str]) -> None:
+    def _switch(self, names: frozenset[str]) -> None:
         for layer in self._layers:
-            layer._gradient_checkpointing_func = self._store.recomputed if "inputs" in rungs else recomputed
-            layer.mlp.nybble_tiles = "tiles" in rungs
+            layer._gradient_checkpointing_func = self._store.recomputed if "inputs" in names else recomputed
+            layer.mlp.nybble_tiles = "tiles" in names
         for linear in self._linears:
             size = linear.in_features * linear.out_features
-            linear.slice_elements = max(_SLICE_ELEMENTS, -(-size // _SLICES)) if "slices" in rungs else 0
-        scratch.keep("slices" not in rungs)
+            linear.slice_elements = max(_SLICE_ELEMENTS, -(-size // _SLICES)) if "slices" in names else 0
+        scratch.keep("slices" not in names)
         table = self._table
-        if table is not None and "embedding" in rungs and "forward" not in vars(table):
+        if table is not None and "embedding" in names and "forward" not in vars(table):
             table.forward = MethodType(HostEmbedding(table), table)
-        self._taken = rungs
+        self._applied = names
 
     @property
     def on_host(self) -> list[nn.Parameter]:
-        """Weights that lie on the host."""
+        """The weights that lie on the host."""
         table = self._table
         return [table.weight] if table is not None and "forward" in vars(table) else []

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nybble.errors import ModelError
 from nybble.kernels import dequantize, quantize
-from nybble.models.limits import weight_files
+from nybble.models.folder_checks import weight_files
 from nybble.models.load import cached_source, packing_config
 from nybble.models.skeleton import linears_to_pack, model_without_weights
 from nybble.models.source import ModelSource

@@ -21,16 +21,16 @@ from torch import Tensor, nn
 
 from nybble.data import FlatBatch, PadBatch
 from nybble.data.batches import Group
-from nybble.models import Ladder, blocks_of, decoder_layers, recomputable_layers, set_recomputed
-from nybble.models.lora import share_seeds
+from nybble.models import MemorySavers, blocks_of, decoder_layers, recomputable_layers, set_recomputed
+from nybble.models.lora_linear import share_seeds
 from nybble.nn.recompute import recomputed, recomputing
 from nybble.nn.scratch import scratch
 from nybble.nn.seeds import Seeds
-from nybble.planning.live import HOST, LiveTensors, Peak
+from nybble.planning.memory_tracer import HOST, MemoryTracer, Peak
 
 
 @dataclass(frozen=True)
-class Rows:
+class BatchShape:
     """The batch of a step: what memory depends on, not its tokens."""
 
     lengths: tuple[int, ...]  # tokens of each row
@@ -53,7 +53,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepCost:
     """What a step took."""
 
     peaks: dict[str, Peak]  # of each section
@@ -69,15 +69,15 @@ class Work:
         return max(self.peaks.values(), key=lambda peak: peak.total_bytes)
 
 
-def adopt(live: LiveTensors, model: Any, ladder: Ladder | None = None) -> None:
+def adopt(live: MemoryTracer, model: Any, savers: MemorySavers | None = None) -> None:
     """Count the model's own tensors, those on the host as such."""
     live.adopt([*model.parameters(), *model.buffers()], "weights")
     # A tied or packed tensor counts once; adapters are what PEFT added.
     live.adopt([p for name, p in model.named_parameters() if "lora_" in name], "adapters")
-    live.adopt(ladder.on_host if ladder else (), HOST)
+    live.adopt(savers.on_host if savers else (), HOST)
 
 
-def batch_of(model: Any, rows: Rows) -> dict[str, Any]:
+def batch_of(model: Any, rows: BatchShape) -> dict[str, Any]:
     """What the collator makes of `rows`, on real tensors: not to be called under a fake mode."""
     return (FlatBatch() if blocks_of(model).flattened else PadBatch(0))(rows.groups())
 
@@ -88,23 +88,23 @@ def _like(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_steps(
-    live: LiveTensors,
+    live: MemoryTracer,
     model: Any,
     batch: dict[str, Any],
     n_recomputed: int,
     dtype: torch.dtype,
     n_steps: int = 2,
-    ladder: Ladder | None = None,
-) -> list[Work]:
+    savers: MemorySavers | None = None,
+) -> list[StepCost]:
     """So many steps over `batch`; the first makes the optimizer's state and the reused memory, unless they are there.
 
-    `ladder`: what decides how layers are recomputed; it has taken its rungs already.
+    `savers`: what decides how layers are recomputed; its savers are applied already.
 
     With one step the state is made beforehand, and `scratch` should hold what earlier steps left there.
     """
     share_seeds(model, Seeds(0, 0))
     model.train()
-    has_savers = ladder is not None and bool(ladder.rungs)
+    has_savers = savers is not None and bool(savers.available)
     set_recomputed(recomputable_layers(model), n_recomputed, None if has_savers else recomputed)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
@@ -125,7 +125,7 @@ def run_steps(
             _update(live, optimizer, trained)
             del inputs
             done.append(
-                Work(live.peaks, live.flops, live.moved_bytes, live.operators, live.parts(), live.host_peak_bytes)
+                StepCost(live.peaks, live.flops, live.moved_bytes, live.operators, live.parts(), live.host_peak_bytes)
             )
     return done
 
@@ -149,7 +149,7 @@ def stepper(model: Any, batch: dict[str, Any], dtype: torch.dtype, n_recomputed:
     return step
 
 
-def _update(live: LiveTensors, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
+def _update(live: MemoryTracer, optimizer: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
     with live.part("workspace"):
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
     with live.part("optimizer"):
@@ -158,7 +158,7 @@ def _update(live: LiveTensors, optimizer: torch.optim.Optimizer, trained: list[n
 
 
 @contextmanager
-def _gradients(live: LiveTensors, trained: list[nn.Parameter]) -> Iterator[None]:
+def _gradients(live: MemoryTracer, trained: list[nn.Parameter]) -> Iterator[None]:
     """Count gradients as such once they are there."""
 
     def made(parameter: Tensor) -> None:
@@ -173,17 +173,17 @@ def _gradients(live: LiveTensors, trained: list[nn.Parameter]) -> Iterator[None]
             handle.remove()
 
 
-def run_evaluation(live: LiveTensors, model: Any, batch: dict[str, Any], dtype: torch.dtype) -> Work:
+def run_evaluation(live: MemoryTracer, model: Any, batch: dict[str, Any], dtype: torch.dtype) -> StepCost:
     """One evaluated batch."""
     model.eval()
     with live, torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         live.start("evaluate")
         model(**_like(batch))
-    return Work(live.peaks, live.flops, live.moved_bytes, live.operators, live.parts())
+    return StepCost(live.peaks, live.flops, live.moved_bytes, live.operators, live.parts())
 
 
 @contextmanager
-def _sections(live: LiveTensors, model: Any, n_recomputed: int) -> Iterator[None]:
+def _sections(live: MemoryTracer, model: Any, n_recomputed: int) -> Iterator[None]:
     """Tell `live` which layer is at work, forward and backward."""
     handles, layers, head = [], decoder_layers(model), model.get_output_embeddings()
     if head is not None:
@@ -198,7 +198,7 @@ def _sections(live: LiveTensors, model: Any, n_recomputed: int) -> Iterator[None
             handle.remove()
 
 
-def _enters(live: LiveTensors, moment: str, section: str) -> Callable[..., None]:
+def _enters(live: MemoryTracer, moment: str, section: str) -> Callable[..., None]:
     def hook(_module: nn.Module, _inputs: Any) -> None:
         if not recomputing():
             live.section(moment)
@@ -207,7 +207,7 @@ def _enters(live: LiveTensors, moment: str, section: str) -> Callable[..., None]
     return hook
 
 
-def _leaves(live: LiveTensors, name: str, is_last: bool) -> Callable[..., None]:
+def _leaves(live: MemoryTracer, name: str, is_last: bool) -> Callable[..., None]:
     """Behind the last layer comes the loss; a layer's backward pass begins when its output's gradient is there."""
 
     def turned(_grad: Tensor) -> None:

@@ -51,7 +51,7 @@ class _Note(BaseModel):
 
 
 @dataclass(frozen=True)
-class Tuned:
+class Artifact:
     """Trained weights and what they stand on."""
 
     name: str  # what the user named
@@ -92,7 +92,7 @@ def as_trained(quantization: QuantizationSection, loaded: Mapping[str, Any]) -> 
     )
 
 
-def find_tuned(name: str, overrides: Mapping[str, Any] | None = None) -> Tuned:
+def find_artifact(name: str, overrides: Mapping[str, Any] | None = None) -> Artifact:
     """What `name` is: the folder of a run, of an adapter or of a model, or a hub id of a model.
 
     `overrides` are settings that have changed since, e.g. the device or where the base is now.
@@ -118,7 +118,7 @@ def find_tuned(name: str, overrides: Mapping[str, Any] | None = None) -> Tuned:
     return _noted(name, source.folder, section, section, "qlora" if source.is_4bit else "lora", is_adapter=False)
 
 
-def check_original(tuned: Tuned, source: ModelSource) -> None:
+def check_original(tuned: Artifact, source: ModelSource) -> None:
     """Refuse a model in the place of another one.
 
     Raises:
@@ -131,7 +131,7 @@ def check_original(tuned: Tuned, source: ModelSource) -> None:
         )
 
 
-def load_tuned(tuned: Tuned, device: Device) -> tuple[Any, Any, torch.dtype]:
+def load_artifact(tuned: Artifact, device: Device) -> tuple[Any, Any, torch.dtype]:
     """Model (with the adapter on it), tokenizer and compute type, ready to answer.
 
     Raises:
@@ -146,7 +146,7 @@ def load_tuned(tuned: Tuned, device: Device) -> tuple[Any, Any, torch.dtype]:
     return (load_adapter(model, tuned.folder) if tuned.is_adapter else model), tokenizer, dtype
 
 
-def tokenizer_of(tuned: Tuned, source: ModelSource) -> Any:
+def tokenizer_of(tuned: Artifact, source: ModelSource) -> Any:
     """The tokenizer beside the weights, which carries the chat template that was trained with; else the base's."""
     try:
         return load_tokenizer(source, tuned.base.model_copy(update={"tokenizer_name_or_path": str(tuned.folder)}))
@@ -154,7 +154,7 @@ def tokenizer_of(tuned: Tuned, source: ModelSource) -> Any:
         return load_tokenizer(source, tuned.base)
 
 
-def _of_run(name: str, folder: Path, overrides: Mapping[str, Any] | None) -> Tuned:
+def _of_run(name: str, folder: Path, overrides: Mapping[str, Any] | None) -> Artifact:
     record, run = read_record(folder), RunDirectory(folder)
     check_links(folder)
     trained = stored_recipe(record, folder)
@@ -172,7 +172,7 @@ def _of_run(name: str, folder: Path, overrides: Mapping[str, Any] | None) -> Tun
         raise InputError(f"{folder}/run.json: damaged (no ledger); give another run")
     note = _note(folder / "run.json", record["rows"]["ledger"])
     base = str(weights) if not is_adapter else str(run.base) if run.base.is_dir() else None
-    return Tuned(
+    return Artifact(
         name=name,
         folder=weights,
         is_adapter=is_adapter,
@@ -187,7 +187,7 @@ def _of_run(name: str, folder: Path, overrides: Mapping[str, Any] | None) -> Tun
     )
 
 
-def _of_adapter(name: str, folder: Path, on: ModelSection) -> Tuned:
+def _of_adapter(name: str, folder: Path, on: ModelSection) -> Artifact:
     named = read_settings(folder).base_model_name_or_path
     base = on.model_name_or_path or named
     if not base:
@@ -205,11 +205,11 @@ def _note(file: Path, content: Any) -> _Note:
 
 def _noted(
     name: str, folder: Path, base: ModelSection, original: ModelSection, method: str, *, is_adapter: bool
-) -> Tuned:
+) -> Artifact:
     """What `nybble.json` adds to what the folder is."""
     file = folder / NOTE
     note = _note(file, read_object(file, ModelError, "remove it") if file.is_file() else {})
-    return Tuned(
+    return Artifact(
         name=name,
         folder=folder,
         is_adapter=is_adapter,

@@ -9,14 +9,14 @@ from functools import cached_property
 
 from nybble.data import Prepared
 from nybble.data.store import Examples
-from nybble.planning.curve import Curve, Setting, evaluation
 from nybble.planning.devices import Profile
+from nybble.planning.extrapolate import StepAtLevels, TracedModel, evaluation
 from nybble.planning.formula import Formula, evaluation_by_formula
-from nybble.planning.live import Peak
-from nybble.planning.step import Rows, Work
+from nybble.planning.memory_tracer import Peak
+from nybble.planning.traced_step import BatchShape, StepCost
 from nybble.recipe import PhasePlan, Recipe, StepMemory
 
-_SMALL = Rows((16,))  # where the curve over tokens begins
+_SMALL = BatchShape((16,))  # where the curve over tokens begins
 # Bytes of optimizer state for a trained parameter, by a word in the optimizer's name; AdamW has 8.
 _STATES = {"8bit": 2.03, "4bit": 1.06, "adafactor": 0.05, "lion": 4.0, "sgd": 0.0, "rmsprop": 4.0, "adagrad": 4.0}
 
@@ -25,17 +25,17 @@ _STATES = {"8bit": 2.03, "4bit": 1.06, "adafactor": 0.05, "lion": 4.0, "sgd": 0.
 class Batches:
     """The batches that a plan looks at."""
 
-    average: Rows
-    longest: Rows
-    evaluation: Rows
+    average: BatchShape
+    longest: BatchShape
+    evaluation: BatchShape
     n_rows: int | None = None  # rows to train on; None: not known
 
     @classmethod
     def full(cls, recipe: Recipe) -> Batches:
         """Every row as long as allowed."""
         length, section = recipe.data.max_length, recipe.training
-        batch = Rows((length,) * section.per_device_train_batch_size)
-        return cls(batch, batch, Rows((length,) * recipe.evaluation.per_device_eval_batch_size))
+        batch = BatchShape((length,) * section.per_device_train_batch_size)
+        return cls(batch, batch, BatchShape((length,) * recipe.evaluation.per_device_eval_batch_size))
 
     @classmethod
     def of(cls, prepared: Prepared, packs: Sequence[Sequence[int]] | None, recipe: Recipe) -> Batches:
@@ -51,16 +51,16 @@ class Batches:
         held = sorted(_drawn(prepared.held_out, None), reverse=True)
         checked = held[: recipe.evaluation.per_device_eval_batch_size]
         return cls(
-            Rows(lengths, round(learned * size)), longest, _together(checked) if checked else longest, len(drawn)
+            BatchShape(lengths, round(learned * size)), longest, _together(checked) if checked else longest, len(drawn)
         )
 
     def split(self, n: int) -> Batches:
         """With batches in n parts of equal row counts."""
 
-        def part(rows: Rows) -> Rows:
+        def part(rows: BatchShape) -> BatchShape:
             size = -(-len(rows.lengths) // n)
             learned = None if rows.learned is None else min(-(-rows.learned // n), sum(rows.lengths[:size]))
-            return Rows(rows.lengths[:size], learned)
+            return BatchShape(rows.lengths[:size], learned)
 
         return replace(self, average=part(self.average), longest=part(self.longest))
 
@@ -69,23 +69,23 @@ class Batches:
 class Forecast:
     """What one recipe takes on one device."""
 
-    setting: Setting
+    setting: TracedModel
     batches: Batches
     profile: Profile
     traced: bool = True  # else by formula
     level_limit: int | None = None  # the last level that is looked at
 
-    def curve(self, rows: Rows) -> Curve | Formula:
+    def curve(self, rows: BatchShape) -> StepAtLevels | Formula:
         """A step over `rows`."""
-        return Curve(self.setting, rows) if self.traced else Formula(self.setting, rows)
+        return StepAtLevels(self.setting, rows) if self.traced else Formula(self.setting, rows)
 
     @cached_property
-    def longest(self) -> Curve | Formula:
+    def longest(self) -> StepAtLevels | Formula:
         """A step over the longest batch."""
         return self.curve(self.batches.longest)
 
     @cached_property
-    def average(self) -> Curve | Formula:
+    def average(self) -> StepAtLevels | Formula:
         """A step over the average batch."""
         return self.longest if self.batches.average == self.batches.longest else self.curve(self.batches.average)
 
@@ -93,9 +93,9 @@ class Forecast:
         """Peaks by tokens and level, for the training.
 
         Where even the longest batch takes less than half of the budget, deeper levels are not worth tracing: they count
-        as the shallowest, which is no less. Nor are rungs beyond the level `deepest`, of the longest batch.
+        as the shallowest, which is no less. Nor are levels beyond `deepest`, that of the longest batch.
         """
-        n, lean = self.setting.n_layers, self.setting.lean if self.traced else ()
+        n, levels = self.setting.n_layers, self.setting.saver_levels if self.traced else ()
         rest = self.average.steady(0).rest
         base = rest["weights"] + rest["adapters"]
         ample = 2 * self.total(self.longest.steady(0).peak) < budget_bytes
@@ -104,20 +104,20 @@ class Forecast:
         for curve in (self.average, self.longest):
             peaks = (curve.steady(0).peak.total_bytes,) if ample else curve.peaks
             peaks += tuple(curve.steady(level).peak.total_bytes for level in range(n + 1, deepest + 1))
-            peaks += peaks[-1:] * (n + 1 + len(lean) - len(peaks))
+            peaks += peaks[-1:] * (n + 1 + len(levels) - len(peaks))
             found[self.setting.laid_out(curve.rows)] = tuple(beside + peak for peak in peaks)
         if not ample:
             small = self.curve(_SMALL).steady(0).peak.total_bytes  # of so few tokens the level does not matter
-            found.setdefault(_SMALL.tokens, (beside + small,) * (n + 1 + len(lean)))
+            found.setdefault(_SMALL.tokens, (beside + small,) * (n + 1 + len(levels)))
         tokens = tuple(sorted(found))
-        rungs = ("embedding",) if self.setting.host_embedding else ()
-        return StepMemory(tokens, tuple(found[size] for size in tokens), base, lean, rungs)
+        savers = ("embedding",) if self.setting.host_embedding else ()
+        return StepMemory(tokens, tuple(found[size] for size in tokens), base, levels, savers)
 
     def total(self, peak: Peak) -> int:
         """With context and allocator."""
-        return sum(self.whole("", peak).parts.values())
+        return sum(self.phase("", peak).parts.values())
 
-    def whole(self, name: str, peak: Peak) -> PhasePlan:
+    def phase(self, name: str, peak: Peak) -> PhasePlan:
         """A phase with what the device and its allocator add."""
         scale = _state_bytes(self.setting.recipe) / 8
         parts = {part: n for part, n in peak.parts.items() if n}
@@ -127,7 +127,7 @@ class Forecast:
         parts["context"] = self.profile.context_in(name)
         return PhasePlan(name, sum(parts.values()), parts)
 
-    def level_for(self, curve: Curve | Formula, budget_bytes: int) -> int | None:
+    def level_for(self, curve: StepAtLevels | Formula, budget_bytes: int) -> int | None:
         """The first level that fits; None where none does."""
         room = budget_bytes - self.beside_a_step
         return next((n for n in self.levels if self.total(curve.steady(n).peak) <= room), None)
@@ -136,7 +136,7 @@ class Forecast:
     def levels(self) -> Sequence[int]:
         """Those that the recipe allows, ascending."""
         n, training = self.setting.n_layers, self.setting.recipe.training
-        last = n + (len(self.setting.lean) if self.traced else 0)
+        last = n + (len(self.setting.saver_levels) if self.traced else 0)
         last = last if self.level_limit is None else min(last, self.level_limit)
         if training.lean == "always":
             return (last,)
@@ -159,13 +159,13 @@ class Forecast:
             written += [(peak, self.beside_a_step) for peak in (steady, longest)]
         checkpoint = max((_with(peak, "workspace", n) for peak, n in written), key=self.total)
         return (
-            self.whole("load", self._load(rest)),
-            self.whole("first step", self.average.first(average_level).peak),
-            self.whole("steady step", steady),
-            self.whole("longest batch", longest),
-            self.whole("evaluation", self._evaluation(rest, eval_rows).peak),
-            self.whole("checkpoint", checkpoint),
-            self.whole("merge", self._merge()),
+            self.phase("load", self._load(rest)),
+            self.phase("first step", self.average.first(average_level).peak),
+            self.phase("steady step", steady),
+            self.phase("longest batch", longest),
+            self.phase("evaluation", self._evaluation(rest, eval_rows).peak),
+            self.phase("checkpoint", checkpoint),
+            self.phase("merge", self._merge()),
         )
 
     @property
@@ -200,10 +200,10 @@ class Forecast:
         """Bytes of what is trained and of the optimizer's state, of all processes."""
         return int((4 + _state_bytes(self.setting.recipe)) * self.setting.parameters[0])
 
-    def _evaluation(self, rest: dict[str, int], n_rows: int) -> Work:
+    def _evaluation(self, rest: dict[str, int], n_rows: int) -> StepCost:
         rows = self.batches.evaluation
         lengths = rows.lengths[:n_rows]
-        few = Rows(lengths, None if rows.learned is None else min(rows.learned, sum(lengths)))
+        few = BatchShape(lengths, None if rows.learned is None else min(rows.learned, sum(lengths)))
         work = (evaluation if self.traced else evaluation_by_formula)(self.setting, few)
         # After training the optimizer's state is there still.
         name, peak = next(iter(work.peaks.items()))
@@ -222,7 +222,7 @@ class Forecast:
         largest = max(text.hidden_size * inner, text.hidden_size**2)
         n_blocks = largest // self.setting.recipe.quantization.bnb_4bit_blocksize
         working = 2 * largest + 16 * n_blocks if self.setting.recipe.method == "qlora" else 0
-        whole = shards.sizes.whole if shards else 0  # where the device is the host
+        whole = shards.sizes.all_bytes if shards else 0  # where the device is the host
         weights = whole or rest["weights"] + self.setting.table_bytes  # it goes to the host afterwards
         return _with(Peak(weights, {"weights": weights}), "workspace", working)
 
@@ -244,8 +244,8 @@ def _drawn(examples: Examples, packs: Sequence[Sequence[int]] | None) -> list[tu
     return [(sum(pairs[row][0] for row in pack), sum(pairs[row][1] for row in pack)) for pack in packs]
 
 
-def _together(pairs: Sequence[tuple[int, int]]) -> Rows:
-    return Rows(tuple(length for length, _ in pairs), sum(learned for _, learned in pairs))
+def _together(pairs: Sequence[tuple[int, int]]) -> BatchShape:
+    return BatchShape(tuple(length for length, _ in pairs), sum(learned for _, learned in pairs))
 
 
 def _state_bytes(recipe: Recipe) -> float:

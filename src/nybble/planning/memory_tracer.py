@@ -75,7 +75,7 @@ _UNTOUCHED = (torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.emp
 _PICKING = (torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index_select)
 
 
-class LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class MemoryTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts while it is entered; `section` names the part of the step that a moment belongs to."""
 
     def __init__(self, rounding: int = 1, detailed: bool = False) -> None:

@@ -25,8 +25,8 @@ import torch
 
 from nybble.errors import RecipeError
 from nybble.models import config_with_layers, count_parameters, meta_model, tables
-from nybble.planning.live import Peak
-from nybble.planning.step import Work
+from nybble.planning.memory_tracer import Peak
+from nybble.planning.traced_step import StepCost
 from nybble.recipe import Recipe, TrainingSection
 
 _SHARDED = ("weights", "adapters", "gradients", "optimizer")
@@ -63,14 +63,14 @@ class Sizes:
     trained: int  # parameters, not bytes: 4 bytes each, and as many for their gradients
 
     @property
-    def whole(self) -> int:
+    def all_bytes(self) -> int:
         """All weights and adapters."""
         return self.n_layers * self.layer + self.embeddings + self.head + self.table + self.rest
 
     @property
     def passed(self) -> int:
         """Gathered in a micro-batch, forward and backward."""
-        return self.whole + self.n_layers * self.layer + self.rest
+        return self.all_bytes + self.n_layers * self.layer + self.rest
 
     @property
     def largest(self) -> int:
@@ -119,13 +119,13 @@ class Shards:
     sizes: Sizes
     on_host: bool  # where they wait
 
-    def of(self, work: Work) -> Work:
+    def of(self, work: StepCost) -> StepCost:
         """What `work`, of the whole model, takes in this process."""
         peaks = {}
         for section, peak in work.peaks.items():
             parts = {**self._share(peak.parts), "gathered": self._gathered(section)}
             peaks[section] = Peak(sum(parts.values()), parts)
-        waiting = self.sizes.whole + 3 * 4 * self.sizes.trained  # with gradients and Adam's two moments
+        waiting = self.sizes.all_bytes + 3 * 4 * self.sizes.trained  # with gradients and Adam's two moments
         host = work.host_bytes + (waiting // self.n if self.on_host else 0)
         return replace(work, peaks=peaks, rest=self._share(work.rest), host_bytes=host)
 
