@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,16 @@ for line in sys.stdin:
     torch.save((getattr(import_module(f"nybble.kernels.{module}"), name)(*arguments), arguments), line.strip())
     print("done", flush=True)
 """
+
+
+@pytest.fixture(scope="session")
+def triton_cache(run_folder: Path) -> Iterator[None]:
+    """What one process of this test run compiled serves all; Triton keys it by source, target and options."""
+    from triton import knobs
+
+    before, knobs.cache.dir = knobs.cache.dir, str(run_folder / "triton")
+    yield
+    knobs.cache.dir = before
 
 
 @pytest.fixture(scope="session")

@@ -42,13 +42,10 @@ def amdgcn() -> Iterator[ModuleType]:
 
 
 @pytest.fixture(scope="module")
-def compiled(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def compiled(script: ModuleType, triton_cache: None) -> Any:
     """`compiled(variant, target)`: the kernel, compiled once."""
     variants = {variant.name: variant for variant in script.VARIANTS}
-    knobs = script.triton.knobs
-    before, knobs.cache.dir = knobs.cache.dir, str(tmp_path_factory.mktemp("triton"))
-    yield cache(lambda name, target: script.compiled(variants[name], target))
-    knobs.cache.dir = before
+    return cache(lambda name, target: script.compiled(variants[name], target))
 
 
 def decoded(amdgcn: ModuleType, text: str, made: Any, weight: PackedWeight, dtype: torch.dtype) -> np.ndarray:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -44,19 +44,21 @@ SELECTS = 20  # of a decoder, for its masks; choosing among 16 values would take
 Examine = Callable[[str, str], Any]
 
 
+def long_matrix(targets: tuple[str, ...], *always: str) -> list[Any]:
+    """Targets to compile for: those that are not in `always` in `make test-all` alone."""
+    return [pytest.param(t, marks=() if t in always else pytest.mark.nightly) for t in targets]
+
+
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
     return importlib.import_module("tools.kernel_code.listing")  # which imports Triton
 
 
 @pytest.fixture(scope="module")
-def examine(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Examine]:
+def examine(script: ModuleType, triton_cache: None) -> Examine:
     """The code of a variant on a target, compiled once."""
     variants = {variant.name: variant for variant in script.VARIANTS}
-    knobs = script.triton.knobs
-    before, knobs.cache.dir = knobs.cache.dir, str(tmp_path_factory.mktemp("triton"))
-    yield cache(lambda name, target: script.examine(variants[name], target))
-    knobs.cache.dir = before
+    return cache(lambda name, target: script.examine(variants[name], target))
 
 
 def test_every_kernel_and_target_is_looked_at(script: ModuleType) -> None:
@@ -67,50 +69,46 @@ def test_every_kernel_and_target_is_looked_at(script: ModuleType) -> None:
     assert kernels == {"dequantize", *ENCODERS, "gemv", *(name.split()[0] for name in ROWS)}
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", long_matrix(TARGETS, "gfx942", "sm_90"))
 @pytest.mark.parametrize("name", ["dequantize bfloat16", *DECODERS, *ENCODERS, *GEMVS, *ROWS])
-def test_code_spills_nothing_and_fits(examine: Examine, name: str, target: str) -> None:
+def test_code_is_what_its_design_asks_for(examine: Examine, name: str, target: str) -> None:
     code = examine(name, target)
+    spills_nothing_and_fits(code)
+    if name in ENCODERS or name.startswith(("dequantize", "dropout")):  # the others are held to a tolerance
+        assert code.fused == 0
+    if name.startswith("dequantize"):
+        decoder_moves_16_bytes_at_a_time(code, is_float32=name.endswith("float32"))
+        decoder_looks_values_up(code)
+    if name in ENCODERS:
+        assert code.divisions > 0  # as IEEE divides
+    if name in ROWS:
+        row_operator_moves_16_bytes_at_a_time(code, *ROWS[name])
+
+
+def spills_nothing_and_fits(code: Any) -> None:
     assert (code.spills, code.scratch_bytes) == (0, 0)
     assert code.lds_bytes <= LDS_BYTES
     assert code.threads <= THREADS
     assert code.vector_registers <= 255
-    if name in ENCODERS or name.startswith(("dequantize", "dropout")):  # the others are held to a tolerance
-        assert code.fused == 0
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["dequantize bfloat16", *DECODERS])
-def test_decoders_move_16_bytes_at_a_time(examine: Examine, name: str, target: str) -> None:
-    code = examine(name, target)
+def decoder_moves_16_bytes_at_a_time(code: Any, is_float32: bool) -> None:
     assert code.loads_16_bytes == 1  # 32 codes, all that a thread decodes
-    assert code.stores_16_bytes == (8 if name.endswith("float32") else 4)
+    assert code.stores_16_bytes == (8 if is_float32 else 4)
     assert code.stores - code.stores_16_bytes == 1  # of the last n % 32 weights
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ROWS)
-def test_row_operators_move_16_bytes_at_a_time(examine: Examine, name: str, target: str) -> None:
-    code, (loads, stores) = examine(name, target), ROWS[name]
+def decoder_looks_values_up(code: Any) -> None:
+    assert code.selects <= SELECTS
+    assert code.per_element <= VECTOR_OPERATIONS
+
+
+def row_operator_moves_16_bytes_at_a_time(code: Any, loads: int, stores: int) -> None:
     assert code.threads == 256
     assert code.loads_16_bytes >= loads  # more where a loop was unrolled
     assert code.stores_16_bytes >= stores
     assert code.loads - code.loads_16_bytes <= 1
     assert code.stores - code.stores_16_bytes <= 1
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ["dequantize bfloat16", *DECODERS])
-def test_decoders_look_values_up(examine: Examine, name: str, target: str) -> None:
-    code = examine(name, target)
-    assert code.selects <= SELECTS
-    assert code.per_element <= VECTOR_OPERATIONS
-
-
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", ENCODERS)
-def test_encoders_divide_as_ieee_does(examine: Examine, name: str, target: str) -> None:
-    assert examine(name, target).divisions > 0
 
 
 class Driver:
@@ -156,7 +154,7 @@ def launches(
     return aim
 
 
-@pytest.mark.parametrize("target", ["gfx90a", "gfx1100", "sm_90"])
+@pytest.mark.parametrize("target", long_matrix(("gfx90a", "gfx1100", "sm_90"), "gfx90a", "sm_90"))
 def test_launches_compile_as_they_are_made(
     launches: Callable[[str], dict[str, list[Any]]], script: ModuleType, target: str
 ) -> None:
@@ -184,7 +182,7 @@ def test_launches_compile_as_they_are_made(
     assert len(re.findall(wide, usual.get("amdgcn") or usual["ptx"])) == 4
 
 
-@pytest.mark.parametrize("target", ["gfx90a", "gfx1100", "sm_90"])
+@pytest.mark.parametrize("target", long_matrix(("gfx90a", "gfx1100", "sm_90"), "gfx90a", "sm_90"))
 def test_launches_of_row_operators_compile_as_they_are_made(
     launches: Callable[[str], dict[str, list[Any]]], script: ModuleType, target: str
 ) -> None:
