@@ -117,7 +117,7 @@ NODE = "sys/class/drm/renderD128/device"
 CASES: dict[str, tuple[str, Fake, str, str]] = {
     # what is wrong -> symptom, machine, word of the cause, word of the fix
     "module not loaded": ("driver", Fake(without=("dev/kfd", "sys/module/amdgpu")), "not loaded", "modprobe amdgpu"),
-    "no compute part": ("driver", Fake(without=("dev/kfd",)), "without /dev/kfd", "modprobe -r"),
+    "no compute part": ("driver", Fake(without=("dev/kfd",)), "interface /dev/kfd is missing", "modprobe -r"),
     "container without device": (
         "driver",
         Fake(without=("dev/kfd",), files={".dockerenv": ""}),
@@ -135,7 +135,7 @@ CASES: dict[str, tuple[str, Fake, str, str]] = {
     "spoofed": (
         "architecture",
         Fake(("gfx1151",), environ={"HSA_OVERRIDE_GFX_VERSION": "11.0.0"}),
-        "says gfx1100, the driver says gfx1151",
+        "claims gfx1100, but the driver reports gfx1151",
         "unset HSA_OVERRIDE_GFX_VERSION && pip install",
     ),
     "spoof not a version": (
@@ -147,7 +147,7 @@ CASES: dict[str, tuple[str, Fake, str, str]] = {
     "torch and driver differ": (
         "architecture",
         Fake(torch=facts(devices=({"gfx": "gfx1030"},))),
-        "torch says gfx1030, the driver gfx1100",
+        "torch reports gfx1030, but the driver reports gfx1100",
         "unset",
     ),
     "CUDA wheel": (
@@ -179,16 +179,21 @@ CASES: dict[str, tuple[str, Fake, str, str]] = {
     "integrated GPU first": (
         "visible devices",
         Fake(("gfx1036", "gfx1200")),
-        "the processor's own gfx1036",
+        "the integrated gfx1036",
         "export HIP_VISIBLE_DEVICES=1",
     ),
     "variables compose to nothing": (
         "visible devices",
         Fake(("gfx942", "gfx942"), environ={"ROCR_VISIBLE_DEVICES": "1", "HIP_VISIBLE_DEVICES": "1"}),
-        "which compose, leave none",
+        "which apply one after the other, hide all 2 GPU(s)",
         "unset ROCR_VISIBLE_DEVICES",
     ),
-    "no device left": ("visible devices", Fake(environ={"CUDA_VISIBLE_DEVICES": ""}), "leave none", "HIP_VISIBLE"),
+    "no device left": (
+        "visible devices",
+        Fake(environ={"CUDA_VISIBLE_DEVICES": ""}),
+        "hide all 1 GPU(s)",
+        "HIP_VISIBLE",
+    ),
     "system ROCm before the wheel's": (
         "one ROCm",
         Fake(
@@ -201,7 +206,7 @@ CASES: dict[str, tuple[str, Fake, str, str]] = {
     "two runtimes loaded": (
         "one ROCm",
         Fake(torch=facts(hip_libraries=("/a/libamdhip64.so.6", "/b/libamdhip64.so.7"))),
-        "two copies",
+        "several copies",
         "unset LD_LIBRARY_PATH",
     ),
     "old bitsandbytes": (
@@ -220,14 +225,19 @@ CASES: dict[str, tuple[str, Fake, str, str]] = {
     "two Tritons": (
         "Triton's needs",
         Fake(packages={"triton-rocm": "3.5"}),
-        "PyPI's triton lies over triton-rocm",
+        "PyPI's triton has overwritten triton-rocm",
         "pip uninstall -y triton",
     ),
-    "no compiler": ("Triton's needs", Fake(has_compiler=False), "no C compiler", "apt install gcc python3-dev"),
+    "no compiler": (
+        "Triton's needs",
+        Fake(has_compiler=False),
+        "a C compiler or Python.h is missing",
+        "apt install gcc python3-dev",
+    ),
     "attention held back": (
         "flash attention",
         Fake(("gfx1101",)),
-        "gfx1101 waits",
+        "gfx1101 is off",
         "export TORCH_ROCM_AOTRITON_ENABLE_EXPERIMENTAL=1",
     ),
     "no flash attention": ("flash attention", Fake(("gfx906",), build=build_for((6, 3))), "gfx906", "max_length"),
@@ -251,7 +261,7 @@ CASES: dict[str, tuple[str, Fake, str, str]] = {
             ("gfx1151",),
             files={f"{NODE}/mem_info_vram_total": f"{GB // 2}", f"{NODE}/mem_info_gtt_total": f"{62 * GB}"},
         ),
-        "may use 62.50 GB of 134.22 GB",
+        "may use only 62.50 GB of 134.22 GB",
         "ttm pages_limit=24576000",
     ),
     "APU on an old kernel": (
@@ -290,7 +300,7 @@ CASES: dict[str, tuple[str, Fake, str, str]] = {
     "memory errors": (
         "health of the card",
         Fake(files={f"{NODE}/ras/umc_err_count": "ue: 2\nce: 0"}),
-        "2 memory errors",
+        "2 uncorrectable memory errors",
         "",
     ),
     "narrow link": ("health of the card", Fake(files={f"{NODE}/current_link_width": "4"}), "4 of 16", "lspci"),
@@ -372,7 +382,7 @@ def test_without_a_gpu_nothing_is_looked_for_and_it_says_so(tmp_path: Path) -> N
     results, not_run = examine(EVERY, Fake((), without=gone, build=build_for(None)).evidence(tmp_path))
     assert results == []
     assert set(not_run) == {symptom.name for symptom in EVERY}
-    assert set(not_run.values()) == {"no AMD GPU is here", "no GPU is here"}
+    assert set(not_run.values()) == {"there is no AMD GPU", "there is no GPU"}
 
 
 @pytest.mark.parametrize("damage", ["simd_count x\n", "\x00\xff", "gfx_target_version\n"])

@@ -1,4 +1,4 @@
-"""What a symptom is judged by, and what a judgement says: symptom, cause, one command, the thread it is known from."""
+"""The evidence that symptoms are looked for in, and the results: symptom, cause, one command, and a reference."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 from nybble.diagnostics.machine import AmdGpu, Machine
 
+NO_AMD_GPU = "there is no AMD GPU"
+
 
 @dataclass(frozen=True)
 class TorchFacts:
-    """What torch says of itself and its devices; told by a child process, since asking a broken driver may hang."""
+    """What torch reports about itself and its devices, collected in a child process: a broken driver may hang."""
 
     version: str
     hip: str | None = None
@@ -19,48 +21,51 @@ class TorchFacts:
     cuda: str | None = None
     sees_gpu: bool = False
     devices: tuple[Mapping[str, Any], ...] = ()  # name, gfx, total_bytes, free_bytes, threads_in_wave, n_cores
-    architectures: tuple[str, ...] = ()  # that its kernels were compiled for
-    hip_libraries: tuple[str, ...] = ()  # copies of libamdhip64 in the process
+    architectures: tuple[str, ...] = ()  # architectures that torch's kernels were compiled for
+    hip_libraries: tuple[str, ...] = ()  # copies of libamdhip64 that are loaded in the process
     triton: str | None = None
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> TorchFacts:
-        """Lists become tuples."""
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
+    def from_json(cls, content: Mapping[str, Any]) -> TorchFacts:
+        """Build the facts from parsed JSON; lists become tuples."""
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
         return cls(**values)
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """A machine, what torch sees of it, and what a run would ask of it."""
+    """A machine, what torch reports about it, and the optimizer that a run would use."""
 
     machine: Machine
-    torch: TorchFacts | None = None  # None: not asked, or it gave no answer
-    optim: str = ""  # optimizer of the run, by its transformers name
+    torch: TorchFacts | None = None  # None if torch was not asked or did not answer
+    optim: str = ""  # the run's optimizer, by its name in transformers; "" if there is no run
 
     @property
     def gpus(self) -> tuple[AmdGpu, ...]:
-        """The driver's."""
+        """The AMD GPUs that the kernel driver reports."""
         return self.machine.amd_gpus
 
     @property
     def gfx(self) -> frozenset[str]:
-        """The architecture in use: of the first visible card as the driver has it, else as torch has it; or none."""
+        """The architecture in use, as a set of at most one.
+
+        It is that of the first visible card according to the driver, or else according to torch.
+        """
         visible = [self.gpus[i] for i in self.machine.visible_gpus]
-        cards = [gpu.gfx for gpu in visible if not gpu.is_apu] or [gpu.gfx for gpu in visible]
-        told = [str(device["gfx"]) for device in self.torch.devices if device.get("gfx")] if self.torch else []
-        return frozenset((cards or told)[:1])
+        from_driver = [gpu.gfx for gpu in visible if not gpu.is_apu] or [gpu.gfx for gpu in visible]
+        from_torch = [str(device["gfx"]) for device in self.torch.devices if device.get("gfx")] if self.torch else []
+        return frozenset((from_driver or from_torch)[:1])
 
     @property
     def is_amd(self) -> bool:
-        """Whether AMD's side of things matters here."""
+        """Whether an AMD card is plugged in or torch was built for ROCm."""
         build = self.machine.torch
         return self.machine.has_amd_card or bool(build and build.is_rocm)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something found."""
+    """A problem that was detected."""
 
     cause: str
     fix: str  # one command
@@ -68,18 +73,18 @@ class Fault:
 
 @dataclass(frozen=True)
 class Symptom:
-    """One known way to fail."""
+    """One known failure and how to detect it."""
 
     name: str
-    symptom: str  # what the user meets
-    thread: str  # where it is known from; "" where no thread tells of it
+    symptom: str  # what the user notices
+    thread: str  # the discussion that describes it, "" if there is none
     find: Callable[[Evidence], Fault | None]
-    skip: Callable[[Evidence], str | None] = field(default=lambda seen: None if seen.is_amd else "no AMD GPU is here")
+    skip: Callable[[Evidence], str | None] = field(default=lambda seen: None if seen.is_amd else NO_AMD_GPU)
 
 
 @dataclass(frozen=True)
 class Result:
-    """A row of the doctor's table; a check that computed something has error and tolerance."""
+    """One row of the doctor's table; only checks that compute something have an error and a tolerance."""
 
     name: str
     ok: bool
@@ -95,13 +100,14 @@ class Result:
     operator: str = ""
 
     def failed(self, symptom: str, cause: str, fix: str, thread: str) -> Result:
-        """The same as a failure."""
+        """This result as a failure with these explanations."""
         return replace(self, ok=False, symptom=symptom, cause=cause, fix=fix, thread=thread)
 
 
 def examine(symptoms: Sequence[Symptom], evidence: Evidence) -> tuple[list[Result], dict[str, str]]:
-    """Results of the symptoms that can be looked for here, and why others cannot."""
-    results, not_run = [], {}
+    """The results of all symptoms that apply to this machine, and symptom -> why it was skipped for the others."""
+    results = []
+    not_run = {}
     for symptom in symptoms:
         why_not = symptom.skip(evidence)
         if why_not:

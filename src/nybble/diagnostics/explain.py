@@ -1,10 +1,10 @@
-"""What libraries' errors mean: cause, one command, thread."""
+"""Explain errors of drivers and libraries: the cause, one command, and a reference."""
 
 from __future__ import annotations
 
 import re
 
-# Pattern in an error -> what it means, what to do, where it is known from.
+# Pattern in an error, its meaning, a command, and the discussion that describes it.
 _KNOWN = (
     (
         r"hipErrorNoBinaryForGpu|invalid device function|no kernel image",
@@ -15,13 +15,13 @@ _KNOWN = (
     (
         r"out of memory|OutOfMemory",
         "the device's memory is full",
-        "amd-smi process  # or nvidia-smi: end what holds it",
+        "amd-smi process  # or nvidia-smi; then end the process that uses it",
         "",
     ),
-    (r"devices? (is|are) busy|unavailable|EBUSY", "the device is taken by another process", "amd-smi process", ""),
+    (r"devices? (is|are) busy|unavailable|EBUSY", "another process uses the device", "amd-smi process", ""),
     (
         r"permission denied|hipErrorNoDevice|no ROCm-capable device",
-        "the device may not be opened, or none is there",
+        "there is no device, or this user has no permission to open it",
         "sudo usermod -aG render,video $USER  # then log in again",
         "ROCm/legacy-rocm-build#3072",
     ),
@@ -34,7 +34,7 @@ _KNOWN = (
     (r"sees no GPU", "", "nybble doctor --device cpu", ""),
     (
         r"[Cc] compiler|Python\.h|gcc",
-        "Triton finds no C compiler for its launcher",
+        "Triton needs a C compiler for its launcher and found none",
         "sudo apt install gcc python3-dev",
         "",
     ),
@@ -42,7 +42,7 @@ _KNOWN = (
 
 
 def explain(error: str) -> tuple[str, str, str]:
-    """Cause, fix and thread of an error; fix and thread are "" where it is not known."""
+    """The cause, fix and reference of an error; an unknown error is its own cause, with "" for the others."""
     for pattern, meaning, fix, thread in _KNOWN:
         if re.search(pattern, error):
             return (f"{meaning} ({error})" if meaning else error), fix, thread

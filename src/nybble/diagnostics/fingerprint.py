@@ -1,4 +1,4 @@
-"""What a choice of paths depends on: another device, driver, library or version of this package asks for a new one."""
+"""The fingerprint of everything that the choice of backends depends on: device, driver, libraries and Nybble's code."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _LIBRARIES = ("torch", "triton", "triton-rocm", "pytorch-triton-rocm", "transfor
 
 
 def fingerprint(device: Device) -> str:
-    """32 hexadecimal digits."""
-    told = {
+    """A key of 32 hexadecimal digits; the backends are chosen again if it changes."""
+    facts = {
         "device": [device.backend, device.name, device.total_bytes],
         "driver": Machine(Path("/"), os.environ, {}, None).driver if device.type == "cuda" else "",
         "versions": [_version(name) for name in _LIBRARIES],
         "code": _code(),
         "variables": [os.environ.get(name) for name in _VARIABLES],
     }
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
 def _version(name: str) -> str:

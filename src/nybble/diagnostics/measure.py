@@ -1,4 +1,4 @@
-"""What a computing check gives back, and how far results may lie from their float64 reference."""
+"""The outcome of a computing check, and the unit in which results differ from their float64 reference."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from torch import Tensor
 
 
 class UnavailableError(Exception):
-    """A path or library is not here; that is no fault."""
+    """A backend or library is not available, which is not a failure of the check."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Outcome of a check."""
+    """The outcome of a check."""
 
-    error: float | None = None  # in the unit of the check's tolerance; None: nothing was compared
+    error: float | None = None  # in the unit of the check's tolerance; None if nothing was compared
     figures: Mapping[str, float] = field(default_factory=dict)
 
 
 def apart(got: Tensor, reference: Tensor) -> float:
-    """Largest difference, in units of the result's type at the reference's largest magnitude; infinite for NaN.
+    """The largest difference, in units of the result's machine epsilon times the reference's largest magnitude.
+
+    It is infinite if the shapes differ or the result is not finite.
 
     Args:
         got: any shape and device.
@@ -38,20 +40,21 @@ def apart(got: Tensor, reference: Tensor) -> float:
 
 
 def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """N(0, 1) on the CPU, the same on every machine."""
+    """Samples of N(0, 1) on the CPU that are the same on every machine."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def dtypes_of(device: torch.device) -> tuple[torch.dtype, ...]:
-    """Types that training may compute in; float16 is never used on a CPU."""
+    """The types that training may compute in; float16 is never used on a CPU."""
     half = (torch.bfloat16, torch.float16) if device.type == "cuda" else (torch.bfloat16,)
     return (torch.float32, *half)
 
 
 def best_seconds(work: Callable[[], object], device: torch.device, budget_seconds: float = 0.4) -> float:
-    """Shortest of several runs: what else runs here only adds."""
+    """The time in seconds of the fastest of several runs; other load on the machine can only add to it."""
     work()
-    best, stop = math.inf, time.perf_counter() + budget_seconds
+    best = math.inf
+    stop = time.perf_counter() + budget_seconds
     while time.perf_counter() < stop:
         if device.type == "cuda":
             torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""How fast the device moves and multiplies: what a plan is made with, and how a slow path shows."""
+"""Measure how fast the device copies and multiplies, for the planner and to detect a slow backend."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from nybble.quant import PackedWeight
 
 
 def bandwidth(device: torch.device, _path: str) -> Measured:
-    """Bytes read and written by a copy, each second."""
+    """Measure the bytes per second that a copy reads and writes."""
     return Measured(figures={"bytes_per_second": _copied_bytes_per_second(device)})
 
 
 def multiplication(device: torch.device, _path: str) -> Measured:
-    """Floating-point operations of a square product, each second, by type."""
+    """Measure the floating-point operations per second of a square product in each type."""
     rates = {str(t).removeprefix("torch."): products_per_second(device, t) for t in dtypes_of(device)}
     return Measured(figures={f"{name}_flops_per_second": rate for name, rate in rates.items()})
 
 
 def speed_of_decoding(device: torch.device, _path: str) -> Measured:
-    """By the path that is taken: how many times longer than copying as many bytes."""
+    """Measure how many times longer decoding takes than copying as many bytes, with the chosen backend."""
     size = 8192 if device.type == "cuda" else 4096
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (size * size // 2, 1), dtype=torch.uint8, generator=generator)
@@ -35,7 +35,7 @@ def speed_of_decoding(device: torch.device, _path: str) -> Measured:
 
 
 def products_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations of a square product, each second."""
+    """The floating-point operations per second of a square product."""
     size = 8192 if device.type == "cuda" else 768
     a = torch.ones(size, size, dtype=dtype, device=device)
     return 2 * size**3 / best_seconds(lambda: a @ a, device, 0.2)
