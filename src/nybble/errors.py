@@ -49,3 +49,9 @@ class StoppedError(NybbleError):
     """The run ended early and saved what it had."""
 
     exit_code = 4
+
+
+def error_class(name: str) -> type[NybbleError]:
+    """The error class of that name, for an error that another process raised; `NybbleError` for any other name."""
+    found = globals().get(name)
+    return found if isinstance(found, type) and issubclass(found, NybbleError) else NybbleError

@@ -26,7 +26,7 @@ from nybble.models import (
     save_whole,
 )
 from nybble.sharded import load_in_shards
-from nybble.storage.atomic import whole_folder
+from nybble.storage.atomic import atomic_folder
 from nybble.training import Witness, stop_at
 
 
@@ -98,8 +98,7 @@ def _calibrate(job: Job, witness: Witness, model: Any) -> Starts:
     with witness.phase("calibrate"):
         done = calibrate(model, job.source, rows, section, recipe.lora, partial(job.watch.progress, "calibrating"))
         if job.processes.is_main:
-            with whole_folder(job.run.base) as folder:
-                save_whole(folder, model, job.tokenizer)
+            save_whole(job.run.base, model, job.tokenizer)
     witness.record.model["calibration"] = {"rows": done.n_rows, "tokens": done.n_tokens, "left": done.left}
     on = f"calibrated on {done.n_rows:,} rows ({done.n_tokens:,} tokens)" if done.n_rows else "adapters started"
     job.watch.note(f"{on}; the base is kept in {job.run.base}")
@@ -113,7 +112,7 @@ def _attach(job: Job, model: Any, starts: Starts) -> Any:
         model = attach(model, job.recipe.lora, base_name, starts)
         kept = job.run.base / "start"  # what no other start gives again
         if starts and job.processes.is_main:
-            with whole_folder(kept) as folder:
+            with atomic_folder(kept) as folder:
                 save_adapter(model, folder)
         elif kept.is_dir() and not starts:
             put_weights_back(model, load_file(kept / "adapter_model.safetensors"))

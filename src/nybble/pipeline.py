@@ -36,9 +36,9 @@ from nybble.models import (
 from nybble.recipe import Recipe, in_micro_batches, load_recipe, refusal, save_recipe, shared_among, within_context
 from nybble.reporting import model_card, rewrite_report, write_report
 from nybble.run.directory import RunDirectory
-from nybble.run.processes import joined
 from nybble.run.record import Observer, RunRecord, Sample, Silent
-from nybble.storage.atomic import whole_folder, write_text
+from nybble.run.rendezvous import joined
+from nybble.storage.atomic import atomic_folder, write_text
 from nybble.training import (
     Judge,
     Probe,
@@ -198,7 +198,7 @@ def _save(job: Job, witness: Witness, model: Any) -> None:
         trained = trained_parameters(model)  # which all processes ask for
         if not job.processes.is_main:
             return
-        with whole_folder(job.weights) as folder:
+        with atomic_folder(job.weights) as folder:
             if job.recipe.method == "full":
                 model.save_pretrained(folder)
             else:

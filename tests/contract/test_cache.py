@@ -103,7 +103,7 @@ def test_no_cache_means_none(source: Path, folder: Path) -> None:
 def test_a_full_disk_is_said_and_not_fatal(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     notes = load(source)[1]
-    assert any("is not kept" in note and "has 1,000 bytes left" in note for note in notes)
+    assert any("is not cached" in note and "has 1,000 bytes left" in note for note in notes)
     assert list(folder.iterdir()) == []
 
 
@@ -112,12 +112,11 @@ def test_a_folder_that_cannot_be_written_is_said_and_not_fatal(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "file"))
-    assert any("is not kept" in note for note in load(source)[1])
+    assert any("is not cached" in note for note in load(source)[1])
 
 
 def test_the_least_recently_used_go_first(tmp_path: Path) -> None:
     def write(folder: Path) -> None:
-        folder.mkdir()
         (folder / "weights").write_bytes(bytes(100))
 
     kept = PackedCache(450, tmp_path)

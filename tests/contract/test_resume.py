@@ -90,7 +90,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
     content[-1] ^= 1
     newest.write_bytes(content)
     made.train(out, resume=True)
-    assert "checkpoint-3.1 is passed over: state.safetensors is not what was written (SHA-256)" in made.said
+    assert "checkpoint-3.1 is passed over: state.safetensors differs from what was written (SHA-256)" in made.said
     assert f"going on from {out / 'checkpoints' / 'checkpoint-3'}" in made.said
     assert_same(everything(out), everything(tmp_path / "straight"))
 

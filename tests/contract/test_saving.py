@@ -164,7 +164,7 @@ def test_the_last_good_one_stays_until_the_next_is_read_back(monkeypatch: pytest
         return line
 
     monkeypatch.setattr(checkpoints, "_write", lossy)
-    with pytest.raises(OSError, match="read back other than written"):
+    with pytest.raises(OSError, match="what was read back differs from what was written"):
         write_checkpoint(tmp_path, Place(2), FILES)
     assert list_checkpoints([tmp_path]) == [first]
     verify(first)

@@ -166,7 +166,7 @@ def test_the_folder_must_be_shared(launch: Launch, words: list[object], tmp_path
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "MASTER_ADDR, MASTER_PORT is not set"),
         ({"WORLD_SIZE": "two"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"),
         ({"WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK is 2, but"),
-        ({"WORLD_SIZE": "2", "RANK": "x", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "no number"),
+        ({"WORLD_SIZE": "2", "RANK": "x", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "not a number"),
     ],
 )
 def test_the_launchers_variables_must_be_whole(
@@ -183,13 +183,13 @@ def test_the_launchers_variables_must_be_whole(
 
 def test_nobody_else_comes(launch: Launch, words: list[object], tmp_path: Path) -> None:
     def hasten(_rank: int) -> None:
-        from nybble.run import processes
+        from nybble.run import rendezvous
 
-        processes._SECONDS_TO_MEET = 1
+        rendezvous._SECONDS_TO_MEET = 1
 
     outcome = launch(1, [*words, "--output_dir", tmp_path / "run"], setup=hasten, WORLD_SIZE="2")
     assert outcome.codes == (3,)
-    assert "process 0 does not meet the 1 others at 127.0.0.1" in outcome.lines[0]
+    assert "process 0 cannot meet the 1 others at 127.0.0.1" in outcome.lines[0]
 
 
 def test_other_verbs_work_in_one_process(nybble: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:

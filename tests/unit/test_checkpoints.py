@@ -11,15 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from nybble.storage.checkpoints import (
-    DamagedError,
-    Place,
-    list_checkpoints,
-    newest_checkpoint,
-    read_json,
-    verify,
-    write_checkpoint,
-)
+from nybble.storage.checkpoints import Place, list_checkpoints, newest_checkpoint, verify, write_checkpoint
+from nybble.storage.manifest import DamagedError, read_json
 from nybble.training.packing import CannotPackError, pack, unpack
 
 FILES = [("state.json", b"{}"), ("a.safetensors", b"x" * 100)]
@@ -83,14 +76,14 @@ def garbage(folder: Path) -> None:
     ("damage", "said"),
     [
         (cut, "a.safetensors has 99 bytes, the manifest says 100"),
-        (flip, r"a.safetensors is not what was written \(SHA-256\)"),
+        (flip, r"a.safetensors differs from what was written \(SHA-256\)"),
         (lose, "a.safetensors: No such file"),
-        (link, "a.safetensors has -1 bytes"),
+        (link, "a.safetensors is a symbolic link"),
         (garbage, "manifest.json is not JSON"),
-        (manifest(format=2), "format 2, known is 1"),
+        (manifest(format=2), "format 2; the known format is 1"),
         (manifest(files={}), "does not list state.json"),
-        (manifest(files={"state.json": {}, "../x": {}}), "no file of a checkpoint|state.json has 2 bytes"),
-        (manifest(files={"../state.json": {}, "state.json": {"bytes": 2}}), "no file of a checkpoint"),
+        (manifest(files={"state.json": {}, "../x": {}}), "not a file inside this folder|state.json has 2 bytes"),
+        (manifest(files={"../state.json": {}, "state.json": {"bytes": 2}}), "not a file inside this folder"),
         (manifest(files={"a\0b": {"bytes": 1}, "state.json": {}}), "null byte"),
     ],
 )

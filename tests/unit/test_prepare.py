@@ -287,7 +287,7 @@ class TestKept:
     ) -> None:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-        assert "the tokenized data is not kept" in notes()[0]
+        assert "the tokenized data is not cached" in notes()[0]
         assert list(tmp_path.glob("nybble-*")) == []
 
     def test_few_rows_are_not_worth_keeping(self, notes: Callable[..., list[str]], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from nybble.errors import InputError
 from nybble.run.directory import RunDirectory, read_lines, read_record
 from nybble.run.record import RunRecord, Sample, StepEvent
-from nybble.storage.atomic import append_lines, whole_folder, write_text
+from nybble.storage.atomic import append_lines, atomic_folder, write_text
 
 
 def event(step: int, loss: float = 1.0) -> StepEvent:
@@ -303,12 +303,12 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_resumed_from_its_b
 
 
 def test_a_folder_takes_the_place_of_the_former_only_when_it_is_whole(tmp_path: Path) -> None:
-    with whole_folder(tmp_path / "a") as folder:
+    with atomic_folder(tmp_path / "a") as folder:
         (folder / "x").write_text("old")
-    with pytest.raises(FileExistsError), whole_folder(tmp_path / "a") as folder:
+    with pytest.raises(FileExistsError), atomic_folder(tmp_path / "a") as folder:
         os.link(folder.parent / "a" / "x", folder.parent / "a" / "x")
     assert tree(tmp_path) == {"a", "a/x"}
-    with whole_folder(tmp_path / "a") as folder:
+    with atomic_folder(tmp_path / "a") as folder:
         (folder / "y").write_text("new")
     assert tree(tmp_path) == {"a", "a/y"}
 

@@ -27,7 +27,8 @@ from typing import Any
 
 from nybble import pipeline
 from nybble.cli.flags import quiet_libraries
-from nybble.storage.checkpoints import DamagedError, verify
+from nybble.storage.checkpoints import verify
+from nybble.storage.manifest import DamagedError
 from nybble.training import saving
 from tools.chaos.run import SETTINGS as CHAOS
 from tools.chaos.run import everything, fork, here, plan_once

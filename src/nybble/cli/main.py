@@ -32,7 +32,7 @@ from nybble.cli.process import own_process, stop_as_by_ctrl_c
 from nybble.cli.terminal import visible
 from nybble.errors import CannotRunError, NybbleError
 from nybble.guard import redact, refused_by_system
-from nybble.run.processes import refuse_many
+from nybble.run.rendezvous import refuse_launcher
 
 app = typer.Typer(
     name="nybble",
@@ -47,7 +47,7 @@ app = typer.Typer(
 def before(context: typer.Context) -> None:
     """Fine-tune large language models in 4 bits on one GPU (AMD, NVIDIA) or on a CPU."""
     if context.invoked_subcommand not in (None, "train"):
-        refuse_many(str(context.invoked_subcommand))
+        refuse_launcher(str(context.invoked_subcommand))
 
 
 # click's ClickException, wherever this typer keeps its click.

@@ -30,9 +30,9 @@ def train(
     from nybble import pipeline
     from nybble.cli.progress import Live
     from nybble.recipe import load_recipe
-    from nybble.run.processes import named
+    from nybble.run.rendezvous import from_environment
 
-    is_main = named().is_main
+    is_main = from_environment().is_main
     live = Live()
     try:
         record = pipeline.train(

@@ -103,7 +103,7 @@ def encode_rows(rows: Rows, encoder: Encoder, cache: Cache | None, watch: Observ
         return Examples([encoder.encode((0, list(rows)))])
 
     def write(folder: Path) -> None:
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         write_records(_records(rows, encoder, watch), folder / "examples.arrow")
 
     if cache is not None:

@@ -8,7 +8,6 @@ Memory holds the tensors of one shard, as they will be written, and one tensor i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from nybble.errors import ModelError
 from nybble.models import PREFIX, BaseWeights, read_adapter
+from nybble.storage.shards import plan_shards
 
 SHARD_BYTES = 1_000_000_000
 _FACTORS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
@@ -123,14 +123,10 @@ def write_merged(
     from safetensors.torch import save_file
 
     targets = _targets(base, delta)
-    plan = _plan_shards(base, dtype)
-    names_of_files = [
-        f"model-{i + 1:05}-of-{len(plan):05}.safetensors" if len(plan) > 1 else "model.safetensors"
-        for i in range(len(plan))
-    ]
-    total, done = sum(map(len, plan)), 0
-    weight_map: dict[str, str] = {}
-    for file, names in zip(names_of_files, plan, strict=True):
+    shards = plan_shards("model", {name: (tuple(base.shape(name)), dtype) for name in base.names()}, SHARD_BYTES)
+    total = len(base.names())
+    done = 0
+    for file, names in shards.files.items():
         shard = {}
         for name in names:
             tensor = base.read(name)
@@ -140,10 +136,7 @@ def write_merged(
             done += 1
             progress(done, total)
         save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
-    if len(plan) > 1:
-        index = {"metadata": {"total_size": merged_bytes(base, dtype)}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    shards.write_index(folder)
 
 
 def _targets(base: BaseWeights, delta: AdapterDelta) -> dict[str, str]:
@@ -159,16 +152,3 @@ def _targets(base: BaseWeights, delta: AdapterDelta) -> dict[str, str]:
             raise ModelError(f"{delta.folder}: adapts {module}, which {base.source.name} does not have: another base")
         found[name] = module
     return found
-
-
-def _plan_shards(base: BaseWeights, dtype: torch.dtype) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name in base.names():
-        n_bytes = prod(base.shape(name)) * dtype.itemsize
-        if shards[-1] and size + n_bytes > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += n_bytes
-    return shards

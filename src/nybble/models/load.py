@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from nybble.models.skeleton import compute_dtype
 from nybble.models.source import ModelSource
 from nybble.nn import Linear4bit
 from nybble.recipe import ModelSection, QuantizationSection
-from nybble.storage.atomic import sha256_of
+from nybble.storage.atomic import atomic_folder, remove_left_overs, sha256_of
 
 SHARD_SIZE = "1GB"  # writing copies a shard's tensors: small ones bound that memory
 
@@ -209,14 +208,10 @@ def _from_pretrained(
 
 def save_whole(folder: Path, model: Any, tokenizer: Any) -> None:
     """Write model and tokenizer to the new `folder`, which appears complete or not at all."""
-    unfinished = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
+    remove_left_overs(folder.parent, of=folder)
+    with atomic_folder(folder) as unfinished:
         model.save_pretrained(unfinished, max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(unfinished)
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -31,8 +31,9 @@ from typing import Any
 from nybble.errors import InputError
 from nybble.guard import parse_object, read_object, redact
 from nybble.run.record import Evaluation, RunRecord, Sample, StepEvent
-from nybble.storage.atomic import append_lines, is_left_over, remove_left_overs, sha256_of, write_text
+from nybble.storage.atomic import append_lines, is_left_over, remove_left_overs, write_text
 from nybble.storage.checkpoints import list_checkpoints
+from nybble.storage.manifest import MANIFEST, entries_of
 
 try:
     import fcntl
@@ -202,12 +203,10 @@ class RunDirectory:
         """Sizes and hashes of the finished run's files; checkpoints are not part of the result."""
         for name, lines in self._waiting.items():
             self._write_waiting(name, f"its last lines are lost: {len(lines)}")
-        files = {}
-        for file in sorted(self.path.rglob("*")):
-            name = file.relative_to(self.path).as_posix()
-            if file.is_file() and name != "manifest.json" and not name.startswith(("checkpoints/", "tensorboard/")):
-                files[name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-        write_text(self.path / "manifest.json", json.dumps(files, indent=1) + "\n")
+        left_out = (MANIFEST, "checkpoints", "tensorboard")
+        files = [file for file in self.path.rglob("*") if file.relative_to(self.path).parts[0] not in left_out]
+        entries = entries_of(self.path, (file for file in files if file.is_file()))
+        write_text(self.path / MANIFEST, json.dumps(entries, indent=1) + "\n")
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
         """Add a line; if the system refuses, it waits for the next one or run.json, and training goes on."""

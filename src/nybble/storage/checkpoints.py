@@ -1,11 +1,11 @@
-"""Checkpoints on disk: complete, or not there at all.
+"""Checkpoint folders: each is complete, or it is not there at all.
 
     checkpoint-STEP        after optimizer step STEP
     checkpoint-STEP.DONE   within the step that follows, after DONE of its micro-batches
 
-A checkpoint is written into a folder with a temporary name: each file is synced, `manifest.json` with the size and
-SHA-256 of all others comes last, and only then the folder gets its name. A reader believes no file before it has its
-size and hash, and nothing in here is a pickle: files are safetensors and JSON.
+This module knows where a checkpoint lies and whether it is undamaged; what its files mean is known where they are
+written. A checkpoint is written as `nybble.storage.atomic` does it, with a manifest (`nybble.storage.manifest`) that is
+written last and verified on disk before the folder gets its name. Its files are safetensors and JSON, never pickles.
 """
 
 from __future__ import annotations
@@ -14,71 +14,57 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nybble.storage.atomic import sha256_of, sync_folder
+from nybble.storage.atomic import atomic_folder, remove_folder
+from nybble.storage.manifest import MANIFEST, DamagedError, read_json, verify_files
 
-MANIFEST = "manifest.json"
-STATE = "state.json"  # what a checkpoint says of itself, beside its tensors
+STATE = "state.json"  # the JSON part of the training state; the other files hold tensors
 _FORMAT = 1
 _NAME = re.compile(r"checkpoint-(\d{1,18})(?:\.(\d{1,18}))?")
-_LARGEST_JSON = 64 << 20  # bytes; a state of a million scalars has a third of it
-
-
-class DamagedError(Exception):
-    """A checkpoint is not what was written."""
 
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Where in a training a checkpoint was taken."""
+    """The point in a training at which a checkpoint was written."""
 
-    step: int  # optimizer steps that are done
-    micro_batches: int = 0  # of the step under way that are done
+    step: int  # optimizer steps completed
+    micro_batches: int = 0  # micro-batches completed of the step that follows
 
     @property
     def name(self) -> str:
-        """That of the folder."""
+        """The name of the checkpoint's folder."""
         return f"checkpoint-{self.step}" + (f".{self.micro_batches}" if self.micro_batches else "")
 
     @classmethod
     def of(cls, folder: Path) -> Place | None:
-        """The place that a folder's name says, if it is that of a checkpoint."""
+        """The place that a folder's name states, or None if the name is not that of a checkpoint."""
         match = _NAME.fullmatch(folder.name)
         return cls(int(match[1]), int(match[2] or 0)) if match else None
 
 
 def write_checkpoint(parent: Path, place: Place, files: Iterable[tuple[str, bytes]]) -> Path:
-    """Write a checkpoint into `parent`, and return its folder once every byte was read back as it should be.
+    """Write a checkpoint and return its folder, once every byte has been read back from disk and compared.
 
     Args:
-        parent: is made where it is missing.
-        place: a checkpoint that already has it is replaced.
-        files: name and content; made one after the other, so that only one need be in memory.
+        parent: the folder of all checkpoints. It is created if it is missing.
+        place: a checkpoint that is there already is replaced.
+        files: name and content of each file. They are taken one at a time, so that only one need be in memory.
 
     Raises:
-        OSError: the system refuses; what `parent` held before is there as it was.
+        OSError: the system refuses; what `parent` held before is unchanged.
     """
-    parent.mkdir(parents=True, exist_ok=True)
-    partial, final = parent / f".{place.name}.{os.getpid()}.partial", parent / place.name
-    shutil.rmtree(partial, ignore_errors=True)
+    final = parent / place.name
     try:
-        partial.mkdir()
-        manifest = {name: _write(partial / name, content) for name, content in files}
-        _write(partial / MANIFEST, json.dumps({"format": _FORMAT, "files": manifest}, indent=1).encode())
-        sync_folder(partial)
-        verify(partial)
-        remove_checkpoint(final)
-        partial.rename(final)
-        sync_folder(parent)
+        with atomic_folder(final) as partial:
+            manifest = {name: _write(partial / name, content) for name, content in files}
+            _write(partial / MANIFEST, json.dumps({"format": _FORMAT, "files": manifest}, indent=1).encode())
+            verify(partial)
     except DamagedError as error:
-        raise OSError(0, f"read back other than written: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(0, f"what was read back differs from what was written: {error}") from error
     return final
 
 
@@ -86,60 +72,30 @@ def verify(folder: Path) -> None:
     """Compare every file of a checkpoint with its manifest.
 
     Raises:
-        DamagedError: what is wrong with it, in words.
+        DamagedError: a file is missing or differs; the message says which one and how.
     """
     manifest = read_json(folder / MANIFEST)
     if manifest.get("format") != _FORMAT:
-        raise DamagedError(f"{MANIFEST} has format {manifest.get('format')!r}, known is {_FORMAT}")
+        raise DamagedError(f"{MANIFEST} has format {manifest.get('format')!r}; the known format is {_FORMAT}")
     files = manifest.get("files")
     if not isinstance(files, dict) or STATE not in files:
         raise DamagedError(f"{MANIFEST} does not list {STATE}")
-    for name, entry in files.items():
-        if name != Path(name).name or not isinstance(entry, dict):
-            raise DamagedError(f"{MANIFEST} lists {name!r}, which is no file of a checkpoint")
-        file = folder / name
-        try:
-            size = file.lstat().st_size if not file.is_symlink() else -1
-            if size != entry.get("bytes"):
-                raise DamagedError(f"{name} has {size:,} bytes, the manifest says {entry.get('bytes')!r}")
-            if sha256_of(file) != entry.get("sha256"):
-                raise DamagedError(f"{name} is not what was written (SHA-256)")
-        except (OSError, ValueError) as error:  # ValueError: a name with a null byte
-            raise DamagedError(f"{name}: {getattr(error, 'strerror', None) or error}") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint.
-
-    Raises:
-        DamagedError: it is missing, too large, or no JSON object.
-    """
-    try:
-        if file.stat().st_size > _LARGEST_JSON:
-            raise DamagedError(f"{file.name} has more than {_LARGEST_JSON:,} bytes")
-        content = json.loads(file.read_bytes())
-    except OSError as error:
-        raise DamagedError(f"{file.name}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{file.name} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise DamagedError(f"{file.name} holds no JSON object")
-    return content
+    verify_files(folder, files)
 
 
 def list_checkpoints(parents: Sequence[Path]) -> list[Path]:
-    """The folders that have a checkpoint's name, the newest first; of equal places, that of the earlier parent."""
+    """The folders named like a checkpoint, newest first; of two at the same place, the one in the earlier parent."""
     found = []
     for parent in parents:
         try:
             found += [(place, path) for path in parent.iterdir() if (place := Place.of(path)) and path.is_dir()]
         except OSError:
-            continue  # not there, or its disk is gone
+            continue  # the folder does not exist, or its disk is gone
     return [path for _, path in sorted(found, key=lambda item: item[0], reverse=True)]
 
 
 def newest_checkpoint(parents: Sequence[Path]) -> tuple[Path | None, Mapping[Path, str]]:
-    """The newest undamaged checkpoint, and why each newer one was passed over."""
+    """The newest undamaged checkpoint, and the reason why each newer one was skipped."""
     skipped: dict[Path, str] = {}
     for path in list_checkpoints(parents):
         try:
@@ -152,40 +108,29 @@ def newest_checkpoint(parents: Sequence[Path]) -> tuple[Path | None, Mapping[Pat
 
 
 def prune_checkpoints(parents: Sequence[Path], newest: Path, kept: int, damaged: Iterable[Path] = ()) -> None:
-    """Remove all but `kept` checkpoints: `newest`, which was verified, and those before it.
+    """Remove all but the last `kept` checkpoints: `newest`, which was verified, and those before it.
 
-    What lies beyond `newest` belongs to a course that the run left; it goes, as does what is `damaged`.
+    Checkpoints beyond `newest` belong to a course of training that was abandoned. They are removed, and so are those
+    that are known to be `damaged`.
 
     Raises:
-        OSError: one cannot be removed.
+        OSError: a checkpoint cannot be removed.
     """
-    place, bad = Place.of(newest), set(damaged)
-    before = [path for path in list_checkpoints(parents) if path != newest]
-    good = [path for path in before if path not in bad and (Place.of(path) or Place(0)) <= (place or Place(0))]
-    for path in before:
+    newest_place = Place.of(newest) or Place(0)
+    bad = set(damaged)
+    others = [path for path in list_checkpoints(parents) if path != newest]
+    good = [path for path in others if path not in bad and (Place.of(path) or Place(0)) <= newest_place]
+    for path in others:
         if path not in good[: kept - 1]:
-            remove_checkpoint(path)
-
-
-def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint, if it is there: its name first, so that it is never seen half.
-
-    Raises:
-        OSError: the system refuses.
-    """
-    if path.exists():
-        gone = path.with_name(f".{path.name}.{os.getpid()}.old.partial")
-        shutil.rmtree(gone, ignore_errors=True)
-        path.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
+            remove_folder(path)
 
 
 def _write(file: Path, content: bytes) -> dict[str, Any]:
-    """Write and sync; the file's line in the manifest."""
+    """Write and sync a file; return its entry in the manifest."""
     with file.open("wb") as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-        if hasattr(os, "posix_fadvise"):  # what is read back shall come from the disk, not from memory
+        if hasattr(os, "posix_fadvise"):  # verification must read the disk, not the page cache
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}

@@ -13,7 +13,8 @@ from nybble.errors import CannotRunError, InputError
 from nybble.guard import refused_by_system
 from nybble.recipe import Recipe, TrainingSection
 from nybble.run.directory import RunDirectory
-from nybble.storage.checkpoints import STATE, DamagedError, Place, list_checkpoints, newest_checkpoint, read_json
+from nybble.storage.checkpoints import STATE, Place, list_checkpoints, newest_checkpoint
+from nybble.storage.manifest import DamagedError, read_json
 from nybble.training.identity import Identity
 from nybble.training.saving import Resumed
 

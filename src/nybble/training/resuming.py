@@ -28,7 +28,8 @@ from transformers import Trainer, TrainerCallback
 from nybble.errors import CannotRunError, InputError
 from nybble.models import full_tensors, is_sharded, put_weights_back, shard_like, trained_weights
 from nybble.run.processes import Processes
-from nybble.storage.checkpoints import STATE, Place, read_json
+from nybble.storage.checkpoints import STATE, Place
+from nybble.storage.manifest import read_json
 from nybble.training.generators import generator_states, set_generator_states
 from nybble.training.health import Health
 from nybble.training.packing import CannotPackError, pack, unpack
