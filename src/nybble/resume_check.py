@@ -1,15 +1,14 @@
-"""Whether a run on this machine would lose nothing: its first steps, undisturbed and interrupted, compared bit by bit.
+"""Checks that an interrupted run loses nothing on this machine: its first steps, trained twice, compared bit by bit.
 
-The steps are trained twice in processes of their own. The second time the process is told to stop after a third of
-them, resumed, killed after two thirds, and resumed again. On a CPU both must end in the same bits; on a GPU as far as
-torch has deterministic algorithms for the model (they are asked for).
+Both trainings run in processes of their own. The second one is asked to stop after a third of the steps, resumed,
+killed after two thirds, and resumed again. On a CPU both must end with the same bits; on a GPU this holds as far as
+torch has deterministic algorithms for the model, which are requested.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,54 +26,65 @@ from nybble.run.directory import read_lines
 from nybble.run.record import Observer, Silent
 from nybble.storage.atomic import write_text
 from nybble.storage.checkpoints import Place, list_checkpoints
+from nybble.subprocesses import Child, report_error
 
-_CHILD = "import sys; from nybble.resume_check import child; sys.exit(child(sys.argv[1], len(sys.argv) > 2))"
-_LOOKS = 0.02  # seconds between two looks at what a process has done
+_SECONDS_BETWEEN_LOOKS = 0.02
 _COMPARED = ("step", "loss", "grad_norm", "learning_rate", "tokens")
 
 
 @dataclass(frozen=True)
 class ResumeCheck:
-    """What was compared, and what was found."""
+    """What was compared, and the result."""
 
     identical: bool
     steps: int
-    interruptions: tuple[str, ...]  # where the second training was
-    n_tensors: int  # weights, optimizer, generators
-    different: tuple[str, ...]  # tensors, or logged figures
-    largest_difference: float  # of any element
+    interruptions: tuple[str, ...]  # signal and checkpoint of each interruption of the second training
+    n_tensors: int  # of weights, optimizer state and generators
+    different: tuple[str, ...]  # names of tensors or logged figures that differ
+    largest_difference: float  # between any two elements
     seconds: float
 
 
 def resume_check(run_dir: Path | str, *, steps: int = 12, observer: Observer | None = None) -> ResumeCheck:
-    """Train the first `steps` of a run again, undisturbed and interrupted, and compare.
+    """Train the first `steps` of a run twice, once undisturbed and once interrupted, and compare.
 
     Raises:
-        InputError: it is no run, or so few steps that nothing can be interrupted.
-        CannotRunError: a training failed, with what it said.
+        InputError: `run_dir` is not a run, or there are too few steps to interrupt a training in between.
+        CannotRunError: a training failed; the message says why.
     """
     file = Path(run_dir).expanduser() / "recipe.yaml"
     if not file.is_file():
-        raise InputError(f"{run_dir} is no run directory (no recipe.yaml); give the output_dir of a `nybble train`")
+        raise InputError(f"{run_dir} is not a run directory (no recipe.yaml); give the output_dir of a `nybble train`")
     if steps < 3:
         raise InputError(f"--steps {steps}: at least 3 are needed to interrupt in between")
-    recipe, watch, began = load_recipe(file), observer or Silent(), time.monotonic()
+    recipe = load_recipe(file)
+    watch = observer or Silent()
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
-        straight, disturbed = Path(name) / "straight", Path(name) / "disturbed"
+        straight = Path(name) / "straight"
+        disturbed = Path(name) / "disturbed"
         watch.stage("undisturbed")
-        _finish(_start(recipe, straight, steps), straight)
+        with _start(recipe, straight, steps) as process:
+            _finish(process)
         watch.stage("interrupted")
         interruptions = _disturb(recipe, disturbed, steps)
         different, n_tensors, largest = _compare(straight, disturbed)
     if not interruptions:
-        raise InputError(f"{steps} steps are over before they can be interrupted; give more with --steps")
-    seconds = time.monotonic() - began
-    return ResumeCheck(not different, steps, tuple(interruptions), n_tensors, tuple(different), largest, seconds)
+        raise InputError(f"{steps} steps end before they can be interrupted; give more with --steps")
+    return ResumeCheck(
+        identical=not different,
+        steps=steps,
+        interruptions=tuple(interruptions),
+        n_tensors=n_tensors,
+        different=tuple(different),
+        largest_difference=largest,
+        seconds=time.monotonic() - began,
+    )
 
 
 def _disturb(recipe: Recipe, out: Path, steps: int) -> list[str]:
-    """Stop it, resume it, kill it, resume it; where it was interrupted."""
-    found = []
+    """Train, stop it, resume it, kill it, and resume it again; return where it was interrupted."""
+    interruptions: list[str] = []
 
     def has_logged() -> bool:
         return len(read_lines(out / "events.jsonl")) >= steps // 3
@@ -83,19 +93,21 @@ def _disturb(recipe: Recipe, out: Path, steps: int) -> list[str]:
         newest = next(iter(list_checkpoints([out / "checkpoints"])), None)
         return newest is not None and (Place.of(newest) or Place(0)).step >= 2 * steps // 3
 
-    process = _start(recipe, out, steps)
-    for number, ready in ((signal.SIGTERM, has_logged), (signal.SIGKILL, has_saved)):
-        if _wait_until(ready, process):
+    for number, is_ready in ((signal.SIGTERM, has_logged), (signal.SIGKILL, has_saved)):
+        with _start(recipe, out, steps, resume=bool(interruptions)) as process:
+            if not _wait_until(is_ready, process):
+                _finish(process)
+                return interruptions
             process.send_signal(number)
             process.wait()
-            newest = next(iter(list_checkpoints([out / "checkpoints"])), None)
-            found.append(f"{number.name}, then on from {newest.name if newest else 'the beginning'}")
-            process = _start(recipe, out, steps, resume=True)
-    _finish(process, out)
-    return found
+        newest = next(iter(list_checkpoints([out / "checkpoints"])), None)
+        interruptions.append(f"{number.name}, then resumed from {newest.name if newest else 'the start'}")
+    with _start(recipe, out, steps, resume=True) as process:
+        _finish(process)
+    return interruptions
 
 
-def _start(recipe: Recipe, out: Path, steps: int, resume: bool = False) -> subprocess.Popen[bytes]:
+def _start(recipe: Recipe, out: Path, steps: int, resume: bool = False) -> Child:
     changes = {
         "output_dir": str(out),
         "max_steps": steps,
@@ -114,41 +126,40 @@ def _start(recipe: Recipe, out: Path, steps: int, resume: bool = False) -> subpr
     )
     file = out.with_suffix(".yaml")
     write_text(file, save_recipe(recipe))
-    # Read by cuBLAS when it starts.
-    environment = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", **os.environ}
-    command = [sys.executable, "-c", _CHILD, str(file), *(["resume"] if resume else [])]
-    with out.with_suffix(".log").open("wb") as log:
-        return subprocess.Popen(command, stderr=log, stdout=log, env=environment)  # noqa: S603
+    arguments = ["-m", "nybble.resume_check", str(file), *(["resume"] if resume else [])]
+    variable = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS reads it when it is loaded
+    return Child(arguments, environment={variable: os.environ.get(variable, ":4096:8")})
 
 
-def child(recipe_file: str, resume: bool) -> int:
-    """What the processes run; the exit code."""
+def _train_in_child(recipe_file: str, resume: bool) -> int:
+    """What a child process runs; the exit code."""
     try:
         rehearse(load_recipe(recipe_file), resume=resume)
     except NybbleError as error:
-        sys.stderr.write(f"{error}\n")
+        report_error(error)
         return error.exit_code
     return 0
 
 
-def _wait_until(ready: Callable[[], bool], process: subprocess.Popen[bytes]) -> bool:
-    """Whether it came before the process was over."""
-    while process.poll() is None:
-        if ready():
+def _wait_until(is_ready: Callable[[], bool], process: Child) -> bool:
+    """Wait; return whether it was ready before the process ended."""
+    while process.is_running:
+        if is_ready():
             return True
-        time.sleep(_LOOKS)
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
     return False
 
 
-def _finish(process: subprocess.Popen[bytes], out: Path) -> None:
-    if process.wait() != 0:
-        said = out.with_suffix(".log").read_text(errors="replace").strip().splitlines() or ["nothing said"]
-        raise CannotRunError(f"the training ended with code {process.returncode}: {said[-1]}")
+def _finish(process: Child) -> None:
+    ending = process.wait()
+    if ending.code != 0:
+        raise CannotRunError(f"the training ended with exit code {ending.code}: {ending.reason}")
 
 
 def _compare(straight: Path, disturbed: Path) -> tuple[list[str], int, float]:
-    """What differs, how many tensors there are, and the largest difference."""
-    ours, theirs = (_tensors(out) for out in (disturbed, straight))
+    """The names of what differs, the number of tensors, and the largest difference."""
+    ours = _tensors(disturbed)
+    theirs = _tensors(straight)
     different = sorted(ours.keys() ^ theirs.keys())
     largest = 0.0
     for name in sorted(ours.keys() & theirs.keys()):
@@ -167,3 +178,7 @@ def _tensors(out: Path) -> dict[str, torch.Tensor]:
     newest = list_checkpoints([out / "checkpoints"])[0]
     files = sorted(newest.glob("*.safetensors"))
     return {f"{file.stem}: {name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+if __name__ == "__main__":
+    sys.exit(_train_in_child(sys.argv[1], resume=len(sys.argv) > 2))

@@ -239,16 +239,24 @@ class FakeTrain:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
         program = folder / "python"
-        program.write_text(f"#!{sys.executable}\nimport os, signal, sys, time\n{script}\n")
+        program.write_text(f"#!{sys.executable}\nimport json, os, signal, sys, time\n{script}\n")
         program.chmod(0o755)
-        monkeypatch.setattr("nybble.comparison.child.sys.executable", str(program))
+        monkeypatch.setattr("nybble.subprocesses.sys.executable", str(program))
 
 
 @pytest.mark.parametrize(
     ("script", "code", "reason"),
     [
         ("sys.exit(0)", 0, None),
-        ("print('a', file=sys.stderr); print('nybble: no such rows', file=sys.stderr); sys.exit(2)", 2, "no such rows"),
+        ("print('a', file=sys.stderr); print('no such rows', file=sys.stderr); sys.exit(2)", 2, "no such rows"),
+        (
+            "print('nybble: in other words', file=sys.stderr)\n"
+            "error = {'class': 'RowsError', 'message': 'no such rows'}\n"
+            "open(os.environ['NYBBLE_ERROR_FILE'], 'w').write(json.dumps(error))\n"
+            "sys.exit(2)",
+            2,
+            "no such rows",
+        ),
         ("os.kill(os.getpid(), signal.SIGKILL)", -9, "killed by SIGKILL (out of memory?)"),
         ("sys.exit(7)", 7, "ended with exit code 7"),
     ],
@@ -260,6 +268,7 @@ def test_how_a_run_ended_is_told(
     (plan,) = methods(tmp_path / "c", "qlora")
     ending = run_trial(plan.trials[0], tmp_path / "log", Silent())
     assert (ending.code, ending.error) == (code, reason)
+    assert ending.error_class == ("RowsError" if "RowsError" in script else "NybbleError")
 
 
 @pytest.mark.parametrize(("has", "flag"), [("checkpoint", "--resume"), ("run.json", "--overwrite"), ("", "")])

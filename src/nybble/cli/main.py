@@ -30,9 +30,10 @@ from nybble.cli import (
 )
 from nybble.cli.process import own_process, stop_as_by_ctrl_c
 from nybble.cli.terminal import visible
-from nybble.errors import CannotRunError, NybbleError
+from nybble.errors import CannotRunError, InputError, NybbleError
 from nybble.guard import redact, refused_by_system
 from nybble.run.rendezvous import refuse_launcher
+from nybble.subprocesses import report_error
 
 app = typer.Typer(
     name="nybble",
@@ -85,28 +86,34 @@ def run(arguments: list[str]) -> int:
     try:
         result: Any = app(arguments, prog_name="nybble", standalone_mode=False)
     except NybbleError as error:
-        return _fail(str(error), error.exit_code, debug)
+        return _fail(error, debug)
     except typer.Exit as error:
         return error.exit_code
     except _UsageError as error:
-        return _fail(f"{error.format_message()} (see nybble --help)", 2, debug)
+        return _fail(InputError(f"{error.format_message()} (see nybble --help)"), debug)
     except (KeyboardInterrupt, typer.Abort):
         return _stopped(debug)
     except Exception as error:  # noqa: BLE001 - the one catch-all: a fault of ours still ends in one line
         if refusal := refused_by_system(error):
-            return _fail(f"{refusal}; make room there, or give another folder", CannotRunError.exit_code, debug)
-        return _fail(f"fault of nybble: {type(error).__name__}: {error}; --debug shows where", 1, debug)
+            return _fail(CannotRunError(f"{refusal}; make room there, or give another folder"), debug)
+        return _fail(NybbleError(f"fault of nybble: {type(error).__name__}: {error}; --debug shows where"), debug)
     if result == _INTERRUPTED:
         return _stopped(debug)
     return result if isinstance(result, int) else 0
 
 
 def _stopped(debug: bool) -> int:
-    return _fail("stopped at once; the last checkpoint is whole", _INTERRUPTED, debug)
+    _say("stopped at once; the last checkpoint is whole", debug)
+    return _INTERRUPTED
 
 
-def _fail(message: str, code: int, debug: bool) -> int:
+def _fail(error: NybbleError, debug: bool) -> int:
+    report_error(error)
+    _say(str(error), debug)
+    return error.exit_code
+
+
+def _say(message: str, debug: bool) -> None:
     if debug:
         traceback.print_exc()
     print(f"nybble: {visible(redact(' '.join(message.split())))}", file=sys.stderr)
-    return code

@@ -1,10 +1,8 @@
-"""One run in a process of its own, so that no arm inherits another's memory, caches or compiled code."""
+"""One run of an arm, in a process of its own, so that no arm inherits another's memory, caches or compiled code."""
 
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from nybble.errors import NybbleError, StoppedError
 from nybble.recipe import Recipe
 from nybble.run.directory import RunDirectory, read_record
 from nybble.run.record import Observer
+from nybble.subprocesses import Child
 
 _DOES_NOT_FIT = 3
 _STOPPED = (4, 130)  # `nybble train` ended by a signal
@@ -23,57 +22,46 @@ _STOPPED = (4, 130)  # `nybble train` ended by a signal
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run's process ended."""
+    """How a trial ended."""
 
-    code: int
-    error: str | None  # its last line, where it failed
-    predicted: dict[str, Any] | None = None  # figures of an arm that does not fit the device
+    code: int  # exit code of `nybble train`; negative: the signal that killed it
+    error: str | None  # why it failed
+    error_class: str = "NybbleError"
+    predicted: dict[str, Any] | None = None  # the plan's figures, if the trial does not fit the device
 
 
 def is_done(trial: Trial) -> bool:
-    """Whether the run is finished and need not be run again."""
+    """Whether the run has finished, so that it need not be run again."""
     return (trial.run_dir / "run.json").is_file() and read_record(trial.run_dir)["status"] == "done"
 
 
 def run_trial(trial: Trial, log: Path, watch: Observer) -> Ending:
-    """Start the run, or go on with it where it was interrupted.
+    """Train, or resume a training that was interrupted. What the process prints goes to `log` and to `watch`.
 
     Raises:
-        StoppedError: a signal came; it was handed on, and what the run has is saved.
+        StoppedError: a signal came. It was passed on, and the training saved what it has.
     """
-    command = [sys.executable, "-m", "nybble", "train", str(trial.recipe_file)]
+    arguments = ["-m", "nybble", "train", str(trial.recipe_file)]
     if RunDirectory(trial.run_dir).last_checkpoint() is not None:
-        command.append("--resume")
+        arguments.append("--resume")
     elif (trial.run_dir / "run.json").is_file():
-        command.append("--overwrite")
-    last = ""
-    # A session of its own: Ctrl+C in a terminal reaches this process alone, which hands it on once.
-    with (
-        log.open("a", encoding="utf-8") as file,
-        subprocess.Popen(  # noqa: S603
-            command,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        ) as child,
-        _handing_on_signals(child),
-    ):
-        for line in child.stderr or ():
-            file.write(line)
-            file.flush()
-            last = line.strip() or last
+        arguments.append("--overwrite")
+    # A new session: Ctrl+C in a terminal reaches only this process, which passes it on once.
+    with Child(arguments, log=log, new_session=True) as child, _passing_on_signals(child):
+        for line in child.lines():
             watch.note(line.strip())
-    if child.returncode in _STOPPED:
-        raise StoppedError(f"stopped in {trial.run_dir.name}: saved; the same command again goes on from there")
-    predicted = predict(trial.recipe) if child.returncode == _DOES_NOT_FIT else None
-    return Ending(child.returncode, _reason(child.returncode, last), predicted)
+        ended = child.wait()
+    if ended.code in _STOPPED:
+        raise StoppedError(f"stopped in {trial.run_dir.name} and saved; the same command again resumes there")
+    if ended.code == 0:
+        return Ending(ended.code, None)
+    predicted = predict(trial.recipe) if ended.code == _DOES_NOT_FIT else None
+    return Ending(ended.code, ended.reason, type(ended.error or NybbleError()).__name__, predicted)
 
 
 def predict(recipe: Recipe) -> dict[str, Any] | None:
-    """What a plan says of a run that does not fit; None where it does fit, and something else is lacking."""
-    from nybble.planning import plan  # brings torch
+    """The plan's figures for a run that does not fit the device; None if it fits, and failed for another reason."""
+    from nybble.planning import plan  # imports torch
 
     try:
         made = plan(recipe)
@@ -89,25 +77,17 @@ def predict(recipe: Recipe) -> dict[str, Any] | None:
     }
 
 
-def _reason(code: int, last: str) -> str | None:
-    if code == 0:
-        return None
-    if code < 0:
-        return f"killed by {signal.Signals(-code).name}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
-    return last.removeprefix("nybble: ") or f"ended with exit code {code}"
-
-
 @contextmanager
-def _handing_on_signals(child: subprocess.Popen[str]) -> Iterator[None]:
-    def hand_on(_number: int, _frame: object) -> None:
+def _passing_on_signals(child: Child) -> Iterator[None]:
+    def pass_on(_number: int, _frame: object) -> None:
         child.send_signal(signal.SIGINT)
 
     former: dict[signal.Signals, Any] = {}
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
-                former[number] = signal.signal(number, hand_on)
-            except ValueError:  # not in the main thread: the host program owns the signals
+                former[number] = signal.signal(number, pass_on)
+            except ValueError:  # this is not the main thread: the host program owns the signals
                 break
         yield
     finally:

@@ -19,7 +19,7 @@ from nybble.comparison.arms import METHODS, Plan, arms_of_methods, arms_of_recip
 from nybble.comparison.child import Ending, is_done, run_trial
 from nybble.comparison.figures import Comparison, collect
 from nybble.comparison.verdict import verdict
-from nybble.errors import CannotRunError, InputError, NybbleError
+from nybble.errors import InputError, error_class
 from nybble.recipe import load_recipe, save_recipe
 from nybble.reporting import write_comparison_report
 from nybble.run.directory import to_json
@@ -96,7 +96,6 @@ def _write(folder: Path, plans: Sequence[Plan], endings: Mapping[Path, Ending]) 
 
 
 def _refuse(endings: Sequence[Ending]) -> None:
-    """No arm gave a figure: the reason of the first is the reason of all, more often than not."""
-    kinds: dict[int, type[NybbleError]] = {2: InputError, 3: CannotRunError}
+    """Raise, because no arm gave a figure. The reason of the first arm is usually the reason of all."""
     first = endings[0]
-    raise kinds.get(first.code, NybbleError)(f"no arm could be run; the first: {first.error}")
+    raise error_class(first.error_class)(f"no arm could be run; the first: {first.error}")

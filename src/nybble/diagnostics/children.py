@@ -6,27 +6,17 @@ next ones get a new process.
 
 from __future__ import annotations
 
-import json
-import queue
-import signal
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any, cast
+from typing import Any
 
 from nybble.diagnostics.evidence import Result, TorchFacts
 from nybble.diagnostics.explain import explain
+from nybble.subprocesses import Child, ChildError
 
 TABLE = "nybble.diagnostics.checks"
 START_SECONDS = 180.0
-
-
-class ChildError(Exception):
-    """The process did not start, hung or died; says so in words."""
 
 
 @dataclass
@@ -60,9 +50,9 @@ def run_checks(
         table: a module with CHECKS.
     """
     run = Run()
-    child = Child(table, device)
+    child = _start(table, device)
     try:
-        hello = child.hello()
+        hello = child.answer(START_SECONDS)
         run.device, run.fingerprint = hello["device"], hello["fingerprint"]
         run.facts = TorchFacts.from_json(hello["facts"])
         checks = [check for check in hello["checks"] if wanted(check)]
@@ -73,8 +63,8 @@ def run_checks(
             told(check["name"], done, len(jobs))
             if not is_fit:
                 child.close()
-                child = Child(table, device)
-                child.hello()
+                child = _start(table, device)
+                child.answer(START_SECONDS)
             is_fit = _one(child, check, path, run)
         run.is_whole = True
         told("checks", len(jobs), len(jobs))
@@ -86,6 +76,10 @@ def run_checks(
     finally:
         child.close()
     return run
+
+
+def _start(table: str, device: str) -> Child:
+    return Child(["-m", "nybble.diagnostics.worker", table, device])
 
 
 def _one(child: Child, check: Mapping[str, Any], path: str, run: Run) -> bool:
@@ -122,76 +116,3 @@ def _rung(run: Run, operator: str, path: str, reason: str | None) -> None:
     if operator:
         rungs = run.ladders.setdefault(operator, {})
         rungs[path] = rungs.get(path) or reason
-
-
-class Child:
-    """The worker, and a thread that hears it."""
-
-    def __init__(self, table: str, device: str) -> None:
-        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
-        command = [sys.executable, "-m", "nybble.diagnostics.worker", table, device]
-        self._process = subprocess.Popen(  # noqa: S603
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, encoding="utf-8"
-        )
-        self._requests = cast(IO[str], self._process.stdin)
-        self._answers = cast(IO[str], self._process.stdout)
-        self._lines: queue.Queue[str] = queue.Queue()
-        self._hears = threading.Thread(target=self._hear, daemon=True)
-        self._hears.start()
-
-    def hello(self) -> dict[str, Any]:
-        """What the worker says first."""
-        return self._heard(START_SECONDS)
-
-    def ask(self, request: Mapping[str, str], limit_seconds: float) -> dict[str, Any]:
-        """The answer to a request.
-
-        Raises:
-            ChildError: there is none within the limit, or the process died.
-        """
-        try:
-            self._requests.write(f"{json.dumps(request)}\n")
-            self._requests.flush()
-        except OSError:
-            raise ChildError(self._end()) from None
-        return self._heard(limit_seconds)
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.wait()
-        self._hears.join()
-        for pipe in (self._requests, self._answers, self._errors):
-            _close(pipe)
-
-    def _hear(self) -> None:
-        for line in self._answers:
-            self._lines.put(line)
-        self._lines.put("")
-
-    def _heard(self, limit_seconds: float) -> dict[str, Any]:
-        try:
-            line = self._lines.get(timeout=limit_seconds)
-        except queue.Empty:
-            self._process.kill()
-            raise ChildError(f"it hung: no answer within {limit_seconds:g} s") from None
-        if not line:
-            raise ChildError(self._end())
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def _end(self) -> str:
-        code = self._process.wait()
-        self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        last = f": {lines[-1][:300]}" if lines else ""
-        if code < 0:
-            return f"it crashed by signal {signal.Signals(-code).name}{last}"
-        return f"it ended with code {code}{last}"
-
-
-def _close(pipe: IO[Any]) -> None:
-    try:
-        pipe.close()
-    except OSError:  # what was still to be written has no reader any more
-        return

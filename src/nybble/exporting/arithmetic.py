@@ -123,8 +123,9 @@ def write_merged(
     from safetensors.torch import save_file
 
     targets = _targets(base, delta)
-    shards = plan_shards("model", {name: (tuple(base.shape(name)), dtype) for name in base.names()}, SHARD_BYTES)
-    total = len(base.names())
+    sizes = {name: prod(base.shape(name)) * dtype.itemsize for name in base.names()}
+    shards = plan_shards("model", sizes, SHARD_BYTES)
+    total = len(sizes)
     done = 0
     for file, names in shards.files.items():
         shard = {}

@@ -139,9 +139,9 @@ def _write_checked(whole: _Whole, file: Path, outtype: str, watch: Observer) -> 
         )
         watch.stage("verify")
         with tempfile.TemporaryDirectory(prefix="nybble-verify-") as scratch:
-            texts, answers = Path(scratch) / "texts.json", Path(scratch) / "answers.json"
+            texts = Path(scratch) / "texts.json"
             texts.write_text(json.dumps(whole.texts), encoding="utf-8")
-            measured = run_fresh("stock_gguf.py", whole.source.folder, unfinished, texts, answers)
+            measured = run_fresh("stock_gguf.py", whole.source.folder, unfinished, texts)
         faults = _faults(measured, outtype)
         unfinished.rename(file)
     finally:

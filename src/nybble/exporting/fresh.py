@@ -1,37 +1,34 @@
-"""A process of its own for what is to be proven: the script gets files, and nothing of this process."""
+"""Asks stock libraries, in an interpreter that imports nothing of Nybble, what they make of an exported model."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from nybble.errors import CannotRunError, NybbleError
+from nybble.subprocesses import Child
 
 
 def run_fresh(script: str, subject: Path, *files: Path, device: str = "cpu") -> dict[str, Any]:
-    """What `script` (beside this file) writes to the last of `files`, when asked about `subject`.
+    """Run `script`, which lies beside this file, on `subject` and `files`; return the JSON object that it prints.
 
     Raises:
-        CannotRunError: it runs out of memory, or lacks a library.
-        NybbleError: it cannot read `subject`, or was not free of this package.
+        CannotRunError: the process ran out of memory, or a library is missing.
+        NybbleError: the script cannot read `subject`, or it imported something of this package.
     """
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    environment = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     if device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-I", str(Path(__file__).with_name(script)), str(subject), *map(str, files)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode < 0 or "OutOfMemoryError" in done.stderr:
+    arguments = ["-I", str(Path(__file__).with_name(script)), str(subject), *map(str, files)]
+    with Child(arguments, environment=environment) as child:
+        ending = child.wait()
+    if ending.code < 0 or "OutOfMemoryError" in ending.stderr:
         raise CannotRunError(f"the verifying process ran out of memory on {subject}; free memory and try again")
-    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    if done.returncode and "ImportError" in done.stderr:
-        raise CannotRunError(f"the verifying process lacks a library: {last[:300]}")
-    if done.returncode:
-        raise NybbleError(f"stock transformers cannot read what was written to {subject}: {last[:300]}")
-    answers: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
-    if answers["foreign"]:
-        raise NybbleError("the verifying process holds modules of nybble itself; its figures prove nothing")
-    return answers
+    last = (ending.last_line or "no message")[:300]
+    if ending.code and "ImportError" in ending.stderr:
+        raise CannotRunError(f"the verifying process lacks a library: {last}")
+    if ending.code or ending.result is None:
+        raise NybbleError(f"stock transformers cannot read what was written to {subject}: {last}")
+    if ending.result["foreign"]:
+        raise NybbleError("the verifying process imported modules of nybble, so its figures prove nothing")
+    return ending.result

@@ -1,11 +1,11 @@
-"""Run as a script in a process of its own: what stock transformers makes of a folder. Imports nothing of Nybble.
+"""A script for a process of its own: what stock transformers makes of a folder. It imports nothing of Nybble.
 
-    python -I stock.py FOLDER QUESTIONS.json REFERENCE.safetensors ANSWERS.json
+    python -I stock.py FOLDER QUESTIONS.json REFERENCE.safetensors
 
 QUESTIONS: {"rows": [{"ids", "first", "positions"}], "prompts": [[ids]], "texts": [str], "chats": [messages],
 "max_new_tokens", "max_memory": {device: bytes} or null}. REFERENCE holds `log_probabilities`, `(positions,
-vocabulary) float32`, the rows behind one another. ANSWERS: mean and worst KL(reference || folder) in nats a position,
-loss of both, greedy continuations, and what the folder's tokenizer makes of texts and chats.
+vocabulary) float32`, one row after the other. Printed is one JSON object: mean and worst KL(reference || folder) in
+nats a position, the loss of both, greedy continuations, and what the folder's tokenizer makes of texts and chats.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a model that is part
 
 def compare_rows(model: Any, rows: list[dict[str, Any]], reference_file: str) -> dict[str, Any]:
     """KL and loss over the positions of `rows`."""
-    kl_sum, kl_worst, loss_sum, reference_sum, count = 0.0, 0.0, 0.0, 0.0, 0
+    kl_sum = kl_worst = loss_sum = reference_sum = 0.0
+    count = 0
     with safe_open(reference_file, framework="pt") as file:
         stored = file.get_slice("log_probabilities")
         for row in rows:
@@ -60,10 +61,12 @@ def continue_greedily(model: Any, prompts: list[list[int]], max_new_tokens: int)
 
 
 def main() -> None:
-    """Read, compare, write."""
-    folder, questions_file, reference_file, answers_file = sys.argv[1:]
+    """Read, compare, print."""
+    answers_file, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not mix with the answers
+    folder, questions_file, reference_file = sys.argv[1:]
     asked = json.loads(Path(questions_file).read_text(encoding="utf-8"))
-    tokenizer, asking = AutoTokenizer.from_pretrained(folder), {"add_generation_prompt": True}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    asking = {"add_generation_prompt": True}
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         # What does not fit into memory is read from the folder's own files when its turn comes.
         model = AutoModelForCausalLM.from_pretrained(
@@ -83,7 +86,7 @@ def main() -> None:
             "stop_tokens": model.generation_config.eos_token_id,
             "foreign": sorted(name for name in sys.modules if name.partition(".")[0] == "nybble"),
         }
-    Path(answers_file).write_text(json.dumps(answers), encoding="utf-8")
+    print(json.dumps(answers), file=answers_file, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Run as a script in a process of its own: is a GGUF file the model in a folder? Imports nothing of Nybble.
+"""A script for a process of its own: whether a GGUF file is the model in a folder. It imports nothing of Nybble.
 
-    python -I stock_gguf.py FOLDER FILE.gguf TEXTS.json ANSWERS.json
+    python -I stock_gguf.py FOLDER FILE.gguf TEXTS.json
 
 Both are read by stock transformers, the file by its GGUF loader, and compared on TEXTS (a list of strings): token ids,
-logits, KL(folder || file) in nats a position, special tokens and chat template.
+logits, KL(folder || file) in nats a position, special tokens and chat template. One JSON object is printed.
 """
 
 from __future__ import annotations
@@ -21,22 +21,27 @@ _SMALL = 1_000_000_000  # parameters up to which both are compared in float32
 
 def compare_logits(folder: Any, file: Any, ids_of_texts: list[list[int]]) -> dict[str, float]:
     """Largest difference of logits, mean and worst KL."""
-    worst_logit, worst_kl, kl_sum, count = 0.0, 0.0, 0.0, 0
+    worst_logit = worst_kl = kl_sum = 0.0
+    count = 0
     for ids in ids_of_texts:
         x, y = (model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float() for model in (folder, file))
         worst_logit = max(worst_logit, float((x - y).abs().max()))
         p, q = torch.log_softmax(x, dim=-1), torch.log_softmax(y, dim=-1)
         kl = (p.exp() * (p - q)).sum(dim=-1)
-        worst_kl, kl_sum, count = max(worst_kl, float(kl.max())), kl_sum + float(kl.sum()), count + len(ids)
+        worst_kl = max(worst_kl, float(kl.max()))
+        kl_sum += float(kl.sum())
+        count += len(ids)
     return {"max_logit_difference": worst_logit, "mean_kl": kl_sum / count, "worst_kl": worst_kl}
 
 
 def main() -> None:
-    """Read both, compare, write."""
-    folder, file, texts_file, answers_file = sys.argv[1:]
+    """Read both, compare, print."""
+    answers_file, sys.stdout = sys.stdout, sys.stderr  # what libraries print must not mix with the answers
+    folder, file, texts_file = sys.argv[1:]
     texts = json.loads(Path(texts_file).read_text(encoding="utf-8"))
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(Path(file).parent), "gguf_file": Path(file).name}
-    tokenizer, read = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(**where)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    read = AutoTokenizer.from_pretrained(**where)
     ids = [tokenizer(text).input_ids for text in texts]
     special = [(one.bos_token_id, one.eos_token_id) for one in (tokenizer, read)]
     answers: dict[str, Any] = {
@@ -55,7 +60,7 @@ def main() -> None:
         dtype = torch.float32 if sum(p.numel() for p in own.parameters()) <= _SMALL else torch.bfloat16
         loaded = AutoModelForCausalLM.from_pretrained(**where, config=config, dtype=dtype).eval()
         answers |= compare_logits(own.to(dtype), loaded, [one for one in ids if one])
-    Path(answers_file).write_text(json.dumps(answers), encoding="utf-8")
+    print(json.dumps(answers), file=answers_file, flush=True)
 
 
 if __name__ == "__main__":

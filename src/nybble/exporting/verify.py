@@ -172,5 +172,5 @@ class Reference:
             "max_memory": max_memory,
         }
         self._file("questions.json").write_text(json.dumps(asked), encoding="utf-8")
-        files = [self._file(name) for name in ("questions.json", "reference.safetensors", "answers.json")]
+        files = [self._file(name) for name in ("questions.json", "reference.safetensors")]
         return run_fresh("stock.py", folder, *files, device=device)

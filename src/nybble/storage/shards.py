@@ -6,11 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -29,25 +24,21 @@ class Shards:
             (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-def plan_shards(stem: str, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], largest_bytes: int) -> Shards:
+def plan_shards(stem: str, sizes: Mapping[str, int], largest_bytes: int) -> Shards:
     """Group tensors, in their order, into files of at most `largest_bytes`; a larger tensor gets a file of its own.
 
     Args:
         stem: the files are called `STEM.safetensors`, or `STEM-00001-of-00002.safetensors` and so on.
-        shapes: shape and dtype of each tensor by its name.
+        sizes: bytes of each tensor by its name.
         largest_bytes: how large a file may be.
     """
-    import torch
-    from huggingface_hub import split_torch_state_dict_into_shards
+    from huggingface_hub import split_state_dict_into_shards_factory  # slow to import
 
-    # Tensors without storage: only sizes count, and tensors that share storage are counted each.
-    sizes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in shapes.items()}
-    pattern = stem.replace("{", "{{").replace("}", "}}") + "{suffix}.safetensors"
-    split = split_torch_state_dict_into_shards(sizes, filename_pattern=pattern, max_shard_size=largest_bytes)
+    split = split_state_dict_into_shards_factory(
+        dict(sizes),
+        get_storage_size=lambda n_bytes: n_bytes,
+        filename_pattern=stem.replace("{", "{{").replace("}", "}}") + "{suffix}.safetensors",
+        max_shard_size=largest_bytes,
+    )
     files = split.filename_to_tensors or {f"{stem}.safetensors": []}
-    return Shards(files, int(split.metadata["total_size"]))
-
-
-def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each tensor, as `plan_shards` takes them."""
-    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    return Shards(files, sum(sizes.values()))
