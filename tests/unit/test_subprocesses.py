@@ -72,8 +72,6 @@ def test_lines_come_while_it_runs_and_go_to_the_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text("of a run before\n")
     program = "import sys\nfor i in range(3): print('line', i, file=sys.stderr, flush=True)\nsys.stderr.write('end')"
-        "import sys, time\nfor i in range(3): print('line', i, file=sys.stderr, flush=True)\nsys.stderr.write('end')"
-    )
     with Child(["-c", program], log=log) as child:
         assert list(child.lines()) == ["line 0", "line 1", "line 2", "end"]
         assert child.wait().stderr == "line 0\nline 1\nline 2\nend"
