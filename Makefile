@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 WORKERS ?= logical
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: install demo test test-all check fix bench bench-step chaos faults fuzz docs
+.PHONY: install demo test test-all check fix bench bench-step chaos faults fuzz kernel-code docs
 
 install: .venv/.installed
 
@@ -41,34 +41,26 @@ fix: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The measurements on real models need a folder with models/ and rows/: make bench DATA=FOLDER
-bench: install
-	$(BIN)/python -m bench.speed.engine
-	$(BIN)/python -m bench.memory.live_step
-	$(BIN)/python -m bench.speed.attention
-	$(BIN)/python -m tools.kernel_code.listing
-	$(BIN)/python -m bench.quality.doctor_tolerances
-	$(BIN)/python -m bench.memory.seven_b
-	$(BIN)/python -m bench.speed.loading
-	$(BIN)/python -m bench.speed.generate
-	$(BIN)/python -m bench.speed.saving
-	$(BIN)/python -m bench.memory.merge_memory
-	$(BIN)/python -m bench.quality.distributed held
-	$(BIN)/python -m bench.quality.distributed live
-	$(BIN)/python -m bench.quality.distributed table
-	$(if $(DATA),$(BIN)/python -m bench.quality.distributed --data $(DATA) killed)
-	$(if $(DATA),$(BIN)/python -m bench.quality.distributed --data $(DATA) learning)
-	$(if $(DATA),$(BIN)/python -m bench.quality.merging --data $(DATA))
-	$(if $(DATA),$(BIN)/python -m bench.quality.curve --data $(DATA))
-	$(if $(DATA),$(BIN)/python -m bench.quality.real_rows --data $(DATA))
-	$(if $(DATA),$(BIN)/python -m bench.quality.comparison --data $(DATA))
-	$(if $(DATA),$(BIN)/python -m bench.quality.encoders --data $(DATA) damage)
-	$(if $(DATA),$(BIN)/python -m bench.speed.rows --data $(DATA) large)
-	$(if $(DATA),$(BIN)/python -m bench.speed.rows --data $(DATA) trl)
+# Everything that is measured, in hours: bench/harness.py says how. Those on real models need a folder with models/ and
+# rows/: make bench DATA=FOLDER. TINY=1 takes the smallest sizes, which only shows that all of it runs.
+MEASURED := speed.engine speed.attention speed.row_operators speed.generate speed.loading speed.saving \
+	speed.plan_depths speed.plan_seconds memory.live_step memory.plan memory.seven_b memory.merge_memory \
+	"memory.distributed held" "memory.distributed live" "memory.distributed table" quality.doctor_tolerances
+ON_DATA := speed.step "speed.rows large" "speed.rows trl" "quality.distributed killed" "quality.distributed learning" \
+	quality.curve quality.real_rows "quality.encoders damage" "quality.encoders finetune" quality.comparison \
+	quality.merging quality.merging_4bit
 
-# Against the stacks people use, about ten minutes: make bench-step DATA=FOLDER
+bench: install
+	set -e; for what in $(MEASURED); do $(BIN)/python -m bench.$$what $(if $(TINY),--tiny,--save); done
+	$(if $(DATA),set -e; for what in $(ON_DATA); do $(BIN)/python -m bench.$$what --data $(DATA) $(if $(TINY),--tiny,--save); done)
+
+# The training step against the stacks people use, about ten minutes: make bench-step DATA=FOLDER [OTHER=CHECKOUT]
 bench-step: install
-	$(BIN)/python -m bench.speed.step --data $(DATA)
+	$(BIN)/python -m bench.speed.step --data $(DATA) $(if $(OTHER),--other $(OTHER))
+
+# What the Triton kernels compile to, without a GPU; a minute or two
+kernel-code: install
+	$(BIN)/python -m tools.kernel_code.listing
 
 # A training killed 200 times and more, about half an hour; every writing call refused, about an hour
 chaos: install

@@ -1,6 +1,6 @@
 """Draw how time and memory of the step grow: docs/evidence/growth.svg, from what `--suite growth` of step.py printed.
 
-python -m bench.speed.growth_plot bench/results/step_growth-epyc-2core-2026-11-23.json docs/evidence/growth.svg
+python -m bench.growth_plot bench/results/step_growth-epyc-2core-2026-11-23.json docs/evidence/growth.svg
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-BLUE, ORANGE = "#0072B2", "#D55E00"  # Okabe and Ito's, told apart by the colour-blind
+BLUE, ORANGE = "#0072B2", "#D55E00"  # of Okabe and Ito, distinct for colour-blind readers
 
 
 def panels(cases: list[dict[str, Any]]) -> list[tuple[str, list[tuple[float, dict[str, Any]]]]]:
@@ -33,6 +33,7 @@ def main() -> None:
     """Draw."""
     source, target = map(Path, sys.argv[1:])
     found = json.loads(source.read_text(encoding="utf-8"))
+    found = found.get("results", found)  # results of before the harness have their figures at the top
     with rc_context({"svg.hashsalt": "growth", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(8.4, 4.4), layout="constrained")
         FigureCanvasSVG(figure)

@@ -1,22 +1,19 @@
 """Merging a checkpoint of Llama-2-7B's shape (random weights, r=16 on all linears): memory, and time against disk.
 
-    python -m bench.memory.merge_memory [--layers 32] [--folder FOLDER]
-
 The streamed merge runs in a process of its own, once into the original and once into the base as bitsandbytes would
-have packed it (encoded and decoded on the way); its anonymous memory is sampled. A plain copy of the same files says
+have packed it (encoded and decoded on the way); its anonymous memory is sampled. A plain copy of the same files shows
 what the disk allows. Verification is not part of it: that takes whatever memory the model takes to run, and reads from
-disk what does not fit. FOLDER needs 28 GB for 32 layers; it is removed again. Prints one JSON object last.
+disk what does not fit. 32 layers need 28 GB in FOLDER; all is removed again.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +21,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from bench.speed.loading import run_watched, write_checkpoint
-from nybble.hardware import detect_device
-from nybble.training import software_versions
+from bench.harness import Option, run, watch
+from bench.models import write_seven_b
 
 RANK = 16
 MERGE = """
@@ -68,29 +64,30 @@ def copy_seconds(model: Path, out: Path) -> float:
     return time.monotonic() - started
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--folder", help="where to write; default: the system's temporary folder")
-    arguments = parser.parse_args()
+def measure(asked: Namespace) -> dict[str, Any]:
+    """Both merges and the copy."""
     torch.manual_seed(0)
-    result: dict[str, Any] = {"layers": arguments.layers, "rank": RANK, "merges": {}}
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+    result: dict[str, Any] = {"rank": RANK, "merges": {}}
+    with tempfile.TemporaryDirectory(dir=asked.folder or None) as name:
         folder = Path(name)
-        result["source_bytes"] = write_checkpoint(folder / "model", arguments.layers)
+        result["source_bytes"] = write_seven_b(folder / "model", asked.layers)
         write_adapter(folder / "model", folder / "adapter")
         for target in ("original", "dequantized"):
             words = [str(folder / part) for part in ("model", "adapter", "out")]
-            _out, seconds, peak = run_watched([sys.executable, "-c", MERGE, *words, target], dict(os.environ))
+            _output, spent = watch([sys.executable, "-c", MERGE, *words, target])
             written = sum(file.stat().st_size for file in (folder / "out").glob("*.safetensors"))
-            result["merges"][target] = {"seconds": seconds, "peak_bytes": peak, "written_bytes": written}
+            result["merges"][target] = {**spent, "written_bytes": written}
             print(target, result["merges"][target], flush=True)
             shutil.rmtree(folder / "out")
         result["copy_seconds"] = copy_seconds(folder / "model", folder / "out")
         print("copy", result["copy_seconds"], flush=True)
-    print(json.dumps(result | {"device": detect_device("cpu").name, "versions": software_versions()}))
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    run(
+        measure,
+        __doc__,
+        Option("layers", 32, tiny=1),
+        Option("folder", "", help="where to write; default: the system's temporary folder"),
+    )

@@ -1,28 +1,26 @@
-"""Predicted against measured: the planner's peaks, and real training runs whose live tensors are counted.
+"""Predicted against measured peaks of training: the planner's, and real runs whose live tensors are counted.
 
-A real run is `nybble.training.train_model` on real tensors: transformers' Trainer, its loader, clipping, AdamW. Two
-steps are trained with a fixed number of recomputed layers; the highest number of live bytes is compared with the peak
-that the plan derives from config.json alone. Prints the table as Markdown and one JSON object last.
-
-    python -m bench.memory.plan --models DIR [DIR ...]
-
-The folders hold small real models; shapes of about 160M are made here.
+A real run is `nybble.training.train_model` on real tensors: our loop, its batches, clipping, AdamW. Two steps are
+trained with a fixed number of recomputed layers; the highest number of live bytes is compared with the peak that the
+plan derives from config.json alone. With --data the small real models in its folder models/ are measured as well.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.harness import Option, print_table, run
+from bench.models import small_models
+from bench.planned import Case, config_of, depth_of, recipe_of
 from nybble.data import Example, Groups
 from nybble.hardware import detect_device
 from nybble.models import attach, find_model, load_model, materialize, meta_model
@@ -30,89 +28,10 @@ from nybble.nn.scratch import scratch
 from nybble.planning.extrapolate import StepAtLevels, TracedModel
 from nybble.planning.memory_tracer import MemoryTracer
 from nybble.planning.traced_step import BatchShape, adopt
-from nybble.recipe import Recipe, StepMemory, load_recipe
+from nybble.recipe import Recipe, StepMemory
 from nybble.run.directory import RunDirectory
 from nybble.run.record import Silent
-from nybble.training import Setup, software_versions, train_model
-
-
-@dataclass(frozen=True)
-class Case:
-    """One run."""
-
-    model: str  # a folder, or the name of a shape below
-    method: str = "qlora"
-    length: int = 128
-    batch: int = 4
-    recompute: str = "none"  # none, some or all
-    r: int = 8
-    targets: str = "all-linear"
-    dropout: float = 0.0
-
-
-def shape(name: str) -> Any:
-    """Configs of about 160M weights."""
-    from transformers import AutoConfig
-
-    sizes = {
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 12,
-    }
-    shapes: dict[str, tuple[str, dict[str, Any]]] = {
-        "llama-160m": ("llama", {**sizes, "vocab_size": 32000}),
-        "llama-160m-tied": ("llama", {**sizes, "vocab_size": 32000, "tie_word_embeddings": True}),
-        "qwen2-160m-wide": (
-            "qwen2",
-            {
-                **sizes,
-                "num_hidden_layers": 8,
-                "num_key_value_heads": 4,
-                "vocab_size": 128256,
-                "tie_word_embeddings": True,
-            },
-        ),
-        "gemma3-60m": (
-            "gemma3_text",
-            {
-                **sizes,
-                "hidden_size": 512,
-                "num_hidden_layers": 8,
-                "num_attention_heads": 8,
-                "num_key_value_heads": 2,
-                "head_dim": 64,
-                "vocab_size": 32000,
-                "sliding_window": 64,
-            },
-        ),
-    }
-    kind, settings = shapes[name]
-    return AutoConfig.for_model(kind, **settings)
-
-
-def recipe_of(case: Case) -> Recipe:
-    """The recipe of a case; two steps."""
-    settings = {
-        "model_name_or_path": case.model,
-        "method": case.method,
-        "r": case.r,
-        "target_modules": case.targets,
-        "lora_dropout": case.dropout,
-        "max_length": case.length,
-        "per_device_train_batch_size": case.batch,
-        "max_steps": 2,
-        "cache": "false",
-        "report_to": "none",
-        "device": "cpu",
-    }
-    return load_recipe(None, settings)
-
-
-def depth_of(case: Case, n_layers: int) -> int:
-    """Layers that are recomputed."""
-    return {"none": 0, "some": n_layers // 2, "all": n_layers}[case.recompute]
+from nybble.training import Setup, train_model
 
 
 def predicted(case: Case, config: Any, recipe: Recipe) -> int:
@@ -153,7 +72,7 @@ def measured(case: Case, config: Any, recipe: Recipe, folder: Path) -> int:
 
 
 def cases(folders: list[str]) -> list[Case]:
-    """The grid."""
+    """The grid, without the small models where no folders are given."""
     found = []
     for folder in folders:
         for method in ("qlora", "lora", "full"):
@@ -178,46 +97,46 @@ def cases(folders: list[str]) -> list[Case]:
     return found
 
 
-def main() -> None:
-    """Run the grid."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=[])
-    parser.add_argument("--first", type=int, default=0, help="leave out so many cases")
-    parser.add_argument("--last", type=int, help="end behind so many cases")
-    asked = parser.parse_args()
-    rows = []
-    for case in cases(asked.models)[asked.first : asked.last]:
-        recipe = recipe_of(case)
-        config = find_model(recipe.model).config if Path(case.model).is_dir() else shape(case.model)
-        started = time.monotonic()
-        expected = predicted(case, config, recipe)
-        seconds = time.monotonic() - started
-        with tempfile.TemporaryDirectory() as folder:
-            found = measured(case, config, recipe, Path(folder) / "run")
-        error = expected / found - 1
-        rows.append(
-            {
-                **asdict(case),
-                "model": Path(case.model).name,
-                "predicted_bytes": expected,
-                "measured_bytes": found,
-                "error": error,
-                "seconds": seconds,
-            }
-        )
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    print("| model | method | length x batch | recomputed | r, targets | predicted MB | measured MB | error |")
-    print("|---|---|---|---|---|---:|---:|---:|")
-    for row in rows:
-        print(
-            f"| {row['model']} | {row['method']} | {row['length']} x {row['batch']} | {row['recompute']} | {row['r']}, "
-            f"{row['targets']} | {row['predicted_bytes'] / 1e6:.2f} | {row['measured_bytes'] / 1e6:.2f} "
-            f"| {100 * row['error']:+.2f} % |"
-        )
+def compared(case: Case) -> dict[str, Any]:
+    """A case, planned and trained."""
+    recipe = recipe_of(case)
+    config = config_of(case, recipe)
+    began = time.monotonic()
+    expected = predicted(case, config, recipe)
+    seconds = time.monotonic() - began
+    with tempfile.TemporaryDirectory() as folder:
+        seen = measured(case, config, recipe, Path(folder) / "run")
+    figures = {"predicted_bytes": expected, "measured_bytes": seen, "error": expected / seen - 1, "seconds": seconds}
+    return {**asdict(case), "model": Path(case.model).name, **figures}
+
+
+def measure(asked: Namespace) -> dict[str, Any]:
+    """The grid."""
+    rows: list[dict[str, Any]] = []
+
+    def table() -> Iterator[tuple[object, ...]]:
+        grid = [Case("llama-tiny", length=16)] if asked.tiny else cases(small_models(asked.data))
+        for case in grid[asked.first : asked.last]:
+            row = compared(case)
+            rows.append(row)
+            yield (
+                row["model"], case.method, f"{case.length} x {case.batch}", case.recompute, f"{case.r}, {case.targets}",
+                f"{row['predicted_bytes'] / 1e6:.2f}", f"{row['measured_bytes'] / 1e6:.2f}",
+                f"{100 * row['error']:+.2f} %",
+            )  # fmt: skip
+
+    print_table(
+        "model | method | length x batch | recomputed | r, targets | predicted MB | measured MB | error", table()
+    )
     errors = [abs(row["error"]) for row in rows]
-    summary = {"runs": len(rows), "worst": max(errors), "median": statistics.median(errors)}
-    print(json.dumps({"benchmark": "plan", **summary, "cases": rows, "versions": software_versions()}))
+    return {"runs": len(rows), "worst": max(errors), "median": statistics.median(errors), "cases": rows}
 
 
 if __name__ == "__main__":
-    main()
+    run(
+        measure,
+        __doc__,
+        Option("first", 0, help="the first case"),
+        Option("last", 1000, help="the case to stop before"),
+        data=None,
+    )

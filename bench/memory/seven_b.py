@@ -1,30 +1,26 @@
 """A Llama-2-7B of random weights: made and packed one layer at a time, then one short forward and backward pass.
 
 Shows that the packed linears take 4.127 bits a weight, that the host never holds the 16-bit model, and that the
-parameter table is Llama-2's. Prints a line per figure and one JSON object last.
-
-    make bench            (about 10 minutes on two cores)
+parameter table is Llama-2's. About 10 minutes on two cores.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
 import time
+from argparse import Namespace
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from nybble.hardware import detect_device
+from bench.harness import Option, run
+from bench.models import SEVEN_B, VOCABULARY
 from nybble.models import attach, count_parameters
 from nybble.nn import Linear4bit
 from nybble.quant import encode
 from nybble.recipe import LoraSection
-from nybble.training import software_versions
-
-SHAPE = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 
 
 def rss_peak_bytes() -> int:
@@ -54,25 +50,20 @@ def build(config: LlamaConfig) -> nn.Module:
     return model.eval()
 
 
-def main() -> None:
-    """Build, count, run one step, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=16, help="length of the one sequence")
-    parser.add_argument("--layers", type=int, default=32)
-    arguments = parser.parse_args()
+def measure(asked: Namespace) -> dict[str, Any]:
+    """Build, count, run one step."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=32000, **{**SHAPE, "num_hidden_layers": arguments.layers})
+    config = LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=asked.layers, **SEVEN_B)
     bare = rss_peak_bytes()
     started = time.monotonic()
     model = build(config)
-    build_seconds = time.monotonic() - started
+    build_seconds, build_peak = time.monotonic() - started, rss_peak_bytes()
     packed = [m.packed for m in model.modules() if isinstance(m, Linear4bit)]
     packed_bytes = sum(weight.n_bytes for weight in packed)
     elements = sum(weight.n_elements for weight in packed)
-    build_peak = rss_peak_bytes()
     adapted = attach(model, LoraSection(r=8, lora_alpha=8, target_modules=("q_proj", "v_proj")), "random")
     trainable, total = count_parameters(adapted)
-    ids = torch.randint(0, 32000, (1, arguments.tokens))
+    ids = torch.randint(0, VOCABULARY, (1, asked.tokens))
     started = time.monotonic()
     with torch.autocast("cpu", torch.bfloat16):
         loss = adapted(input_ids=ids, labels=ids).loss
@@ -91,13 +82,11 @@ def main() -> None:
         "step_seconds": time.monotonic() - started,
         "loss": loss.item(),
         "gradients_finite": all(g is not None and bool(torch.isfinite(g).all()) for g in gradients),
-        "device": detect_device("cpu").name,
-        "versions": software_versions(),
     }
     for name, value in result.items():
         print(f"{name:<28} {value}")
-    print(json.dumps(result))
+    return result
 
 
 if __name__ == "__main__":
-    main()
+    run(measure, __doc__, Option("tokens", 16, tiny=4, help="length of the one sequence"), Option("layers", 32, tiny=1))

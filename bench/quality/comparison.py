@@ -1,64 +1,64 @@
 """QLoRA, LoRA and full training on real small models and real rows, several seeds each, by `nybble compare`.
 
-    python -m bench.quality.comparison --data ../shared/data [--steps 174] [--seeds 3] [--folder runs/bench-comparison]
-
-Two trained Llamas (stories260K, TinyStories-656K) on guanaco-llama2-1k and on 1,100 alpaca rows. With a folder an
-interrupted measurement goes on where it was. Prints a Markdown table, the verdicts and one JSON object last.
+Two trained Llamas (stories260K, TinyStories-656K) on guanaco-llama2-1k and on 1,100 alpaca rows. With --folder an
+interrupted measurement continues where it stopped.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import nybble
-from nybble.hardware import detect_device
-from nybble.training import software_versions
+from bench.harness import Option, print_table, run
+from bench.models import SMALL_MODELS, SMALL_ROWS
 
-MODELS = ("stories260K", "TinyStories-656K")
-ROWS = ("guanaco-llama2-1k.parquet", "alpaca_style_1100.json")
+HEADS = "model | rows | arm | learning rate | held-out loss | 95 % interval | less lora | peak, MB | tokens/s"
 
 
-def one(arguments: argparse.Namespace, model: str, rows: str, folder: Path) -> dict[str, Any]:
+def one(asked: Namespace, model: str, rows: str, folder: Path) -> dict[str, Any]:
     """One comparison and its figures."""
     settings = {
-        "model_name_or_path": str(arguments.data / "models" / model),
-        "dataset_name": str(arguments.data / "rows" / rows),
-        "max_length": 256,
+        "model_name_or_path": str(asked.data / "models" / model),
+        "dataset_name": str(asked.data / "rows" / rows),
+        "max_length": asked.max_length,
         "per_device_train_batch_size": 16,
-        "max_steps": arguments.steps,
+        "max_steps": asked.steps,
         "learning_rate": 2e-3,
         "n_samples": 2,
         "device": "cpu",
     }
-    methods = [word.strip() for word in arguments.methods.split(",")]
-    found = nybble.compare(
-        [], settings, methods=methods, seeds=arguments.seeds, out=folder / f"{model}-{Path(rows).stem}"
-    )
+    if asked.max_rows:
+        settings["max_train_rows"] = asked.max_rows
+    out = folder / f"{model}-{Path(rows).stem}"
+    found = nybble.compare([], settings, methods=list(asked.methods), seeds=asked.seeds, out=out)
     return {"model": model, "rows": rows, **found.to_json()}
 
 
-def table(results: list[dict[str, Any]]) -> list[str]:
-    """A line an arm."""
-    lines = [
-        "| model | rows | arm | learning rate | held-out loss | 95 % interval | less lora | peak, MB | tokens/s |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for result in results:
-        for arm in result["arms"]:
-            if not arm["measured"]:
-                continue
-            span, apart = arm["eval_loss_interval"], difference(result, arm["name"], "lora")
-            interval = f"{span['low']:.4f} – {span['high']:.4f}" if span else "–"
-            rates = ", ".join(dict.fromkeys(f"{rate:g}" for rate in arm["learning_rates"]))
-            lines.append(
-                f"| {result['model']} | {Path(result['rows']).stem} | {arm['name']} | {rates} | {arm['eval_loss']:.4f} "
-                f"| {interval} | {apart} | {arm['peak_bytes'] / 1e6:,.0f} | {arm['tokens_per_second']:,.0f} |"
+def lines(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A line for each arm that was measured."""
+    found = []
+    for arm in result["arms"]:
+        if not arm["measured"]:
+            continue
+        span = arm["eval_loss_interval"]
+        rates = ", ".join(dict.fromkeys(f"{rate:g}" for rate in arm["learning_rates"]))
+        found.append(
+            (
+                result["model"],
+                Path(result["rows"]).stem,
+                arm["name"],
+                rates,
+                f"{arm['eval_loss']:.4f}",
+                f"{span['low']:.4f} – {span['high']:.4f}" if span else "–",
+                difference(result, arm["name"], "lora"),
+                f"{arm['peak_bytes'] / 1000000.0:,.0f}",
+                f"{arm['tokens_per_second']:,.0f}",
             )
-    return lines
+        )
+    return found
 
 
 def difference(result: dict[str, Any], a: str, b: str) -> str:
@@ -71,26 +71,28 @@ def difference(result: dict[str, Any], a: str, b: str) -> str:
     return "–"
 
 
-def main() -> None:
-    """Run all four and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with models/ and rows/")
-    parser.add_argument("--folder", type=Path, help="where the comparisons go, to be looked at or gone on with")
-    parser.add_argument("--steps", type=int, default=174)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--methods", default="qlora,lora,full", help="full=probe probes its rate")
-    parser.add_argument("--models", nargs="*", default=MODELS)
-    parser.add_argument("--rows", nargs="*", default=ROWS)
-    arguments = parser.parse_args()
+def measure(asked: Namespace) -> list[dict[str, Any]]:
+    """Every model on all rows."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.folder or Path(temporary)
-        results = [one(arguments, model, rows, folder) for model in arguments.models for rows in arguments.rows]
-    print("\n".join(table(results)))
+        folder = Path(asked.folder or temporary)
+        results = [one(asked, model, rows, folder) for model in asked.models for rows in asked.rows]
+    print_table(HEADS, (line for result in results for line in lines(result)))
     for result in results:
         print(f"\n{result['model']}, {result['rows']}: {result['verdict']}")
-    device = detect_device("cpu").name
-    print(json.dumps({"results": results, "device": device, "versions": software_versions()}))
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    run(
+        measure,
+        __doc__,
+        Option("folder", "", help="where the comparisons are written, to be looked at or continued"),
+        Option("steps", 174, tiny=2),
+        Option("seeds", 3, tiny=1),
+        Option("methods", ("qlora", "lora", "full"), tiny=("qlora", "lora"), help="full=probe probes its rate"),
+        Option("models", SMALL_MODELS, tiny=SMALL_MODELS[:1]),
+        Option("rows", SMALL_ROWS, tiny=SMALL_ROWS[1:]),
+        Option("max_length", 256, tiny=64),
+        Option("max_rows", 0, tiny=40, help="training rows; 0: all"),
+        data=True,
+    )

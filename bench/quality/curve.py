@@ -1,27 +1,24 @@
 """The loss curve of our step beside PEFT's on transformers: 100 steps from the same seed, without dropout.
 
-    python -m bench.quality.curve --data ../shared/data [--steps 100]
-
 Both train the same 4-bit base on the same rows in the same order, with AdamW at the same rate: ours on rows without
-padding through our blocks, the other on padded rows through transformers' and PEFT's own code (`parity.plain_path`).
-Prints a Markdown table and one JSON object last.
+padding through our blocks, the other on padded rows through transformers' and PEFT's own code (`plain_path`).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+from argparse import Namespace
+from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.harness import Option, print_table, run
+from bench.models import SMALL_MODELS
 from nybble.data import FlatBatch, Groups, PadBatch, prepare_rows
 from nybble.hardware import detect_device
 from nybble.models import attach, find_model, load_model, load_tokenizer
 from nybble.recipe import load_recipe
-from nybble.training import software_versions
 from nybble.training.parity import plain_path
 
 BATCH = 8
@@ -53,36 +50,33 @@ def losses(recipe: Any, steps: int, ours: bool) -> list[float]:
     return found
 
 
-def main() -> None:
-    """Train and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=100)
-    asked = parser.parse_args()
-    cases = []
-    print("| model | type | first loss | last loss | largest difference | mean difference |")
-    print("|---|---|---:|---:|---:|---:|")
-    for name in ("stories260K", "TinyStories-656K"):
-        for dtype in ("float32", "bfloat16"):
-            values = {
-                "model_name_or_path": str(asked.data / "models" / name),
-                "dataset_name": str(asked.data / "rows" / "guanaco-llama2-1k.parquet"),
-                "max_length": 256,
-                "compute_dtype": dtype,
-                "device": "cpu",
-            }
-            recipe = load_recipe(None, values)
-            ours, peft = (torch.tensor(losses(recipe, asked.steps, side)) for side in (True, False))
-            apart = ours - peft
-            figures = {"largest": float(apart.abs().max()), "mean": float(apart.mean())}
-            cases.append({"model": name, "dtype": dtype, **figures})
-            print(
-                f"| {name} | {dtype} | {ours[0]:.4f} | {ours[-1]:.4f} | {figures['largest']:.1e} "
-                f"| {figures['mean']:+.1e} |",
-                flush=True,
-            )
-    print(json.dumps({"benchmark": "curve", "steps": asked.steps, "cases": cases, "versions": software_versions()}))
+def measure(asked: Namespace) -> list[dict[str, Any]]:
+    """Every model in both types."""
+    cases: list[dict[str, Any]] = []
+
+    def compared(model: str, dtype: str) -> tuple[str, ...]:
+        values = {
+            "model_name_or_path": str(asked.data / "models" / model),
+            "dataset_name": str(asked.data / "rows" / "guanaco-llama2-1k.parquet"),
+            "max_length": 256,
+            "compute_dtype": dtype,
+            "device": "cpu",
+        }
+        recipe = load_recipe(None, values)
+        ours, peft = (torch.tensor(losses(recipe, asked.steps, side)) for side in (True, False))
+        apart = ours - peft
+        largest, mean = float(apart.abs().max()), float(apart.mean())
+        cases.append({"model": model, "dtype": dtype, "largest": largest, "mean": mean})
+        return model, dtype, f"{ours[0]:.4f}", f"{ours[-1]:.4f}", f"{largest:.1e}", f"{mean:+.1e}"
+
+    def table() -> Iterator[tuple[str, ...]]:
+        for model in SMALL_MODELS[: 1 if asked.tiny else None]:
+            for dtype in ("float32", "bfloat16"):
+                yield compared(model, dtype)
+
+    print_table("model | type | first loss | last loss | largest difference | mean difference", table())
+    return cases
 
 
 if __name__ == "__main__":
-    main()
+    run(measure, __doc__, Option("steps", 100, tiny=2), data=True)

@@ -1,20 +1,13 @@
-"""Several processes: what they learn beside one, what they hold, what a killed one costs, what the planner predicts.
+"""Several processes: what they learn beside one, and what a killed one costs.
 
-    python -m bench.quality.distributed [--data DATA] WHAT
+    learning    losses and adapters of 1, 2 and 4 processes, ddp and fsdp
+    killed      torchrun, one or two of them, starts over after a SIGKILL; the bits of the adapter
 
-    --data DATA learning  losses and adapters of 1, 2 and 4 processes, ddp and fsdp
-    --data DATA killed    torchrun, one or two, begins anew after SIGKILL; the bits
-    held                  bytes that each of 2 processes holds of a 7B-shaped model
-    live                  the most that is alive in each while it trains, beside the plan
-    table                 the planner's prediction for 70B (no measurement)
-
-DATA holds models/ and rows/. Figures are of gloo on a CPU: they show that the result is right, not how fast it is.
-Prints a line per figure and one JSON object last.
+Figures are of gloo on a CPU: they show that the result is right, not how fast it is.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -23,42 +16,22 @@ import subprocess
 import sys
 import tempfile
 import time
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from argparse import Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from safetensors.torch import load_file
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
-from nybble.data import Example, Groups
-from nybble.hardware import detect_device
-from nybble.models import config_with_layers, find_model, held_bytes, materialize, meta_model, shard
-from nybble.nn import Linear4bit
-from nybble.nn.scratch import scratch
-from nybble.planning import PROFILES, find_config, make_plan, plan_shared, profile_of, shards_among, share_of
-from nybble.planning.sharded_memory import Sizes
-from nybble.recipe import load_recipe
-from nybble.run.directory import RunDirectory
-from nybble.run.processes import Processes
-from nybble.run.record import Silent
-from nybble.run.rendezvous import joined
-from nybble.sharded import for_shards, load_in_shards
-from nybble.training import Setup, software_versions, train_model
+from bench.harness import run
 
-_STEPS = 20
-_LENGTH = 256
-_LAYERS = 4  # of a 7B-shaped model's 32 that are trained in shards
-_CARDS = {24: "rtx4090", 48: "rtx4090", 80: "h200", 192: "mi300x"}  # GB -> whose rates are taken
+STEPS = 20
 
 
 def start(count: int, data: Path, out: Path, *more: str, machines: int = 1) -> list[subprocess.Popen[bytes]]:
-    """`nybble train` of a real model and real rows in so many processes, by a torchrun for each of the machines."""
+    """`nybble train` of a real model and real rows in several processes, by a torchrun for each of the machines."""
     command = [sys.executable, "-m"]
     if count > 1:
         port = 29500 + os.getpid() % 500
@@ -73,7 +46,7 @@ def start(count: int, data: Path, out: Path, *more: str, machines: int = 1) -> l
         "max_length": 128,
         "chat_template": "inst",
         "per_device_train_batch_size": 4,
-        "max_steps": _STEPS,
+        "max_steps": STEPS,
         "eval_fraction": 0,
         "learning_rate": 0.002,
         "logging_steps": 1,
@@ -108,7 +81,7 @@ def left(out: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     return load_file(out / "adapter" / "adapter_model.safetensors"), events
 
 
-def learning(data: Path) -> dict[str, Any]:
+def learning(data: Path, grid: tuple[tuple[int, str], ...]) -> dict[str, Any]:
     """Largest differences from one process."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +89,7 @@ def learning(data: Path) -> dict[str, Any]:
             alone = Path(folder) / f"{dtype}-1"
             done(start(1, data, alone, "--compute_dtype", dtype), alone)
             weights, log = left(alone)
-            for count, distributed in ((2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp")):
+            for count, distributed in grid:
                 out = Path(folder) / f"{dtype}-{count}-{distributed}"
                 done(start(count, data, out, "--compute_dtype", dtype, "--distributed", distributed), out)
                 ours, ours_log = left(out)
@@ -131,11 +104,11 @@ def learning(data: Path) -> dict[str, Any]:
     return found
 
 
-def killed(data: Path) -> dict[str, Any]:
-    """One of two processes gets SIGKILL behind a checkpoint; torchrun begins anew."""
+def killed(data: Path, ways: tuple[tuple[str, int], ...]) -> dict[str, Any]:
+    """One of two processes gets SIGKILL behind a checkpoint; torchrun starts over."""
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for distributed, machines in itertools.product(("ddp", "fsdp"), (1, 2)):
+        for distributed, machines in ways:
             name = f"{distributed}, {machines} launchers" if machines > 1 else distributed
             whole, torn = (Path(folder) / f"{distributed}-{machines}-{what}" for what in ("whole", "torn"))
             done(start(2, data, whole, "--distributed", distributed), whole)
@@ -157,183 +130,14 @@ def killed(data: Path) -> dict[str, Any]:
     return found
 
 
-def in_processes(count: int, *words: str) -> dict[str, Any]:
-    """This program, started again in so many."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", __file__, *words]
-    out = subprocess.run(
-        command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    return dict(json.loads(out.stdout.strip().splitlines()[-1])["figures"])
-
-
-class Storages(TorchDispatchMode):
-    """The most bytes of tensors alive. Asks all storages at each operator, for FSDP2 empties and refills its own."""
-
-    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        super().__init__()
-        self.most = 0
-        self._seen: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._see(tensors)
-
-    def _see(self, values: Any) -> None:
-        for value in tree_iter(values):
-            if isinstance(value, torch.Tensor):
-                storage = (value.to_local() if isinstance(value, DTensor) else value).untyped_storage()
-                self._seen[storage._cdata] = weakref.ref(storage)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self._see((args, kwargs, result))
-        alive = {key: storage for key, reference in self._seen.items() if (storage := reference()) is not None}
-        self._seen = {key: self._seen[key] for key in alive}
-        self.most = max(self.most, sum(storage.nbytes() for storage in alive.values()))
-        return result
-
-
-@dataclass(frozen=True)
-class Trained:
-    """Three steps in shards: of a model in a folder, or of Llama-2-7B's shape with so many layers, of zeros."""
-
-    model: str
-    depth: str  # gradient_checkpointing
-    n_layers: int = 0
-    tied: bool = False
-    rows: int = 1  # of each process
-    length: int = 256
-    shards: int | None = None  # of a copy; None: all processes share one
-
-    @classmethod
-    def all(cls, data: Path | None, count: int) -> Iterator[Trained]:
-        """The grid, with the folders of `data` where it is given."""
-        for folder in sorted((data / "models").iterdir()) if data else ():
-            yield from (cls(str(folder), depth, rows=4, length=128) for depth in ("never", "always"))
-        shape = cls("llama-2-7b", "never", _LAYERS)
-        groups = [replace(shape, shards=2)] if count > 2 else []
-        for case in (shape, replace(shape, tied=True), replace(shape, length=1024), *groups):
-            yield from (replace(case, depth=depth) for depth in ("never", "always"))
-
-    def run(self, processes: Processes) -> dict[str, Any]:
-        """What was alive at the highest moment in each process, and what was planned."""
-        settings = {"model": self.model, "per_device_train_batch_size": processes.count * self.rows, "device": "cpu"}
-        settings |= {"max_length": self.length, "gradient_checkpointing": self.depth, "report_to": "none"}
-        settings |= {"distributed": "fsdp", "fsdp_shards": self.shards}
-        recipe = for_shards(load_recipe(None, settings))
-        config, name = find_config(recipe.model)
-        device, share = detect_device("cpu"), share_of(recipe, processes.count)
-        if self.n_layers:
-            config = config_with_layers(config, self.n_layers)
-            config.tie_word_embeddings = self.tied
-        ids = [1] * self.length
-        n_shards = shards_among(recipe.training, processes.count)
-        plan = make_plan(share, config, profile_of(device), n_shards=n_shards)
-        if self.n_layers:
-            model = meta_model(config, recipe, torch.bfloat16)
-            if processes.is_main:
-                materialize(model)
-            shard(model, processes, device.torch_device, n_shards=n_shards)
-        else:
-            model, _, _ = load_in_shards(find_model(recipe.model), recipe, device, name, processes)
-        groups = Groups([Example(ids, ids, 1, 1, 0, (2,), 0, 0, False) for _ in range(3 * self.rows * processes.count)])
-        scratch.clear()
-        with tempfile.TemporaryDirectory() as folder, Storages([*model.parameters(), *model.buffers()]) as seen:
-            where = (RunDirectory(Path(folder)), device, torch.bfloat16, Silent(), lambda _: 0.0, 0, 3)
-            setup = Setup(*where, plan.step_memory, processes=processes)
-            train_model(model, None, groups, share.training.model_copy(update={"output_dir": folder}), setup)
-        phase = max((p for p in plan.phases if p.name in ("first step", "steady step")), key=lambda p: p.live_bytes)
-        measured = processes.gather(seen.most)
-        case = {**asdict(self), "model": Path(self.model).name, "processes": processes.count}
-        return {
-            **case,
-            "measured_bytes": measured,
-            "planned_bytes": phase.live_bytes,
-            "parts": phase.parts,
-            "error": phase.live_bytes / max(measured) - 1,
-        }
-
-
-def live(data: Path | None) -> dict[str, Any]:
-    """Started by itself in two and in four processes: trainings in shards."""
-    if "RANK" not in os.environ:
-        words = ["live", *(["--data", str(data)] if data else [])]
-        return {f"{count} processes": in_processes(count, *words)["cases"] for count in (2, 4)}
-    with joined(True) as processes:
-        return {"cases": [case.run(processes) for case in Trained.all(data, processes.count)]}
-
-
-def held() -> dict[str, Any]:
-    """Started by itself in two processes: a model of Llama-2-7B's shape, of zeros."""
-    if "RANK" not in os.environ:
-        return in_processes(2, "held")
-    recipe = load_recipe(None, {"model_name_or_path": "llama-2-7b"})
-    config, _ = find_config(recipe.model)
-    with joined(True) as processes:
-        model = meta_model(config, recipe, torch.bfloat16)
-        packed = sum(m.packed.n_bytes for m in model.modules() if isinstance(m, Linear4bit))
-        if processes.is_main:
-            materialize(model)
-        shard(model, processes, detect_device("cpu").torch_device)
-        ours = [m for m in model.modules() if isinstance(m, Linear4bit)]
-        mine = sum(t.to_local().numel() for m in ours for t in (m.weight, m.absmax))
-        figures = processes.gather(
-            {
-                "held_bytes": held_bytes(model),
-                "packed_bytes": mine,
-                "resident_bytes": psutil.Process().memory_info().rss,
-            }
-        )
-        sizes = Sizes.of(config, recipe, torch.bfloat16)
-    return {
-        "layers": config.num_hidden_layers,
-        "packed_bytes_whole": packed,
-        "processes": figures,
-        "planned_bytes": sizes.whole // 2,
-    }
-
-
-def table() -> dict[str, Any]:
-    """70B at 8 rows of 512 tokens a step: what each card would take and send, and how fast a step would be."""
-    found: dict[str, Any] = {}
-    settings = {"model": "llama-2-70b", "distributed": "fsdp", "per_device_train_batch_size": 8, "max_length": 512}
-    recipe = load_recipe(None, settings)
-    config = find_config(recipe.model)[0]
-    for size, rates in _CARDS.items():
-        profile = replace(PROFILES[rates], memory_bytes=int(size * 1e9))
-        one = plan_shared(recipe, config, profile, 1)
-        for n in (1, 2, 4, 8):
-            made = plan_shared(recipe, config, profile, n)
-            speed = one.step_seconds / made.step_seconds / n if one.plan.fits else None
-            found[f"{n} x {size} GB"] = {
-                "fits": made.plan.fits,
-                "peak_bytes": made.plan.peak_bytes,
-                "recompute_layers": made.plan.recompute_layers,
-                "micro_batch": made.plan.micro_batch,
-                "sent_bytes_per_step": made.sent_bytes_per_step,
-                "link_bytes_per_second": made.link_bytes_per_second,
-                "compute_seconds": made.plan.step_seconds,
-                "step_seconds": made.step_seconds,
-                "of_n_times_one": speed,
-                "rates_of": rates,
-            }
-            print(f"{n} x {size} GB: {found[f'{n} x {size} GB']}", flush=True)
-    return found
-
-
-def main() -> None:
-    """Measure one of the five and print it."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, help="folder with models/ and rows/")
-    parser.add_argument("what", choices=["learning", "killed", "held", "live", "table"])
-    given = parser.parse_args()
-    figures: dict[str, Callable[[], dict[str, Any]]] = {
-        "learning": lambda: learning(given.data),
-        "killed": lambda: killed(given.data),
-    }
-    figures |= {"held": held, "live": lambda: live(given.data), "table": table}
-    result = figures[given.what]()
-    device = "none: a prediction" if given.what == "table" else detect_device("cpu").name
-    if os.environ.get("RANK", "0") == "0":
-        print(json.dumps({"what": given.what, "device": device, "versions": software_versions(), "figures": result}))
+def measure(asked: Namespace) -> dict[str, Any]:
+    """One of the two; under --tiny the first case."""
+    if asked.part == "learning":
+        grid = ((2, "ddp"), (4, "ddp"), (2, "fsdp"), (4, "fsdp"))
+        return learning(asked.data, grid[:1] if asked.tiny else grid)
+    ways = tuple(itertools.product(("ddp", "fsdp"), (1, 2)))
+    return killed(asked.data, ways[:1] if asked.tiny else ways)
 
 
 if __name__ == "__main__":
-    main()
+    run(measure, __doc__, parts=("learning", "killed"), data=True)

@@ -1,22 +1,22 @@
 """What each encoder costs in quality: error of weights, divergence of predictions, loss after fine-tuning.
 
-    python -m bench.quality.encoders --data ../shared/data damage       # seconds
-    python -m bench.quality.encoders --data ../shared/data finetune     # about an hour on one core
+    python -m bench.quality.encoders damage --data FOLDER       seconds
+    python -m bench.quality.encoders finetune --data FOLDER     about an hour on one core
 
 `damage`: relative RMS error on synthetic weights; then, on trained models, mean KL to the float32 model and change of
 loss on held-out TinyStories text (pieces of 1,200 characters; calibration sees every other piece). `finetune`: held-out
 loss after the same steps on alpaca rows, QLoRA with each encoder beside 16-bit LoRA, paired over seeds and learning
-rates. Prints Markdown tables and one JSON object last.
+rates.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import statistics
 import sys
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nybble
+from bench.harness import Option, print_table, run
+from bench.models import SMALL_MODELS
 from nybble.hardware import detect_device
 from nybble.models import attach, calibrate, find_model, load_model
 from nybble.quant import decode, encode, encode_searched
 from nybble.recipe import load_recipe
-from nybble.training import software_versions
 
-MODELS = ("stories260K", "TinyStories-656K")
 ARMS: dict[str, dict[str, Any]] = {
     "absmax": {"encoder": "absmax"},
     "search, unsigned": {"encoder": "search", "signed_scales": False},
@@ -95,16 +95,16 @@ def damage(data: Path, name: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def finetune(data: Path, model: str, arm: dict[str, Any], rate: float, seed: int) -> float:
-    """Held-out loss after 100 steps."""
+def finetune(asked: Namespace, model: str, arm: dict[str, Any], rate: float, seed: int) -> float:
+    """Held-out loss after the steps."""
     with tempfile.TemporaryDirectory() as folder:
         settings = {
-            "model_name_or_path": str(data / "models" / model),
-            "dataset_name": str(data / "rows" / "alpaca_style_1100.json"),
+            "model_name_or_path": str(asked.data / "models" / model),
+            "dataset_name": str(asked.data / "rows" / "alpaca_style_1100.json"),
             "output_dir": f"{folder}/run",
             "max_length": 256,
             "per_device_train_batch_size": 8,
-            "max_steps": 100,
+            "max_steps": asked.steps,
             "learning_rate": rate,
             "seed": seed,
             "r": 8,
@@ -118,52 +118,64 @@ def finetune(data: Path, model: str, arm: dict[str, Any], rate: float, seed: int
         return float(nybble.train(load_recipe(None, settings)).eval_loss or 0.0)
 
 
-def finetune_all(data: Path) -> list[dict[str, Any]]:
+def finetune_all(asked: Namespace) -> list[dict[str, Any]]:
     """Every model, arm, rate and seed."""
     arms = {"16-bit LoRA": {"method": "lora"}, **{a: s for a, s in ARMS.items() if "unsigned" not in a}}
+    arms = dict(list(arms.items())[: asked.arms])
+    rates = RATES[: 1 if asked.tiny else None]
     results = []
-    for model, (arm, settings), rate in itertools.product(MODELS, arms.items(), RATES):
-        losses = [finetune(data, model, settings, rate, seed) for seed in SEEDS]
+    for model, (arm, settings), rate in itertools.product(asked.models, arms.items(), rates):
+        losses = [finetune(asked, model, settings, rate, seed) for seed in SEEDS[: asked.seeds]]
         results.append({"model": model, "arm": arm, "learning_rate": rate, "losses": losses})
         print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     return results
 
 
-def print_finetune(results: list[dict[str, Any]]) -> None:
+def print_finetune(results: list[dict[str, Any]], models: tuple[str, ...]) -> None:
     """Mean held-out loss, and the difference from 16-bit LoRA paired over seeds with its standard error."""
-    for model in MODELS:
-        print(f"\n| {model} | " + " | ".join(f"lr {rate:g}" for rate in RATES) + " |\n|---|" + "---|" * len(RATES))
+    for model in models:
         rows = {(r["arm"], r["learning_rate"]): r["losses"] for r in results if r["model"] == model}
-        for arm in dict.fromkeys(name for name, _ in rows):
-            cells = []
-            for rate in RATES:
-                pairs = [a - b for a, b in zip(rows[arm, rate], rows["16-bit LoRA", rate], strict=True)]
-                error = statistics.stdev(pairs) / len(pairs) ** 0.5
-                cells.append(f"{statistics.mean(rows[arm, rate]):.4f} ({statistics.mean(pairs):+.4f} ± {error:.4f})")
-            print(f"| {arm} | " + " | ".join(cells) + " |")
+        rates = tuple(dict.fromkeys(rate for _, rate in rows))
+
+        def cell(losses: list[float], lora: list[float]) -> str:
+            pairs = [a - b for a, b in zip(losses, lora, strict=True)]
+            error = statistics.stdev(pairs) / len(pairs) ** 0.5
+            return f"{statistics.mean(losses):.4f} ({statistics.mean(pairs):+.4f} ± {error:.4f})"
+
+        print_table(
+            f"{model} | {' | '.join(f'lr {rate:g}' for rate in rates)}",
+            (
+                (arm, *(cell(rows[arm, rate], rows["16-bit LoRA", rate]) for rate in rates))
+                for arm in dict.fromkeys(name for name, _ in rows)
+            ),
+        )
 
 
-def main() -> None:
-    """Run a part and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("damage", "finetune"))
-    parser.add_argument("--data", type=Path, required=True, help="folder with models/, rows/ and text/")
-    arguments = parser.parse_args()
+def measure(asked: Namespace) -> dict[str, Any]:
+    """One of the two parts."""
     torch.set_num_threads(1)
-    result: dict[str, Any] = {}
-    if arguments.part == "damage":
-        result["weight_errors"] = weight_errors()
-        print(json.dumps(result["weight_errors"], indent=1))
-        result["models"] = {name: damage(arguments.data, name) for name in MODELS}
-        print("| encoder | " + " | ".join(f"KL {name} | loss" for name in MODELS) + " |\n|---|" + "---|" * 4)
-        for arm in ARMS:
-            cells = [f"{result['models'][n][arm]['kl']:.4f} | {result['models'][n][arm]['loss']:+.4f}" for n in MODELS]
-            print(f"| {arm} | " + " | ".join(cells) + " |")
-    else:
-        result["finetune"] = finetune_all(arguments.data)
-        print_finetune(result["finetune"])
-    print(json.dumps(result | {"device": detect_device("cpu").name, "versions": software_versions()}))
+    if asked.part == "finetune":
+        results = finetune_all(asked)
+        print_finetune(results, asked.models)
+        return {"finetune": results}
+    errors = weight_errors()
+    print(json.dumps(errors, indent=1))
+    models = {name: damage(asked.data, name) for name in asked.models}
+    print_table(
+        f"encoder | {' | '.join(f'KL {name} | loss' for name in models)}",
+        ((a, *(f"{m[a]['kl']:.4f} | {m[a]['loss']:+.4f}" for m in models.values())) for a in ARMS),
+    )
+    return {"weight_errors": errors, "models": models}
 
 
 if __name__ == "__main__":
-    main()
+    run(
+        measure,
+        __doc__,
+        Option("models", SMALL_MODELS, tiny=SMALL_MODELS[:1]),
+        Option("steps", 100, tiny=2, help="finetune"),
+        Option("seeds", len(SEEDS), tiny=2, help="finetune"),
+        Option("arms", len(ARMS), tiny=2, help="finetune: the first N, 16-bit LoRA first"),
+        parts=("damage", "finetune"),
+        data=True,
+    )

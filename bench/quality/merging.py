@@ -1,36 +1,40 @@
 """What merging costs: loss and KL against the adapter as trained, for every target, and for PEFT's own 4-bit merge.
 
-    python -m bench.quality.merging --data ../shared/data [--cases ..] [--lengths short,long]
-
 Real small models on real rows, after a short run (small adapters) and a longer one (large adapters), over bases packed
 by each encoder. PEFT's merge runs in stock transformers + bitsandbytes over the same packed base: decode, add, round to
-4 bits again. All are measured by `nybble.exporting.verify` in fresh processes. One JSON object last.
+4 bits again. All are measured by `nybble.exporting.verify` in fresh processes.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import nybble
+from bench.harness import Option, print_table, run
 from nybble.bundled import base_path, heldout_rows_path, recipe_path, train_rows_path
 from nybble.data import prepare_rows
 from nybble.exporting import Limits, Reference
 from nybble.hardware import detect_device
 from nybble.models import find_artifact, load_artifact
 from nybble.recipe import load_recipe
-from nybble.training import software_versions, stop_at
+from nybble.training import stop_at
 
 ENCODERS = ("absmax", "search", "calibrated")
-LENGTHS = {"short": {"max_steps": 20, "learning_rate": 2e-4}, "long": {"max_steps": 200, "learning_rate": 3e-3}}
+LENGTHS = {
+    "short": {"max_steps": 20, "learning_rate": 2e-4},
+    "long": {"max_steps": 200, "learning_rate": 3e-3},
+    "tiny": {"max_steps": 2, "learning_rate": 2e-4, "max_train_rows": 40},
+}
 UNLIMITED = Limits(mean_kl=1e9, loss_gap=1e9)
 
 
-def cases(data: Path, wanted: list[str], lengths: list[str]) -> list[tuple[str, dict[str, Any]]]:
+def cases(data: Path, wanted: Sequence[str], lengths: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
     """Name and settings of each training, without encoder."""
     found: list[tuple[str, dict[str, Any]]] = []
     if "demo" in wanted:
@@ -99,34 +103,34 @@ def one(name: str, settings: dict[str, Any], encoder: str, folder: Path) -> dict
     }
 
 
-def main() -> None:
-    """Run all and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with models/ and rows/")
-    parser.add_argument("--cases", default="demo,stories260K,TinyStories-656K")
-    parser.add_argument("--lengths", default=",".join(LENGTHS), help="of the runs on real models")
-    parser.add_argument("--partial", type=Path, default=Path(os.devnull), help="file for the results so far")
-    parser.add_argument("--encoders", default=",".join(ENCODERS))
-    arguments = parser.parse_args()
-    results = []
-    print("| case | encoder | as trained | merged into | loss against it | mean KL | worst KL |")
-    print("|---|---|---|---|---|---|---|")
-    wanted = cases(arguments.data, arguments.cases.split(","), arguments.lengths.split(","))
-    for name, settings in wanted:
-        for encoder in arguments.encoders.split(","):
-            with tempfile.TemporaryDirectory() as folder:
-                result = one(name, settings, encoder, Path(folder))
-            results.append(result)
-            arguments.partial.write_text(json.dumps(results))  # an hour's work should survive an interruption
-            for m in result["merges"]:
-                print(
-                    f"| {name} | {encoder} | {m['loss_reference']:.4f} | {m['target']} | {m['loss_gap']:+.4f} "
-                    f"| {m['mean_kl']:.5f} | {m['worst_kl']:.4f} |",
-                    flush=True,
-                )
-    device = detect_device("cpu").name
-    print(json.dumps({"results": results, "device": device, "versions": software_versions()}))
+def measure(asked: Namespace) -> list[dict[str, Any]]:
+    """Every case over a base of every encoder."""
+    results: list[dict[str, Any]] = []
+
+    def table() -> Iterator[tuple[str, ...]]:
+        for name, settings in cases(asked.data, asked.cases, asked.lengths):
+            for encoder in asked.encoders:
+                with tempfile.TemporaryDirectory() as folder:
+                    result = one(name, settings, encoder, Path(folder))
+                results.append(result)
+                Path(asked.partial).write_text(json.dumps(results))  # an hour's work should survive an interruption
+                for m in result["merges"]:
+                    yield (
+                        name, encoder, f"{m['loss_reference']:.4f}", m["target"], f"{m['loss_gap']:+.4f}",
+                        f"{m['mean_kl']:.5f}", f"{m['worst_kl']:.4f}",
+                    )  # fmt: skip
+
+    print_table("case | encoder | as trained | merged into | loss against it | mean KL | worst KL", table())
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    run(
+        measure,
+        __doc__,
+        Option("cases", ("demo", "stories260K", "TinyStories-656K"), tiny=("stories260K",)),
+        Option("encoders", ENCODERS, tiny=ENCODERS[:1]),
+        Option("lengths", ("short", "long"), tiny=("tiny",), help="of the runs on real models"),
+        Option("partial", os.devnull, help="file for the results so far"),
+        data=True,
+    )

@@ -1,27 +1,22 @@
 """4-bit merges: which base, and which encoder. Loss and KL against the adapter as trained, for all six ways.
 
-    python -m bench.quality.merging_4bit --data ../shared/data [--cases ..] [--lengths long] [--encoders ..]
-
-The runs are those of `bench/quality/merging.py`; `--encoders` says what packs the base that they train on. One JSON
-object last.
+The runs are those of `bench/quality/merging.py`; `--encoders` says what packs the base that they train on.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
+from argparse import Namespace
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import nybble
-from bench.quality.merging import ENCODERS, LENGTHS, UNLIMITED, cases
+from bench.harness import Option, print_table, run
+from bench.quality.merging import ENCODERS, UNLIMITED, cases
 from nybble.exporting import Reference
-from nybble.hardware import detect_device
-from nybble.recipe import load_recipe
 from nybble.run.record import Silent
-from nybble.training import software_versions
 
 merging = import_module("nybble.exporting.merge")  # the package's `merge` is the function
 
@@ -43,29 +38,32 @@ def six_ways(run: Path, folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def main() -> None:
-    """Run all and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with models/ and rows/")
-    parser.add_argument("--cases", default="stories260K")
-    parser.add_argument("--lengths", default=",".join(LENGTHS))
-    parser.add_argument("--encoders", default="absmax,search")
-    arguments = parser.parse_args()
-    results = []
-    wanted = cases(arguments.data, arguments.cases.split(","), arguments.lengths.split(","))
-    for name, settings in wanted:
-        for encoder in arguments.encoders.split(","):
-            with tempfile.TemporaryDirectory() as folder:
-                run = Path(folder) / "run"
-                where = {"output_dir": str(run), "encoder": encoder, "device": "cpu", "report_to": "none"}
-                nybble.train(load_recipe(None, {**settings, **where}))
-                ways = six_ways(run, Path(folder))
-            results.append({"case": name, "packed_by": encoder, "ways": ways})
-            for way in ways:
-                print(f"{name}, {encoder}: {way['base']} by {way['encoder']} {way['gap']:+.4f} ({way['kl']:.4f})")
-    device = detect_device("cpu").name
-    print(json.dumps({"results": results, "device": device, "versions": software_versions()}))
+def measure(asked: Namespace) -> list[dict[str, Any]]:
+    """Every case, packed by every encoder."""
+    results: list[dict[str, Any]] = []
+
+    def table() -> Iterator[tuple[str, ...]]:
+        for name, settings in cases(asked.data, asked.cases, asked.lengths):
+            for encoder in asked.encoders:
+                with tempfile.TemporaryDirectory() as folder:
+                    out = Path(folder) / "run"
+                    where = {"output_dir": str(out), "encoder": encoder, "device": "cpu", "report_to": "none"}
+                    nybble.train(nybble.load_recipe(None, {**settings, **where}))
+                    ways = six_ways(out, Path(folder))
+                results.append({"case": name, "packed_by": encoder, "ways": ways})
+                for way in ways:
+                    yield name, encoder, way["base"], way["encoder"], f"{way['gap']:+.4f}", f"{way['kl']:.4f}"
+
+    print_table("case | base packed by | merged into | by encoder | loss against the adapter | mean KL", table())
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    run(
+        measure,
+        __doc__,
+        Option("cases", ("stories260K",)),
+        Option("lengths", ("short", "long"), tiny=("tiny",)),
+        Option("encoders", ("absmax", "search"), tiny=("absmax",)),
+        data=True,
+    )

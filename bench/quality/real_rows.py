@@ -1,16 +1,13 @@
 """QLoRA on real small models and real rows: held-out loss before and after, and the same logits in stock PEFT.
 
-    python -m bench.quality.real_rows --data ../shared/data [--steps 174]
-
 Two trained Llamas (stories260K, TinyStories-656K) on guanaco-llama2-1k and on 1,100 alpaca rows, each with r=16 on all
-linears. Prints a Markdown table and one JSON object last.
+linears.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +16,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import nybble
+from bench.harness import Option, print_table, run
+from bench.models import SMALL_MODELS, SMALL_ROWS
 from nybble.hardware import detect_device
 from nybble.models import find_model, load_adapter, load_model
 from nybble.nn import Linear4bit
 from nybble.recipe import Recipe
-from nybble.training import software_versions
-
-MODELS = ("stories260K", "TinyStories-656K")
-ROWS = ("guanaco-llama2-1k.parquet", "alpaca_style_1100.json")
 
 
 def stock_difference(run: Path, recipe: Recipe) -> float:
@@ -45,15 +40,15 @@ def stock_difference(run: Path, recipe: Recipe) -> float:
     return float((expected - got).abs().max())
 
 
-def one(data: Path, model: str, rows: str, steps: int, folder: Path) -> dict[str, Any]:
+def one(asked: Namespace, model: str, rows: str, folder: Path) -> dict[str, Any]:
     """One training and its figures."""
     settings = {
-        "model_name_or_path": str(data / "models" / model),
-        "dataset_name": str(data / "rows" / rows),
+        "model_name_or_path": str(asked.data / "models" / model),
+        "dataset_name": str(asked.data / "rows" / rows),
         "output_dir": str(folder / f"{model}-{rows}"),
         "max_length": 256,
         "per_device_train_batch_size": 16,
-        "max_steps": steps,
+        "max_steps": asked.steps,
         "learning_rate": 2e-3,
         "n_samples": 0,
         "device": "cpu",
@@ -72,24 +67,33 @@ def one(data: Path, model: str, rows: str, steps: int, folder: Path) -> dict[str
     }
 
 
-def main() -> None:
-    """Run all four and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with models/ and rows/")
-    parser.add_argument("--steps", type=int, default=174)
-    arguments = parser.parse_args()
+def measure(asked: Namespace) -> list[dict[str, Any]]:
+    """Every model on all rows."""
     with tempfile.TemporaryDirectory() as folder:
-        results = [one(arguments.data, m, r, arguments.steps, Path(folder)) for m in MODELS for r in ROWS]
-    print("| model | rows | held-out loss, base | tuned | tokens/s | largest logit difference in stock PEFT |")
-    print("|---|---|---|---|---|---|")
-    for r in results:
-        print(
-            f"| {r['model']} | {r['rows']} | {r['loss_base']:.4f} | {r['loss_tuned']:.4f} "
-            f"| {r['tokens_per_second']:,.0f} | {r['logit_difference_in_stock_peft']:.1e} |"
-        )
-    device = detect_device("cpu").name
-    print(json.dumps({"results": results, "device": device, "versions": software_versions()}))
+        results = [one(asked, model, rows, Path(folder)) for model in asked.models for rows in asked.rows]
+    print_table(
+        "model | rows | held-out loss, base | tuned | tokens/s | largest logit difference in stock PEFT",
+        (
+            (
+                r["model"],
+                r["rows"],
+                f"{r['loss_base']:.4f}",
+                f"{r['loss_tuned']:.4f}",
+                f"{r['tokens_per_second']:,.0f}",
+                f"{r['logit_difference_in_stock_peft']:.1e}",
+            )
+            for r in results
+        ),
+    )
+    return results
 
 
 if __name__ == "__main__":
-    main()
+    run(
+        measure,
+        __doc__,
+        Option("steps", 174, tiny=2),
+        Option("models", SMALL_MODELS, tiny=SMALL_MODELS[:1]),
+        Option("rows", SMALL_ROWS, tiny=SMALL_ROWS[1:]),
+        data=True,
+    )

@@ -1,56 +1,36 @@
-"""Speed of the 4-bit engine on a CPU: decode, encode, and x W^T of a few rows, beside the alternatives.
+"""The 4-bit engine on a CPU: decode, encode, and x W^T of a few rows, beside the alternatives.
 
-Sides are alternated within one run and medians are shown. Decoding moves the packed bytes in and the decoded ones out;
-its speed is also given as a share of what a copy of as many bytes reaches here. bitsandbytes and torchao are measured
-through their public functions, if they are installed. Prints a table per operation and one JSON object last.
-
-    python -m bench.speed.engine [--size 4096] [--repeats 15]
+Decoding reads the packed bytes and writes the decoded ones; its speed is also given as a share of what a copy of as
+many bytes reaches here. bitsandbytes and torchao are measured through their public functions, if they are installed.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
-import time
+from argparse import Namespace
 from collections.abc import Callable
-from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nybble.hardware import detect_device
+from bench.harness import Figures, Option, print_table, run, seconds
 from nybble.kernels import cpu, plain
 from nybble.quant import PackedWeight, encode_searched
-from nybble.training import software_versions
 
 Sides = dict[str, Callable[[], object]]
 ROWS = (1, 4, 8)
-REST_SECONDS = (
-    0.02  # before each call: OpenMP's threads spin for a while after their work and take the next side's core
-)
-
-
-def seconds(sides: Sides, repeats: int) -> dict[str, float]:
-    """Median seconds of each side, one call of each in turn; the first round is not counted."""
-    taken: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats + 1):
-        for name, call in sides.items():
-            time.sleep(REST_SECONDS)
-            started = time.perf_counter()
-            call()
-            taken[name].append(time.perf_counter() - started)
-    return {name: median(times[1:]) for name, times in taken.items()}
+TORCH_PATH_ELEMENTS = 1 << 20  # encoded by the reference, which is slow
 
 
 def on_threads(n: int, call: Callable[[], object]) -> Callable[[], object]:
     """`call` on n threads of torch, and of ours."""
 
-    def run() -> None:
+    def with_threads() -> None:
         torch.set_num_threads(n)
         call()
 
-    return run
+    return with_threads
 
 
 def on_one_and_all(name: str, threads: int, call: Callable[[], object]) -> Sides:
@@ -59,15 +39,15 @@ def on_one_and_all(name: str, threads: int, call: Callable[[], object]) -> Sides
     return sides | ({f"{name}, {threads} threads": on_threads(threads, call)} if threads > 1 else {})
 
 
-def bitsandbytes_functions() -> object | None:
-    """The public functions of bitsandbytes, None if it is not installed."""
+def bitsandbytes_functions() -> Any:
+    """The public functions of bitsandbytes; None if it is not installed."""
     if importlib.util.find_spec("bitsandbytes") is None:
         return None
     return importlib.import_module("bitsandbytes.functional")
 
 
-def torchao_nf4() -> object | None:
-    """The module of torchao's NF4 tensor, None if there is none."""
+def torchao_nf4() -> Any:
+    """The module of torchao's NF4 tensor; None if there is none."""
     for name in ("torchao.dtypes.nf4tensor", "torchao.quantization.quantize_.workflows.nf4.nf4_tensor"):
         try:
             return importlib.import_module(name)
@@ -76,7 +56,7 @@ def torchao_nf4() -> object | None:
     return None
 
 
-def decode_speed(weight: PackedWeight, values: Tensor, threads: int, repeats: int) -> dict[str, dict[str, float]]:
+def decode_speed(weight: PackedWeight, values: Tensor, threads: int, repeats: int) -> dict[str, Figures]:
     """Decode to bfloat16, into a reused buffer where a side can."""
     out = torch.empty(weight.shape, dtype=torch.bfloat16)
     moved = weight.n_bytes + out.numel() * out.element_size()
@@ -92,22 +72,18 @@ def decode_speed(weight: PackedWeight, values: Tensor, threads: int, repeats: in
         tensor = module.to_nf4(values, 64, 256)
         sides["torchao"] = on_threads(threads, tensor.get_original_weight)
     measured = seconds(sides, repeats)
-    copied = next(iter(measured.values()))
-    return {
-        name: {
-            "seconds": taken,
-            "elements_per_second": weight.n_elements / taken,
-            "bytes_per_second": moved / taken,
-            "share_of_copy": copied / taken,
-        }
-        for name, taken in measured.items()
-    }
+    copied = next(iter(measured.values()))["seconds"]
+    for figures in measured.values():
+        taken = figures["seconds"]
+        figures |= {"elements_per_second": weight.n_elements / taken, "bytes_per_second": moved / taken}
+        figures["share_of_copy"] = copied / taken
+    return measured
 
 
-def encode_speed(values: Tensor, threads: int, repeats: int) -> dict[str, dict[str, float]]:
+def encode_speed(values: Tensor, threads: int, repeats: int) -> dict[str, Figures]:
     """Encode from bfloat16 with double quantization; ours with searched scales, the others with absmax."""
     flat = values.reshape(-1)
-    sides = on_one_and_all("torch path, search", threads, lambda: encode_searched(flat[: 1 << 20]))
+    sides = on_one_and_all("torch path, search", threads, lambda: encode_searched(flat[:TORCH_PATH_ELEMENTS]))
     sides |= on_one_and_all("native, search", threads, lambda: encode_searched(flat, steps=cpu))
     if functional := bitsandbytes_functions():
         options = {"blocksize": 64, "quant_type": "nf4", "compress_statistics": True}
@@ -115,12 +91,14 @@ def encode_speed(values: Tensor, threads: int, repeats: int) -> dict[str, dict[s
     if module := torchao_nf4():
         sides["torchao, absmax"] = on_threads(threads, lambda: module.to_nf4(values, 64, 256))
     measured = seconds(sides, repeats)
-    counts = {name: min(flat.numel(), 1 << 20) if name.startswith("torch path") else flat.numel() for name in measured}
-    return {name: {"seconds": t, "elements_per_second": counts[name] / t} for name, t in measured.items()}
+    for name, figures in measured.items():
+        count = min(flat.numel(), TORCH_PATH_ELEMENTS) if name.startswith("torch path") else flat.numel()
+        figures["elements_per_second"] = count / figures["seconds"]
+    return measured
 
 
-def product_speed(weight: PackedWeight, values: Tensor, rows: int, threads: int, repeats: int) -> dict[str, float]:
-    """Seconds of x W^T in bfloat16. bitsandbytes reorders the bytes first, rounds values and scales to bfloat16."""
+def product_speed(weight: PackedWeight, values: Tensor, rows: int, threads: int, repeats: int) -> dict[str, Figures]:
+    """x W^T in bfloat16. bitsandbytes reorders the bytes first, and rounds values and scales to bfloat16."""
     x, dense = torch.randn(rows, weight.shape[1], dtype=torch.bfloat16), values.t()
     sides = on_one_and_all("16-bit weight", threads, lambda: x @ dense)
     sides |= on_one_and_all("torch path", threads, lambda: plain.multiply(x, weight))
@@ -133,48 +111,46 @@ def product_speed(weight: PackedWeight, values: Tensor, rows: int, threads: int,
     return seconds(sides, repeats)
 
 
-def show(title: str, table: dict[str, dict[str, float]], units: dict[str, tuple[str, float]]) -> None:
-    """One row per side."""
-    print(f"\n{title:<36}" + "".join(f"{unit:>14}" for unit, _ in units.values()))
-    for name, row in table.items():
-        print(f"{name:<36}" + "".join(f"{row[key] * scale:>14.4g}" for key, (_, scale) in units.items()))
-
-
-def main() -> None:
-    """Measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", type=int, default=4096, help="rows and columns of the weight")
-    parser.add_argument("--repeats", type=int, default=15)
-    arguments = parser.parse_args()
+def measure(asked: Namespace) -> dict[str, Any]:
+    """The three operations."""
     if reason := cpu.unavailable():
-        raise SystemExit(f"the native path is not there: {reason}")
+        raise SystemExit(f"the native backend is not available: {reason}")
     torch.manual_seed(0)
-    threads, n, repeats = torch.get_num_threads(), arguments.size, arguments.repeats
+    threads, n, repeats = torch.get_num_threads(), asked.size, asked.repeats
     values = torch.randn(n, n, dtype=torch.bfloat16)
     weight = encode_searched(values, steps=cpu)
-    decode, encode = decode_speed(weight, values, threads, repeats), encode_speed(values, threads, max(3, repeats // 5))
+    decode = decode_speed(weight, values, threads, repeats)
+    encode = encode_speed(values, threads, max(2, repeats // 5))
     products = {rows: product_speed(weight, values, rows, threads, repeats) for rows in ROWS}
-    by_side = {name: {str(rows): products[rows][name] for rows in ROWS} for name in products[ROWS[0]]}
-    elements = ("G elements/s", 1e-9)
-    show(
-        f"decode {n} x {n} to bfloat16",
-        decode,
-        {
-            "seconds": ("ms", 1e3),
-            "elements_per_second": elements,
-            "bytes_per_second": ("GB/s", 1e-9),
-            "share_of_copy": ("% of copy", 1e2),
-        },
+    print_table(
+        f"decode {n} x {n} to bfloat16 | ms | G elements/s | GB/s | % of copy",
+        (
+            (
+                name,
+                f"{1000.0 * f['seconds']:.3g}",
+                f"{1e-09 * f['elements_per_second']:.3g}",
+                f"{1e-09 * f['bytes_per_second']:.3g}",
+                f"{100 * f['share_of_copy']:.3g}",
+            )
+            for name, f in decode.items()
+        ),
     )
-    show(f"encode {n} x {n}", encode, {"seconds": ("ms", 1e3), "elements_per_second": ("M elements/s", 1e-6)})
-    show(f"x W^T, {n} x {n}", by_side, {str(rows): (f"ms, {rows} rows", 1e3) for rows in ROWS})
-    if torchao_nf4() is None:
-        print("\ntorchao: absent")
-    result = {"size": n, "threads": threads, "instruction_set": cpu.instruction_set(), "decode": decode}
-    result |= {"encode": encode, "product_seconds": by_side, "torchao": torchao_nf4() is not None}
-    result |= {"device": detect_device("cpu").name, "versions": software_versions()}
-    print(json.dumps(result))
+    print_table(
+        f"encode {n} x {n} | ms | M elements/s",
+        ((s, f"{1e3 * f['seconds']:.3g}", f"{1e-6 * f['elements_per_second']:.3g}") for s, f in encode.items()),
+    )
+    print_table(
+        f"x W^T, {n} x {n} | {' | '.join(f'ms, {rows} rows' for rows in ROWS)}",
+        ((s, *(f"{1e3 * products[rows][s]['seconds']:.3g}" for rows in ROWS)) for s in products[ROWS[0]]),
+    )
+    about = {"threads": threads, "instruction_set": cpu.instruction_set(), "torchao": torchao_nf4() is not None}
+    return {**about, "decode": decode, "encode": encode, "products": products}
 
 
 if __name__ == "__main__":
-    main()
+    run(
+        measure,
+        __doc__,
+        Option("size", 4096, tiny=256, help="rows and columns of the weight"),
+        Option("repeats", 15, tiny=2),
+    )

@@ -1,29 +1,26 @@
 """What checkpoints cost the step: the same training with and without them, on a model of about 168M weights.
 
-    python -m bench.speed.saving [--steps 20] [--repeats 3] [--threads 2]
-
 A Llama of random weights (hidden 1024, 8 layers, vocabulary 32,000) in 4 bits, r=16 on all linears, 32 bundled rows a
 step. The arms take turns in one process: no checkpoint but the last, one every ten steps, one every step. Seconds a
 step are from the logged steps, the first one left out; processor seconds are those of the process, its writing thread
-with it. `copy` and `write` are processor seconds of a checkpoint in the training thread and in the one that writes:
-unlike the others they hardly depend on what else the machine does. Ratios are of medians. Prints a table and one JSON
-object last.
+included. `copy` and `write` are processor seconds of a checkpoint in the training thread and in the one that writes:
+unlike the others they hardly depend on what else the machine does.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
 import tempfile
 import time
+from argparse import Namespace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from bench.harness import Figures, Option, medians, print_table, run
+from bench.models import write_llama
 from nybble import bundled
 from nybble.cli.flags import quiet_libraries
 from nybble.pipeline import rehearse
@@ -33,70 +30,22 @@ from nybble.run.record import Silent, StepEvent
 from nybble.storage.checkpoints import list_checkpoints
 from nybble.training.resuming import ResumableTrainer
 from nybble.training.saving import Saver
-from tools.chaos.run import here
 
 ARMS = {"none": 1_000_000, "every 10 steps": 10, "every step": 1}
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    quiet_libraries()
-    torch.set_num_threads(arguments.threads)
-    found: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
-    with tempfile.TemporaryDirectory() as name:
-        base = write_base(Path(name) / "base")
-        for repeat in range(arguments.repeats):
-            for arm in list(ARMS)[:: 1 if repeat % 2 == 0 else -1]:
-                found[arm].append(measure(base, Path(name) / f"{arm}-{repeat}", arm, arguments.steps))
-                print(f"{arm}: {found[arm][-1]}", file=sys.stderr)
-    medians = {
-        arm: {key: statistics.median(run[key] for run in runs) for key in runs[0]} for arm, runs in found.items()
-    }
-    print("| checkpoints | s a step | x | processor s a step | x | copy, ms | write, ms |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
-    for arm, figures in medians.items():
-        step, cpu = figures["step_seconds"], figures["cpu_seconds"]
-        print(
-            f"| {arm} | {step:.3f} | {step / medians['none']['step_seconds']:.4f} | {cpu:.3f} "
-            f"| {cpu / medians['none']['cpu_seconds']:.4f} | {1e3 * figures['copy_seconds']:.1f} "
-            f"| {1e3 * figures['write_seconds']:.1f} |"
-        )
-    print(json.dumps({"benchmark": "saving", **vars(arguments), "medians": medians, "runs": found, **here()}))
-
-
-def write_base(folder: Path) -> Path:
-    """The random base, with the bundled tokenizer."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=8,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(bundled.base_path()).save_pretrained(folder)
-    return folder
-
-
 class ProcessorClock(Silent):
-    """Looks at the process's clock at each logged step."""
+    """Reads the process's clock at each logged step."""
 
     def __init__(self) -> None:
         self.at: list[float] = []
 
     def step(self, event: StepEvent) -> None:
-        """Look."""
+        """Read it."""
         self.at.append(time.process_time())
 
 
-def measure(base: Path, out: Path, arm: str, steps: int) -> dict[str, float]:
+def train(base: Path, out: Path, save_steps: int, steps: int) -> Figures:
     """Train once."""
     settings: dict[str, Any] = {
         "model_name_or_path": str(base),
@@ -107,7 +56,7 @@ def measure(base: Path, out: Path, arm: str, steps: int) -> dict[str, float]:
         "per_device_train_batch_size": 32,
         "max_steps": steps,
         "logging_steps": 1,
-        "save_steps": ARMS[arm],
+        "save_steps": save_steps,
         "report_to": "none",
     }
     copies: list[float] = []
@@ -134,12 +83,52 @@ def measure(base: Path, out: Path, arm: str, steps: int) -> dict[str, float]:
     newest = list_checkpoints([out / "checkpoints"])[0]
     return {
         "step_seconds": (events[-1]["seconds"] - events[0]["seconds"]) / (steps - 1),
-        "cpu_seconds": (clock.at[-1] - clock.at[0]) / (steps - 1),
+        "processor_seconds": (clock.at[-1] - clock.at[0]) / (steps - 1),
         "copy_seconds": statistics.median(copies),
         "write_seconds": statistics.median(writes),
         "checkpoint_bytes": sum(file.stat().st_size for file in newest.iterdir()),
     }
 
 
+def measure(asked: Namespace) -> dict[str, Any]:
+    """Every arm."""
+    quiet_libraries()
+    torch.set_num_threads(asked.threads)
+    number = count()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        base = write_llama(folder / "base", asked.hidden, asked.layers, bundled.base_path())
+        sides = {
+            arm: lambda save_steps=save_steps: train(base, folder / f"run-{next(number)}", save_steps, asked.steps)
+            for arm, save_steps in ARMS.items()
+        }
+        arms = medians(sides, asked.repeats, warm_up=False)
+    none = arms["none"]
+    print_table(
+        "checkpoints | s a step | x | processor s a step | x | copy, ms | write, ms",
+        (
+            (
+                arm,
+                f"{f['step_seconds']:.3f}",
+                f"{f['step_seconds'] / none['step_seconds']:.4f}",
+                f"{f['processor_seconds']:.3f}",
+                f"{f['processor_seconds'] / none['processor_seconds']:.4f}",
+                f"{1000.0 * f['copy_seconds']:.1f}",
+                f"{1000.0 * f['write_seconds']:.1f}",
+            )
+            for arm, f in arms.items()
+        ),
+    )
+    return {"arms": arms}
+
+
 if __name__ == "__main__":
-    main()
+    run(
+        measure,
+        __doc__,
+        Option("steps", 20, tiny=3),
+        Option("repeats", 3, tiny=1),
+        Option("threads", 2, tiny=1),
+        Option("hidden", 1024, tiny=128),
+        Option("layers", 8, tiny=1),
+    )

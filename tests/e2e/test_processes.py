@@ -90,7 +90,7 @@ def test_each_process_of_a_run_in_shards_takes_what_was_planned(
         import nybble.pipeline
         from nybble.training.resuming import ResumableTrainer
 
-        storages = importlib.import_module("bench.quality.distributed").Storages
+        storages = importlib.import_module("bench.memory.distributed").Storages
         train_model, save = nybble.pipeline.train_model, ResumableTrainer._save_checkpoint
         most: list[int] = []  # before the first checkpoint, before each later one, at the end
 

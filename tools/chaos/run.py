@@ -15,10 +15,8 @@ nothing, is made once.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -34,15 +32,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from bench.harness import witness
 from nybble import bundled, job, pipeline
 from nybble.cli.flags import quiet_libraries
-from nybble.hardware import detect_device
 from nybble.recipe import load_recipe
 from nybble.run.record import Silent
 from nybble.storage import checkpoints
 from nybble.storage.atomic import sha256_of
 from nybble.storage.checkpoints import list_checkpoints
-from nybble.training import software_versions
 
 SETTINGS = {
     "model_name_or_path": str(bundled.base_path()),
@@ -102,7 +99,6 @@ def main() -> int:
             shutil.rmtree(out)
             print(f"{number + 1}/{arguments.runs}: {dict(figures)}", file=sys.stderr)
     found = {
-        "benchmark": "chaos",
         **figures,
         "identical": figures["runs"] - len(differing),
         "differing": differing,
@@ -110,18 +106,8 @@ def main() -> int:
         "seconds": round(time.monotonic() - began),
         "seed": arguments.seed,
     }
-    print(json.dumps({**found, **here()}))
+    print(json.dumps({**witness("chaos"), **found}))
     return bool(differing)
-
-
-def here() -> dict[str, Any]:
-    """Where and when a figure was measured."""
-    return {
-        "device": detect_device("cpu").name,
-        "machine": platform.platform(),
-        "versions": software_versions(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
 
 
 def disturb(out: Path, rng: random.Random, length: float, figures: Counter[str]) -> int:

@@ -25,13 +25,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from bench.harness import witness
 from nybble import pipeline
 from nybble.cli.flags import quiet_libraries
 from nybble.storage.checkpoints import verify
 from nybble.storage.manifest import DamagedError
 from nybble.training import saving
 from tools.chaos.run import SETTINGS as CHAOS
-from tools.chaos.run import everything, fork, here, plan_once
+from tools.chaos.run import everything, fork, plan_once
 
 SETTINGS = {**CHAOS, "gradient_accumulation_steps": 1, "max_steps": 3, "save_steps": 1}
 ALWAYS = 1 << 40
@@ -64,8 +65,8 @@ def main() -> int:
                 fault = refused(folder / "run", number, way, expected, figures)
                 lost += [f"call {number}, {way}: {fault}"] if fault else []
             print(f"call {number} of {n_calls}: {dict(figures)} {lost[-1:]}", file=sys.stderr)
-    found = {"benchmark": "faults", "calls": n_calls, **figures, "lost": lost}
-    print(json.dumps({**found, "seconds": round(time.monotonic() - began), **here()}))
+    found = {"calls": n_calls, **figures, "lost": lost}
+    print(json.dumps({**witness("faults"), **found, "seconds": round(time.monotonic() - began)}))
     return bool(lost)
 
 
