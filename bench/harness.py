@@ -3,7 +3,7 @@
 A benchmark is a short file: a docstring that says what is measured, a function `measure(asked)` that returns its
 figures, and a call of `run`. The harness reads the arguments, of which `--tiny` takes the smallest size of everything
 (it shows that the program runs, and its figures mean nothing), prints the result as the last line of the output, and
-writes it with `--save` to `bench/results/NAME-MACHINE-DATE.json`:
+writes it with `--save` to bench/results, as NAME-MACHINE-DATE.json:
 
     {"benchmark", "command", "date", "device", "machine", "versions", "settings", "results"}
 

@@ -29,77 +29,78 @@ DOCTOR = """# The doctor
 
     nybble doctor [--quick] [--json] [--device auto|cpu|cuda|hip]
 
-It looks for the known failures of drivers, wheels and variables, then computes: every operator by every path, the
-blocks of a training step, and twenty steps of training, each against float64 on the CPU. All of it runs in a process
-of its own with time limits, so that a hang or a fault of the GPU ends as a row of the table. A failure says what you
-would have met, why, one command, and the thread it is known from. On two cores of an AMD EPYC without a GPU it takes
-13 s (2026-11-23, with other work beside it). Exit code 0: everything passed; 3: something did not.
+The doctor looks for the known failures of drivers, wheels and environment variables. Then it computes: every operator on
+every backend, the blocks of a training step, and twenty steps of training, each compared with float64 on the CPU. All of it
+runs in a separate process with time limits, so a hang or a fault of the GPU ends as a row of the table. For each failure
+it prints what you would have met, why, one command, and the thread where it is known from. On two cores of an AMD EPYC
+without a GPU it takes 13 s (2026-11-23, with other programs running). Exit code 0: everything passed; 3: something did not.
 
 `--json` prints `device`, `torch`, `machine`, `versions`, `environment` (variables that were changed before torch was
 imported), `checks` (`name`, `ok`, `path`, `max_error`, `tolerance`, `seconds`, `symptom`, `cause`, `fix`, `thread`,
-`figures`), `not_run` (check -> why), `paths` (operator -> `path` and `skipped`: faster path -> why) and `rates`
+`figures`), `not_run` (check -> why), `paths` (operator -> `path` and `skipped`: faster backend -> why) and `rates`
 (bytes and floating-point operations a second). From Python: `nybble.doctor()`.
 
-## The ladder
+## Backends
 
-Each operator has a ladder of paths, fastest first, and training stands on the first that passed here. The first
-`nybble train` on a machine runs those checks (a few seconds) and keeps the result below the cache folder, under a
-fingerprint of device, driver, libraries and this package's code: another driver is looked at anew. The first lines of
-`train` and `run.json` (`paths`, `notes`) say which path runs and why a faster one does not.
-`--path dequantize_4bit=torch` (may be repeated; `paths` in a recipe) takes a path whatever was found.
+Each operator has several backends, fastest first, and training uses the first that passed on this machine. The first
+`nybble train` on a machine runs these checks (a few seconds) and stores the result in the cache folder, under a
+fingerprint of device, driver, libraries and this package's code, so another driver is checked again. The first lines of
+`train` and `run.json` (`paths`, `notes`) say which backend runs and why a faster one does not.
+`--path dequantize_4bit=torch` (may be repeated; `paths` in a recipe) selects a backend regardless of the checks.
 
 {ladders}
 
-`rows` is what lies between the products of a step (norms, gates, dropout, rotary positions, the loss of a row),
-`attend` the attention of rows that lie behind each other, `sdpa` the fastest kind of attention that torch itself may
-take where it is asked. Of two right libraries for `gemm` the clearly faster is taken.
+`rows` are the operators between the products of a step (norms, gates, dropout, rotary positions, the loss of a row),
+`attend` is attention over rows that follow each other in one sequence, and `sdpa` is the fastest kind of attention that
+torch itself may use. If both libraries for `gemm` are right, the clearly faster one is used.
 
 ## What is computed
 
-Errors are in units of the result's type at its largest value, but for 4-bit encode (share of a scale), speed of
+Errors are in units of the result's type at its largest value, except for 4-bit encode (share of a scale), speed of
 decoding (times as long as a copy of as many bytes) and 20 steps (share of the first loss).
-`python -m bench.quality.doctor_tolerances` prints what they come to over 20 seeds; on two cores of an AMD EPYC
-(2026-11-23) no mean plus six standard deviations reaches its tolerance ([results](../../bench/results)).
+`python -m bench.quality.doctor_tolerances` prints the errors over 20 seeds. On two cores of an AMD EPYC (2026-11-23), no
+mean plus six standard deviations reaches its tolerance ([results](../../bench/results)).
 
 {checks}
 
-A check is one entry in `nybble/diagnostics/checks.py`: name, what computes, tolerance, symptom, command, and the
-operator whose ladder it decides.
+A check is one entry in `nybble/diagnostics/checks.py`: name, what computes, tolerance, symptom, command, and the operator
+whose backend it decides.
 
 ## What is looked for
 
-These need no torch that works; most are AMD's. {n_symptoms} in all.
+These checks work even if torch does not; most concern AMD. {n_symptoms} in all.
 
 {symptoms}
 
-## What it cannot see
+## What it cannot detect
 
-That a result is right once does not show races. Rates are measured while whatever else runs, runs. On AMD and NVIDIA
-cards nothing of this has been run yet: the known failures are tested on made-up machines, the kernels by Triton's
-interpreter, by reading what they compile to, and the decoder by executing that code
-([kernel-code.md](../evidence/kernel-code.md)).
+A result that is right once does not exclude races. Rates are measured with whatever else is running. Nothing of this was
+run on AMD and NVIDIA cards yet: the known failures are tested on simulated machines, and the kernels by Triton's
+interpreter, by reading what they compile to, and for the decoder by executing that code
+([kernel code](../evidence/kernel-code.md)).
 """
 
 ERRORS = """# Errors
 
-What a wrong input ends in: one line on stderr, which says what was seen, what is allowed and what to do, and an exit
-code: 2 the input is wrong, 3 it does not fit or something is missing here, 1 a fault of ours (`--debug` shows where).
-Nothing is left behind. Each of these {n_cases} lines is run by the tests, in a folder of files that are each wrong in
-one way (`tests/e2e/spoiled.py`); `…` stands for what differs between machines or is said by a library.
+A wrong input ends with one line on stderr, which says what was seen, what is allowed and what to do, and with an exit code:
+2 if the input is wrong, 3 if it does not fit or something is missing here, 1 for a fault of ours (`--debug` shows where).
+No files are left behind. The tests run each of these {n_cases} lines, in a folder of files that are each wrong in one way
+(`tests/e2e/spoiled.py`). `…` stands for what differs between machines or comes from a library.
 
 {tables}
 ## What is not trusted
 
-Weights are safetensors; a pickle is refused whatever its name. Python code that a model brings along is run only where
-`trust_remote_code` is said, and a run or adapter cannot say it for you. Links that lead out of an adapter's folder are
-refused. Names in an adapter are never matched as patterns, its ranks never believed, its modules never imported. A
-config's numbers are held against the files before anything is built. A chat template gets half a second and a gigabyte
-of memory for a row (in the main thread; memory on Linux). Tokens of the hub, passwords in addresses and values of
-variables called `..TOKEN`, `..SECRET`, `..PASSWORD`, `..API_KEY` or `..ACCESS_KEY` are written to no file and no
-message.
+- **Weights** are safetensors; a pickle is refused whatever its name.
+- **Code** that a model brings along runs only if you set `trust_remote_code`; a run or an adapter cannot set it for you.
+- **Adapters**: links that lead out of the folder are refused. Names are never matched as patterns, ranks are never
+  believed, and modules are never imported.
+- **Configs**: their numbers are compared with the files before anything is built.
+- **Chat templates** get half a second and a gigabyte of memory for each row (in the main thread; memory on Linux).
+- **Secrets**: tokens of the hub, passwords in addresses, and values of variables called `..TOKEN`, `..SECRET`,
+  `..PASSWORD`, `..API_KEY` or `..ACCESS_KEY` are never written to a file or a message.
 
-`make fuzz` feeds every reader of foreign files with what is nearly right. Of 1,010,650 inputs 759,822 were refused,
-each with a documented error on one line; none took longer than 0.7 s, or memory out of proportion to its file
+`make fuzz` feeds every reader of foreign files with inputs that are nearly right. Of 1,010,650 inputs, 759,822 were
+refused, each with a documented error on one line; none took longer than 0.7 s, or memory out of proportion to its file
 ([results](../../bench/results/fuzz-epyc-2core-2026-11-23.json), 2026-11-23, Python 3.11).
 """
 GROUPS = {"recipe": "Recipes and flags", "model": "Models", "rows": "Rows and templates", "runs": "Runs and adapters"}
