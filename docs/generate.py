@@ -29,11 +29,12 @@ DOCTOR = """# The doctor
 
     nybble doctor [--quick] [--json] [--device auto|cpu|cuda|hip]
 
-The doctor looks for the known failures of drivers, wheels and environment variables. Then it computes: every operator on
-every backend, the blocks of a training step, and twenty steps of training, each compared with float64 on the CPU. All of it
-runs in a separate process with time limits, so a hang or a fault of the GPU ends as a row of the table. For each failure
-it prints what you would have met, why, one command, and the thread where it is known from. On two cores of an AMD EPYC
-without a GPU it takes 13 s (2026-11-23, with other programs running). Exit code 0: everything passed; 3: something did not.
+The doctor looks for the known failures of drivers, wheels and environment variables. Then it computes: every operator
+on every backend, the blocks of a training step, and twenty steps of training, each compared with float64 on the CPU.
+All of it runs in a separate process with time limits, so a hang or a fault of the GPU ends as a row of the table. For
+each failure it prints what you would have met, why, one command, and the thread where it is known from. On two cores of
+an AMD EPYC without a GPU it takes 13 s (2026-11-23, with other programs running). Exit code 0: everything passed; 3:
+something did not.
 
 `--json` prints `device`, `torch`, `machine`, `versions`, `environment` (variables that were changed before torch was
 imported), `checks` (`name`, `ok`, `path`, `max_error`, `tolerance`, `seconds`, `symptom`, `cause`, `fix`, `thread`,
@@ -58,13 +59,13 @@ torch itself may use. If both libraries for `gemm` are right, the clearly faster
 
 Errors are in units of the result's type at its largest value, except for 4-bit encode (share of a scale), speed of
 decoding (times as long as a copy of as many bytes) and 20 steps (share of the first loss).
-`python -m bench.quality.doctor_tolerances` prints the errors over 20 seeds. On two cores of an AMD EPYC (2026-11-23), no
-mean plus six standard deviations reaches its tolerance ([results](../../bench/results)).
+`python -m bench.quality.doctor_tolerances` prints the errors over 20 seeds. On two cores of an AMD EPYC (2026-11-23),
+no mean plus six standard deviations reaches its tolerance ([results](../../bench/results)).
 
 {checks}
 
-A check is one entry in `nybble/diagnostics/checks.py`: name, what computes, tolerance, symptom, command, and the operator
-whose backend it decides.
+A check is one entry in `nybble/diagnostics/checks.py`: name, what computes, tolerance, symptom, command, and the
+operator whose backend it decides.
 
 ## What is looked for
 
@@ -74,24 +75,25 @@ These checks work even if torch does not; most concern AMD. {n_symptoms} in all.
 
 ## What it cannot detect
 
-A result that is right once does not exclude races. Rates are measured with whatever else is running. Nothing of this was
-run on AMD and NVIDIA cards yet: the known failures are tested on simulated machines, and the kernels by Triton's
+A result that is right once does not exclude races. Rates are measured with whatever else is running. Nothing of this
+was run on AMD and NVIDIA cards yet: the known failures are tested on simulated machines, and the kernels by Triton's
 interpreter, by reading what they compile to, and for the decoder by executing that code
 ([kernel code](../evidence/kernel-code.md)).
 """
 
 ERRORS = """# Errors
 
-A wrong input ends with one line on stderr, which says what was seen, what is allowed and what to do, and with an exit code:
-2 if the input is wrong, 3 if it does not fit or something is missing here, 1 for a fault of ours (`--debug` shows where).
-No files are left behind. The tests run each of these {n_cases} lines, in a folder of files that are each wrong in one way
-(`tests/e2e/spoiled.py`). `…` stands for what differs between machines or comes from a library.
+A wrong input ends with one line on stderr, which says what was seen, what is allowed and what to do, and with an exit
+code: 2 if the input is wrong, 3 if it does not fit or something is missing here, 1 for a fault of ours (`--debug` shows
+where). No files are left behind. The tests run each of these {n_cases} lines, in a folder of files that are each wrong
+in one way (`tests/e2e/spoiled.py`). `…` stands for what differs between machines or comes from a library.
 
 {tables}
 ## What is not trusted
 
 - **Weights** are safetensors; a pickle is refused whatever its name.
-- **Code** that a model brings along runs only if you set `trust_remote_code`; a run or an adapter cannot set it for you.
+- **Code** that a model brings along runs only if you set `trust_remote_code`; a run or an adapter cannot set it for
+  you.
 - **Adapters**: links that lead out of the folder are refused. Names are never matched as patterns, ranks are never
   believed, and modules are never imported.
 - **Configs**: their numbers are compared with the files before anything is built.
