@@ -35,8 +35,8 @@ from nybble.planning.sharded_memory import Sizes
 from nybble.recipe import load_recipe
 from nybble.run.directory import RunDirectory
 from nybble.run.processes import Processes
-from nybble.run.rendezvous import joined
 from nybble.run.record import Silent
+from nybble.run.rendezvous import joined
 from nybble.sharded import for_shards, load_in_shards
 from nybble.training import Setup, train_model
 
