@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +17,7 @@ from nybble.planning import Batches, among, plan_training, profile_of, shards_am
 from nybble.recipe import EvaluationSection, Plan, Recipe, shared_among, step_rows, within_context
 from nybble.run.directory import RunDirectory
 from nybble.run.processes import Processes
-from nybble.run.record import Evaluation, Observer, RunRecord, Sample, StepEvent
+from nybble.run.record import Observer
 from nybble.sharded import for_shards
 from nybble.storage.atomic import sha256_of
 from nybble.storage.checkpoints import list_checkpoints
@@ -34,43 +32,6 @@ from nybble.training import (
 )
 
 _SECONDS_TO_APPEAR = 5  # a shared folder may show a new file late
-
-
-class OthersRun(RunDirectory):
-    """The run's folder as all processes but the first have it: they read it, and write nothing."""
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """The first process holds it."""
-        yield
-
-    def create(self, *, overwrite: bool = False) -> None:
-        """Left to the first process, as is all below."""
-
-    def discard(self) -> None:
-        """Nothing to remove."""
-
-    def write_record(self, record: RunRecord) -> None:
-        """Not written."""
-        record.run_dir = str(self.path)
-
-    def write_held_out(self, base: Evaluation, tuned: Evaluation) -> None:
-        """Not written."""
-
-    def write_mask(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Not written."""
-
-    def append_event(self, event: StepEvent) -> None:
-        """Not written."""
-
-    def append_sample(self, sample: Sample) -> None:
-        """Not written."""
-
-    def drop_lines_after(self, step: int) -> None:
-        """Not written."""
-
-    def write_manifest(self) -> None:
-        """Not written."""
 
 
 def check_shared(run: RunDirectory, processes: Processes) -> None:
@@ -184,8 +145,7 @@ def prepare(
     limit, began, output = recipe.training.max_seconds, time.monotonic(), recipe.training.output_dir
     parents = folders_of(Path(output).expanduser(), recipe.training)
     elsewhere = resume and bool(list_checkpoints(parents[1:]))
-    kind = RunDirectory if processes.is_main else OthersRun
-    run = kind.check(output, overwrite=overwrite, resume=resume, elsewhere=elsewhere)
+    run = RunDirectory.check(output, overwrite=overwrite, resume=resume, elsewhere=elsewhere, writes=processes.is_main)
     check_training(recipe.training)
     found = find_checkpoint(parents, watch.note) if resume else None
     if resume and found is None:

@@ -79,7 +79,7 @@ def train(
         if processes.have_begun(str(run.path)):  # the first start alone may overwrite
             overwrite, auto_resume = False, True
         if overwrite and auto_resume:
-            raise RecipeError("--overwrite removes what --auto-resume would go on from; give one of them")
+            raise RecipeError("--overwrite removes the run that --auto-resume would continue; give one of them")
         resume |= auto_resume and processes.gather(run.holds_run)[0]
         watch = (observer if processes.is_main else None) or Silent()
         return _train_job(prepare_all(resolved, overwrite, resume, force, watch, processes), overwrite, resume, force)

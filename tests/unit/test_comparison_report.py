@@ -158,6 +158,6 @@ def test_a_damaged_comparison_is_refused_in_words(tmp_path: Path, content: str) 
 def test_no_comparison_no_report(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no comparison"):
         write_comparison_report(tmp_path)
-    with pytest.raises(InputError, match="is no run directory"):
+    with pytest.raises(InputError, match="is not a run directory"):
         rewrite_report(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -230,7 +230,7 @@ def test_rows_without_held_out_rows_have_dashes(run: RunDirectory) -> None:
 
 
 def test_no_run_directory_no_report(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no run directory"):
+    with pytest.raises(InputError, match="is not a run directory"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

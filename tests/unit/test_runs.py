@@ -81,7 +81,7 @@ def test_a_folder_with_anything_in_it_is_not_written_into(former: RunDirectory, 
 def test_overwrite_only_replaces_a_former_run(former: RunDirectory, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
-    assert "no run.json; --overwrite only replaces a former run" in refusal(tmp_path / "thesis", overwrite=True)
+    assert "no run.json; --overwrite only replaces an earlier run" in refusal(tmp_path / "thesis", overwrite=True)
     assert tree(tmp_path / "thesis") == {"chapter.tex"}
     before = tree(former.path)
     checked = RunDirectory.check(former.path, overwrite=True)
@@ -106,9 +106,9 @@ def test_create_without_overwrite_removes_nothing(former: RunDirectory) -> None:
 
 def test_resume_needs_a_checkpoint(run: RunDirectory, tmp_path: Path) -> None:
     for path in (run.path, tmp_path / "none"):
-        assert "holds no checkpoint to resume from" in refusal(path, resume=True)
+        assert "has no checkpoint to resume from" in refusal(path, resume=True)
     (run.checkpoints / "checkpoint-best").mkdir(parents=True)
-    assert "holds no checkpoint to resume from" in refusal(run.path, resume=True)
+    assert "has no checkpoint to resume from" in refusal(run.path, resume=True)
 
 
 def test_the_last_checkpoint_is_that_of_the_highest_step(former: RunDirectory) -> None:
@@ -175,7 +175,7 @@ def test_a_record_reads_back_as_written(run: RunDirectory) -> None:
 
 
 def test_a_folder_without_record_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is no run directory \(no run.json\)"):
+    with pytest.raises(InputError, match=r"is not a run directory \(no run.json\)"):
         read_record(tmp_path)
 
 
@@ -272,7 +272,7 @@ def test_a_line_that_had_to_wait_is_written_with_the_record(run: RunDirectory, m
     run.write_record(record())
     assert [line["step"] for line in read_lines(run.path / "events.jsonl")] == [1, 2, 3]
     assert [text.partition("events.jsonl")[2] for text in said] == [
-        ": No space left on device; its lines wait until it can be written"
+        ": No space left on device; its lines are kept until it can be written"
     ]
     monkeypatch.setattr("nybble.run.directory.append_lines", full)
     run.append_event(event(4))
@@ -299,7 +299,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_is_resumed_from_its_b
     run.write_record(record())
     RunDirectory.check(run.path, resume=True)
     run.adapter.mkdir()  # the result of a run whose checkpoints were removed must not be lost
-    assert "holds no checkpoint" in refusal(run.path, resume=True)
+    assert "has no checkpoint" in refusal(run.path, resume=True)
 
 
 def test_a_folder_takes_the_place_of_the_former_only_when_it_is_whole(tmp_path: Path) -> None:
@@ -331,3 +331,24 @@ def test_lines_are_added_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
         append_lines(tmp_path / "e", [b"second\n"])
     monkeypatch.undo()
     assert (tmp_path / "e").read_bytes() == b"1\n"
+
+
+def test_a_process_that_does_not_write_leaves_the_directory_alone(former: RunDirectory, tmp_path: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in former.path.rglob("*")}
+    reader = RunDirectory.check(former.path, resume=True, writes=False)
+    with reader.held(), former.held():  # a reader takes no lock
+        reader.create(overwrite=True)
+        written = record()
+        reader.write_record(written)
+        reader.append_event(event(1))
+        reader.append_sample(Sample("p", None, "a"))
+        reader.write_mask([])
+        reader.drop_lines_after(0)
+        reader.write_manifest()
+        reader.discard()
+    assert {file: file.stat().st_mtime_ns for file in former.path.rglob("*")} == before
+    assert written.run_dir == str(former.path)
+    unborn = RunDirectory.check(tmp_path / "none", writes=False)
+    with unborn.held():
+        unborn.create()
+    assert not unborn.path.exists()

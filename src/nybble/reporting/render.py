@@ -29,7 +29,7 @@ def write_report(run_dir: Path) -> Path:
     """Write report.html, report.md and report.json into a run directory; also for a run that is under way.
 
     Raises:
-        InputError: it is no run directory.
+        InputError: it is not a run directory.
     """
     record = read_record(run_dir)
     with of_record(run_dir / "run.json"):

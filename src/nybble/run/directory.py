@@ -1,18 +1,18 @@
-"""The run directory: what a run leaves on disk.
+"""The run directory: everything that a run leaves on disk.
 
     run.json          resolved recipe, versions, device, rows, plan, figures, status
-    recipe.yaml       the resolved recipe alone; `nybble train` of it repeats the run
-    mask.jsonl        some rows, and what is learned in them
-    events.jsonl      a line per logged step
-    held_out.jsonl    a line per held-out row: its loss before and after
-    samples.jsonl     prompts with the answers of base and tuned model
+    recipe.yaml       only the resolved recipe; `nybble train recipe.yaml` repeats the run
+    mask.jsonl        some rows, and which of their tokens are trained on
+    events.jsonl      one line per logged step
+    held_out.jsonl    one line per held-out row: its loss before and after training
+    samples.jsonl     prompts with the answers of the base and of the tuned model
     checkpoints/      checkpoint-N, see `nybble.storage.checkpoints`
-    adapter/          PEFT's two files (method full: model/)
+    adapter/          the adapter as PEFT saves it (method full: model/)
     report.html report.md report.json
-    manifest.json     size and SHA-256 of every file above that the run finished with; written last
+    manifest.json     size and SHA-256 of every file above, checkpoints left out; written last
 
-Each file is written under a temporary name, synced, then renamed (`nybble.storage.atomic`): a reader sees the old or
-the new one.
+A file is replaced as a whole (`nybble.storage.atomic`): a reader sees either the old or the new content. Of several
+processes that train together, one writes the directory and the others only read it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 from nybble.errors import InputError
 from nybble.guard import parse_object, read_object, redact
@@ -37,51 +38,83 @@ from nybble.storage.manifest import MANIFEST, entries_of
 
 try:
     import fcntl
-except ImportError:  # not on Windows
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+_P = ParamSpec("_P")
+
+
+def _only_by_writer(
+    method: Callable[Concatenate[RunDirectory, _P], None],
+) -> Callable[Concatenate[RunDirectory, _P], None]:
+    """Make a method do nothing in a process that does not write the directory."""
+
+    @wraps(method)
+    def call(self: RunDirectory, /, *args: _P.args, **kwargs: _P.kwargs) -> None:
+        if self.writes:
+            method(self, *args, **kwargs)
+
+    return call
 
 
 class RunDirectory:
-    """One run's folder, open for writing."""
+    """The folder of one run."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        """Nothing is read or written yet.
+
+        Args:
+            path: the folder; it need not exist.
+            writes: whether this process writes it. Otherwise all methods that write do nothing.
+        """
         self.path = path
-        self.warn: Callable[[str], None] = lambda _text: None  # is told of lines that could not be written
-        self._waiting: dict[str, list[bytes]] = {}  # file -> lines
+        self.writes = writes
+        self.warn: Callable[[str], None] = lambda _text: None  # called with a message when lines cannot be written
+        self._waiting: dict[str, list[bytes]] = {}  # file -> lines that could not be written yet
 
     @classmethod
     def check(
-        cls, path: Path | str, *, overwrite: bool = False, resume: bool = False, elsewhere: bool = False
+        cls,
+        path: Path | str,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        elsewhere: bool = False,
+        writes: bool = True,
     ) -> RunDirectory:
-        """A folder that a run may be written into; nothing is changed until `create`.
+        """A directory that a run may be written into; nothing is changed before `create`.
 
         Args:
-            path: need not exist.
-            overwrite: what it holds may be removed, if it is a former run.
-            resume: it is to be gone on from a checkpoint in it.
-            elsewhere: a checkpoint lies in another folder.
+            path: the folder; it need not exist.
+            overwrite: whether the content may be removed, if it is an earlier run.
+            resume: whether the run is resumed from a checkpoint in it.
+            elsewhere: whether another folder has a checkpoint of the run.
+            writes: whether this process writes it.
 
         Raises:
-            InputError: it holds something already and neither flag is given, there is nothing to resume, or it cannot
-                be written.
+            InputError: the folder has content and neither flag is given, there is nothing to resume, or the folder
+                cannot be written.
         """
-        run = cls(Path(path).expanduser())
-        taken = run.path.exists() and not (run.path.is_dir() and all(is_left_over(path) for path in run.path.iterdir()))
+        run = cls(Path(path).expanduser(), writes=writes)
+        is_taken = run.path.exists() and not (
+            run.path.is_dir() and all(is_left_over(path) for path in run.path.iterdir())
+        )
         if resume and run.last_checkpoint() is None and not (elsewhere or run.is_begun):
-            raise InputError(f"{run.path} holds no checkpoint to resume from; leave --resume away to start anew")
+            raise InputError(f"{run.path} has no checkpoint to resume from; remove --resume to start over")
         if overwrite and resume:
-            raise InputError("--overwrite removes what --resume would go on from; give one of them")
-        if taken and not (overwrite or resume):
+            raise InputError("--overwrite removes the run that --resume would continue; give one of them")
+        if is_taken and not (overwrite or resume):
             raise InputError(f"output_dir {run.path} is not empty; use --overwrite, --resume, or another --output_dir")
-        if taken and overwrite and not run.holds_run:
-            raise InputError(f"{run.path} holds files but no run.json; --overwrite only replaces a former run")
+        if is_taken and overwrite and not run.holds_run:
+            raise InputError(f"{run.path} has files but no run.json; --overwrite only replaces an earlier run")
         existing = next(p for p in (run.path, *run.path.absolute().parents) if p.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
             raise InputError(f"output_dir {run.path} cannot be written ({existing} is not writable); choose another")
         return run
 
+    @_only_by_writer
     def create(self, *, overwrite: bool = False) -> None:
-        """Make the folder; with `overwrite`, remove the former run in it.
+        """Create the folder; with `overwrite`, remove the earlier run in it.
 
         Raises:
             InputError: the system refuses.
@@ -103,11 +136,14 @@ class RunDirectory:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Only one process writes a run; where the system or its file system knows no locks, nobody is kept out.
+        """Hold a lock, so that only one command writes the run. Without locks in the file system, it holds nothing.
 
         Raises:
-            InputError: another process does, or the folder cannot be made.
+            InputError: another command is writing the run, or the folder cannot be created.
         """
+        if not self.writes:
+            yield
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             folder = os.open(self.path, os.O_RDONLY)
@@ -127,8 +163,9 @@ class RunDirectory:
         finally:
             os.close(folder)
 
+    @_only_by_writer
     def discard(self) -> None:
-        """Remove a run that came to nothing: wrong input found while loading must not block the next try."""
+        """Remove the files of a run that failed before training, so that they do not block the next attempt."""
         for name in ("run.json", "recipe.yaml", "mask.jsonl"):
             (self.path / name).unlink(missing_ok=True)
         if not any(self.path.iterdir()):
@@ -148,50 +185,59 @@ class RunDirectory:
 
     @property
     def base(self) -> Path:
-        """The 4-bit base, kept where loading the original again would not give the same."""
+        """The 4-bit base, saved when packing the original again would not give the same bytes."""
         return self.path / "base"
 
     @property
     def holds_run(self) -> bool:
-        """It holds one, whether that came to its end or not."""
+        """Whether there is a run in it, finished or not."""
         return (self.path / "run.json").is_file()
 
     @property
     def is_begun(self) -> bool:
-        """It holds a run that has brought nothing about yet."""
+        """Whether there is a run in it that has not produced weights yet."""
         return self.holds_run and not (self.adapter.exists() or self.full_model.exists())
 
     def last_checkpoint(self) -> Path | None:
-        """The newest checkpoint; it may be damaged."""
+        """The newest checkpoint, which may be damaged."""
         return next(iter(list_checkpoints([self.checkpoints])), None)
 
     def write_record(self, record: RunRecord) -> None:
-        """Write run.json, and lines that had to wait."""
+        """Write run.json, and lines of other files that could not be written before."""
+        record.run_dir = str(self.path)
+        self._write_record(record)
+
+    @_only_by_writer
+    def _write_record(self, record: RunRecord) -> None:
         for name in self._waiting:
             self._write_waiting(name)
-        record.run_dir = str(self.path)
         write_text(self.path / "run.json", f"{to_json(record.to_json(), indent=2)}\n")
 
+    @_only_by_writer
     def append_event(self, event: StepEvent) -> None:
-        """Add a line to events.jsonl."""
+        """Append a line to events.jsonl."""
         self._append("events.jsonl", asdict(event))
 
+    @_only_by_writer
     def append_sample(self, sample: Sample) -> None:
-        """Add a line to samples.jsonl."""
+        """Append a line to samples.jsonl."""
         self._append("samples.jsonl", asdict(sample))
 
+    @_only_by_writer
     def write_held_out(self, base: Evaluation, tuned: Evaluation) -> None:
-        """Write held_out.jsonl: each held-out row before and after training."""
+        """Write held_out.jsonl: the loss of each held-out row before and after training."""
         pairs = zip(base.rows, tuned.rows, strict=True)
         lines = ({"base": asdict(before), "tuned": asdict(after)} for before, after in pairs)
         write_text(self.path / "held_out.jsonl", "".join(f"{to_json(line)}\n" for line in lines))
 
+    @_only_by_writer
     def write_mask(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Write mask.jsonl: some rows, in stretches that are learned or masked."""
+        """Write mask.jsonl: some rows, split into parts that are trained on and parts that are masked."""
         write_text(self.path / "mask.jsonl", "".join(f"{to_json(row)}\n" for row in rows))
 
+    @_only_by_writer
     def drop_lines_after(self, step: int) -> None:
-        """Forget logged steps and samples beyond `step`, which a resumed run will write again."""
+        """Remove logged steps and samples after `step`, which a resumed run writes again."""
         for name in ("events.jsonl", "samples.jsonl"):
             if not (self.path / name).is_file():
                 continue
@@ -199,8 +245,9 @@ class RunDirectory:
             kept = [line for line in lines if isinstance(line.get("step"), int) and line["step"] <= step]
             write_text(self.path / name, "".join(f"{to_json(line)}\n" for line in kept))
 
+    @_only_by_writer
     def write_manifest(self) -> None:
-        """Sizes and hashes of the finished run's files; checkpoints are not part of the result."""
+        """Write size and hash of each file of a finished run; checkpoints are not part of the result."""
         for name, lines in self._waiting.items():
             self._write_waiting(name, f"its last lines are lost: {len(lines)}")
         left_out = (MANIFEST, "checkpoints", "tensorboard")
@@ -209,25 +256,25 @@ class RunDirectory:
         write_text(self.path / MANIFEST, json.dumps(entries, indent=1) + "\n")
 
     def _append(self, name: str, line: dict[str, Any]) -> None:
-        """Add a line; if the system refuses, it waits for the next one or run.json, and training goes on."""
+        """Append a line. If the system refuses, the line is written with the next one or with run.json."""
         waiting = self._waiting.setdefault(name, [])
         waiting.append(redact(f"{to_json(line)}\n").encode())
-        self._write_waiting(name, "its lines wait until it can be written" if len(waiting) == 1 else "")
+        self._write_waiting(name, "its lines are kept until it can be written" if len(waiting) == 1 else "")
 
-    def _write_waiting(self, name: str, otherwise: str = "") -> None:
-        """Add the lines that wait; if the system refuses, they stay, and `otherwise` is said."""
+    def _write_waiting(self, name: str, warning: str = "") -> None:
+        """Append the lines that wait. If the system refuses, they go on waiting, and `warning` is given."""
         waiting = self._waiting[name]
         try:
             if waiting:
                 append_lines(self.path / name, waiting)
             waiting.clear()
         except OSError as error:
-            if otherwise:
-                self.warn(f"{self.path / name}: {error.strerror or error}; {otherwise}")
+            if warning:
+                self.warn(f"{self.path / name}: {error.strerror or error}; {warning}")
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON that every reader takes: a number that is not finite becomes null."""
+    """JSON that every reader accepts: a number that is not finite becomes null."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
@@ -240,14 +287,14 @@ def _finite(value: Any) -> Any:
 
 
 def read_record(path: Path | str) -> dict[str, Any]:
-    """run.json of a run directory.
+    """The content of a run directory's run.json.
 
     Raises:
-        InputError: it is no run directory, or run.json is damaged.
+        InputError: it is not a run directory, or run.json is damaged.
     """
     file = Path(path).expanduser() / "run.json"
     if not file.is_file():
-        raise InputError(f"{path} is no run directory (no run.json); give the output_dir of a `nybble train`")
+        raise InputError(f"{path} is not a run directory (no run.json); give the output_dir of a `nybble train`")
     record = read_object(file, InputError, "give another run")
     needed = {f.name for f in fields(RunRecord) if f.default is MISSING and f.default_factory is MISSING}
     texts = {"status", "started"}
@@ -258,16 +305,16 @@ def read_record(path: Path | str) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a line cut short by a crash is skipped."""
+    """The objects in a .jsonl file; a line that a crash cut short is skipped."""
     return read_whole_lines(path)[0]
 
 
 def read_whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a .jsonl file, and how many lines were skipped because they hold none."""
+    """The objects in a .jsonl file, and how many lines were skipped because they are not objects."""
     if not path.is_file():
         return [], 0
     found: list[dict[str, Any]] = []
-    # Not splitlines(): text inside a line may hold other separators.
+    # Not splitlines(): the text in a line may contain other separators.
     lines = [line for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
     for line in lines:
         try:

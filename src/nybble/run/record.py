@@ -1,4 +1,4 @@
-"""What a run says of itself: its figures as data, and who is told of them while it runs."""
+"""The figures of a run as data, and the observer that receives them while it runs."""
 
 from __future__ import annotations
 
@@ -8,45 +8,45 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class StepEvent:
-    """One logged step; a line of events.jsonl."""
+    """One logged step: a line of events.jsonl."""
 
     step: int
     total_steps: int
-    loss: float | None  # mean over the steps since the last line; nats a learned token
+    loss: float | None  # nats a trained token, mean over the steps since the last line
     learning_rate: float | None
     grad_norm: float | None
-    tokens: int  # tokens since the start, padding left out
+    tokens: int  # since the start, without padding
     seconds: float  # since the first step began
-    peak_bytes: int  # highest memory since the last line, of any process
+    peak_bytes: int  # highest memory of any process since the last line
     eval_loss: float | None = None
 
 
 @dataclass(frozen=True)
 class RowLoss:
-    """One held-out row (or a part of a split one); a line of held_out.jsonl."""
+    """One held-out row, or one part of a split row: half a line of held_out.jsonl."""
 
     row: int  # its number in the rows, from 1
-    n_tokens: int  # learned ones
-    loss: float  # their sum, in nats
-    is_right: bool | None  # whether the answer was exact, where the row carries one
+    n_tokens: int  # trained tokens
+    loss: float  # the sum over these tokens, in nats
+    is_right: bool | None  # whether the generated answer equals the expected one, if the row has one
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Figures over held-out rows."""
 
-    loss: float  # nats a learned token
+    loss: float  # nats a trained token
     perplexity: float
     n_rows: int
     n_tokens: int
-    exact_match: float | None  # share of rows answered exactly, where rows carry an answer
+    exact_match: float | None  # share of rows answered exactly, if rows have an expected answer
     seconds: float
-    rows: tuple[RowLoss, ...] = ()  # lie in held_out.jsonl, not in run.json
+    rows: tuple[RowLoss, ...] = ()  # written to held_out.jsonl, not to run.json
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt and what was answered."""
+    """One prompt and the answers to it."""
 
     prompt: str
     base: str | None
@@ -66,7 +66,7 @@ class Phase:
 
 @dataclass
 class RunRecord:
-    """What run.json holds."""
+    """The content of run.json."""
 
     status: str  # "running", "done", "stopped" or "failed"
     recipe: dict[str, Any]
@@ -78,25 +78,25 @@ class RunRecord:
     started: str  # UTC, ISO 8601
     notes: list[str] = field(default_factory=list)
     phases: dict[str, Phase] = field(default_factory=dict)
-    paths: dict[str, str] = field(default_factory=dict)  # operator -> the path that ran
+    paths: dict[str, str] = field(default_factory=dict)  # operator -> the backend that ran
     trainable_parameters: int | None = None
     total_parameters: int | None = None
     seconds_to_first_step: float | None = None
     tokens_per_second: float | None = None
     train_loss: float | None = None
-    skipped_steps: int = 0  # whose loss or gradient was bad, under `bad_batch: skip`
-    probe: dict[str, Any] | None = None  # how the learning rate was found, where it was probed
+    skipped_steps: int = 0  # skipped under `bad_batch: skip` because loss or gradient was bad
+    probe: dict[str, Any] | None = None  # how the learning rate was found, if it was probed
     evaluation_base: Evaluation | None = None
     evaluation_tuned: Evaluation | None = None
     eval_loss: float | None = None
     peak_bytes: int | None = None
-    reserved_bytes: int | None = None  # by torch's allocator, at most, in the first process; None on a CPU
-    processes: dict[str, Any] | None = None  # where there are several: count, ddp or fsdp, the peak of each
+    reserved_bytes: int | None = None  # the most that torch's allocator reserved in the first process; None on a CPU
+    processes: dict[str, Any] | None = None  # if there are several: count, ddp or fsdp, the peak of each
     seconds: float | None = None
     run_dir: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """The record as plain data."""
         content = asdict(self)
         for evaluation in (content["evaluation_base"], content["evaluation_tuned"]):
             if evaluation is not None:
@@ -105,32 +105,32 @@ class RunRecord:
 
 
 class Observer(Protocol):
-    """Who is told how a run goes."""
+    """Receives the progress of a run."""
 
     def stage(self, name: str) -> None:
-        """A part of the run begins."""
+        """A stage of the run begins."""
 
     def note(self, text: str) -> None:
-        """Something that the user should know."""
+        """There is something that the user should know."""
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Work other than training has got so far."""
+        """Work other than training has advanced."""
 
     def step(self, event: StepEvent) -> None:
         """A step was logged."""
 
 
 class Silent:
-    """An observer that says nothing."""
+    """An observer that ignores everything."""
 
     def stage(self, name: str) -> None:
-        """Ignore."""
+        """Do nothing."""
 
     def note(self, text: str) -> None:
-        """Ignore."""
+        """Do nothing."""
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Ignore."""
+        """Do nothing."""
 
     def step(self, event: StepEvent) -> None:
-        """Ignore."""
+        """Do nothing."""
