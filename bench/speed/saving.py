@@ -22,7 +22,7 @@ import torch
 from bench.harness import Figures, Option, medians, print_table, run
 from bench.models import write_llama
 from nybble import bundled
-from nybble.cli.flags import quiet_libraries
+from nybble.cli.process import quiet_libraries
 from nybble.pipeline import rehearse
 from nybble.recipe import load_recipe
 from nybble.run.directory import read_lines

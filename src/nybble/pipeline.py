@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -51,36 +51,45 @@ from nybble.training import (
     train_model,
 )
 
+OnExisting = Literal["refuse", "overwrite", "resume", "resume_if_any"]
+
 
 def train(
     recipe: Recipe | Path | str,
     overrides: Mapping[str, Any] | None = None,
     *,
-    overwrite: bool = False,
-    resume: bool = False,
-    auto_resume: bool = False,
+    on_existing: OnExisting = "refuse",
     force: bool = False,
     observer: Observer | None = None,
 ) -> RunRecord:
-    """Fine-tune as `recipe` says (a Recipe or a YAML file, with `overrides` on top); everything lands in output_dir.
+    """Fine-tune a model and write everything into output_dir.
 
-    `resume` goes on from the newest undamaged checkpoint; a run that has none yet begins anew. `auto_resume` does so
-    where output_dir holds a run, and begins one elsewhere. With `force`, what the plan says cannot fit is tried, and a
-    run is resumed although what it learns from has changed. Started by a launcher such as torchrun, each process takes
-    its share of every step; the first one writes, and tells the observer.
+    Started by a launcher such as torchrun, each process trains on its share of every step; only the first one writes
+    and reports to the observer.
+
+    Args:
+        recipe: a Recipe, or a YAML file with `overrides` on top.
+        overrides: settings by name.
+        on_existing: what to do if output_dir is not empty. "refuse" raises an InputError. "overwrite" replaces an
+            earlier run. "resume" continues from its newest undamaged checkpoint, or starts over if it has none yet.
+            "resume_if_any" resumes if output_dir holds a run, and otherwise starts one.
+        force: start even if the plan says that the run does not fit, and resume even if what the run learns from has
+            changed.
+        observer: is told about the progress.
 
     Raises:
         InputError, CannotRunError, StoppedError: see `nybble.errors`; nothing is written before model, tokenizer and
             rows are known to be usable.
     """
+    if on_existing not in get_args(OnExisting):
+        raise RecipeError(f"on_existing: got {on_existing!r}; allowed: {', '.join(get_args(OnExisting))}")
     resolved = _as_recipe(recipe, overrides)
     with joined(resolved.model.device == "cpu") as processes:
         run = RunDirectory(Path(resolved.training.output_dir).expanduser())
         if processes.have_begun(str(run.path)):  # the first start alone may overwrite
-            overwrite, auto_resume = False, True
-        if overwrite and auto_resume:
-            raise RecipeError("--overwrite removes the run that --auto-resume would continue; give one of them")
-        resume |= auto_resume and processes.gather(run.holds_run)[0]
+            on_existing = "resume_if_any" if on_existing != "resume" else "resume"
+        overwrite = on_existing == "overwrite"
+        resume = on_existing == "resume" or (on_existing == "resume_if_any" and processes.gather(run.holds_run)[0])
         watch = (observer if processes.is_main else None) or Silent()
         return _train_job(prepare_all(resolved, overwrite, resume, force, watch, processes), overwrite, resume, force)
 
@@ -290,7 +299,8 @@ def demo(
         **(overrides or {}),
     }
     former = (Path(output_dir) / "run.json").is_file()
-    return train(bundled.recipe_path(), overrides=values, overwrite=overwrite and former, observer=observer)
+    on_existing: OnExisting = "overwrite" if overwrite and former else "refuse"
+    return train(bundled.recipe_path(), overrides=values, on_existing=on_existing, observer=observer)
 
 
 def report(run_dir: Path | str) -> Path:

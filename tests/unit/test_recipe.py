@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
-from nybble.cli.flags import read_flags
 from nybble.errors import InputError, RecipeError
 from nybble.recipe import Recipe, Setting, all_settings, json_schema, load_recipe, save_recipe
 from nybble.recipe.setting import Bytes
@@ -149,13 +148,6 @@ def test_override_beats_file_beats_default(tmp_path: Path) -> None:
     file = written(tmp_path, "training: {learning_rate: 0.5, max_steps: 9}\n")
     recipe = load_recipe(file, {"lr": "0.25"})
     assert (recipe.training.learning_rate, recipe.training.max_steps, recipe.training.seed) == (0.25, 9, 42)
-
-
-def test_flag_beats_set() -> None:
-    assert read_flags(["--no-cache", "--packing"]) == {"cache": "false", "packing": "true"}
-    overrides = read_flags(["--learning-rate", "0.5"], ["learning-rate=0.25", "lora.r=4"])
-    recipe = load_recipe(None, overrides)
-    assert (recipe.training.learning_rate, recipe.lora.r) == (0.5, 4)
 
 
 @pytest.mark.parametrize(
@@ -397,7 +389,7 @@ def test_yaml_that_cannot_be_built_is_refused_as_yaml(tmp_path: Path, text: str)
 
 @pytest.mark.parametrize("name", ["r", "max_steps", "seed", "learning_rate", "cache_limit", "memory_budget"])
 def test_true_is_no_number(name: str) -> None:
-    assert name in refusal(None, read_flags([f"--{name}"]))
+    assert name in refusal(None, {name: "true"})
 
 
 @pytest.mark.parametrize("name", ["num_train_epochs", "learning_rate", "lora_alpha"])

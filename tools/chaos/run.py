@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 
 from bench.harness import witness
 from nybble import bundled, job, pipeline
-from nybble.cli.flags import quiet_libraries
+from nybble.cli.process import quiet_libraries
 from nybble.recipe import load_recipe
 from nybble.run.record import Silent
 from nybble.storage import checkpoints
@@ -164,7 +164,7 @@ def train(out: Path, resume: bool) -> Process:
 
     def run() -> None:
         checkpoints._write = slowly
-        pipeline.train(None, {**SETTINGS, "output_dir": str(out)}, resume=resume)
+        pipeline.train(None, {**SETTINGS, "output_dir": str(out)}, on_existing="resume" if resume else "refuse")
 
     return fork(run, out.with_suffix(".err"))
 

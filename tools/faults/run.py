@@ -27,7 +27,7 @@ from typing import Any
 
 from bench.harness import witness
 from nybble import pipeline
-from nybble.cli.flags import quiet_libraries
+from nybble.cli.process import quiet_libraries
 from nybble.storage.checkpoints import verify
 from nybble.storage.manifest import DamagedError
 from nybble.training import saving
@@ -112,7 +112,7 @@ def refused(out: Path, number: int, way: str, expected: dict[str, Any], figures:
         if fault:
             saving.write_checkpoint = report
             arm(out, number, number + calls - 1, error)
-        pipeline.train(None, {**SETTINGS, "output_dir": str(out)}, resume=resume)
+        pipeline.train(None, {**SETTINGS, "output_dir": str(out)}, on_existing="resume" if resume else "refuse")
 
     code = fork(lambda: run(fault=True), log).wait()
     figures["runs"] += 1

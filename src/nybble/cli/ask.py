@@ -8,28 +8,33 @@ from typing import Annotated, Any
 
 import typer
 
-from nybble.cli.terminal import visible
+from nybble.cli.process import quiet_libraries
+from nybble.cli.terminal import print_json, visible
 
 
 def ask(
-    run: Annotated[str, typer.Argument(help="folder of a run, an adapter or a merged model")],
-    questions: Annotated[list[str] | None, typer.Argument(help="one or more questions")] = None,
-    file: Annotated[Path | None, typer.Option("--file", help="questions: a line each, or .jsonl with prompt")] = None,
-    others: Annotated[list[str] | None, typer.Option("--with", help="another adapter of that base; may repeat")] = None,
-    system: Annotated[str, typer.Option(help="system text before each question")] = "",
+    run: Annotated[str, typer.Argument(help="Folder of a run, an adapter or a merged model.")],
+    questions: Annotated[list[str] | None, typer.Argument(help="One or more questions.")] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", metavar="FILE", help="Questions: a text file of lines, or .jsonl with column prompt."),
+    ] = None,
+    others: Annotated[
+        list[str] | None,
+        typer.Option("--with", metavar="FOLDER", help="Another adapter of the same base; may be repeated."),
+    ] = None,
+    system: Annotated[str, typer.Option(help="System text before each question.")] = "",
     max_new_tokens: Annotated[
-        int, typer.Option("--max_new_tokens", "--max-new-tokens", min=1, help="length of an answer at most")
+        int, typer.Option("--max_new_tokens", "--max-new-tokens", min=1, help="Largest length of an answer, in tokens.")
     ] = 64,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or hip; default: as trained")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or hip. Default: as trained.")] = None,
     trust_remote_code: Annotated[
         bool,
-        typer.Option("--trust_remote_code", "--trust-remote-code", help="run Python code that the model brings along"),
+        typer.Option("--trust_remote_code", "--trust-remote-code", help="Run the Python code that the model contains."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print the answers on stdout as JSON")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the answers on stdout as JSON.")] = False,
 ) -> None:
-    """Ask base and tuned model the same questions, side by side."""
-    from nybble.cli.flags import print_json, quiet_libraries
-
+    """Ask the base and the tuned model the same questions."""
     quiet_libraries()
     from dataclasses import asdict
 
@@ -53,7 +58,7 @@ def ask(
 
 
 def print_samples(samples: Sequence[Mapping[str, Any]]) -> None:
-    """Prompts with the answers of base and tuned model side by side."""
+    """Print prompts with the answers of the base and the tuned model side by side."""
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text

@@ -7,33 +7,37 @@ from typing import Annotated, Any
 
 import typer
 
+from nybble.cli.process import quiet_libraries
 from nybble.cli.terminal import visible
 
 _HELP = """/base            answer without the adapter
-/tuned           answer with it again
-/adapter NAME    answer with another one that was given by --with
-/system TEXT     set the system text and begin anew
-/reset           begin anew
-/exit            leave (so does Ctrl+D); Ctrl+C ends an answer"""
+/tuned           answer with the adapter again
+/adapter NAME    answer with another adapter that was given by --with
+/system TEXT     set the system text and start a new conversation
+/reset           start a new conversation
+/exit            leave, as does Ctrl+D; Ctrl+C stops an answer"""
 
 
 def chat(
-    run: Annotated[str, typer.Argument(help="folder of a run, an adapter or a merged model")],
-    others: Annotated[list[str] | None, typer.Option("--with", help="another adapter of that base; may repeat")] = None,
-    system: Annotated[str, typer.Option(help="system text")] = "",
+    run: Annotated[str, typer.Argument(help="Folder of a run, an adapter or a merged model.")],
+    others: Annotated[
+        list[str] | None,
+        typer.Option("--with", metavar="FOLDER", help="Another adapter of the same base; may be repeated."),
+    ] = None,
+    system: Annotated[str, typer.Option(help="System text.")] = "",
     max_new_tokens: Annotated[
-        int, typer.Option("--max_new_tokens", "--max-new-tokens", min=1, help="length of an answer at most")
+        int, typer.Option("--max_new_tokens", "--max-new-tokens", min=1, help="Largest length of an answer, in tokens.")
     ] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token")] = 0.0,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or hip; default: as trained")] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the likeliest token.")
+    ] = 0.0,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or hip. Default: as trained.")] = None,
     trust_remote_code: Annotated[
         bool,
-        typer.Option("--trust_remote_code", "--trust-remote-code", help="run Python code that the model brings along"),
+        typer.Option("--trust_remote_code", "--trust-remote-code", help="Run the Python code that the model contains."),
     ] = False,
 ) -> None:
-    """Talk with what was trained; /help says what can be switched."""
-    from nybble.cli.flags import quiet_libraries
-
+    """Chat with a trained model; /help lists the commands."""
     quiet_libraries()
     from nybble.errors import InputError
     from nybble.generation import Chat
@@ -60,7 +64,7 @@ def chat(
 
 
 def _read() -> str | None:
-    """The next line, None at the end."""
+    """The next line, or None at the end of the input."""
     print("> ", end="", file=sys.stderr, flush=True)
     try:
         line = sys.stdin.readline()

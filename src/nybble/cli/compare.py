@@ -3,42 +3,61 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from nybble.cli.options import takes_settings
+from nybble.cli.terminal import print_json
+from nybble.recipe import load_recipe
 
 if TYPE_CHECKING:
     from nybble.comparison import Comparison
 
 
+@takes_settings(without=("output_dir",))
 def compare(
-    context: typer.Context,
-    recipe: Annotated[str | None, typer.Argument(help="a YAML recipe, or several to hold against each other")] = None,
-    methods: Annotated[
-        str, typer.Option("--methods", help="qlora,lora,full; a rate of its own as full=2e-5 or full=probe")
-    ] = "",
-    seeds: Annotated[int, typer.Option("--seeds", help="repeat each arm with so many seeds")] = 1,
-    out: Annotated[
-        str | None, typer.Option("--out", "--output_dir", "--output-dir", help="folder; default: the recipe's -compare")
+    overrides: dict[str, Any],
+    recipes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="recipe", help="A recipe as a YAML file, or several recipes to compare."),
     ] = None,
-    assignments: Annotated[list[str] | None, typer.Option("--set", help="name=value, may be repeated")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="begin anew instead of going on")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print comparison.json on stdout")] = False,
+    methods: Annotated[
+        str,
+        typer.Option(
+            "--methods",
+            metavar="NAMES",
+            help="Compare these methods, as qlora,lora,full; full=2e-5 or full=probe gives one its own learning rate.",
+        ),
+    ] = "",
+    seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Repeat each run with N seeds.")] = 1,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out",
+            "--output_dir",
+            metavar="FOLDER",
+            help="Folder of the comparison. Default: the recipe's output_dir and -compare.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start over instead of continuing an earlier comparison.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print comparison.json on stdout.")] = False,
 ) -> None:
-    """Run the same rows, seed and evaluation under several methods, or several recipes, and say which is better."""
-    from nybble.cli.flags import print_json, read_flags, split_recipe
+    """Compare methods or recipes on the same rows.
 
-    recipe, words = split_recipe(recipe, context.args)
-    n_more = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
-    recipes, words = [*([recipe] if recipe else []), *words[:n_more]], words[n_more:]
-    overrides = read_flags(words, assignments)
+    Each run has the same rows, seed and evaluation. The report says which one is better, and how certain that is.
+    """
+    for recipe in recipes or []:
+        load_recipe(recipe, overrides)  # a wrong recipe is refused before the first run
     from nybble import comparison
     from nybble.cli.progress import Live
 
     live = Live()
     try:
         found = comparison.compare(
-            recipes,
+            recipes or [],
             overrides,
             methods=[word for word in methods.split(",") if word.strip()],
             seeds=seeds,
@@ -55,7 +74,7 @@ def compare(
 
 
 def print_comparison(found: Comparison) -> None:
-    """The table and the verdict."""
+    """Print the table and the verdict."""
     from rich.console import Console
     from rich.table import Table
 

@@ -4,32 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nybble.cli.terminal import visible
+from nybble.cli.options import RecipeFile, takes_settings
+from nybble.cli.process import quiet_libraries
+from nybble.cli.terminal import print_json, visible
+from nybble.recipe import load_recipe
 
 if TYPE_CHECKING:
     from nybble.data import ShownRow
 
 
+@takes_settings(("model", "data"))
 def data(
-    context: typer.Context,
-    recipe: Annotated[str | None, typer.Argument(help="a YAML recipe; flags alone will do")] = None,
-    assignments: Annotated[list[str] | None, typer.Option("--set", help="name=value, may be repeated")] = None,
-    show: Annotated[int, typer.Option("--show", min=0, help="so many rows are shown")] = 5,
-    find: Annotated[str, typer.Option("--find", help="show rows that contain this text")] = "",
-    html: Annotated[Path | None, typer.Option("--html", help="write ledger and rows to this page")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print ledger and rows' counts on stdout as JSON")] = False,
+    overrides: dict[str, Any],
+    recipe: RecipeFile = None,
+    show: Annotated[int, typer.Option("--show", metavar="N", min=0, help="Show this many rows.")] = 5,
+    find: Annotated[str, typer.Option("--find", metavar="TEXT", help="Show only rows that contain this text.")] = "",
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the counts and the rows to this HTML page.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the counts of all rows and of each shown row on stdout as JSON.")
+    ] = False,
 ) -> None:
-    """Count the rows and show which tokens are learned. Nothing is trained; a tokenizer is enough."""
+    """Count the rows and show which tokens are learned.
+
+    Nothing is trained. The folder of a tokenizer is enough; no model is needed.
+    """
     from dataclasses import asdict
 
-    from nybble.cli.flags import print_json, quiet_libraries, read_flags, split_recipe
-
-    recipe, words = split_recipe(recipe, context.args)
-    overrides = read_flags(words, assignments)
+    resolved = load_recipe(recipe, overrides)
     quiet_libraries()
     from nybble import pipeline
     from nybble.cli.progress import Live
@@ -38,8 +45,8 @@ def data(
     from nybble.storage.atomic import write_text
 
     if html is not None and not html.parent.is_dir():
-        raise InputError(f"--html {html}: the folder {html.parent} does not exist; make it, or name another file")
-    found = pipeline.inspect_rows(Path(recipe) if recipe else None, overrides, show=show, find=find, observer=Live())
+        raise InputError(f"--html {html}: the folder {html.parent} does not exist; create it, or name another file")
+    found = pipeline.inspect_rows(resolved, show=show, find=find, observer=Live())
     ledger = asdict(found.ledger)
     if html is not None:
         write_text(html, rows_page(found.source, ledger, found.rows))

@@ -7,21 +7,30 @@ from typing import Annotated, Any
 
 import typer
 
+from nybble.bundled import recipe_path
+from nybble.cli.options import takes_settings
+from nybble.cli.process import quiet_libraries
+from nybble.cli.terminal import print_json
+from nybble.recipe import load_recipe
 
+
+@takes_settings(without=("output_dir",))
 def demo(
-    context: typer.Context,
+    overrides: dict[str, Any],
     output_dir: Annotated[
-        str, typer.Option("--output_dir", "--output-dir", help="folder of the run; a former demo is replaced")
+        str,
+        typer.Option("--output_dir", metavar="FOLDER", help="Folder of the run; an earlier demo in it is replaced."),
     ] = "runs/demo",
     with_comparison: Annotated[
-        bool, typer.Option("--compare/--no-compare", help="end with QLoRA, LoRA and full training side by side")
+        bool, typer.Option("--compare/--no-compare", help="End with a comparison of QLoRA, LoRA and full training.")
     ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="print the figures on stdout")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results on stdout as JSON.")] = False,
 ) -> None:
-    """The whole story in a few minutes, offline: quantize, train, evaluate, answer, report, compare."""
-    from nybble.cli.flags import print_json, quiet_libraries, read_flags
+    """Show everything in a few minutes, offline.
 
-    overrides = read_flags(list(context.args))
+    The demo quantizes a small model, trains it, evaluates it, lets it answer, writes the report and compares methods.
+    """
+    load_recipe(recipe_path(), overrides)  # a wrong setting is refused at once
     quiet_libraries()
     from nybble import pipeline
     from nybble.cli.progress import Live

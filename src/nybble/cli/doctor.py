@@ -13,11 +13,14 @@ if TYPE_CHECKING:
 
 
 def doctor(
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or hip")] = "auto",
-    quick: Annotated[bool, typer.Option("--quick", help="leave the training run out")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print what was found on stdout as JSON")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or hip.")] = "auto",
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out the training run.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results on stdout as JSON.")] = False,
 ) -> int:
-    """Examine this machine, and compute everything that training uses on its device against float64."""
+    """Check this machine and its device.
+
+    Every operator that training uses is computed on the device and compared with float64.
+    """
     from nybble import diagnostics
     from nybble.cli.progress import Live
 

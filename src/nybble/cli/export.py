@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from nybble.cli.options import takes_settings
+from nybble.cli.process import quiet_libraries
+from nybble.cli.terminal import print_json
 
+
+@takes_settings(("model", "data", "evaluation"))
 def export(
-    context: typer.Context,
-    run: Annotated[str, typer.Argument(help="folder of a run, an adapter or a merged model")],
-    gguf: Annotated[str | None, typer.Option("--gguf", help="file for llama.cpp")] = None,
+    overrides: dict[str, Any],
+    run: Annotated[str, typer.Argument(help="Folder of a run, an adapter or a merged model.")],
+    gguf: Annotated[str | None, typer.Option("--gguf", metavar="FILE", help="New GGUF file for llama.cpp.")] = None,
     gguf_type: Annotated[
-        str, typer.Option("--gguf_type", "--gguf-type", help="f16, bf16, q8_0, or adapter: that alone, for --lora")
+        str,
+        typer.Option(
+            "--gguf_type",
+            metavar="f16|bf16|q8_0|adapter",
+            help="Type of the weights in the GGUF file; adapter writes the adapter alone, for llama.cpp's --lora.",
+        ),
     ] = "f16",
-    ollama: Annotated[str | None, typer.Option("--ollama", help="new folder with GGUF file and Modelfile")] = None,
-    hub: Annotated[str | None, typer.Option("--hub", help="repository, made private if it is new")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print what was measured as JSON")] = False,
+    ollama: Annotated[
+        str | None, typer.Option("--ollama", metavar="FOLDER", help="New folder for a GGUF file and a Modelfile.")
+    ] = None,
+    hub: Annotated[
+        str | None,
+        typer.Option("--hub", metavar="NAME", help="Hub repository to upload to; a new one is created as private."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the measurements on stdout as JSON.")] = False,
 ) -> None:
-    """Export to llama.cpp, Ollama or the hub; files are read back and compared, exit code 1 where they differ."""
-    from nybble.cli.flags import print_json, quiet_libraries, read_flags
+    """Export to llama.cpp, Ollama or the hub.
 
-    overrides = read_flags(list(context.args))
+    Files are read back by stock transformers and compared; the exit code is 1 if they differ. Settings tell where the
+    base and the rows are now.
+    """
     quiet_libraries()
     from nybble import exporting
     from nybble.cli.progress import Live

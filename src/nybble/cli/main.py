@@ -28,6 +28,7 @@ from nybble.cli import (
     settings,
     train,
 )
+from nybble.cli.options import SettingsCommand
 from nybble.cli.process import own_process, stop_as_by_ctrl_c
 from nybble.cli.terminal import visible
 from nybble.errors import CannotRunError, InputError, NybbleError
@@ -39,8 +40,8 @@ app = typer.Typer(
     name="nybble",
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: rich's takes 60 ms to import
-    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,  # plain help stays readable in pipes and narrow terminals
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
 )
 
 
@@ -51,21 +52,18 @@ def before(context: typer.Context) -> None:
         refuse_launcher(str(context.invoked_subcommand))
 
 
-# click's ClickException, wherever this typer keeps its click.
-_UsageError: type[Any] = typer.BadParameter.__mro__[2]
-_INTERRUPTED = 130  # what shells say, and some versions of typer, of a process that SIGINT ended
-_FREE_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
-app.command("demo", context_settings=_FREE_FLAGS)(demo.demo)
-app.command("train", context_settings=_FREE_FLAGS)(train.train)
-app.command("plan", context_settings=_FREE_FLAGS)(plan.plan)
-app.command("data", context_settings=_FREE_FLAGS)(data.data)
-app.command("compare", context_settings=_FREE_FLAGS)(compare.compare)
-app.command("probe", context_settings=_FREE_FLAGS)(probe.probe)
+_INTERRUPTED = 130  # what shells, and some versions of typer, return for a process that SIGINT ended
+app.command("demo", cls=SettingsCommand)(demo.demo)
+app.command("train", cls=SettingsCommand)(train.train)
+app.command("plan", cls=SettingsCommand)(plan.plan)
+app.command("data", cls=SettingsCommand)(data.data)
+app.command("compare", cls=SettingsCommand)(compare.compare)
+app.command("probe", cls=SettingsCommand)(probe.probe)
 app.command("ask")(ask.ask)
 app.command("chat")(chat.chat)
-app.command("export", context_settings=_FREE_FLAGS)(export.export)
-app.command("merge", context_settings=_FREE_FLAGS)(merge.merge)
-app.command("quantize", context_settings=_FREE_FLAGS)(quantize.quantize)
+app.command("export", cls=SettingsCommand)(export.export)
+app.command("merge", cls=SettingsCommand)(merge.merge)
+app.command("quantize", cls=SettingsCommand)(quantize.quantize)
 app.command("doctor")(doctor.doctor)
 app.command("report")(report.report)
 app.command("resume-check")(resume_check.resume_check)
@@ -89,11 +87,12 @@ def run(arguments: list[str]) -> int:
         return _fail(error, debug)
     except typer.Exit as error:
         return error.exit_code
-    except _UsageError as error:
-        return _fail(InputError(f"{error.format_message()} (see nybble --help)"), debug)
     except (KeyboardInterrupt, typer.Abort):
         return _stopped(debug)
     except Exception as error:  # noqa: BLE001 - the one catch-all: a fault of ours still ends in one line
+        explain = getattr(error, "format_message", None)  # typer's errors about the command line have it
+        if explain is not None:
+            return _fail(InputError(f"{explain()} (see nybble --help)"), debug)
         if refusal := refused_by_system(error):
             return _fail(CannotRunError(f"{refusal}; make room there, or give another folder"), debug)
         return _fail(NybbleError(f"fault of nybble: {type(error).__name__}: {error}; --debug shows where"), debug)

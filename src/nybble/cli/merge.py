@@ -7,27 +7,43 @@ from typing import Annotated, Any
 
 import typer
 
+from nybble.cli.options import takes_settings
+from nybble.cli.process import quiet_libraries
+from nybble.cli.terminal import print_json
 
+
+@takes_settings(("model", "data", "evaluation"))
 def merge(
-    context: typer.Context,
-    run: Annotated[str, typer.Argument(help="folder of a finished run")],
-    out: Annotated[str, typer.Option("--out", help="new folder for the whole model")],
+    overrides: dict[str, Any],
+    run: Annotated[str, typer.Argument(help="Folder of a finished run.")],
+    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="New folder for the whole model.")],
     into: Annotated[
-        str, typer.Option(help="dequantized, original, auto: the better of the two, or 4bit: the better, encoded anew")
+        str,
+        typer.Option(
+            metavar="auto|dequantized|original|4bit",
+            help="The base to merge into: the dequantized one, the original one, the better of the two (auto), or the "
+            "better one packed in 4 bits again (4bit).",
+        ),
     ] = "auto",
-    dtype: Annotated[str | None, typer.Option(help="bfloat16, float16 or float32; default: as trained")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="bfloat16|float16|float32", help="Data type of the model. Default: as trained."),
+    ] = None,
     max_kl: Annotated[
-        float, typer.Option("--max_kl", "--max-kl", help="mean KL at most, nats, of the dequantized target")
+        float,
+        typer.Option("--max_kl", metavar="NATS", help="Largest mean KL divergence of the dequantized target."),
     ] = 0.01,
     max_loss_gap: Annotated[
-        float, typer.Option("--max_loss_gap", "--max-loss-gap", help="loss above the adapter's at most, nats")
+        float,
+        typer.Option("--max_loss_gap", metavar="NATS", help="Largest loss above that of the adapter."),
     ] = 0.02,
-    as_json: Annotated[bool, typer.Option("--json", help="print what was measured as JSON")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the measurements on stdout as JSON.")] = False,
 ) -> None:
-    """Merge a run's adapter into its base, verified in a fresh process; exit code 1 where the figures do not hold."""
-    from nybble.cli.flags import print_json, quiet_libraries, read_flags
+    """Merge an adapter into its base, and verify it.
 
-    overrides = read_flags(list(context.args))
+    A fresh process verifies the merged model; the exit code is 1 if the limits are exceeded. Settings tell where the
+    base and the rows are now.
+    """
     quiet_libraries()
     from nybble import exporting
     from nybble.cli.progress import Live

@@ -2,49 +2,58 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from nybble.cli.options import RecipeFile, takes_settings
+from nybble.cli.process import quiet_libraries
+from nybble.cli.terminal import print_json
+from nybble.recipe import load_recipe
 
 if TYPE_CHECKING:
     from nybble.recipe import Plan
 
 
+@takes_settings()
 def plan(
-    context: typer.Context,
-    recipe: Annotated[str | None, typer.Argument(help="a YAML recipe; flags alone will do")] = None,
-    assignments: Annotated[list[str] | None, typer.Option("--set", help="name=value, may be repeated")] = None,
-    memory: Annotated[str | None, typer.Option("--memory", help="budget, e.g. 8GiB; default: what is free")] = None,
+    overrides: dict[str, Any],
+    recipe: RecipeFile = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="Memory that the run may take; the same as --memory_budget."),
+    ] = None,
     profile: Annotated[
-        str | None, typer.Option("--device-profile", help="plan for a device that is not here, e.g. mi300x")
+        str | None,
+        typer.Option("--device-profile", metavar="NAME", help="Plan for a device that is not here, as mi300x."),
     ] = None,
     largest: Annotated[
-        bool, typer.Option("--largest", help="also find the largest max_length and the largest known model that fit")
+        bool, typer.Option("--largest", help="Also find the largest max_length and the largest known model that fit.")
     ] = False,
     processes: Annotated[
-        int | None, typer.Option("--processes", min=1, help="what each of so many processes takes and sends")
+        int | None,
+        typer.Option("--processes", metavar="N", min=1, help="Plan what each of N processes takes and sends."),
     ] = None,
     link_rate: Annotated[
-        str | None, typer.Option("--link-rate", help="bytes a second that each sends, e.g. 12GB; with --processes")
+        str | None,
+        typer.Option("--link-rate", metavar="SIZE", help="Bytes that each process sends per second, as 12GB."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print the plan on stdout as JSON")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan on stdout as JSON.")] = False,
 ) -> None:
-    """Say what a run will take in every phase, and how fast it will be. No weights are read, nothing is trained."""
-    from nybble.cli.flags import print_json, quiet_libraries, read_flags, split_recipe
+    """Predict memory and speed of a run.
 
-    recipe, words = split_recipe(recipe, context.args)
-    overrides = read_flags(words, assignments)
+    The plan has the peak memory of every phase. No weights are read and nothing is trained.
+    """
     if memory is not None:
         overrides["memory_budget"] = memory
+    resolved = load_recipe(recipe, overrides)
     quiet_libraries()
     from nybble import planning
     from nybble.errors import RecipeError
     from nybble.recipe import refusal
 
-    file = Path(recipe) if recipe else None
     if processes is not None:
-        shared = planning.plan_processes(file, overrides, n=processes, profile=profile, link_rate=link_rate)
+        shared = planning.plan_processes(resolved, n=processes, profile=profile, link_rate=link_rate)
         if as_json:
             print_json(shared.to_json())
         else:
@@ -54,8 +63,8 @@ def plan(
             raise refusal(shared.plan)
         return
     if link_rate is not None:
-        raise RecipeError("--link-rate is that of several processes; give --processes N with it")
-    made = planning.plan(file, overrides, profile=profile, largest=largest)
+        raise RecipeError("--link-rate is the rate between several processes; give --processes N with it")
+    made = planning.plan(resolved, profile=profile, largest=largest)
     if as_json:
         print_json(made.to_json())
     else:

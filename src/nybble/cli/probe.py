@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from nybble.cli.options import RecipeFile, takes_settings
+from nybble.cli.process import quiet_libraries
+from nybble.cli.terminal import print_json
+from nybble.recipe import load_recipe
 
+
+@takes_settings()
 def probe(
-    context: typer.Context,
-    recipe: Annotated[str | None, typer.Argument(help="a YAML recipe; flags alone will do")] = None,
-    assignments: Annotated[list[str] | None, typer.Option("--set", help="name=value, may be repeated")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print rates and losses on stdout as JSON")] = False,
+    overrides: dict[str, Any],
+    recipe: RecipeFile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print rates and losses on stdout as JSON.")] = False,
 ) -> None:
-    """Find the learning rate of a run by trying five in small. Nothing is kept."""
+    """Find the learning rate by five short trials.
+
+    Nothing is saved; give the rate that is found to nybble train.
+    """
     from dataclasses import asdict
 
-    from nybble.cli.flags import print_json, quiet_libraries, read_flags, split_recipe
-
-    recipe, words = split_recipe(recipe, context.args)
-    overrides = read_flags(words, assignments)
+    resolved = load_recipe(recipe, overrides)
     quiet_libraries()
     from nybble import pipeline
     from nybble.cli.progress import Live
 
     live = Live()
     try:
-        found = pipeline.probe(Path(recipe) if recipe else None, overrides, observer=live)
+        found = pipeline.probe(resolved, observer=live)
     finally:
         live.close()
     if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 
 def own_process() -> None:
@@ -25,3 +26,25 @@ def stop_as_by_ctrl_c() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
+
+
+def quiet_libraries() -> None:
+    """Import the libraries and silence their progress bars and advice: this process belongs to the command line.
+
+    Variables that torch reads when it is imported are corrected first. Importing takes seconds, so a verb reads its
+    recipe and its options before.
+    """
+    import logging
+    import warnings
+
+    from nybble.diagnostics import prepare
+
+    for said in prepare():
+        print(f"nybble: {said}", file=sys.stderr)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|peft|transformers|accelerate)\..*")

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from nybble.cli.options import takes_settings
+from nybble.cli.process import quiet_libraries
+from nybble.cli.terminal import print_json
+from nybble.recipe import load_recipe
 
+
+@takes_settings(("model", "quantization", "data"))
 def quantize(
-    context: typer.Context,
-    model: Annotated[str, typer.Argument(help="folder or hub id of a 16-bit model")],
-    out: Annotated[str, typer.Option("--out", help="new folder for the 4-bit checkpoint")],
-    as_json: Annotated[bool, typer.Option("--json", help="print what was done as JSON")] = False,
+    overrides: dict[str, Any],
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a 16-bit model.")],
+    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="New folder for the 4-bit checkpoint.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print sizes and counts on stdout as JSON.")] = False,
 ) -> None:
-    """Write a 4-bit checkpoint that bitsandbytes, transformers and vLLM read."""
-    from nybble.cli.flags import print_json, quiet_libraries, read_flags
+    """Write a 4-bit checkpoint for other programs.
 
-    overrides = read_flags(list(context.args))
+    bitsandbytes, transformers and vLLM read it.
+    """
+    load_recipe(None, {**overrides, "model_name_or_path": model})  # a wrong setting is refused at once
     quiet_libraries()
     from nybble.cli.progress import Live
     from nybble.models.four_bit_folder import quantize as write_checkpoint

@@ -6,15 +6,16 @@ from typing import Annotated
 
 import typer
 
+from nybble.cli.terminal import print_json
+
 
 def report(
-    run: Annotated[str, typer.Argument(help="folder of a run or a comparison, finished or not")],
-    as_json: Annotated[bool, typer.Option("--json", help="print the path as JSON")] = False,
+    run: Annotated[str, typer.Argument(help="Folder of a run or a comparison, finished or not.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the path as JSON.")] = False,
 ) -> None:
-    """Write report.html, report.md and report.json of a run or comparison anew."""
+    """Write the report of a run or a comparison again."""
     from pathlib import Path
 
-    from nybble.cli.flags import print_json
     from nybble.reporting import rewrite_report
 
     page = rewrite_report(Path(run))

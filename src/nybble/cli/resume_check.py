@@ -7,16 +7,21 @@ from typing import Annotated
 
 import typer
 
+from nybble.cli.process import quiet_libraries
+from nybble.cli.terminal import print_json
+
 
 def resume_check(
-    run: Annotated[str, typer.Argument(help="the output_dir of a run, finished or not")],
-    steps: Annotated[int, typer.Option("--steps", help="optimizer steps that are trained twice")] = 12,
-    as_json: Annotated[bool, typer.Option("--json", help="print what was found on stdout as JSON")] = False,
+    run: Annotated[str, typer.Argument(help="The output_dir of a run, finished or not.")],
+    steps: Annotated[int, typer.Option("--steps", help="Optimizer steps that are trained twice.")] = 12,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result on stdout as JSON.")] = False,
 ) -> int:
-    """Train a run's first steps undisturbed and interrupted, and compare them bit by bit. The run is not touched."""
+    """Prove that an interrupted run gives the same bits.
+
+    The first steps are trained without and with interruptions and compared bit by bit. The run is not changed.
+    """
     from dataclasses import asdict
 
-    from nybble.cli.flags import print_json, quiet_libraries
     from nybble.units import format_seconds
 
     quiet_libraries()

@@ -6,23 +6,20 @@ from typing import Annotated
 
 import typer
 
+from nybble.cli.terminal import print_json
+from nybble.recipe import SECTIONS, all_settings, json_schema
+
 
 def settings(
-    as_json: Annotated[bool, typer.Option("--json", help="print the JSON schema of a recipe, for editors")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON schema of a recipe, for editors.")] = False,
 ) -> None:
-    """List every setting: name, default, unit, meaning."""
-    from nybble.recipe import all_settings, json_schema
-
+    """List every setting with its default and meaning."""
     if as_json:
-        from nybble.cli.flags import print_json
-
         print_json(json_schema())
         return
-    section = None
-    for item in all_settings():
-        if item.section != section:
-            section = item.section
-            if section:
-                print(f"\n{section}:")
-        unit = f" [{item.unit}]" if item.unit else ""
-        print(f"  {item.name:<28} {item.default!r:<24} {item.meaning}{unit}")
+    for section, meaning in SECTIONS.items():
+        print(f"{section or 'method'}: {meaning}\n")
+        for item in all_settings():
+            if item.section == section:
+                print(f"  {item.name:<28} {item.values:<24} {item.meaning} Default: {item.default_text}.")
+        print()

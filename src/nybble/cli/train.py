@@ -2,46 +2,60 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from nybble.cli.options import RecipeFile, takes_settings
+from nybble.cli.process import quiet_libraries
+from nybble.cli.terminal import print_json
+from nybble.errors import RecipeError
+from nybble.recipe import load_recipe
 
+
+@takes_settings()
 def train(
-    context: typer.Context,
-    recipe: Annotated[str | None, typer.Argument(help="a YAML recipe; flags alone will do")] = None,
-    assignments: Annotated[list[str] | None, typer.Option("--set", help="name=value, may be repeated")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the former run in output_dir")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in output_dir")] = False,
+    overrides: dict[str, Any],
+    recipe: RecipeFile = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the earlier run in output_dir.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint in output_dir.")
+    ] = False,
     auto_resume: Annotated[
         bool,
-        typer.Option("--auto-resume", help="go on if output_dir holds a run, else begin: one line for every start"),
+        typer.Option("--auto-resume", help="Continue if output_dir holds a run, otherwise start a new one."),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="try even what the plan says cannot fit")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print run.json on stdout")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Start even if the plan says that the run does not fit; resume even if what is learned from has "
+            "changed.",
+        ),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print run.json on stdout.")] = False,
 ) -> None:
-    """Fine-tune a model. Every setting (see nybble settings) is a flag: --learning_rate 2e-4."""
-    from nybble.cli.flags import print_json, quiet_libraries, read_flags, split_recipe
+    """Fine-tune a model.
 
-    recipe, words = split_recipe(recipe, context.args)
-    overrides = read_flags(words, assignments)
+    Every setting of the recipe is an option, as --learning_rate 2e-4. Names may be written with dashes, with their
+    section (--training.seed 1) or as other tools name them (--lr 2e-4). An option without a value means true, --no-NAME
+    means false.
+    """
+    on_existing = _on_existing(overwrite=overwrite, resume=resume, auto_resume=auto_resume)
+    resolved = load_recipe(recipe, overrides)
     quiet_libraries()
     from nybble import pipeline
     from nybble.cli.progress import Live
-    from nybble.recipe import load_recipe
     from nybble.run.rendezvous import from_environment
 
     is_main = from_environment().is_main
     live = Live()
     try:
         record = pipeline.train(
-            load_recipe(Path(recipe) if recipe else None, overrides),
-            overwrite=overwrite,
-            resume=resume,
-            auto_resume=auto_resume,
+            resolved,
+            on_existing=on_existing,
             force=force,
-            observer=live,  # told by the first process alone
+            observer=live,  # only the first process reports
         )
     finally:
         live.close()
@@ -53,8 +67,19 @@ def train(
         print_outcome(record.run_dir)
 
 
+def _on_existing(*, overwrite: bool, resume: bool, auto_resume: bool) -> Any:
+    if overwrite and (resume or auto_resume):
+        flag = "--resume" if resume else "--auto-resume"
+        raise RecipeError(f"--overwrite removes the run that {flag} would continue; give one of them")
+    if overwrite:
+        return "overwrite"
+    if resume:
+        return "resume"
+    return "resume_if_any" if auto_resume else "refuse"
+
+
 def print_outcome(run_dir: str) -> None:
-    """The end of a run in a few lines."""
+    """Print the results of a run in a few lines."""
     from rich.console import Console
     from rich.table import Table
 

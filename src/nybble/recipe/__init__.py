@@ -1,7 +1,7 @@
 """Recipes: the schema (one definition per setting), reading them, and the plan that is made from one."""
 
 from nybble.recipe.batches import in_micro_batches, shared_among, step_rows
-from nybble.recipe.catalogue import Setting, all_settings, path_of
+from nybble.recipe.catalogue import SECTIONS, Setting, all_settings, path_of
 from nybble.recipe.load import (
     first_fault,
     json_schema,
@@ -29,6 +29,7 @@ from nybble.recipe.schema import (
 )
 
 __all__ = [
+    "SECTIONS",
     "Change",
     "DataSection",
     "EvaluationSection",

@@ -67,6 +67,17 @@ class Setting:
         return str(self.default)
 
 
+# Section -> what its settings are about; "" holds `method`.
+SECTIONS = {
+    "": "What is trained.",
+    **{
+        name: type(field.default).__doc__ or ""
+        for name, field in Recipe.model_fields.items()
+        if isinstance(field.default, Section)
+    },
+}
+
+
 @cache
 def all_settings() -> tuple[Setting, ...]:
     """Every setting, in the order of the schema."""
