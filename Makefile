@@ -7,13 +7,13 @@ export HF_HUB_OFFLINE := 1
 WORKERS ?= logical
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: install demo test test-all check fix bench bench-step chaos faults fuzz kernel-code docs
+.PHONY: install demo test test-all check check-c sanitize fix bench bench-step chaos faults fuzz kernel-code docs
 
 install: .venv/.installed
 
 # The constraints pin the tested versions; pyproject's ranges stay wide, so that nobody's torch is ever replaced.
 # Installation compiles the loops of the CPU path, if there is a C compiler.
-.venv/.installed: pyproject.toml constraints.txt $(wildcard src/nybble/kernels/native*.[ch])
+.venv/.installed: pyproject.toml constraints.txt $(wildcard csrc/*.[ch])
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
@@ -36,6 +36,28 @@ check: install
 	$(BIN)/lint-imports
 	$(BIN)/python tests/arch/budgets.py
 	$(BIN)/python docs/generate.py --check
+	$(MAKE) --no-print-directory check-c
+
+# Warnings are errors here and not in a user's build, whose compiler may be newer and know more of them.
+CC ?= cc
+C_FLAGS := -std=c11 -ffp-contract=off -fno-math-errno -fvisibility=hidden
+C_SOURCES := $(wildcard csrc/*.c)
+
+check-c:
+	@if command -v $(CC) >/dev/null; then $(CC) $(C_FLAGS) -Wall -Wextra -Werror -O0 -fsyntax-only $(C_SOURCES); \
+	else echo "there is no C compiler: csrc is not checked"; fi
+
+# The loops under AddressSanitizer and UndefinedBehaviorSanitizer, in a copy of the package beside the real one.
+sanitize: install
+	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r src/nybble build/sanitize/
+	rm -f build/sanitize/nybble/kernels/_native*
+	$(CC) $(C_FLAGS) -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -shared -fPIC \
+		-o build/sanitize/nybble/kernels/_native$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_config_var('EXT_SUFFIX'))") \
+		$(C_SOURCES)
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitize NYBBLE_SANITIZED=1 \
+		$(BIN)/python -m pytest -q -x -p no:cacheprovider tests/reference/test_cpu_path.py tests/reference/test_attention.py \
+		tests/reference/test_pointwise.py -k "not triton and not schema"
 
 fix: install
 	$(BIN)/ruff check --fix .

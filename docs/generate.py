@@ -10,7 +10,7 @@ import yaml
 
 from nybble.diagnostics import driver, wheels
 from nybble.diagnostics.checks import CHECKS
-from nybble.kernels import LADDERS
+from nybble.kernels.dispatch import TABLE
 from nybble.recipe import all_settings, json_schema
 
 GUIDE = Path(__file__).parent / "guide"
@@ -49,7 +49,7 @@ fingerprint of device, driver, libraries and this package's code, so another dri
 `train` and `run.json` (`paths`, `notes`) say which backend runs and why a faster one does not.
 `--path dequantize_4bit=torch` (may be repeated; `paths` in a recipe) selects a backend regardless of the checks.
 
-{ladders}
+{backends}
 
 `rows` are the operators between the products of a step (norms, gates, dropout, rotary positions, the loss of a row),
 `attend` is attention over rows that follow each other in one sequence, and `sdpa` is the fastest kind of attention that
@@ -124,18 +124,20 @@ def errors_page() -> str:
 
 def doctor_page() -> str:
     """docs/guide/doctor.md."""
-    ladders = ["| operator | CPU | NVIDIA | AMD |\n|---|---|---|---|"]
-    for operator, kinds in LADDERS.items():
-        ladders.append(f"| `{operator}` | {' | '.join(', '.join(kinds.get(k, ())) for k in ('cpu', 'cuda', 'hip'))} |")
+    backends = ["| operator | CPU | NVIDIA | AMD |\n|---|---|---|---|"]
+    for name, operator in TABLE.items():
+        kinds = (operator.backends.get(kind, ()) for kind in ("cpu", "cuda", "hip"))
+        names = [", ".join(dict.fromkeys(backend.name for backend in kind)) for kind in kinds]
+        backends.append(f"| `{name}` | {' | '.join(names)} |")
     checks = ["| check | decides | allowed | if it fails |\n|---|---|---|---|"]
     for check in CHECKS:
         allowed = "measured only" if check.tolerance is None else f"{check.tolerance:g}"
-        operator = f"`{check.operator}`" if check.operator else ""
-        checks.append(f"| {check.name} | {operator} | {allowed} | {check.symptom} |")
+        decides = f"`{check.operator}`" if check.operator else ""
+        checks.append(f"| {check.name} | {decides} | {allowed} | {check.symptom} |")
     known = (*driver.SYMPTOMS, *wheels.SYMPTOMS)
     symptoms = ["| | what you meet | known from |\n|---|---|---|"]
     symptoms += [f"| {s.name} | {s.symptom} | {s.thread} |" for s in known]
-    tables = {"ladders": ladders, "checks": checks, "symptoms": symptoms}
+    tables = {"backends": backends, "checks": checks, "symptoms": symptoms}
     return DOCTOR.format(n_symptoms=len(known), **{name: "\n".join(lines) for name, lines in tables.items()})
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from nybble.kernels import choices
+from nybble.kernels import dispatcher
 
 # Tensors here are tiny. On cores that are shared, two threads that wait for each other are a hundred times slower.
 torch.set_num_threads(1)
@@ -39,9 +39,10 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which paths a former test's training took is not this one's."""
-    monkeypatch.setattr(choices, "_taken", {})
+def _no_backend_is_chosen() -> Iterator[None]:
+    """The backends that a former test's training chose are not this one's."""
+    yield
+    dispatcher.forget_choices()
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ from nybble.data import Example, Groups
 from nybble.hardware import detect_device
 from nybble.models import config_with_layers, find_model, held_bytes, materialize, meta_model, shard
 from nybble.nn import Linear4bit
-from nybble.nn.scratch import scratch
+from nybble.nn.workspace import workspace
 from nybble.planning import PROFILES, find_config, make_plan, plan_shared, profile_of, shards_among, share_of
 from nybble.planning.sharded_memory import Sizes
 from nybble.recipe import load_recipe
@@ -113,7 +113,7 @@ class Trained:
         else:
             model, _, _ = load_in_shards(find_model(recipe.model), recipe, device, name, processes)
         groups = Groups([Example(ids, ids, 1, 1, 0, (2,), 0, 0, False) for _ in range(3 * self.rows * processes.count)])
-        scratch.clear()
+        workspace.clear()
         with tempfile.TemporaryDirectory() as folder, Storages([*model.parameters(), *model.buffers()]) as seen:
             where = (RunDirectory(Path(folder)), device, torch.bfloat16, Silent(), lambda _: 0.0, 0, 3)
             setup = Setup(*where, plan.step_memory, processes=processes)

@@ -24,7 +24,7 @@ from bench.planned import Case, config_of, depth_of, recipe_of
 from nybble.data import Example, Groups
 from nybble.hardware import detect_device
 from nybble.models import attach, find_model, load_model, materialize, meta_model
-from nybble.nn.scratch import scratch
+from nybble.nn.workspace import workspace
 from nybble.planning.extrapolate import StepAtLevels, TracedModel
 from nybble.planning.memory_tracer import MemoryTracer
 from nybble.planning.traced_step import BatchShape, adopt
@@ -44,7 +44,7 @@ def predicted(case: Case, config: Any, recipe: Recipe) -> int:
 def measured(case: Case, config: Any, recipe: Recipe, folder: Path) -> int:
     """The peak of live tensors while the real trainer runs, bytes."""
     device = detect_device("cpu")
-    scratch.clear()
+    workspace.clear()
     if Path(case.model).is_dir():
         source = find_model(recipe.model)
         model, _ = load_model(source, case.method, recipe.model, recipe.quantization, device)
@@ -67,7 +67,7 @@ def measured(case: Case, config: Any, recipe: Recipe, folder: Path) -> int:
     with live:
         live.start("train")
         train_model(model, None, Groups(rows), section, setup)
-    scratch.clear()
+    workspace.clear()
     return max(peak.total_bytes for peak in live.peaks.values())
 
 

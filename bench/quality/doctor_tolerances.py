@@ -18,7 +18,7 @@ from bench.harness import Option, print_table, run
 from nybble.diagnostics import blocks, checks, layers, operators
 from nybble.diagnostics import measure as doctor
 from nybble.hardware import detect_device
-from nybble.kernels import ladder
+from nybble.kernels import dispatcher
 
 
 def measure(asked: Namespace) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def measure(asked: Namespace) -> dict[str, Any]:
 
     def table() -> Iterator[tuple[str, ...]]:
         for check in checks.CHECKS:
-            for path in ladder(check.operator, device) or ("",) if check.operator else ("",):
+            for path in dispatcher.names(check.operator, device) or ("",) if check.operator else ("",):
                 if check.tolerance is None:
                     continue
                 errors = [_error(check, path, seed, device) for seed in range(asked.seeds)]

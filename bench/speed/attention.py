@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from bench.harness import Option, print_table, run, seconds
-from nybble.kernels.attention_paths import ladder
-from nybble.kernels.plain_attention import Settings
+from nybble.kernels import dispatcher
+from nybble.kernels.attention.torch import Settings
 
 BATCH = (128, 460, 460, 667)  # tokens of four rows
 CASES = (  # documents, heads, kv_heads, width
@@ -33,7 +33,9 @@ def attention(case: tuple[tuple[int, ...], int, int, int], repeats: int) -> dict
     q, k, v, grad = (torch.randn(tokens, n, width).bfloat16() for n in (heads, kv_heads, kv_heads, heads))
     settings, square = Settings(lengths, width**-0.5), torch.randn(1024, 1024).bfloat16()
     sides: dict[str, Callable[[], object]] = {
-        path.NAME: lambda path=path: path.derive((q, k, v), grad, settings) for path in ladder("cpu")
+        backend.NAME: lambda backend=backend: backend.derive((q, k, v), grad, settings)
+        for backend in dispatcher.attention(torch.device("cpu"))
+        if backend.NAME != "torch"
     }
     clock = "processor_seconds" if torch.get_num_threads() == 1 else "seconds"
     taken = {name: f[clock] for name, f in seconds(sides | {"matmul": lambda: square @ square}, repeats).items()}

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from bench.harness import Figures, Option, print_table, run, seconds
-from nybble.kernels import cpu, plain
+from nybble.kernels import library
+from nybble.kernels.ops4bit import cpu
+from nybble.kernels.ops4bit import torch as plain
 from nybble.quant import PackedWeight, encode_searched
 
 Sides = dict[str, Callable[[], object]]
@@ -113,7 +115,7 @@ def product_speed(weight: PackedWeight, values: Tensor, rows: int, threads: int,
 
 def measure(asked: Namespace) -> dict[str, Any]:
     """The three operations."""
-    if reason := cpu.unavailable():
+    if reason := library.unavailable():
         raise SystemExit(f"the native backend is not available: {reason}")
     torch.manual_seed(0)
     threads, n, repeats = torch.get_num_threads(), asked.size, asked.repeats
@@ -143,7 +145,7 @@ def measure(asked: Namespace) -> dict[str, Any]:
         f"x W^T, {n} x {n} | {' | '.join(f'ms, {rows} rows' for rows in ROWS)}",
         ((s, *(f"{1e3 * products[rows][s]['seconds']:.3g}" for rows in ROWS)) for s in products[ROWS[0]]),
     )
-    about = {"threads": threads, "instruction_set": cpu.instruction_set(), "torchao": torchao_nf4() is not None}
+    about = {"threads": threads, "instruction_set": library.instruction_set(), "torchao": torchao_nf4() is not None}
     return {**about, "decode": decode, "encode": encode, "products": products}
 
 

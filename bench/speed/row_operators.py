@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from bench.harness import Option, print_table, run, seconds
-from nybble.kernels import cpu, cpu_rows, plain_rows
+from nybble.kernels import library
+from nybble.kernels.pointwise import cpu as native
+from nybble.kernels.pointwise import torch as reference
 
 Calls = dict[str, Callable[[Any], object]]
 
@@ -44,13 +46,13 @@ def measure(asked: Namespace) -> dict[str, Any]:
 
     def rows() -> Iterator[tuple[object, ...]]:
         for name, call in calls(asked.rows, asked.vocabulary).items():
-            sides = {path.NAME: lambda path=path, call=call: call(path) for path in (cpu_rows, plain_rows)}
+            sides = {path.NAME: lambda path=path, call=call: call(path) for path in (native, reference)}
             operators[name] = seconds(sides, asked.repeats)
             ours, theirs = (1e3 * figures["processor_seconds"] for figures in operators[name].values())
             yield name, f"{ours:.2f}", f"{theirs:.2f}", f"{theirs / ours:.1f}"
 
     print_table("operator | native, processor ms | torch, processor ms | ratio", rows())
-    return {"instruction_set": cpu.instruction_set(), "operators": operators}
+    return {"instruction_set": library.instruction_set(), "operators": operators}
 
 
 if __name__ == "__main__":

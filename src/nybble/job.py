@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble.data import Example, Groups, Prepared, packs_of, prepare_rows, rows_cache
-from nybble.diagnostics import settle
+from nybble.diagnostics import choose_backends
 from nybble.errors import InputError, RecipeError
 from nybble.hardware import Device, detect_device
 from nybble.models import ModelSource, find_model, hash_of, load_tokenizer
@@ -151,7 +151,7 @@ def prepare(
     if resume and found is None:
         watch.note("no checkpoint was written yet: the run begins anew")
     device = detect_device(recipe.model.device)
-    settle(device, recipe.model.paths, recipe.training.optim, watch.note)
+    choose_backends(device, recipe.model.paths, recipe.training.optim, watch.note)
     watch.stage("rows")
     source = find_model(recipe.model)
     tokenizer = load_tokenizer(source, recipe.model)

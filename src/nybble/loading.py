@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from nybble.job import Job
-from nybble.kernels import path_reasons, paths_taken
+from nybble.kernels import dispatcher
 from nybble.models import (
     LoadReport,
     Starts,
@@ -79,8 +79,9 @@ def _report_load(job: Job, witness: Witness, loaded: LoadReport, place: torch.de
     witness.record.model |= {**asdict(loaded), "fingerprint": job.source.fingerprint}
     witness.record.notes += loaded.notes
     if loaded.n_packed:
-        witness.record.paths = paths_taken(place)
-        witness.record.notes += dict.fromkeys(path_reasons(place).values())
+        choices = dispatcher.choices(place)
+        witness.record.paths = {operator: choice.backend for operator, choice in choices.items()}
+        witness.record.notes += dict.fromkeys(choice.reason for choice in choices.values() if choice.reason)
     if job.recipe.model.attn_implementation != "sdpa":  # it is not torch's to choose from
         witness.record.paths.pop("sdpa", None)
     for note in loaded.notes:

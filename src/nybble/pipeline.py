@@ -25,6 +25,7 @@ from nybble.data import (
 )
 from nybble.errors import RecipeError
 from nybble.job import Job, check_shared, prepare, prepare_all
+from nybble.kernels import dispatcher
 from nybble.loading import load_for_training
 from nybble.models import (
     find_tokenizer,
@@ -100,7 +101,8 @@ def _train_job(job: Job, overwrite: bool, resume: bool, force: bool) -> RunRecor
     with job.run.held(), refused_writes(job.checkpointing.parents):
         with job.processes.together():
             job.run.create(overwrite=overwrite or (resume and job.checkpointing.resumed is None))
-        with Witness(job.run, job.recipe, job.device, job.prepared, job.plan, job.processes) as witness:
+        settings = dispatcher.torch_settings(job.device.torch_device)
+        with settings, Witness(job.run, job.recipe, job.device, job.prepared, job.plan, job.processes) as witness:
             check_shared(job.run, job.processes)
             job.processes.note_begun(str(job.run.path))
             if job.processes.is_main:
@@ -264,7 +266,8 @@ def probe(
     with TemporaryDirectory() as folder:
         training = resolved.training.model_copy(update={"output_dir": folder})
         job = prepare(resolved.model_copy(update={"training": training}), False, False, False, observer or Silent())
-        with Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
+        settings = dispatcher.torch_settings(job.device.torch_device)
+        with settings, Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
             model, dtype = load_for_training(job, witness)
             setup = Setup(job.run, job.device, dtype, job.watch, lambda _: 0.0, 0, job.plan.optimizer_steps)
             return _probe(job, witness, model, setup)
@@ -277,7 +280,8 @@ def rehearse(recipe: Recipe, *, resume: bool = False, observer: Observer | None 
         InputError, CannotRunError, StoppedError: as `train`.
     """
     job = prepare(recipe, False, resume, False, observer or Silent())
-    with job.run.held(), Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
+    settings = dispatcher.torch_settings(job.device.torch_device)
+    with settings, job.run.held(), Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
         model, dtype = load_for_training(job, witness)
         _train(job, witness, model, dtype, [])
     return witness.record

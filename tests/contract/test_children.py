@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from nybble.diagnostics.backends import pick_backends
 from nybble.diagnostics.children import Run, run_checks
 from nybble.diagnostics.evidence import Result
-from nybble.diagnostics.rungs import climb
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +60,11 @@ def test_a_fault_is_reported_with_cause_fix_and_thread(
 
 
 def test_a_broken_path_is_skipped_with_its_reason(planted: Run) -> None:
-    rungs = climb(planted)
-    assert rungs["dequantize_4bit"].path == "torch"
-    assert rungs["dequantize_4bit"].skipped == {"native": "the result is 9 from the reference; 1 is allowed"}
-    assert rungs["gemv_4bit"].path == "torch"
-    assert "hung" in rungs["gemv_4bit"].skipped["native"]
+    choices = pick_backends(planted)
+    assert choices["dequantize_4bit"].path == "torch"
+    assert choices["dequantize_4bit"].skipped == {"native": "the result is 9 from the reference; 1 is allowed"}
+    assert choices["gemv_4bit"].path == "torch"
+    assert "hung" in choices["gemv_4bit"].skipped["native"]
     assert row(planted, "ladder, wrong", "native").fix == "x --path dequantize_4bit=torch"
 
 
@@ -102,5 +102,5 @@ def test_of_right_libraries_the_clearly_faster_one_is_taken(
 ) -> None:
     names = ("hipblaslt", "rocblas")
     run = run_of({"gemm": dict(zip(names, reasons, strict=True))}, {"gemm": dict(zip(names, speeds, strict=True))})
-    found: Any = climb(run)["gemm"]
+    found: Any = pick_backends(run)["gemm"]
     assert (found.path, found.skipped) == (path, skipped)

@@ -16,7 +16,7 @@ from nybble.models.blocks import FAMILIES
 from nybble.nn import Linear4bit
 from nybble.nn.attention import attend_cached
 from nybble.nn.recompute import recomputed
-from nybble.nn.scratch import scratch
+from nybble.nn.workspace import workspace
 from nybble.planning.traced_step import reusing
 from nybble.quant import decode, encode
 from nybble.recipe import LoraSection
@@ -225,7 +225,7 @@ def test_every_rung_gives_the_same_gradients(family: str, n_savers: int, monkeyp
             assert largest_relative(plain, lean) < 1e-5
         with torch.no_grad():
             assert torch.allclose(ours(**batch).token_losses, judged, atol=1e-6)
-        assert bool(scratch.pieces()) == ("slices" not in names)
+        assert bool(workspace.pieces()) == ("slices" not in names)
 
 
 def test_a_table_on_the_host_stays_there_when_the_model_moves() -> None:
@@ -253,9 +253,9 @@ def test_a_layer_input_on_the_host_is_let_go() -> None:
 
 def share(model: Any) -> None:
     from nybble.models.lora_linear import share_seeds
-    from nybble.nn.seeds import Seeds
+    from nybble.nn.dropout_seed import DropoutSeeds
 
-    share_seeds(model, Seeds(seed=1, micro_step=4))
+    share_seeds(model, DropoutSeeds(seed=1, micro_step=4))
 
 
 def test_what_nothing_keeps_is_not_recomputed() -> None:
@@ -302,10 +302,10 @@ def test_two_adapters_and_dora_take_peft_s_own_path() -> None:
 
 def test_dropout_changes_with_the_micro_step_and_not_with_evaluation() -> None:
     from nybble.models.lora_linear import share_seeds
-    from nybble.nn.seeds import Seeds
+    from nybble.nn.dropout_seed import DropoutSeeds
 
     ours = adapt(ours_of(build("llama")), lora_dropout=0.5)
-    seeds = Seeds(seed=1, micro_step=0)
+    seeds = DropoutSeeds(seed=1, micro_step=0)
     share_seeds(ours, seeds)
     batch = FlatBatch()([rows()])
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nybble import kernels
 from nybble.diagnostics import checks, examination
 from nybble.diagnostics.children import Run
 from nybble.diagnostics.evidence import Result
@@ -60,7 +59,7 @@ def without_computing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Run], None]:
 def test_a_failure_is_printed_whole(nybble: Callable[..., Any], without_computing: Callable[[Run], None]) -> None:
     failed = Result("LoRA", False, "native", 40.0, 8.0, 0.1, "the loss does not fall", "far off", "pip x", "a/b#1")
     run = Run({"type": "cpu", "backend": "cpu", "name": "a chip", "total_bytes": 10**9}, results=[failed])
-    run.ladders = {"gemv_4bit": {"native": "it hung", "torch": None}}
+    run.backends = {"gemv_4bit": {"native": "it hung", "torch": None}}
     without_computing(run)
     done = nybble("doctor")
     assert done.code == 3
@@ -115,14 +114,6 @@ def test_the_process_that_asks_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
 
 
-@pytest.fixture
-def switched_back() -> Iterator[None]:
-    """torch's own switches are the process's, and other tests run in it."""
-    yield
-    kernels.take(torch.device("cpu"), {"sdpa": kernels.Choice("flash")})
-
-
-@pytest.mark.usefixtures("switched_back")
 def test_training_says_and_keeps_its_paths(
     nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
 ) -> None:

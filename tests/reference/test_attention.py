@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from inspect import signature
 from itertools import product
 from typing import Any
@@ -16,10 +17,17 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from nybble.kernels import attention_paths, cpu, cpu_attention, plain_attention
-from nybble.kernels.attention import attend
-from nybble.kernels.attention_paths import NATIVE, SDPA, VARLEN, VARLEN_WINDOW, Path, Tensors
-from nybble.kernels.plain_attention import Settings
+from nybble.kernels import attend, dispatcher, library
+from nybble.kernels.attention import cpu as cpu_attention
+from nybble.kernels.attention import ops, varlen
+from nybble.kernels.attention import torch as plain_attention
+from nybble.kernels.attention.backend import AttentionBackend, Tensors
+from nybble.kernels.attention.cpu import NATIVE
+from nybble.kernels.attention.sdpa import SDPA
+from nybble.kernels.attention.self_test import self_test
+from nybble.kernels.attention.torch import Settings
+from nybble.kernels.attention.varlen import VARLEN, VARLEN_WINDOW
+from nybble.kernels.dispatch import Choice, Dispatcher
 
 CPU = torch.device("cpu")
 LENGTHS = (17, 1, 300, 2, 64, 64, 63, 65)
@@ -270,7 +278,9 @@ def flash_like(*tensors: Tensor, max_q: int, max_k: int, scale: float, window_si
 
 
 @pytest.mark.parametrize("path", [VARLEN, VARLEN_WINDOW])
-def test_the_kernel_for_different_lengths_is_called_as_documented(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_for_different_lengths_is_called_as_documented(
+    path: AttentionBackend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
     def recorded(*args: Any, scale: float, window_size: tuple[int, int], enable_gqa: bool) -> Tensor:
@@ -278,45 +288,63 @@ def test_the_kernel_for_different_lengths_is_called_as_documented(path: Path, mo
         calls.append((args, {**settings, "enable_gqa": enable_gqa}))
         return flash_like(*args[:5], max_q=args[5], max_k=args[6], **settings)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(attention_paths, "_varlen_attn", lambda: recorded)
-    assert attention_paths._varlen_missing() is None
-    assert attention_paths.self_test(path, CPU) is None
+    monkeypatch.setattr(varlen, "varlen_attn", lambda: recorded)
+    assert varlen.missing() is None
+    assert self_test(path, CPU) is None
     assert len(calls) == (1 if path is VARLEN_WINDOW else 2)
     monkeypatch.undo()
-    if attention_paths._varlen_missing() is None:
+    if varlen.missing() is None:
         for args, kwargs in calls:
-            signature(attention_paths._varlen_attn()).bind(*args, **kwargs)
+            signature(varlen.varlen_attn()).bind(*args, **kwargs)
 
 
 def test_a_kernel_of_other_arguments_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_paths, "_varlen_attn", lambda: lambda query, is_causal: query)
-    assert "takes no scale or window_size" in str(attention_paths._varlen_missing())
+    monkeypatch.setattr(varlen, "varlen_attn", lambda: lambda query, is_causal: query)
+    assert "takes no scale or window_size" in str(varlen.missing())
 
 
 @pytest.fixture
 def _untried() -> Iterator[None]:
-    for found in (attention_paths._fault, attention_paths._sound):
-        found.cache_clear()
+    dispatcher.forget_faults()
     yield
-    for found in (attention_paths._fault, attention_paths._sound):
-        found.cache_clear()
+    dispatcher.forget_faults()
+
+
+def taken(settings: Settings) -> str:
+    """The backend of attention that computes this for heads of 64 in bfloat16."""
+    q = torch.empty(2, 1, 64, dtype=torch.bfloat16)
+    return next(backend.NAME for backend in dispatcher.attention(CPU) if backend.takes(q, settings))
+
+
+USUAL = Settings((2,), 1.0)
+WINDOW = Settings((2,), 1.0, window=1)
+SOFTCAP = Settings((2,), 1.0, softcap=1.0)
 
 
 @native_only
-def test_the_fastest_path_is_taken_and_says_so() -> None:
-    assert set(attention_paths.paths_taken(CPU).values()) == {"native"}
-    assert attention_paths.path_reasons(CPU) == {}
-    assert (
-        attention_paths.implementation(torch.empty(1, 1, 64, dtype=torch.bfloat16), Settings((1,), 1.0))
-        is cpu_attention
-    )
-    assert attention_paths.implementation(torch.empty(1, 1, 64), Settings((1,), 1.0)) is plain_attention
-    assert set(attention_paths.paths_taken(torch.device("meta")).values()) == {"torch"}
+def test_the_fastest_backend_is_taken_and_says_so() -> None:
+    assert {taken(settings) for settings in (USUAL, WINDOW, SOFTCAP)} == {"native"}
+    assert dispatcher.choice("attend", CPU) == Choice("native")
+    assert ops.implementation(torch.empty(1, 1, 64, dtype=torch.bfloat16), Settings((1,), 1.0)) is cpu_attention
+    assert ops.implementation(torch.empty(1, 1, 64), Settings((1,), 1.0)) is plain_attention
+    assert dispatcher.attention(torch.device("meta")) == ()
 
 
+@native_only
+def test_nothing_above_the_chosen_backend_is_taken() -> None:
+    q = torch.empty(1, 1, 64, dtype=torch.bfloat16)
+    dispatcher.choose(CPU, {"attend": Choice("sdpa", "as asked")})
+    assert [taken(settings) for settings in (USUAL, WINDOW, SOFTCAP)] == ["sdpa", "sdpa", "torch"]
+    assert ops.implementation(q, USUAL) is plain_attention
+    dispatcher.choose(CPU, {"attend": Choice("torch", "as asked")})
+    assert {taken(settings) for settings in (USUAL, WINDOW, SOFTCAP)} == {"torch"}
+    assert ops.implementation(q, USUAL) is plain_attention
+
+
+@native_only
 @pytest.mark.usefixtures("_untried")
 @pytest.mark.parametrize("function", ["forward", "backward"])
-def test_a_path_of_other_numbers_is_not_taken(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_of_other_numbers_is_not_taken(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(cpu_attention, function)
 
     def wrong(*arguments: Any) -> Any:
@@ -325,20 +353,19 @@ def test_a_path_of_other_numbers_is_not_taken(function: str, monkeypatch: pytest
         return results
 
     monkeypatch.setattr(cpu_attention, function, wrong)
-    monkeypatch.setattr(cpu_attention, "unavailable", lambda: None)
-    assert attention_paths.paths_taken(CPU) == {"attend": "sdpa", "attend_window": "sdpa", "attend_softcap": "torch"}
-    assert "native: self-test failed: " in attention_paths.path_reasons(CPU)["attend"]
+    assert [taken(settings) for settings in (USUAL, WINDOW, SOFTCAP)] == ["sdpa", "sdpa", "torch"]
+    assert dispatcher.choice("attend", CPU).backend == "sdpa"
+    assert "self-test of the native backend failed: " in (dispatcher.choice("attend", CPU).reason or "")
 
 
-def test_what_is_missing_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> Tensor:
         raise RuntimeError("no kernel image")
 
-    assert (
-        attention_paths.self_test(SDPA._replace(derive=broken), CPU)
-        == "self-test failed: RuntimeError: no kernel image"
-    )
-    monkeypatch.setattr(cpu, "unavailable", lambda: "no compiler")
+    (backend,) = dispatcher.named("attend", "sdpa", CPU)
+    failing = replace(backend, load=lambda: SDPA._replace(derive=broken))
+    assert Dispatcher().fault(failing, CPU) == "self-test of the sdpa backend failed: RuntimeError: no kernel image"
+    monkeypatch.setattr(library, "unavailable", lambda: "no compiler")
     assert cpu_attention.unavailable.__wrapped__() == "no compiler"
 
 
@@ -353,8 +380,7 @@ def test_the_first_call_may_come_inside_a_checkpoint_or_without_gradients(dtype:
 
     with torch.inference_mode():
         attend(*(x.clone() for x in inputs), LENGTHS, 0.125)
-    attention_paths._fault.cache_clear()
-    attention_paths._sound.cache_clear()
+    dispatcher.forget_faults()
     ours, plain = differentiated(run, inputs, grad), differentiated(attend, inputs, grad, LENGTHS, 0.125)
     assert all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))
 

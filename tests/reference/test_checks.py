@@ -18,10 +18,16 @@ from nybble.diagnostics import checks, operators, rates
 from nybble.diagnostics.children import Run, _one
 from nybble.diagnostics.evidence import Result
 from nybble.diagnostics.worker import _describe, answer
-from nybble.kernels import attention_paths, cpu, cpu_rows, plain, plain_attention, plain_rows, rows
-from nybble.kernels.plain_attention import Settings
-from nybble.nn import linear, projection
-from nybble.nn.projection import Projection
+from nybble.kernels import dispatcher
+from nybble.kernels.attention import torch as plain_attention
+from nybble.kernels.attention.torch import Settings
+from nybble.kernels.ops4bit import cpu
+from nybble.kernels.ops4bit import torch as plain
+from nybble.kernels.pointwise import cpu as cpu_rows
+from nybble.kernels.pointwise import ops as pointwise
+from nybble.kernels.pointwise import torch as plain_rows
+from nybble.nn import linear4bit, lora_projection
+from nybble.nn.lora_projection import Projection
 from nybble.quant import PackedWeight, codebook, decode, dynamic_codebook, encode
 
 CPU = torch.device("cpu")
@@ -81,7 +87,7 @@ def _short_product(patch: Patch, path: Any) -> None:
 
 
 def _shifted_weight(patch: Patch) -> None:
-    _around(patch, linear.Linear4bit, "decoded", lambda right, *a: right(*a).roll(1, 0))
+    _around(patch, linear4bit.Linear4bit, "decoded", lambda right, *a: right(*a).roll(1, 0))
 
 
 def _transposed_lora(patch: Patch) -> None:
@@ -110,9 +116,10 @@ def _leaking_documents(patch: Patch, path: str) -> None:
         for name in ("forward", "backward"):
             _around(patch, plain_attention, name, lambda right, *a: right(*a[:-1], joined(a[-1])))
         return
-    (way,) = attention_paths.paths_named("cpu", path)
-    leaking = way._replace(derive=lambda inputs, grad, settings: way.derive(inputs, grad, joined(settings)))
-    patch.setattr(attention_paths, "paths_named", lambda *_: (leaking,))
+    (backend,) = dispatcher.named("attend", path, CPU)
+    right = backend.load()
+    leaking = right._replace(derive=lambda inputs, grad, settings: right.derive(inputs, grad, joined(settings)))
+    patch.setattr(dispatcher, "named", lambda *_: (replace(backend, load=lambda: leaking),))
 
 
 def _transposed_adapter(patch: Patch) -> None:
@@ -122,7 +129,7 @@ def _transposed_adapter(patch: Patch) -> None:
         a = p.adapter.a
         return right(x, replace(p, adapter=replace(p.adapter, a=a.reshape(a.t().shape).t())), *others)
 
-    _around(patch, projection, "product", change)
+    _around(patch, lora_projection, "product", change)
 
 
 def _nan(patch: Patch) -> None:
@@ -145,8 +152,10 @@ def _no_room(patch: Patch) -> None:
 
 
 def _gradient_upside_down(patch: Patch) -> None:
-    right = projection._Project.backward
-    patch.setattr(projection._Project, "backward", staticmethod(lambda ctx, *grads: right(ctx, *(-g for g in grads))))
+    right = lora_projection._Project.backward
+    patch.setattr(
+        lora_projection._Project, "backward", staticmethod(lambda ctx, *grads: right(ctx, *(-g for g in grads)))
+    )
 
 
 def _wrong_bytes(patch: Patch) -> None:
@@ -167,11 +176,11 @@ FAULTS: dict[str, Callable[[Patch, str], None]] = {
         patch, ROWS[path], "dropout", lambda right, x, p, seed, out: right(x, p, seed + 1, out)
     ),
     "LoRA": lambda patch, _: _transposed_adapter(patch),
-    "MLP": lambda patch, _: _around(patch, rows, "gated", lambda right, gate, up, kind: right(up, gate, kind)),
+    "MLP": lambda patch, _: _around(patch, pointwise, "gated", lambda right, gate, up, kind: right(up, gate, kind)),
     "torch's attention": lambda patch, _: _leaking_mask(patch),
     "attention of rows": lambda patch, path: _leaking_documents(patch, path),
     "loss": lambda patch, _: _around(
-        patch, rows, "cross_entropy_", lambda right, logits, labels, cap: right(logits, labels.roll(1), cap)
+        patch, pointwise, "cross_entropy_", lambda right, logits, labels, cap: right(logits, labels.roll(1), cap)
     ),
     "AdamW": lambda patch, _: patch.setattr(torch.optim, "AdamW", torch.optim.Adam),
     "narrow products": lambda patch, _: _wrong_products(patch),

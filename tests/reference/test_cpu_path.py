@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
 from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,24 +16,31 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from nybble.kernels import choices, cpu, paths, plain
+from nybble.kernels import library
+from nybble.kernels.attention import cpu as attention
+from nybble.kernels.dispatch import Choice, Dispatcher, dispatcher
+from nybble.kernels.library import MAX_ROWS
+from nybble.kernels.ops4bit import cpu
+from nybble.kernels.ops4bit import torch as plain
+from nybble.kernels.pointwise import cpu as pointwise
 from nybble.quant import BLOCK_SIZES, QUANT_TYPES, PackedWeight, codebook, decode, encode, encode_searched
+from nybble.quant.search import FACTORS, NEIGHBOURS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (1, 31, 33, 64, 35 * 53, 4160, 8193)  # odd, of less than a block, with a short last block
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.skipif(cpu.unavailable() is not None, reason=str(cpu.unavailable()))
+pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
 
 
-@pytest.fixture(params=range(len(cpu.INSTRUCTION_SETS)), ids=cpu.INSTRUCTION_SETS, autouse=True)
+@pytest.fixture(params=range(len(library.INSTRUCTION_SETS)), ids=library.INSTRUCTION_SETS, autouse=True)
 def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     try:
-        cpu.set_instruction_set(request.param)
+        library.set_instruction_set(request.param)
     except ValueError as error:
         pytest.skip(str(error))
-    yield cpu.INSTRUCTION_SETS[request.param]
-    cpu.set_instruction_set(-1)
+    yield library.INSTRUCTION_SETS[request.param]
+    library.set_instruction_set(-1)
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -139,16 +151,15 @@ def test_products_are_within_float32_of_the_exact_ones(
     shape: tuple[int, int], dtype: torch.dtype, instruction_set: str
 ) -> None:
     halves = dtype == torch.bfloat16 and instruction_set == "AVX512-BF16"
-    for block_size, rows in product((32, 64, 1024, 4096), (*range(1, cpu.MAX_ROWS + 1), 9, 30, 128)):
+    for block_size, rows in product((32, 64, 1024, 4096), (*range(1, MAX_ROWS + 1), 9, 30, 128)):
         weight, x = encode(torch.randn(shape), block_size=block_size), torch.randn(rows, shape[1]).to(dtype)
         exact = x.double() @ decode(weight, torch.float32).double().t()
         magnitudes = x.double().abs() @ decode(weight, torch.float32).double().abs().t()
         product_ = cpu.multiply(x, weight)
         assert (product_.shape, product_.dtype) == (exact.shape, dtype)
         # Sums of n products in float32 lose under 4 bits here (worst seen: 1.2e-7); then one rounding to the type of x.
-        # Values of weights in bfloat16 are up to .18 % off.
         # Values of weights in bfloat16 are up to .18 % off; so are decoded ones (.2 %), as more rows have them.
-        lost = 2e-3 if halves or (rows > cpu.MAX_ROWS and dtype != torch.float32) else 5e-7
+        lost = 2e-3 if halves or (rows > MAX_ROWS and dtype != torch.float32) else 5e-7
         assert ((product_ - exact).abs() <= lost * magnitudes + torch.finfo(dtype).eps * exact.abs()).all()
         if halves:  # and no further off than decoded weights in bfloat16 are
             decoded = x.double() @ decode(weight, dtype).double().t()
@@ -168,14 +179,14 @@ def test_adapters_and_weights_of_16_bits_are_part_of_the_product(rank: int, k: i
         ):
             exact = x.double() @ (base + 0.3 * b.double() @ a.double()).t()
             # By rows of more than 8 the sum of the base is rounded before the adapter is added, and A is rounded.
-            rounded = (5e-3 if rows > cpu.MAX_ROWS else 2e-3) if dtype != torch.float32 else 1e-6
+            rounded = (5e-3 if rows > MAX_ROWS else 2e-3) if dtype != torch.float32 else 1e-6
             assert (ours - exact).norm() <= rounded * exact.norm() * (4 if dtype == torch.bfloat16 else 1)
         assert torch.equal(cpu.multiply(x, weight, plain.LowRank(a, 0 * b, 0.3)), cpu.multiply(x, weight))
 
 
 def test_rows_and_types_that_the_loops_do_not_take_go_the_plain_way() -> None:
     weight = encode(torch.randn(6, 64))
-    for x in (torch.randn(cpu.MAX_ROWS + 1, 64), torch.randn(0, 64), torch.randn(2, 64, dtype=torch.float64)):
+    for x in (torch.randn(MAX_ROWS + 1, 64), torch.randn(0, 64), torch.randn(2, 64, dtype=torch.float64)):
         assert torch.equal(cpu.multiply(x, weight), plain.multiply(x, weight))
 
 
@@ -194,49 +205,104 @@ def test_threads_make_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
 ENGINE = ("dequantize_4bit", "gemv_4bit", "quantize_4bit")
 
 
-def test_the_operators_take_this_path_and_say_so() -> None:
-    assert all(paths.path_for(CPU, operator) is cpu for operator in ENGINE)  # type: ignore[comparison-overlap]
-    assert {operator: paths.paths_taken(CPU)[operator] for operator in ENGINE} == dict.fromkeys(ENGINE, cpu.NAME)
-    assert paths.path_reasons(CPU) == {}
+def test_the_operators_take_this_backend_and_say_so() -> None:
+    assert all(dispatcher.code(operator, CPU) is cpu for operator in ENGINE)
+    assert {operator: dispatcher.choice(operator, CPU) for operator in ENGINE} == dict.fromkeys(
+        ENGINE, Choice(cpu.NAME)
+    )
+    assert all(choice.reason is None for choice in dispatcher.choices(CPU).values())
 
 
-def test_an_operator_runs_by_the_path_that_was_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_operator_runs_by_the_backend_that_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
-    paths.paths_taken(CPU)  # the self-tests, which compare with the plain path, come before it is another
+    dispatcher.choices(CPU)  # the self-tests, which compare with the torch backend, come before it is another
     monkeypatch.setattr(plain, "dequantize", lambda weight, out: ran.append("plain"))
     weight = encode(torch.randn(64))
-    choices.take(CPU, {"dequantize_4bit": choices.Choice("torch", "the native one is broken")})
+    dispatcher.choose(CPU, {"dequantize_4bit": Choice("torch", "the native one is broken")})
     torch.ops.nybble.dequantize_4bit_out(
         weight.packed, weight.absmax, weight.nested_absmax, weight.nested_offset, "nf4", 64, torch.empty(64)
     )
     assert ran == ["plain"]
-    assert paths.paths_taken(CPU)["dequantize_4bit"] == "torch"
-    assert paths.paths_taken(CPU)["gemv_4bit"] == "native"
-    assert paths.path_reasons(CPU) == {"dequantize_4bit": "the native one is broken"}
+    choices = dispatcher.choices(CPU)
+    assert choices["dequantize_4bit"] == Choice("torch", "the native one is broken")
+    assert choices["gemv_4bit"] == Choice("native")
+    assert [operator for operator, choice in choices.items() if choice.reason] == ["dequantize_4bit"]
 
 
-def test_a_kind_of_attention_that_is_skipped_is_switched_off() -> None:
+def test_a_kind_of_attention_that_is_skipped_is_off_within_the_settings_alone() -> None:
     q = torch.randn(1, 2, 16, 64)
-    assert torch._fused_sdp_choice(q, q, q, None, 0.0, True) == SDPBackend.FLASH_ATTENTION.value
-    try:
-        choices.take(CPU, {"sdpa": choices.Choice("math", "flash leaks")})
-        assert torch._fused_sdp_choice(q, q, q, None, 0.0, True) == SDPBackend.MATH.value
-    finally:
-        choices.take(CPU, {"sdpa": choices.Choice("flash")})
-    assert torch._fused_sdp_choice(q, q, q, None, 0.0, True) == SDPBackend.FLASH_ATTENTION.value
+
+    def kernel() -> int:
+        return torch._fused_sdp_choice(q, q, q, None, 0.0, True)
+
+    assert kernel() == SDPBackend.FLASH_ATTENTION.value
+    dispatcher.choose(CPU, {"sdpa": Choice("math", "flash leaks")})
+    assert kernel() == SDPBackend.FLASH_ATTENTION.value
+    with dispatcher.torch_settings(CPU):
+        assert kernel() == SDPBackend.MATH.value
+    assert kernel() == SDPBackend.FLASH_ATTENTION.value
+    dispatcher.choose(CPU, {"sdpa": Choice("flash")})
+    with dispatcher.torch_settings(CPU):
+        assert kernel() == SDPBackend.FLASH_ATTENTION.value
 
 
-def test_without_the_library_the_plain_path_runs_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "EXTENSION_SUFFIXES", [".absent"])
+def test_without_the_library_the_torch_backend_runs_and_the_reason_is_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     with pytest.raises(OSError, match="was not built"):
-        cpu.load_library.__wrapped__()
-    monkeypatch.setattr(cpu, "unavailable", lambda: "no compiler")
+        library.find_library(tmp_path)
+    monkeypatch.setattr(library, "unavailable", lambda: "no compiler")
     assert {first_that_works(operator) for operator in ENGINE} == {("torch", "no compiler")}
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("int nybble_decode(void) { return 0; }", "has ABI None, this package needs ABI"),
+        ("int nybble_abi(void) { return 1; }", "has ABI 1, this package needs ABI"),
+        (
+            f"int nybble_abi(void) {{ return {library.ABI}; }} long nybble_constant(const char *name) {{ return 7; }}",
+            "has another MAX_ROWS than this package's 8",
+        ),
+    ],
+)
+def test_a_library_of_other_sources_is_refused_in_one_line(tmp_path: Path, source: str, message: str) -> None:
+    if not shutil.which("gcc"):
+        pytest.skip("there is no C compiler")
+    file = tmp_path / f"_native{EXTENSION_SUFFIXES[0]}"
+    (tmp_path / "old.c").write_text(source)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(file), str(tmp_path / "old.c")], check=True)
+    with pytest.raises(OSError, match=message) as caught:
+        library.open_library(library.find_library(tmp_path))
+    assert "rebuild it with: pip install" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+MIRRORS = {
+    **{name: getattr(cpu, f"_{name}") for name in ("Tables", "Source", "Packed", "Nested", "Product")},
+    **{name: getattr(pointwise, f"_{name}") for name in ("Norm", "Gate", "Dropout", "Loss", "Rotation")},
+    "DecodeAttention": pointwise._DecodeAttention,
+    "StridedHeads": attention._StridedHeads,
+    "Attention": attention._Attention,
+}
+
+
+@pytest.mark.parametrize("name", MIRRORS)
+def test_structures_have_the_size_that_the_library_gives_them(name: str) -> None:
+    assert ctypes.sizeof(MIRRORS[name]) == library.load_library().nybble_constant(f"sizeof {name}".encode())
+
+
+def test_the_encoder_tries_no_more_scales_than_the_library_has_room_for() -> None:
+    limits = {name: library.load_library().nybble_constant(name.encode()) for name in ("MAX_CANDIDATES", "MAX_BLOCK")}
+    assert 2 * len(FACTORS) <= limits["MAX_CANDIDATES"]
+    assert limits["MAX_CANDIDATES"] >= 2 * NEIGHBOURS + 1
+    assert max(BLOCK_SIZES) == limits["MAX_BLOCK"]
+    assert library.load_library().nybble_constant(b"nonsense") == -1
+
+
 def first_that_works(operator: str) -> tuple[str, str | None]:
-    chosen = paths._first_that_works.__wrapped__(operator, "cpu")
-    return chosen.path, chosen.reason
+    choice = Dispatcher().choice(operator, CPU)
+    return choice.backend, choice.reason
 
 
 OPERATOR_OF = dict.fromkeys(("search_scales", "nested_codes", "nearest_codes"), "quantize_4bit") | {
@@ -246,7 +312,7 @@ OPERATOR_OF = dict.fromkeys(("search_scales", "nested_codes", "nearest_codes"), 
 
 
 @pytest.mark.parametrize("function", OPERATOR_OF)
-def test_a_path_of_other_bits_is_not_taken(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_of_other_bits_is_not_taken(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = getattr(cpu, function)
 
     def wrong(*arguments: Any) -> Any:
@@ -257,22 +323,22 @@ def test_a_path_of_other_bits_is_not_taken(function: str, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(cpu, function, wrong)
     found = {operator: first_that_works(operator) for operator in ENGINE}
-    path, reason = found.pop(OPERATOR_OF[function])
-    assert path == "torch"
-    assert f"self-test of the native path failed: {function}" in (reason or "")
+    backend, reason = found.pop(OPERATOR_OF[function])
+    assert backend == "torch"
+    assert f"self-test of the native backend failed: {function}" in (reason or "")
     assert set(found.values()) == {("native", None)}
 
 
-def test_a_path_that_crashes_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_backend_that_crashes_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*_: Any) -> None:
         raise RuntimeError("no C compiler to build the launcher with")
 
     monkeypatch.setattr(cpu, "dequantize", crash)
-    path, reason = first_that_works("dequantize_4bit")
-    assert path == "torch"
+    backend, reason = first_that_works("dequantize_4bit")
+    assert backend == "torch"
     assert "RuntimeError: no C compiler" in (reason or "")
 
 
 def test_an_instruction_set_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot run instruction set 9"):
-        cpu.set_instruction_set(9)
+        library.set_instruction_set(9)

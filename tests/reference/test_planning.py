@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from nybble.data import Example, Groups
 from nybble.hardware import detect_device
 from nybble.models import MEMORY_SAVERS, MemorySavers, attach, find_model, load_model, materialize, meta_model
-from nybble.nn.scratch import scratch
+from nybble.nn.workspace import workspace
 from nybble.planning.devices import named_profile
 from nybble.planning.extrapolate import StepAtLevels, TracedModel
 from nybble.planning.memory_tracer import MemoryTracer
@@ -159,7 +159,7 @@ def test_the_prediction_holds_for_the_trainer(tiny_llama: Callable[..., Path], t
     with live:
         live.start("train")
         _train(model, recipe, tmp_path, [60] * 4, _at_depth(depth, setting.n_layers))
-    scratch.clear()
+    workspace.clear()
     assert expected == pytest.approx(live.peaks["train"].total_bytes, rel=0.01)
 
 

@@ -135,7 +135,8 @@ def launches(
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from nybble.kernels import gpu, gpu_rows
+    from nybble.kernels.ops4bit import triton as gpu
+    from nybble.kernels.pointwise import triton as gpu_rows
 
     made: dict[str, list[Any]] = {}
     run = JITFunction.run
@@ -159,7 +160,7 @@ def test_launches_compile_as_they_are_made(
     launches: Callable[[str], dict[str, list[Any]]], script: ModuleType, target: str
 ) -> None:
     """Types, alignments and constants come from real arguments here; numbers that are 1 become constants."""
-    from nybble.kernels import gpu
+    from nybble.kernels.ops4bit import triton as gpu
 
     made = launches(target)
     for shape in ((1, 1), (64, 128)):
@@ -186,7 +187,7 @@ def test_launches_compile_as_they_are_made(
 def test_launches_of_row_operators_compile_as_they_are_made(
     launches: Callable[[str], dict[str, list[Any]]], script: ModuleType, target: str
 ) -> None:
-    from nybble.kernels import gpu_rows
+    from nybble.kernels.pointwise import triton as gpu_rows
 
     made = launches(target)
     for n, width in ((1, 1), (3, 4096)):

@@ -1,7 +1,8 @@
 """The Triton kernels and their launches, run by Triton's interpreter on the CPU, have the bits of the reference.
 
 The interpreter must be chosen before Triton is imported and would then rule the whole process, so the functions of
-`nybble.kernels.gpu` run in a second one. bfloat16 goes through the kernels as integers and is therefore exact here too.
+`nybble.kernels.ops4bit.triton` run in a second one. bfloat16 goes through the kernels as integers and is therefore
+exact here too.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ Call = Callable[..., tuple[Any, tuple[Any, ...]]]
 
 @pytest.fixture(scope="module")
 def call(interpreter: Callable[..., tuple[Any, tuple[Any, ...]]]) -> Call:
-    """Calls a function of `nybble.kernels.gpu` where Triton interprets: its result, and its arguments afterwards."""
-    return partial(interpreter, "gpu")
+    """Calls a function of `nybble.kernels.ops4bit.triton` where Triton interprets: its result, and its arguments."""
+    return partial(interpreter, "ops4bit.triton")
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -178,7 +179,7 @@ def test_products_with_a_few_rows_are_those_of_the_decoded_weight(call: Call, qu
 
 
 def test_what_the_kernels_cannot_take_is_refused() -> None:
-    from nybble.kernels import gpu
+    from nybble.kernels.ops4bit import triton as gpu
 
     weight = encode(torch.randn(8, 64))
     with pytest.raises(ValueError, match="out must be contiguous"):
@@ -190,7 +191,7 @@ def test_what_the_kernels_cannot_take_is_refused() -> None:
 
 def test_without_triton_the_package_imports(tmp_path: Path) -> None:
     (tmp_path / "triton.py").write_text("raise ImportError('not here')\n", encoding="utf-8")
-    code = "import nybble.kernels, sys; assert 'nybble.kernels.gpu' not in sys.modules"
+    code = "import nybble.kernels, sys; assert 'nybble.kernels.ops4bit.triton' not in sys.modules"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from nybble.nn.attention import Span, attend_rows
+from nybble.nn.dropout_seed import DropoutSeeds
+from nybble.nn.gated_mlp import GatedMlp
+from nybble.nn.lora_projection import Adapter, Projection, project, projection_of
 from nybble.nn.loss import Head, next_token_loss, token_losses
-from nybble.nn.mlp import GatedMlp
 from nybble.nn.norm import rms_norm
-from nybble.nn.projection import Adapter, Projection, project, projection_of
-from nybble.nn.seeds import Seeds
 
 IN, OUT, R, ROWS = 6, 5, 2, 4
 
@@ -73,7 +73,7 @@ def test_a_rank_that_is_filled_up_gives_the_same(monkeypatch: pytest.MonkeyPatch
     cotangent = rand(ROWS, OUT)
     results = []
     for multiple in (1, 64):
-        monkeypatch.setattr("nybble.nn.projection._rank_multiple", lambda _kind, m=multiple: m)
+        monkeypatch.setattr("nybble.nn.lora_projection._rank_multiple", lambda _kind, m=multiple: m)
         (y,) = project(x, [with_adapter(layer, a, b, 0.3)])
         results.append([y, *torch.autograd.grad(y, [x, a, b], cotangent)])
     for narrow, filled in zip(*results, strict=True):
@@ -131,10 +131,10 @@ def test_a_tiled_mlp_is_the_whole_one(adapted: tuple[int, ...], tile: int) -> No
         torch.testing.assert_close(tiled, whole, rtol=1e-6, atol=1e-7)  # the fast paths round to float32
 
 
-@pytest.mark.parametrize("one_plus", [False, True])
-def test_norm_gradient(one_plus: bool) -> None:
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_norm_gradient(unit_offset: bool) -> None:
     weight = rand(IN)
-    check(lambda x: rms_norm(x, weight, 1e-6, one_plus), [rand(ROWS, IN, grad=True)])
+    check(lambda x: rms_norm(x, weight, 1e-6, unit_offset), [rand(ROWS, IN, grad=True)])
 
 
 @pytest.mark.parametrize("rotated", [4, 2])
@@ -210,7 +210,7 @@ def test_a_frozen_mlp_keeps_gate_and_up_alone() -> None:
 
 
 def test_seeds_differ_by_step_place_and_run_and_are_repeatable() -> None:
-    drawn = {Seeds(run, step).of(place) for run in range(3) for step in range(5) for place in range(7)}
+    drawn = {DropoutSeeds(run, step).of(place) for run in range(3) for step in range(5) for place in range(7)}
     assert len(drawn) == 3 * 5 * 7
-    assert Seeds(2, 3).of(1) == Seeds(2, 3).of(1)
-    assert len({Seeds().of(0) for _ in range(8)}) > 1  # outside a training loop: torch's generator
+    assert DropoutSeeds(2, 3).of(1) == DropoutSeeds(2, 3).of(1)
+    assert len({DropoutSeeds().of(0) for _ in range(8)}) > 1  # outside a training loop: torch's generator

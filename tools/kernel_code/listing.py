@@ -1,8 +1,8 @@
 """What the Triton kernels compile to, target by target, with no GPU: registers, spills, memory accesses, operations.
 
-Every kernel is compiled ahead of time with the launch shape, alignments and address ranges that `nybble.kernels.gpu`
-gives it for a usual weight. Counts are of instructions in the machine code, each once however often a loop runs it.
-Prints a line per kernel and target and one JSON object last.
+Every kernel is compiled ahead of time with the launch shape, alignments and address ranges that
+`nybble.kernels.ops4bit.triton` gives it for a usual weight. Counts are of instructions in the machine code, each once
+however often a loop runs it. Prints a line per kernel and target and one JSON object last.
 
     python -m tools.kernel_code.listing --out bench/results/kernel_code-$(date +%F).json
 
@@ -27,8 +27,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from nybble.kernels import gpu_kernels as kernels
-from nybble.kernels import gpu_row_kernels as row_kernels
+from nybble.kernels.ops4bit import triton_kernels as kernels
+from nybble.kernels.pointwise import triton_kernels as row_kernels
 
 TARGETS = ("gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1151", "gfx1201", "sm_80", "sm_90")
 _PACKED = {
@@ -107,8 +107,8 @@ def _rows(kernel: str, pointers: str, numbers: str, constants: dict[str, Any], n
 
 
 ROW_VARIANTS = (
-    _rows("rms_norm", "x weight out rstd:fp32", "width eps:fp32", {"one_plus": False}),
-    _rows("rms_norm_backward", "grad x weight rstd:fp32 out", "width", {"one_plus": False}),
+    _rows("rms_norm", "x weight out rstd:fp32", "width eps:fp32", {"unit_offset": False}),
+    _rows("rms_norm_backward", "grad x weight rstd:fp32 out", "width", {"unit_offset": False}),
     _rows("gated", "gate up out", "n", {"is_gelu": False}),
     _rows("gated_backward", "grad gate up", "n", {"is_gelu": False}),
     _rows("gated_backward", "grad gate up", "n", {"is_gelu": True}, "gelu"),

@@ -4,9 +4,9 @@ Nothing here imports torch but the process that computes (`worker`) and what it 
 at from outside.
 """
 
+from nybble.diagnostics.backends import BackendChoice, choose_backends
 from nybble.diagnostics.environment import prepare
 from nybble.diagnostics.evidence import Result
 from nybble.diagnostics.examination import Report, doctor
-from nybble.diagnostics.rungs import Rung, measured_rates, settle
 
-__all__ = ["Report", "Result", "Rung", "doctor", "measured_rates", "prepare", "settle"]
+__all__ = ["BackendChoice", "Report", "Result", "choose_backends", "doctor", "prepare"]

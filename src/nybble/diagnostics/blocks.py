@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from importlib import import_module
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +12,13 @@ from torch.nn import functional
 
 from nybble.diagnostics.layers import apart_at_worst, gradient, packed_linear, with_gradients
 from nybble.diagnostics.measure import Measured, UnavailableError, apart, dtypes_of, normal
-from nybble.kernels import attention_paths, plain_attention, row_paths
-from nybble.kernels.plain_attention import Settings
+from nybble.kernels import dispatcher
+from nybble.kernels.attention.backend import AttentionBackend
+from nybble.kernels.attention.torch import Settings
+from nybble.kernels.pointwise.backend import PointwiseBackend
+from nybble.nn.gated_mlp import GatedMlp
+from nybble.nn.lora_projection import Adapter, Projection, project
 from nybble.nn.loss import Head, next_token_loss
-from nybble.nn.mlp import GatedMlp
-from nybble.nn.projection import Adapter, Projection, project
 
 _DOCUMENTS = (5, 1, 40, 40, 66)  # tokens
 _HEADS, _KV_HEADS = 4, 2
@@ -26,30 +27,31 @@ _DROPOUT, _SEED = 0.25, 7
 
 def row_operators(device: torch.device, path: str) -> Measured:
     """Norm, gate, loss of a row and rotary positions, forward and backward; dropout, whose every bit is told."""
-    why_not = row_paths.unavailable(path)
+    (backend,) = dispatcher.named("rows", path, device)
+    why_not = backend.unavailable()
     if why_not:
         raise UnavailableError(why_not)
-    code = row_paths.path_named(path)
+    code: PointwiseBackend = backend.load()
     return Measured(
         max(check(code, device, t) for check in (_norm, _gate, _row_loss, _turn) for t in dtypes_of(device))
     )
 
 
-def _norm(code: row_paths.RowPath, device: torch.device, dtype: torch.dtype) -> float:
+def _norm(code: PointwiseBackend, device: torch.device, dtype: torch.dtype) -> float:
     x, g, w = normal(9, 67, seed=1, dtype=dtype), normal(9, 67, seed=2, dtype=dtype), normal(67, seed=3, dtype=dtype)
     worst = 0.0
-    for one_plus in (False, True):
-        y, rstd = code.rms_norm(x.to(device), w.to(device), 1e-6, one_plus)
-        dx = code.rms_norm_backward(g.to(device), x.to(device), w.to(device), rstd, one_plus)
+    for unit_offset in (False, True):
+        y, rstd = code.rms_norm(x.to(device), w.to(device), 1e-6, unit_offset)
+        dx = code.rms_norm_backward(g.to(device), x.to(device), w.to(device), rstd, unit_offset)
         wide = x.double().requires_grad_()
         scale = (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
-        exact = wide * scale * (w.double() + one_plus)
+        exact = wide * scale * (w.double() + unit_offset)
         exact.backward(g.double())
         worst = max(worst, apart_at_worst([y, dx], [exact.detach(), gradient(wide)]))
     return worst
 
 
-def _gate(code: row_paths.RowPath, device: torch.device, dtype: torch.dtype) -> float:
+def _gate(code: PointwiseBackend, device: torch.device, dtype: torch.dtype) -> float:
     worst = 0.0
     for name, active in (("silu", functional.silu), ("gelu_tanh", partial(functional.gelu, approximate="tanh"))):
         gate, up, grad = (normal(9, 67, seed=s, dtype=dtype) for s in range(3))
@@ -68,7 +70,7 @@ def _gate(code: row_paths.RowPath, device: torch.device, dtype: torch.dtype) -> 
     return max(worst, apart(out, wanted) if torch.equal(out.cpu() == 0, ~kept | (x == 0)) else math.inf)
 
 
-def _row_loss(code: row_paths.RowPath, device: torch.device, dtype: torch.dtype) -> float:
+def _row_loss(code: PointwiseBackend, device: torch.device, dtype: torch.dtype) -> float:
     logits, labels = normal(9, 131, seed=1, dtype=dtype), torch.arange(9) * 17 % 131
     there = logits.to(device, copy=True)
     losses = code.cross_entropy_(there, labels.to(device), 0.0)
@@ -78,7 +80,7 @@ def _row_loss(code: row_paths.RowPath, device: torch.device, dtype: torch.dtype)
     return apart_at_worst([losses, there], [exact.detach(), gradient(wide)])
 
 
-def _turn(code: row_paths.RowPath, device: torch.device, dtype: torch.dtype) -> float:
+def _turn(code: PointwiseBackend, device: torch.device, dtype: torch.dtype) -> float:
     x, angles = normal(9, 3, 22, seed=1, dtype=dtype), normal(9, 7, seed=2).double()
     turned = torch.polar(torch.ones_like(angles), angles)[:, None] * torch.complex(*x.double()[..., :14].chunk(2, -1))
     exact = torch.cat([turned.real, turned.imag, x.double()[..., 14:]], dim=-1)
@@ -99,24 +101,20 @@ def _hash(place: int, seed: int) -> int:
 def attention_of_documents(device: torch.device, path: str) -> Measured:
     """Each document sees itself alone and nothing ahead, at the usual sizes of heads: y, gradients of q, k and v."""
     worst, n = 0.0, sum(_DOCUMENTS)
-    import_module("nybble.kernels.attention")  # some paths go by its operators
-    ways = attention_paths.paths_named(device.type, path)
-    why_not = next(filter(None, (way.unavailable() for way in ways)), None)
+    named = dispatcher.named("attend", path, device)
+    why_not = next(filter(None, (backend.unavailable() for backend in named)), None)
     if why_not:
         raise UnavailableError(why_not)
+    backends: list[AttentionBackend] = [backend.load() for backend in named]
     for size, window in ((64, None), (96, None), (128, None), (256, None), (64, 9)):
         settings = Settings(_DOCUMENTS, size**-0.5, window)
         q, grad = (normal(n, _HEADS, size, seed=s, dtype=torch.bfloat16) for s in (0, 1))
         k, v = (normal(n, _KV_HEADS, size, seed=s, dtype=torch.bfloat16) for s in (2, 3))
         there = (q.to(device), k.to(device), v.to(device))
-        way = next((way for way in ways if way.takes(there[0], settings)), None)
-        if path == plain_attention.NAME:
-            out, sums = plain_attention.forward(*there, settings)
-            results = [out, *plain_attention.backward(grad.to(device), (*there, out, sums), settings)]
-        elif way is not None:
-            results = [*way.derive(there, grad.to(device), settings)]
-        else:
+        backend = next((backend for backend in backends if backend.takes(there[0], settings)), None)
+        if backend is None:
             continue
+        results = [*backend.derive(there, grad.to(device), settings)]
         wide = [t.double().requires_grad_() for t in (q, k, v)]
         exact = _attended(wide, window)
         exact.backward(grad.double())

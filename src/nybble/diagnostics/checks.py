@@ -1,7 +1,7 @@
 """The table of computing checks: what computes, how far it may be from float64, and what to do when it is.
 
-A new check is one entry. With an `operator` it runs once for each rung of that operator's ladder and decides whether
-the rung may be stood on. Errors are in units of the result's type (`measure.apart`) unless the entry says otherwise;
+A new check is one entry. With an `operator` it runs once for each backend of that operator and decides whether
+the backend may be taken. Errors are in units of the result's type (`measure.apart`) unless the entry says otherwise;
 tolerances are four times and more what was measured (`bench/quality/doctor_tolerances.py`).
 """
 
@@ -26,7 +26,7 @@ class Check:
     symptom: str = ""
     fix: str = ""  # one command
     thread: str = ""
-    operator: str = ""  # in LADDERS of nybble.kernels
+    operator: str = ""  # in TABLE of nybble.kernels.dispatch
     is_quick: bool = True
     limit_seconds: float = 120.0  # the first run on a GPU compiles
 

@@ -28,7 +28,7 @@ class Run:
     fingerprint: str = ""
     results: list[Result] = field(default_factory=list)
     not_run: dict[str, str] = field(default_factory=dict)
-    ladders: dict[str, dict[str, str | None]] = field(default_factory=dict)  # operator -> path -> why not
+    backends: dict[str, dict[str, str | None]] = field(default_factory=dict)  # operator -> backend -> why not
     left_out: list[str] = field(default_factory=list)  # checks that were not wanted
     is_whole: bool = False  # whether every wanted check was run
     speeds: dict[str, dict[str, float]] = field(default_factory=dict)  # operator -> path -> per second
@@ -40,6 +40,7 @@ def run_checks(
     wanted: Callable[[Mapping[str, Any]], bool] = lambda check: True,
     told: Callable[[str, int, int], None] = lambda name, done, total: None,
     table: str = TABLE,
+    environment: Mapping[str, str] | None = None,
 ) -> Run:
     """Run every wanted check of the module `table` on `device`.
 
@@ -48,9 +49,10 @@ def run_checks(
         wanted: whether a check, as the worker describes it, is to be run.
         told: is called with the name of each check, how many are done, and of how many.
         table: a module with CHECKS.
+        environment: variables that are set for the processes that compute, besides those of this process.
     """
     run = Run()
-    child = _start(table, device)
+    child = _start(table, device, environment)
     try:
         hello = child.answer(START_SECONDS)
         run.device, run.fingerprint = hello["device"], hello["fingerprint"]
@@ -63,7 +65,7 @@ def run_checks(
             told(check["name"], done, len(jobs))
             if not is_fit:
                 child.close()
-                child = _start(table, device)
+                child = _start(table, device, environment)
                 child.answer(START_SECONDS)
             is_fit = _one(child, check, path, run)
         run.is_whole = True
@@ -78,8 +80,8 @@ def run_checks(
     return run
 
 
-def _start(table: str, device: str) -> Child:
-    return Child(["-m", "nybble.diagnostics.worker", table, device])
+def _start(table: str, device: str, environment: Mapping[str, str] | None) -> Child:
+    return Child(["-m", "nybble.diagnostics.worker", table, device], environment=environment)
 
 
 def _one(child: Child, check: Mapping[str, Any], path: str, run: Run) -> bool:
@@ -93,7 +95,7 @@ def _one(child: Child, check: Mapping[str, Any], path: str, run: Run) -> bool:
     name, operator = check["name"], check["operator"]
     if "unavailable" in answer:
         run.not_run[f"{name} ({path})" if path else name] = answer["unavailable"]
-        _rung(run, operator, path, answer["unavailable"])
+        _judge(run, operator, path, answer["unavailable"])
         return True
     apart, limit = answer.get("error"), check["tolerance"]
     ok = "fault" not in answer and (limit is None or (apart is not None and apart <= limit))
@@ -106,13 +108,13 @@ def _one(child: Child, check: Mapping[str, Any], path: str, run: Run) -> bool:
         fix = fix or check["fix"].format(operator=operator)
         result = result.failed(check["symptom"], cause, fix, thread or check["thread"])
     run.results.append(result)
-    _rung(run, operator, path, None if ok else result.cause)
+    _judge(run, operator, path, None if ok else result.cause)
     if operator and "flops_per_second" in result.figures:
         run.speeds.setdefault(operator, {})[path] = result.figures["flops_per_second"]
     return is_fit and (ok or run.device["type"] == "cpu")
 
 
-def _rung(run: Run, operator: str, path: str, reason: str | None) -> None:
+def _judge(run: Run, operator: str, path: str, reason: str | None) -> None:
     if operator:
-        rungs = run.ladders.setdefault(operator, {})
-        rungs[path] = rungs.get(path) or reason
+        backends = run.backends.setdefault(operator, {})
+        backends[path] = backends.get(path) or reason

@@ -13,15 +13,17 @@ from nybble.diagnostics.wheels import ALLOCATOR_VARIABLES, EXPERIMENTAL_ATTENTIO
 
 
 def prepare(environ: MutableMapping[str, str] | None = None, machine: Machine | None = None) -> list[str]:
-    """Change `environ` (the process's own) as the GPU here needs it; what was changed and why, in words.
+    """Change `environ` as the GPU here needs it; returns what was changed and why, in words.
 
-    A value that the user has set stays, but for one that hangs. Nothing is changed when torch is imported already, or
-    is not built for ROCm.
+    The command line changes the variables of its own process, which is the default; a library call passes those of the
+    processes that it starts. A value that the user has set stays, except one that hangs. Nothing is changed for a
+    process that has imported torch already, or where torch is not built for ROCm.
     """
+    is_too_late = environ is None and "torch" in sys.modules
     environ = os.environ if environ is None else environ
     if machine is None:
         build = read_torch_build()
-        if "torch" in sys.modules or build is None or not build.is_rocm:
+        if is_too_late or build is None or not build.is_rocm:
             return []
         machine = Machine.here(environ)
     elif machine.torch is None or not machine.torch.is_rocm:

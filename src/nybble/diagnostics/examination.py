@@ -1,7 +1,8 @@
-"""The whole examination: facts, known failures, computing checks, the ladder, rates; as one report."""
+"""The whole examination: facts, known failures, computing checks, the backends, rates; as one report."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -10,11 +11,11 @@ from typing import Any
 
 from nybble import __version__
 from nybble.diagnostics import driver, wheels
+from nybble.diagnostics.backends import BackendChoice, default_store, pick_backends
 from nybble.diagnostics.children import TABLE, run_checks
 from nybble.diagnostics.environment import prepare
 from nybble.diagnostics.evidence import Evidence, Result, examine
 from nybble.diagnostics.machine import Machine
-from nybble.diagnostics.rungs import Rung, climb, keep
 from nybble.errors import RecipeError
 from nybble.storage.cache import default_folder
 
@@ -31,10 +32,10 @@ class Report:
     torch: dict[str, Any]  # what torch says of itself: versions, architectures, devices
     machine: dict[str, Any]
     versions: dict[str, str]
-    environment: list[str]  # variables changed before torch was imported
+    environment: list[str]  # variables that were changed for the processes that compute
     checks: list[Result]
     not_run: dict[str, str]  # check -> why
-    paths: dict[str, Rung]  # operator -> where it stands
+    paths: dict[str, BackendChoice]  # by operator
     rates: dict[str, float]
     seconds: float
 
@@ -66,14 +67,21 @@ def doctor(
     if device not in DEVICES:
         raise RecipeError(f"device {device!r} is unknown; allowed: {', '.join(DEVICES)}")
     started = time.monotonic()
-    said = prepare()
+    environment = dict(os.environ)  # of the processes that compute: this one's stays as it is
+    said = prepare(environment)
     machine = machine or Machine.here()
-    run = run_checks(device, wanted=lambda check: check["is_quick"] or not quick, told=told, table=table)
+    run = run_checks(
+        device,
+        wanted=lambda check: check["is_quick"] or not quick,
+        told=told,
+        table=table,
+        environment={**dict.fromkeys(os.environ, ""), **environment},  # what is removed is empty there
+    )
     results, not_run = examine((*driver.SYMPTOMS, *wheels.SYMPTOMS), Evidence(machine, run.facts))
-    rungs = climb(run)
+    choices = pick_backends(run)
     rates = {name: value for result in run.results for name, value in _rates(result).items()}
     if run.is_whole:
-        keep(run.fingerprint, rungs, rates)
+        default_store().save(run.fingerprint, choices, rates)
     not_run |= dict.fromkeys(run.left_out, "left out by --quick")
     checks = _without_echoes([*results, *run.results])
     return Report(
@@ -86,7 +94,7 @@ def doctor(
         environment=said,
         checks=checks,
         not_run={**not_run, **run.not_run},
-        paths=rungs,
+        paths=choices,
         rates=rates,
         seconds=time.monotonic() - started,
     )

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from nybble.diagnostics.measure import Measured, UnavailableError, apart, normal
-from nybble.kernels import path_named, unavailable
-from nybble.kernels.paths import Path
+from nybble.kernels import dispatcher
+from nybble.kernels.ops4bit.backend import Ops4bitBackend
 from nybble.quant import NESTED_BLOCK_SIZE, PackedWeight, encode, encode_searched
 
 _GUARD = 64
@@ -24,7 +24,7 @@ _GUARDED = 7.0
 
 def decoding(device: torch.device, path: str) -> Measured:
     """Decode weights of odd and even sizes, both types, plain and nested scales, to every type."""
-    code, worst = _code_of(path), 0.0
+    code, worst = _code_of("dequantize_4bit", path, device), 0.0
     shapes = ((37, 53), (96, 160), (1, 8193))
     for seed, (shape, quant_type, nested) in enumerate(product(shapes, ("nf4", "fp4"), (False, True))):
         weight = encode(normal(*shape, seed=seed), quant_type, 64 << seed % 3, nested)
@@ -40,7 +40,7 @@ def decoding(device: torch.device, path: str) -> Measured:
 
 def product_of_few_rows(device: torch.device, path: str) -> Measured:
     """x W^T for 1, 3 and 8 rows, whole and broken words."""
-    code, worst = _code_of(path), 0.0
+    code, worst = _code_of("gemv_4bit", path, device), 0.0
     for seed, (rows, k) in enumerate(product((1, 3, 8), (256, 250))):
         weight = encode(normal(75, k, seed=seed))
         exact = decode_exactly(weight)
@@ -55,7 +55,7 @@ def encoding(device: torch.device, path: str) -> Measured:
 
     The error is the largest distance beyond the nearest value, as a share of the block's scale.
     """
-    code, worst = _code_of(path), 0.0
+    code, worst = _code_of("quantize_4bit", path, device), 0.0
     cases = ((torch.float32, "nf4"), (torch.bfloat16, "nf4"), (torch.float16, "fp4"))
     for seed, (dtype, quant_type) in enumerate(cases):
         weight = normal(41, 77, seed=seed, dtype=dtype)
@@ -114,8 +114,10 @@ def _squares(weight: PackedWeight, flat: Tensor) -> float:
     return (decode_exactly(weight).view(-1) - flat).square().sum().item()
 
 
-def _code_of(path: str) -> Path:
-    why_not = unavailable(path)
+def _code_of(operator: str, name: str, device: torch.device) -> Ops4bitBackend:
+    (backend,) = dispatcher.named(operator, name, device)
+    why_not = backend.unavailable()
     if why_not:
         raise UnavailableError(why_not)
-    return path_named(path)
+    code: Ops4bitBackend = backend.load()
+    return code

@@ -24,7 +24,7 @@ from nybble.diagnostics.evidence import TorchFacts
 from nybble.diagnostics.fingerprint import fingerprint
 from nybble.diagnostics.measure import UnavailableError
 from nybble.hardware import detect_device
-from nybble.kernels import ladder
+from nybble.kernels import dispatcher
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def answer(check: Check, device: torch.device, path: str) -> dict[str, Any]:
 
 def _describe(check: Check, device: torch.device) -> dict[str, Any]:
     """What the asking side needs to know of a check. Where there is no choice, what runs is still to be right."""
-    paths = ladder(check.operator, device) if check.operator else ()
+    paths = dispatcher.names(check.operator, device) if check.operator else ()
     told = {name: value for name, value in vars(check).items() if name != "compute"}
     return {**told, "paths": paths or [""], "operator": check.operator if paths else ""}
 

@@ -1,27 +1,21 @@
-"""Operators with a schema, a fake and a reference; faster paths register on the same operators."""
+"""Operators with a schema, a fake and a reference, and the backends that run them."""
 
-from nybble.kernels.choices import LADDERS, Choice, ladder, take
+from nybble.kernels.attention.ops import attend
+from nybble.kernels.dispatch import Choice, dispatcher
 from nybble.kernels.eager import is_eager
-from nybble.kernels.ops import ENCODERS, dequantize, most_rows, multiply, multiply_dense, quantize
-from nybble.kernels.paths import path_for, path_named, path_reasons, paths_taken, unavailable
-from nybble.kernels.plain import LowRank
+from nybble.kernels.ops4bit.ops import ENCODERS, dequantize, most_rows, multiply, multiply_dense, quantize
+from nybble.kernels.ops4bit.torch import LowRank
 
 __all__ = [
     "ENCODERS",
-    "LADDERS",
     "Choice",
     "LowRank",
+    "attend",
     "dequantize",
+    "dispatcher",
     "is_eager",
-    "ladder",
     "most_rows",
     "multiply",
     "multiply_dense",
-    "path_for",
-    "path_named",
-    "path_reasons",
-    "paths_taken",
     "quantize",
-    "take",
-    "unavailable",
 ]

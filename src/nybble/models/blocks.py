@@ -19,17 +19,17 @@ from transformers.utils import ModelOutput
 
 from nybble.models.skeleton import base_of, decoder_layers
 from nybble.nn.attention import Span, attend_cached, attend_rows
+from nybble.nn.gated_mlp import GatedMlp
+from nybble.nn.lora_projection import Projection, project, projection_of
 from nybble.nn.loss import Head, next_token_loss, token_losses
-from nybble.nn.mlp import GatedMlp
 from nybble.nn.norm import rms_norm
-from nybble.nn.projection import Projection, project, projection_of
 
 
 @dataclass(frozen=True)
 class Family:
     """What sets a family's blocks apart from Llama's."""
 
-    one_plus: bool = False  # norms multiply by 1 + weight, in float32
+    unit_offset: bool = False  # norms multiply by 1 + weight, in float32
     norm_behind_mlp: bool = False
     window_of_config: bool = False  # every layer has the config's window; else each layer knows its own
 
@@ -39,8 +39,8 @@ FAMILIES = {
     "mistral": Family(window_of_config=True),
     "qwen2": Family(),
     "qwen3": Family(),
-    "gemma2": Family(one_plus=True, norm_behind_mlp=True),
-    "gemma3_text": Family(one_plus=True, norm_behind_mlp=True),
+    "gemma2": Family(unit_offset=True, norm_behind_mlp=True),
+    "gemma3_text": Family(unit_offset=True, norm_behind_mlp=True),
     "phi3": Family(window_of_config=True),
 }
 _TILE_ROWS = 1024  # of an MLP in tiles, at least: a product with as many rows is as fast as a larger one
@@ -193,7 +193,7 @@ def _norm(family: Family, module: Any, x: Tensor) -> Tensor:
     if module.weight.requires_grad and torch.is_grad_enabled():
         return type(module).forward(module, x)  # type: ignore[no-any-return]
     eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-    return rms_norm(x, module.weight, eps, family.one_plus)
+    return rms_norm(x, module.weight, eps, family.unit_offset)
 
 
 def _next_token(

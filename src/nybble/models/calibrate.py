@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.errors import ModelError, RecipeError
-from nybble.kernels import dequantize, path_for, quantize
+from nybble.kernels import dequantize, dispatcher, quantize
 from nybble.models.adapters import targets
 from nybble.models.skeleton import decoder_layers
 from nybble.models.source import ModelSource
@@ -161,7 +161,7 @@ def _fit(
         form = (section.bnb_4bit_quant_type, section.bnb_4bit_blocksize, section.bnb_4bit_use_double_quant)
         if section.encoder == "calibrated" and moments is not None:
             return encode_calibrated(
-                wanted, moments, *form, section.signed_scales, path_for(wanted.device, "quantize_4bit")
+                wanted, moments, *form, section.signed_scales, dispatcher.code("quantize_4bit", wanted.device)
             )
         return quantize(wanted, *form, "absmax" if section.encoder == "absmax" else "search", section.signed_scales)
 

@@ -2,7 +2,7 @@
 
 PEFT offers a place for a layer class of one's own (`LoraConfig._register_custom_module`, which it calls experimental);
 this file is all that touches it. The class is PEFT's own with another forward: one plain adapter, as in training, goes
-through `nybble.nn.projection`; several adapters, DoRA and its kin, merged weights take PEFT's way.
+through `nybble.nn.lora_projection`; several adapters, DoRA and its kin, merged weights take PEFT's way.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from nybble.nn import Linear4bit
-from nybble.nn.projection import Adapter, Projection, project, projection_of
-from nybble.nn.seeds import Seeds
+from nybble.nn.dropout_seed import DropoutSeeds
+from nybble.nn.lora_projection import Adapter, Projection, project, projection_of
 
 
 class LoraLinear(lora.Linear):
     """A frozen linear, in 4 or 16 bits, with LoRA."""
 
-    seeds: Seeds
+    seeds: DropoutSeeds
     place: int
     plain = False  # True: PEFT's own way, to compare with
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        self.seeds, self.place = Seeds(), 0
+        self.seeds, self.place = DropoutSeeds(), 0
 
     def projection(self) -> Projection | None:
         """What this layer computes now, or None where only PEFT's own path does it."""
@@ -63,7 +63,7 @@ def use_our_layer(config: LoraConfig) -> None:
     config._register_custom_module({Linear4bit: LoraLinear, nn.Linear: LoraLinear})
 
 
-def share_seeds(model: nn.Module, seeds: Seeds) -> None:
+def share_seeds(model: nn.Module, seeds: DropoutSeeds) -> None:
     """Let every adapter's dropout in `model` follow `seeds`."""
     for place, layer in enumerate(m for m in model.modules() if isinstance(m, LoraLinear)):
         layer.seeds, layer.place = seeds, place

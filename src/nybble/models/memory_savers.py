@@ -22,7 +22,7 @@ from nybble.models.skeleton import base_of, decoder_layers
 from nybble.nn import Linear4bit
 from nybble.nn.lean import HostEmbedding, HostStore
 from nybble.nn.recompute import recomputed
-from nybble.nn.scratch import scratch
+from nybble.nn.workspace import workspace
 
 MEMORY_SAVERS: Mapping[str, str] = MappingProxyType(
     {
@@ -82,7 +82,7 @@ class MemorySavers:
         for linear in self._linears:
             size = linear.in_features * linear.out_features
             linear.slice_elements = max(_SLICE_ELEMENTS, -(-size // _SLICES)) if "slices" in names else 0
-        scratch.keep("slices" not in names)
+        workspace.keep("slices" not in names)
         table = self._table
         if table is not None and "embedding" in names and "forward" not in vars(table):
             table.forward = MethodType(HostEmbedding(table), table)

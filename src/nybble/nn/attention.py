@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nybble.kernels import rows
-from nybble.kernels.attention import attend
+from nybble.kernels import attend
+from nybble.kernels.pointwise import ops as pointwise
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,18 @@ def attend_cached(
     `remember` takes keys and values `(n, kv_heads, 1, width)` and returns them with those before, `(n, kv_heads,
     tokens, width)`: a cache's `update`.
     """
-    turn = rows.direct(q, k).rope
+    turn = pointwise.direct(q, k).rope
     keys, values = remember(turn(k, *position, False).unsqueeze(2), v.unsqueeze(2))
-    return rows.glance(turn(q, *position, False), keys, values, scale).view(len(q), -1)
+    return pointwise.decode_attention(turn(q, *position, False), keys, values, scale).view(len(q), -1)
 
 
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return rows.rope(x, cos, sin, False)  # type: ignore[no-any-return]
+        return pointwise.rope(x, cos, sin, False)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         cos, sin = ctx.saved_tensors
-        return rows.rope(grad.contiguous(), cos, sin, True), None, None
+        return pointwise.rope(grad.contiguous(), cos, sin, True), None, None

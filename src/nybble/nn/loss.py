@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nybble.kernels import rows
-from nybble.nn.scratch import scratch
+from nybble.kernels.pointwise import ops as pointwise
+from nybble.nn.workspace import workspace
 
 _PIECE_BYTES = 1 << 26  # of logits at a time
 _LEAST_ROWS, _MOST_ROWS = 256, 1024  # a product with so many is as fast as a larger one
@@ -67,11 +67,11 @@ def _pieces(hidden: Tensor, low: Tensor, targets: Tensor, head: Head) -> Iterato
     for first in range(0, len(hidden), step):
         chosen = slice(first, first + step)
         piece = hidden[chosen]
-        logits = scratch.take((len(piece), vocabulary), hidden, hidden.dtype)
+        logits = workspace.take((len(piece), vocabulary), hidden, hidden.dtype)
         torch.mm(piece, low.t(), out=logits)
         if head.bias is not None:
             logits += head.bias.to(logits.dtype)
-        losses = rows.cross_entropy_(logits, targets[chosen], head.softcap)
+        losses = pointwise.cross_entropy_(logits, targets[chosen], head.softcap)
         yield chosen, logits, losses
 
 

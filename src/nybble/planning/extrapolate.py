@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nybble.data.batches import filled
 from nybble.models import MemorySavers, blocks_of, config_with_layers, count_parameters, materialize, meta_model
-from nybble.nn.scratch import scratch
+from nybble.nn.workspace import workspace
 from nybble.planning.memory_tracer import MemoryTracer, Peak
 from nybble.planning.sharded_memory import Shards, Sizes
 from nybble.planning.traced_step import (
@@ -155,7 +155,7 @@ class TracedModel:
             materialize(model)
             live = MemoryTracer(self.rounding)
             adopt(live, model)
-            live.adopt(scratch.pieces(), "workspace")
+            live.adopt(workspace.pieces(), "workspace")
             return work(live, model, batch)
 
 

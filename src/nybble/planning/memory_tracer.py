@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from nybble.kernels import attention  # noqa: F401 - defines the operators that are counted
 from nybble.nn.lean import on_host
-from nybble.nn.scratch import scratch
+from nybble.nn.workspace import workspace
 
 HOST = "host"  # what lies on the host is counted apart, and is no part of a device's total
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "loss", "workspace")
@@ -188,7 +188,7 @@ class MemoryTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _split(self) -> dict[str, int]:
         parts = {part: n for part, n in self._parts.items() if part != HOST}
-        for piece in scratch.pieces():
+        for piece in workspace.pieces():
             entry = self._entries.get(piece.untyped_storage()._cdata)
             if entry is not None and entry.part != "workspace":
                 parts[entry.part] -= entry.n_bytes

@@ -23,9 +23,9 @@ from nybble.data import FlatBatch, PadBatch
 from nybble.data.batches import Group
 from nybble.models import MemorySavers, blocks_of, decoder_layers, recomputable_layers, set_recomputed
 from nybble.models.lora_linear import share_seeds
+from nybble.nn.dropout_seed import DropoutSeeds
 from nybble.nn.recompute import recomputed, recomputing
-from nybble.nn.scratch import scratch
-from nybble.nn.seeds import Seeds
+from nybble.nn.workspace import workspace
 from nybble.planning.memory_tracer import HOST, MemoryTracer, Peak
 
 
@@ -100,9 +100,9 @@ def run_steps(
 
     `savers`: what decides how layers are recomputed; its savers are applied already.
 
-    With one step the state is made beforehand, and `scratch` should hold what earlier steps left there.
+    With one step the state is made beforehand, and `workspace` should hold what earlier steps left there.
     """
-    share_seeds(model, Seeds(0, 0))
+    share_seeds(model, DropoutSeeds(0, 0))
     model.train()
     has_savers = savers is not None and bool(savers.available)
     set_recomputed(recomputable_layers(model), n_recomputed, None if has_savers else recomputed)
@@ -132,7 +132,7 @@ def run_steps(
 
 def stepper(model: Any, batch: dict[str, Any], dtype: torch.dtype, n_recomputed: int = 0) -> Callable[[], None]:
     """A step over `batch` on real tensors, to be timed; nothing is counted."""
-    share_seeds(model, Seeds(0, 0))
+    share_seeds(model, DropoutSeeds(0, 0))
     model.train()
     set_recomputed(recomputable_layers(model), n_recomputed, recomputed)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -242,18 +242,18 @@ Reused = tuple[tuple[int, torch.dtype], ...]  # elements and type of each piece 
 
 
 def reused() -> Reused:
-    """What `scratch` holds."""
-    return tuple((piece.numel(), piece.dtype) for piece in scratch.pieces())
+    """What `workspace` holds."""
+    return tuple((piece.numel(), piece.dtype) for piece in workspace.pieces())
 
 
 @contextmanager
 def reusing(pieces: Reused = ()) -> Iterator[None]:
     """Reused memory begins with `pieces` and ends empty."""
-    scratch.clear()
+    workspace.clear()
     for n, dtype in pieces:
-        scratch.take((n,), torch.empty(0), dtype)
+        workspace.take((n,), torch.empty(0), dtype)
     try:
         yield
     finally:
-        scratch.clear()
-        scratch.keep(True)
+        workspace.clear()
+        workspace.keep(True)

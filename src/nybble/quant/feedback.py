@@ -13,9 +13,7 @@ A row of the weight for which that is not better than nearest rounding keeps the
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -57,7 +55,7 @@ def encode_calibrated(
     nearest = decode(start, torch.float32).t()
     worse = _loss(wanted - chosen, damped) > _loss(wanted - nearest, damped)
     values = torch.where(worse, nearest, chosen).t().reshape(-1)
-    loops = steps or cast(search.Steps, sys.modules[search.__name__])
+    loops = steps or search.TORCH_STEPS
     return replace(start, packed=loops.nearest_codes(values, quant_type, block_size, scales).unsqueeze(1))
 
 

@@ -16,9 +16,8 @@ A short last block is filled up with zeros.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ _PIECE = 1 << 20  # weights at a time: bounds the float32 copies
 
 
 class Steps(Protocol):
-    """The three loops over all weights; this module is one implementation, kernels are others."""
+    """The three loops over all weights: `TORCH_STEPS` is one implementation, kernels are others."""
 
     def search_scales(self, flat: Tensor, quant_type: str, block_size: int, signed: bool) -> Tensor:
         """See the function of this name."""
@@ -61,7 +60,7 @@ def encode_searched(
     block_size: int = 64,
     double_quant: bool = True,
     signed: bool = True,
-    steps: Steps | None = None,  # default: this module
+    steps: Steps | None = None,  # default: TORCH_STEPS
 ) -> PackedWeight:
     """Quantize a weight to 4 bits with searched scales.
 
@@ -69,7 +68,7 @@ def encode_searched(
         ValueError: block size or type not supported, or a weight that is not finite.
     """
     check_weight(weight, block_size)
-    loops = steps or cast(Steps, sys.modules[__name__])
+    loops = steps or TORCH_STEPS
     flat = weight.detach().reshape(-1)
     scales = loops.search_scales(flat, quant_type, block_size, signed)
     plain = PackedWeight(
@@ -186,3 +185,14 @@ def _pieces(flat: Tensor, block_size: int) -> list[Tensor]:
     per_piece = max(1, _PIECE // block_size) * block_size
     filled = [torch.nn.functional.pad(part, (0, -part.numel() % block_size)) for part in flat.split(per_piece)]
     return [part.float().view(-1, block_size) for part in filled]
+
+
+class TorchSteps:
+    """The loops of this module, in plain torch."""
+
+    search_scales = staticmethod(search_scales)
+    nested_codes = staticmethod(nested_codes)
+    nearest_codes = staticmethod(nearest_codes)
+
+
+TORCH_STEPS: Steps = TorchSteps()

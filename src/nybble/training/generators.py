@@ -1,6 +1,7 @@
 """The states of all random generators that a training may draw from.
 
-The dropout of our adapters draws from none of them: its seeds are a function of the micro-step (`nybble.nn.seeds`).
+The dropout of our adapters draws from none of them: its seeds are a function of the micro-step
+(`nybble.nn.dropout_seed`).
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nybble.models import is_sharded
-from nybble.nn.scratch import scratch
-from nybble.nn.seeds import Seeds
+from nybble.nn.dropout_seed import DropoutSeeds
+from nybble.nn.workspace import workspace
 from nybble.training.depth import Recomputation
 from nybble.training.parity import Parity, check, compare
 from nybble.training.resuming import ResumableTrainer
@@ -29,7 +29,7 @@ class StepTrainer(ResumableTrainer):
 
     def __init__(
         self,
-        seeds: Seeds,
+        seeds: DropoutSeeds,
         recomputation: Recomputation | None,
         note: Callable[[str], None],
         parity_steps: int = 0,
@@ -85,7 +85,7 @@ class StepTrainer(ResumableTrainer):
                     raise
             # Only here, outside the handler, are the failed pass's tensors gone.
             before.restore()
-            scratch.clear()
+            workspace.clear()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if not self._told:

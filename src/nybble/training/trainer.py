@@ -12,7 +12,7 @@ import torch
 from nybble.data import Groups
 from nybble.errors import CannotRunError, InputError, StoppedError
 from nybble.hardware import Device, PeakMemory
-from nybble.nn.seeds import Seeds
+from nybble.nn.dropout_seed import DropoutSeeds
 from nybble.recipe import StepMemory, TrainingSection
 from nybble.run.directory import RunDirectory
 from nybble.run.processes import Processes
@@ -89,7 +89,7 @@ def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSec
     saver = _saver(section, setup)
     checks = Checks(setup.check_every, setup.check)
     stops = Stops(setup.deadline, lambda: saver.seconds, processes)
-    share_seeds(model, seeds := Seeds(section.seed))
+    share_seeds(model, seeds := DropoutSeeds(section.seed))
     done, saved_in = setup.checkpointing, run.checkpoints if setup.checkpointing else None
     trainer = StepTrainer(
         seeds,

@@ -1,0 +1,1 @@
+"""Attention over the documents of a flattened batch."""
