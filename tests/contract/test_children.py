@@ -84,8 +84,8 @@ def test_a_process_that_cannot_start_is_one_row(monkeypatch: pytest.MonkeyPatch,
     assert result.name == "device"
 
 
-def run_of(ladders: dict[str, dict[str, str | None]], speeds: dict[str, dict[str, float]]) -> Run:
-    return Run(ladders=ladders, speeds=speeds)
+def run_of(backends: dict[str, dict[str, str | None]], speeds: dict[str, dict[str, float]]) -> Run:
+    return Run(backends=backends, speeds=speeds)
 
 
 @pytest.mark.parametrize(
