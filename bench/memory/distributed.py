@@ -35,10 +35,9 @@ from nybble.planning.sharded_memory import Sizes
 from nybble.recipe import load_recipe
 from nybble.run.directory import RunDirectory
 from nybble.run.processes import Processes
-from nybble.run.record import Silent
 from nybble.run.rendezvous import joined
 from nybble.sharded import for_shards, load_in_shards
-from nybble.training import Setup, train_model
+from nybble.training import train_model
 
 MODULE = "bench.memory.distributed"
 SHARDED_LAYERS = 4  # of a 7B-shaped model's 32 that are trained in shards
@@ -115,9 +114,18 @@ class Trained:
         groups = Groups([Example(ids, ids, 1, 1, 0, (2,), 0, 0, False) for _ in range(3 * self.rows * processes.count)])
         workspace.clear()
         with tempfile.TemporaryDirectory() as folder, Storages([*model.parameters(), *model.buffers()]) as seen:
-            where = (RunDirectory(Path(folder)), device, torch.bfloat16, Silent(), lambda _: 0.0, 0, 3)
-            setup = Setup(*where, plan.step_memory, processes=processes)
-            train_model(model, None, groups, share.training.model_copy(update={"output_dir": folder}), setup)
+            train_model(
+                model,
+                None,
+                groups,
+                share.training.model_copy(update={"output_dir": folder}),
+                run=RunDirectory(Path(folder)),
+                device=device,
+                compute_dtype=torch.bfloat16,
+                max_steps=3,
+                step_memory=plan.step_memory,
+                processes=processes,
+            )
         phase = max((p for p in plan.phases if p.name in ("first step", "steady step")), key=lambda p: p.live_bytes)
         measured = processes.gather(seen.most)
         case = {**asdict(self), "model": Path(self.model).name, "processes": processes.count}

@@ -30,8 +30,7 @@ from nybble.planning.memory_tracer import MemoryTracer
 from nybble.planning.traced_step import BatchShape, adopt
 from nybble.recipe import Recipe, StepMemory
 from nybble.run.directory import RunDirectory
-from nybble.run.record import Silent
-from nybble.training import Setup, train_model
+from nybble.training import train_model
 
 
 def predicted(case: Case, config: Any, recipe: Recipe) -> int:
@@ -60,13 +59,22 @@ def measured(case: Case, config: Any, recipe: Recipe, folder: Path) -> int:
     memory = StepMemory((1, 2), (steps, steps), 0)
     ids = [1] * case.length
     rows = [Example(ids, ids, 1, 1, 0, (2,), 0, 0, False) for _ in range(2 * case.batch)]
-    setup = Setup(RunDirectory(folder), device, torch.bfloat16, Silent(), lambda _: 0.0, 0, 2, memory)
     section = recipe.training.model_copy(update={"output_dir": str(folder)})
     live = MemoryTracer()
     adopt(live, model)
     with live:
         live.start("train")
-        train_model(model, None, Groups(rows), section, setup)
+        train_model(
+            model,
+            None,
+            Groups(rows),
+            section,
+            run=RunDirectory(folder),
+            device=device,
+            compute_dtype=torch.bfloat16,
+            max_steps=2,
+            step_memory=memory,
+        )
     workspace.clear()
     return max(peak.total_bytes for peak in live.peaks.values())
 

@@ -125,7 +125,7 @@ def killed(data: Path, ways: tuple[tuple[str, int], ...]) -> dict[str, Any]:
             text = torn.with_suffix(".log").read_text()
             (expected, _), (weights, _) = left(whole), left(torn)
             same = all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
-            found[name] = {"resumed": "going on from" in text, "same_bits": same, "seconds": time.monotonic() - began}
+            found[name] = {"resumed": "continuing from" in text, "same_bits": same, "seconds": time.monotonic() - began}
             print(f"{name}: {found[name]}", flush=True)
     return found
 

@@ -28,8 +28,7 @@ from nybble.recipe import load_recipe
 from nybble.run.directory import read_lines
 from nybble.run.record import Silent, StepEvent
 from nybble.storage.checkpoints import list_checkpoints
-from nybble.training.resuming import ResumableTrainer
-from nybble.training.saving import Saver
+from nybble.training.checkpoint import CheckpointWriter
 
 ARMS = {"none": 1_000_000, "every 10 steps": 10, "every step": 1}
 
@@ -61,7 +60,7 @@ def train(base: Path, out: Path, save_steps: int, steps: int) -> Figures:
     }
     copies: list[float] = []
     writes: list[float] = []
-    save, write = ResumableTrainer._save_checkpoint, Saver._write
+    save, write = CheckpointWriter.save, CheckpointWriter._write
 
     def timed(method: Any, into: list[float]) -> Any:
         def call(self: Any, *given: Any) -> Any:
@@ -72,13 +71,13 @@ def train(base: Path, out: Path, save_steps: int, steps: int) -> Figures:
 
         return call
 
-    ResumableTrainer._save_checkpoint = timed(save, copies)
-    Saver._write = timed(write, writes)
+    CheckpointWriter.save = timed(save, copies)
+    CheckpointWriter._write = timed(write, writes)
     clock = ProcessorClock()
     try:
         rehearse(load_recipe(None, settings), observer=clock)
     finally:
-        ResumableTrainer._save_checkpoint, Saver._write = save, write
+        CheckpointWriter.save, CheckpointWriter._write = save, write
     events = read_lines(out / "events.jsonl")
     newest = list_checkpoints([out / "checkpoints"])[0]
     return {

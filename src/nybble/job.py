@@ -23,12 +23,13 @@ from nybble.storage.atomic import sha256_of
 from nybble.storage.checkpoints import list_checkpoints
 from nybble.training import (
     Checkpointing,
-    check_training,
+    check_optimizer_and_schedule,
     checkpointing,
     find_checkpoint,
     folders_of,
     identify,
     software_versions,
+    tracker_names,
 )
 
 _SECONDS_TO_APPEAR = 5  # a shared folder may show a new file late
@@ -146,7 +147,8 @@ def prepare(
     parents = folders_of(Path(output).expanduser(), recipe.training)
     elsewhere = resume and bool(list_checkpoints(parents[1:]))
     run = RunDirectory.check(output, overwrite=overwrite, resume=resume, elsewhere=elsewhere, writes=processes.is_main)
-    check_training(recipe.training)
+    check_optimizer_and_schedule(recipe.training)
+    tracker_names(recipe.training)
     found = find_checkpoint(parents, watch.note) if resume else None
     if resume and found is None:
         watch.note("no checkpoint was written yet: the run begins anew")

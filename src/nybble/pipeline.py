@@ -6,7 +6,6 @@ export, ask, chat) lies in `nybble.exporting` and `nybble.generation`. Start rea
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,18 +36,19 @@ from nybble.models import (
 from nybble.recipe import Recipe, in_micro_batches, load_recipe, refusal, save_recipe, shared_among, within_context
 from nybble.reporting import model_card, rewrite_report, write_report
 from nybble.run.directory import RunDirectory
-from nybble.run.record import Observer, RunRecord, Sample, Silent
+from nybble.run.record import Observer, RunRecord, Silent
 from nybble.run.rendezvous import joined
 from nybble.storage.atomic import atomic_folder, write_text
 from nybble.training import (
+    HeldOut,
     Judge,
     Probe,
-    Setup,
     Witness,
     evaluate,
     generate_answers,
     probe_rates,
     refused_writes,
+    sample_answers,
     train_model,
 )
 
@@ -141,26 +141,29 @@ def _evaluate_base(job: Job, witness: Witness, model: Any, dtype: torch.dtype) -
 
 
 def _train(job: Job, witness: Witness, model: Any, dtype: torch.dtype, base_answers: Sequence[str]) -> None:
-    section = job.evaluation
-
-    def check(step: int) -> float:
-        for sample in _answer(job, model, dtype, base_answers):
-            job.run.append_sample(replace(sample, step=step))
-        unchecked = [replace(example, answer=None) for example in job.prepared.held_out]
-        measured = evaluate(model, job.tokenizer, unchecked, section, dtype, job.processes)
-        return measured.loss if measured else math.nan
-
-    every = job.recipe.evaluation.eval_steps if job.prepared.held_out else 0
-    steps, memory = job.plan.optimizer_steps, job.plan.step_memory
-    saving, deadline = job.checkpointing, job.deadline
-    setup = Setup(job.run, job.device, dtype, job.watch, check, every, steps, memory, saving, deadline, job.processes)
     training = in_micro_batches(shared_among(job.recipe.training, job.processes.count), job.plan.micro_batch)
     if training.learning_rate == "probe":
-        training = training.model_copy(update={"learning_rate": _probe(job, witness, model, setup).learning_rate})
+        training = training.model_copy(update={"learning_rate": _probe(job, witness, model, dtype).learning_rate})
     job.watch.stage("train")
     before = sum(phase.seconds for phase in witness.record.phases.values())
     with witness.phase("train"):
-        result = train_model(model, job.tokenizer, job.groups, training, setup)
+        result = train_model(
+            model,
+            job.tokenizer,
+            job.groups,
+            training,
+            run=job.run,
+            device=job.device,
+            compute_dtype=dtype,
+            max_steps=job.plan.optimizer_steps,
+            observer=job.watch,
+            held_out=_held_out(job, base_answers),
+            eval_steps=job.recipe.evaluation.eval_steps,
+            step_memory=job.plan.step_memory,
+            checkpointing=job.checkpointing,
+            deadline=job.deadline,
+            processes=job.processes,
+        )
     witness.phase_peak("train", result.peak_bytes)
     witness.record.notes += result.notes
     witness.record.train_loss, witness.record.skipped_steps = result.train_loss, result.skipped_steps
@@ -168,12 +171,32 @@ def _train(job: Job, witness: Witness, model: Any, dtype: torch.dtype, base_answ
     witness.record.seconds_to_first_step = before + (result.seconds_to_first_step or 0.0)
 
 
-def _probe(job: Job, witness: Witness, model: Any, setup: Setup) -> Probe:
+def _held_out(job: Job, base_answers: Sequence[str]) -> HeldOut | None:
+    if not job.prepared.held_out:
+        return None
+    return HeldOut(job.prepared.held_out, job.evaluation, job.shown, base_answers)
+
+
+def _probe(job: Job, witness: Witness, model: Any, dtype: torch.dtype) -> Probe:
     job.watch.stage("probe")
     section, rows = job.evaluation, job.prepared.held_out
-    judge = Judge(job.recipe.method, rows, lambda r: evaluate(model, job.tokenizer, r, section, setup.compute_dtype))
+    judge = Judge(job.recipe.method, rows, lambda r: evaluate(model, job.tokenizer, r, section, dtype))
     with witness.phase("probe"):
-        found = probe_rates(model, job.tokenizer, job.groups, job.recipe.training, setup, judge)
+        found = probe_rates(
+            model,
+            job.tokenizer,
+            job.groups,
+            job.recipe.training,
+            judge,
+            run=job.run,
+            device=job.device,
+            compute_dtype=dtype,
+            max_steps=job.plan.optimizer_steps,
+            is_resumed=job.checkpointing.resumed is not None,
+            observer=job.watch,
+            step_memory=job.plan.step_memory,
+            deadline=job.deadline,
+        )
     job.watch.note(found.in_words)
     witness.record.notes.append(found.in_words)
     witness.record.probe = asdict(found)
@@ -186,21 +209,13 @@ def _evaluate_tuned(job: Job, witness: Witness, model: Any, dtype: torch.dtype, 
         model.to(dtype)  # what is saved is what is measured
     with witness.phase("evaluate"):
         tuned = evaluate(model, job.tokenizer, job.prepared.held_out, job.evaluation, dtype, job.processes)
-        for sample in _answer(job, model, dtype, base_answers):
+        shown = HeldOut(job.prepared.held_out, job.evaluation, job.shown, base_answers)
+        for sample in sample_answers(model, job.tokenizer, shown, dtype, job.processes):
             job.run.append_sample(sample)
     if tuned and witness.record.evaluation_base:
         job.run.write_held_out(witness.record.evaluation_base, tuned)
     witness.record.evaluation_tuned = tuned
     witness.record.eval_loss = tuned.loss if tuned else None
-
-
-def _answer(job: Job, model: Any, dtype: torch.dtype, base_answers: Sequence[str]) -> list[Sample]:
-    prompts = [example.prompt_ids for example in job.shown]
-    tuned = generate_answers(model, job.tokenizer, prompts, job.evaluation, dtype, job.processes)
-    return [
-        Sample(job.tokenizer.decode(e.prompt_ids, skip_special_tokens=True), before, after, e.answer)
-        for e, before, after in zip(job.shown, base_answers, tuned, strict=True)
-    ]
 
 
 def _save(job: Job, witness: Witness, model: Any) -> None:
@@ -269,8 +284,7 @@ def probe(
         settings = dispatcher.torch_settings(job.device.torch_device)
         with settings, Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
             model, dtype = load_for_training(job, witness)
-            setup = Setup(job.run, job.device, dtype, job.watch, lambda _: 0.0, 0, job.plan.optimizer_steps)
-            return _probe(job, witness, model, setup)
+            return _probe(job, witness, model, dtype)
 
 
 def rehearse(recipe: Recipe, *, resume: bool = False, observer: Observer | None = None) -> RunRecord:

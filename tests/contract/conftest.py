@@ -25,8 +25,8 @@ from nybble.run.directory import RunDirectory
 from nybble.run.record import Silent
 from nybble.storage.atomic import sha256_of
 from nybble.storage.checkpoints import list_checkpoints, verify
-from nybble.training import Setup, checkpointing, find_checkpoint, folders_of, identify, train_model
-from nybble.training.callbacks import Stops
+from nybble.training import checkpointing, find_checkpoint, folders_of, identify, train_model
+from nybble.training.stopping import Stops
 
 # 14 rows by 2 x 3: three steps an epoch, the last of them of one micro-batch; seven steps end within the third epoch.
 COMMON = {
@@ -73,22 +73,23 @@ class World:
         packs = pack_rows(lengths, recipe.data.max_length) if recipe.data.packing else None
         run = RunDirectory(out)
         run.create()
-        setup = Setup(
-            run,
-            device,
-            getattr(torch, loaded.compute_dtype),
-            Watch(self.note),
-            lambda _: 0.0,
-            0,
-            section.max_steps,
-            checkpointing=saving,
-            deadline=time.monotonic() + section.max_seconds if section.max_seconds else None,
-        )
         if resume:
             torch.manual_seed(99)
         else:
             torch.manual_seed(4)
-        return train_model(model, self.tokenizer, Groups(self.prepared.train, packs), section, setup)
+        return train_model(
+            model,
+            self.tokenizer,
+            Groups(self.prepared.train, packs),
+            section,
+            run=run,
+            device=device,
+            compute_dtype=getattr(torch, loaded.compute_dtype),
+            max_steps=section.max_steps,
+            observer=Watch(self.note),
+            checkpointing=saving,
+            deadline=time.monotonic() + section.max_seconds if section.max_seconds else None,
+        )
 
 
 class Watch(Silent):
@@ -166,7 +167,7 @@ def _everything(out: Path) -> dict[str, Any]:
     for file in sorted(newest.glob("*.safetensors")):
         found |= {f"{file.name}:{name}": tensor for name, tensor in load_file(file).items()}
     state = json.loads((newest / "state.json").read_text())
-    del state["counters"]["logbook"]["seconds"], state["recipe"], state["versions"]
+    del state["counters"]["seconds"], state["recipe"], state["versions"]
     found["state"] = state
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     found["events"] = [

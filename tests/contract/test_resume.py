@@ -16,10 +16,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from nybble.data import Groups
 from nybble.errors import InputError, StoppedError
 from nybble.storage.checkpoints import list_checkpoints
-from nybble.training.callbacks import Drawn
-from nybble.training.resuming import order_sha256
+from nybble.training.dataloader import order_sha256
 
 MICRO_BATCHES = 3 * 7 - 2 * 2  # of the whole training
 World = Callable[..., Any]
@@ -51,7 +51,7 @@ def test_resumed_from_anywhere_is_the_undisturbed_training(
     for at in (1, 3, 4, 6, 7, 8, 11, 16) if variant == "qlora" else (2, 7):  # 7: where an epoch ends
         out = tmp_path / f"stopped-{at}"
         stop_after(at)
-        with pytest.raises(StoppedError, match="saved; go on with --resume"):
+        with pytest.raises(StoppedError, match="saved; continue with --resume"):
             made.train(out)
         stop_after(None)
         resumed = made.train(out, resume=True)
@@ -72,7 +72,7 @@ def test_a_training_may_be_stopped_at_every_micro_batch(
             made.train(tmp_path / "out", resume=stopped > 0)
         except StoppedError:
             stopped += 1
-    assert stopped >= MICRO_BATCHES - 4  # the micro-batches that are passed over count here, too
+    assert stopped == MICRO_BATCHES - 1
     stop_after(None)
     made.train(tmp_path / "out", resume=True)
     assert_same(everything(tmp_path / "out"), everything(tmp_path / "straight"))
@@ -90,8 +90,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
     content[-1] ^= 1
     newest.write_bytes(content)
     made.train(out, resume=True)
-    assert "checkpoint-3.1 is passed over: state.safetensors differs from what was written (SHA-256)" in made.said
-    assert f"going on from {out / 'checkpoints' / 'checkpoint-3'}" in made.said
+    assert "checkpoint-3.1 is skipped: state.safetensors differs from what was written (SHA-256)" in made.said
+    assert f"continuing from {out / 'checkpoints' / 'checkpoint-3'}" in made.said
     assert_same(everything(out), everything(tmp_path / "straight"))
 
 
@@ -99,7 +99,10 @@ def test_only_damaged_checkpoints_are_no_beginning(world: World, stopped: Callab
     made = world()
     out = stopped(made, tmp_path / "out")
     (out / "checkpoints" / "checkpoint-1.2" / "manifest.json").unlink()
-    with pytest.raises(InputError, match=r"is undamaged \(checkpoint-1.2: manifest.json: No such file.*--overwrite"):
+    with pytest.raises(
+        InputError,
+        match=r"every checkpoint in .* is damaged \(checkpoint-1.2: manifest.json: No such file.*--overwrite",
+    ):
         made.train(out, resume=True)
 
 
@@ -130,7 +133,7 @@ def test_another_training_is_refused_and_says_what_differs(
     with pytest.raises(InputError) as caught:
         other.train(out, resume=True)
     assert re.fullmatch(
-        f"checkpoint-1.2 belongs to another training: different are {named}; restore what differs, or --force .*",
+        f"checkpoint-1.2 belongs to another training, which differs in {named}; restore what differs, or .*--force .*",
         str(caught.value),
     )
 
@@ -207,8 +210,8 @@ def test_another_order_of_the_rows_is_refused(
 ) -> None:
     """As if another version of torch drew other numbers."""
     out = stopped(world(), tmp_path / "out")
-    monkeypatch.setattr("nybble.training.resuming.order_sha256", lambda *_: "other")
-    with pytest.raises(InputError, match="draw the rows in another order"):
+    monkeypatch.setattr("nybble.training.dataloader.order_sha256", lambda *_: "other")
+    with pytest.raises(InputError, match="draws the rows in another order"):
         world().train(out, resume=True)
 
 
@@ -216,7 +219,8 @@ def test_the_order_that_is_noted_is_the_order_that_is_drawn(
     world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     drawn: list[int] = []
-    monkeypatch.setattr(Drawn, "__getitem__", lambda self, n: drawn.append(n) or (n, self.groups[n]))
+    take = Groups.__getitem__
+    monkeypatch.setattr(Groups, "__getitem__", lambda self, n: drawn.append(n) or take(self, n))
     made = world(save_steps=3, save_total_limit=5)
     made.train(tmp_path / "out")
     for epoch, step in enumerate(

@@ -16,9 +16,9 @@ import torch
 from nybble.errors import CannotRunError, InputError, StoppedError
 from nybble.storage import checkpoints
 from nybble.storage.checkpoints import Place, list_checkpoints, prune_checkpoints, verify, write_checkpoint
-from nybble.training.callbacks import Stops
-from nybble.training.saving import Saver, Snapshot
-from nybble.training.steps import StepTrainer
+from nybble.training import loop
+from nybble.training.checkpoint import CheckpointWriter, Snapshot
+from nybble.training.stopping import Stops
 
 World = Callable[..., Any]
 Left = Callable[[Path], dict[str, Any]]
@@ -61,11 +61,11 @@ def test_a_full_disk_is_told_and_training_goes_on(
 ) -> None:
     made = world(save_steps=2)
     made.train(tmp_path / "straight")
-    refuse(FULL, tmp_path / "out", first=7, last=8)  # the second checkpoint and the third
+    refuse(FULL, tmp_path / "out", first=6, last=7)  # the second checkpoint and the third
     made.train(tmp_path / "out")
     good = tmp_path / "out" / "checkpoints" / "checkpoint-2"
     for name in ("checkpoint-4", "checkpoint-6"):
-        why = f"({good.parent}: No space left on device); training goes on, the last good one is {good}"
+        why = f"({good.parent}: No space left on device); training continues, the last good one is {good}"
         assert f"{name} could not be written {why}" in made.said
     assert names(tmp_path / "out") == ["checkpoint-7", "checkpoint-2"]
     assert_same(everything(tmp_path / "out"), everything(tmp_path / "straight"))
@@ -95,7 +95,7 @@ def test_a_spare_folder_takes_what_the_disk_refuses_and_is_resumed_from(
     made = world(save_steps=1, spare_dir=str(tmp_path / "spare"))
     made.train(tmp_path / "straight")
     out = tmp_path / "out"
-    refuse(OSError(errno.EIO, "Input/output error"), out, first=7)
+    refuse(OSError(errno.EIO, "Input/output error"), out, first=6)
     stopped(made, out, at=8)
     assert names(out) == []  # the limit of two is one for both folders
     spared = [path.name for path in list_checkpoints([tmp_path / "spare" / "out"])]
@@ -103,7 +103,7 @@ def test_a_spare_folder_takes_what_the_disk_refuses_and_is_resumed_from(
     assert any("Input/output error; checkpoint-2 is in" in text for text in made.said)
     refuse(FULL, tmp_path / "nowhere")
     made.train(out, resume=True)
-    assert f"going on from {tmp_path / 'spare' / 'out' / 'checkpoint-3.1'}" in made.said
+    assert f"continuing from {tmp_path / 'spare' / 'out' / 'checkpoint-3.1'}" in made.said
     assert [e["loss"] for e in everything(out)["events"]] == [
         e["loss"] for e in everything(tmp_path / "straight")["events"]
     ]
@@ -113,7 +113,7 @@ def test_a_stop_that_cannot_be_saved_says_so(
     world: World, refuse: Refuse, stop_after: Callable[[int | None], None], tmp_path: Path
 ) -> None:
     made = world(save_steps=1)
-    refuse(FULL, tmp_path, first=7)
+    refuse(FULL, tmp_path, first=6)
     stop_after(8)
     with pytest.raises(CannotRunError, match=r"SIGTERM at step 3 of 7, and its state could not be saved \(.*No space"):
         made.train(tmp_path / "out")
@@ -127,11 +127,11 @@ def test_the_last_checkpoint_is_tried_once_more(
     """Nothing newer comes after it, so a disk that was full for a moment must not cost what it holds."""
     made = world(save_steps=1)
     before, last = ("checkpoint-3", "checkpoint-3.1") if at else ("checkpoint-6", "checkpoint-7")
-    first = 6 * 3 + 1 if at else 6 * 6 + 1  # a checkpoint has six files
+    first = 5 * 3 + 1 if at else 5 * 6 + 1  # a checkpoint has five files
     refuse(FULL, tmp_path / "out", first, last=first)
     stop_after(at)
     if at:
-        with pytest.raises(StoppedError, match="saved; go on with --resume"):
+        with pytest.raises(StoppedError, match="saved; continue with --resume"):
             made.train(tmp_path / "out")
     else:
         made.train(tmp_path / "out")
@@ -148,7 +148,7 @@ def test_a_folder_that_vanishes_is_made_again(world: World, monkeypatch: pytest.
             (tmp_path / "out").rename(tmp_path / "gone")
         return write(parent, place, files)
 
-    monkeypatch.setattr("nybble.training.saving.write_checkpoint", vanish)
+    monkeypatch.setattr("nybble.training.checkpoint.write_checkpoint", vanish)
     made.train(out)
     assert names(out) == ["checkpoint-7", "checkpoint-6"]
 
@@ -189,32 +189,32 @@ def test_there_is_one_write_at_a_time_and_training_does_not_wait_for_it(tmp_path
         writing -= 1
         return {}
 
-    saver = Saver([tmp_path], 5, identity, lambda _: None)
+    writer = CheckpointWriter([tmp_path], 5, lambda _: None, identity=identity)
     snapshots = [Snapshot(Place(n), {}, "weights", {}, {}, {}) for n in (1, 2, 3)]
-    saver.save(snapshots[0])
-    assert list_checkpoints([tmp_path]) == []  # and yet `save` is back
+    writer.write(snapshots[0])
+    assert list_checkpoints([tmp_path]) == []  # and yet `write` is back
     threading.Timer(0.1, held.set).start()
-    saver.save(snapshots[1])
-    saver.save(snapshots[2])
-    saver.finish()
+    writer.write(snapshots[1])
+    writer.write(snapshots[2])
+    writer.finish()
     assert most == 1
     assert [path.name for path in list_checkpoints([tmp_path])] == ["checkpoint-3", "checkpoint-2", "checkpoint-1"]
 
 
 def test_what_a_writing_thread_meets_that_no_disk_did_is_raised(tmp_path: Path) -> None:
-    saver = Saver([tmp_path], 2, lambda: {}["missing"], lambda _: None)
-    saver.save(Snapshot(Place(1), {}, "weights", {}, {}, {}))
+    writer = CheckpointWriter([tmp_path], 2, lambda _: None, identity=lambda: {}["missing"])
+    writer.write(Snapshot(Place(1), {}, "weights", {}, {}, {}))
     with pytest.raises(KeyError, match="missing"):
-        saver.finish()
+        writer.finish()
 
 
 def test_weights_that_are_no_numbers_are_not_kept(tmp_path: Path) -> None:
     said: list[str] = []
-    saver = Saver([tmp_path], 2, dict, said.append)
-    saver.save(Snapshot(Place(1), {"a": torch.tensor([1.0, float("nan")])}, "weights", {}, {}, {}))
-    saver.finish()
+    writer = CheckpointWriter([tmp_path], 2, said.append)
+    writer.write(Snapshot(Place(1), {"a": torch.tensor([1.0, float("nan")])}, "weights", {}, {}, {}))
+    writer.finish()
     assert list_checkpoints([tmp_path]) == []
-    assert "no numbers" in said[0]
+    assert "its weights are not finite" in said[0]
 
 
 def test_a_limit_of_time_saves_before_it(
@@ -228,7 +228,7 @@ def test_a_limit_of_time_saves_before_it(
         now[0] += 1.0
         look(self)
 
-    monkeypatch.setattr("nybble.training.callbacks.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("nybble.training.stopping.time.monotonic", lambda: now[0])
     monkeypatch.setattr(Stops, "_look", a_second_later)
     with pytest.raises(StoppedError, match="max_seconds at step 2 of 7: saved"):
         made.train(tmp_path / "out", max_seconds=6.5)
@@ -255,25 +255,27 @@ def test_a_limit_of_time_saves_before_it(
 def test_a_lost_device_names_the_checkpoint(
     world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, said: str
 ) -> None:
-    made, step = world(save_steps=2), StepTrainer.training_step
+    made, forward_backward = world(save_steps=2), loop.forward_backward
 
-    def lose(self: StepTrainer, *arguments: Any) -> Any:
-        if self.state.global_step == 5:
+    def lose(t: loop.Training, *arguments: Any) -> Any:
+        if t.state.step == 5:
             raise error
-        return step(self, *arguments)
+        return forward_backward(t, *arguments)
 
-    monkeypatch.setattr(StepTrainer, "training_step", lose)
+    monkeypatch.setattr(loop, "forward_backward", lose)
     with pytest.raises(CannotRunError) as caught:
         made.train(tmp_path / "out")
     assert said in str(caught.value)
-    assert str(caught.value).endswith(f"go on from {tmp_path / 'out' / 'checkpoints' / 'checkpoint-4'} with --resume")
+    assert str(caught.value).endswith(
+        f"continue from {tmp_path / 'out' / 'checkpoints' / 'checkpoint-4'} with --resume"
+    )
 
 
 def test_any_other_fault_is_raised_as_it_is(world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(*_: Any) -> Any:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(StepTrainer, "training_step", fail)
+    monkeypatch.setattr(loop, "forward_backward", fail)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         world().train(tmp_path / "out")
 
@@ -283,12 +285,12 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], None]
     """`spoil({step: factor})`: the loss of a step, and with it its gradient, is multiplied."""
 
     def arm(factors: dict[int, float]) -> None:
-        loss_of = StepTrainer.compute_loss
+        loss_of = loop.loss_of
 
-        def spoiled(self: StepTrainer, *arguments: Any, **settings: Any) -> Any:
-            return loss_of(self, *arguments, **settings) * factors.get(self.state.global_step + 1, 1.0)
+        def spoiled(t: loop.Training, *arguments: Any) -> Any:
+            return loss_of(t, *arguments) * factors.get(t.state.step + 1, 1.0)
 
-        monkeypatch.setattr(StepTrainer, "compute_loss", spoiled)
+        monkeypatch.setattr(loop, "loss_of", spoiled)
 
     return arm
 
@@ -305,7 +307,7 @@ def test_a_loss_that_is_no_number_stops_with_the_rows_and_the_last_good_checkpoi
     rows = message.partition("(rows ")[2].partition(")")[0].split(", ")
     assert len({int(row) for row in rows}) == 6
     assert set(rows) == rows_of_step_4(made)
-    assert message.endswith(f"go on from {tmp_path / 'out' / 'checkpoints' / 'checkpoint-3'} with --resume")
+    assert message.endswith(f"continue from {tmp_path / 'out' / 'checkpoints' / 'checkpoint-3'} with --resume")
     assert names(tmp_path / "out") == ["checkpoint-3", "checkpoint-2"]
 
 
@@ -334,7 +336,7 @@ def test_bad_batches_are_skipped_and_counted_where_the_recipe_says_so(
 def test_a_spike_of_the_gradient_is_a_bad_batch(
     world: World, spoil: Callable[[dict[int, float]], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("nybble.training.health._FEWEST", 3)
+    monkeypatch.setattr("nybble.training.guards._FEWEST_NORMS", 3)
     spoil({6: 1e5})
     made = world()
     with pytest.raises(InputError, match=r"the gradient's norm is .* times the usual at step 6 \(rows"):

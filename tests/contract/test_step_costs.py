@@ -70,9 +70,7 @@ def test_no_step_waits_for_the_device(recompute: str, tmp_path: Path, monkeypatc
     from nybble.hardware import detect_device
     from nybble.recipe import TrainingSection
     from nybble.run.directory import RunDirectory
-    from nybble.run.record import Silent
-    from nybble.training import Setup, train_model
-    from nybble.training.steps import StepTrainer
+    from nybble.training import loop, train_model
 
     ours = adapt(ours_of(build("llama")), lora_dropout=0.1)
     ids = [row["input_ids"] for row in rows((9, 20, 5, 30, 7, 11, 8, 4))]
@@ -85,15 +83,21 @@ def test_no_step_waits_for_the_device(recompute: str, tmp_path: Path, monkeypatc
     run.create(overwrite=False)
     watched = 0
 
-    def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal watched
-        watched += 1
-        with NoWaiting():
-            return StepTrainer_step(self, *args, **kwargs)
+    def guard(name: str) -> None:
+        function = getattr(loop, name)
 
-    StepTrainer_step = StepTrainer.training_step  # noqa: N806
-    monkeypatch.setattr(StepTrainer, "training_step", guarded)
-    device = detect_device("cpu")
-    setup = Setup(run, device, torch.float32, Silent(), lambda _: 0.0, 0, 4)
-    train_model(ours, None, Groups(examples), section, setup)
-    assert watched == 8
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            nonlocal watched
+            watched += 1
+            with NoWaiting():
+                return function(*args, **kwargs)
+
+        monkeypatch.setattr(loop, name, guarded)
+
+    for name in ("forward_backward", "clip_gradients", "update"):
+        guard(name)
+    train_model(
+        ours, None, Groups(examples), section,
+        run=run, device=detect_device("cpu"), compute_dtype=torch.float32, max_steps=4,
+    )  # fmt: skip
+    assert watched == 8 + 4 + 4

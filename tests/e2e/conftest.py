@@ -93,7 +93,7 @@ def libraries() -> None:
     from transformers import Trainer  # noqa: F401
 
     import nybble.pipeline
-    import nybble.training.steps  # noqa: F401
+    import nybble.training.build  # noqa: F401
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def test_the_command_line_resumes_refuses_and_goes_on_by_force(
     base, out = tiny_llama(), tmp_path / "run"
     stopped = nybble(*words(base, rows_file, out, max_seconds=0.001))
     assert stopped.code == 4, stopped.err
-    assert "max_seconds at step 1 of 4000: saved; go on with --resume" in stopped.err.splitlines()[-1]
+    assert "max_seconds at step 1 of 4000: saved; continue with --resume" in stopped.err.splitlines()[-1]
     refused = nybble(*words(base, rows_file, out, max_steps=6, learning_rate=1e-3), "--resume")
     assert refused.code == 2
     assert "training.max_steps (was 4000, is 6), training.learning_rate (was 0.0002, is 0.001)" in refused.err

@@ -48,7 +48,7 @@ def test_two_machines_begin_anew_by_torchrun(words: list[object], free_port: Cal
             log.close()
     said = (tmp_path / "first").read_text() + (tmp_path / "second").read_text()
     assert "another process of the run is lost" in said
-    assert "going on from" in said
+    assert "continuing from" in said
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert [event["step"] for event in events] == list(range(1, events[-1]["total_steps"] + 1))
 
@@ -65,7 +65,7 @@ def test_one_line_begins_a_run_and_goes_on_with_it(
     shutil.rmtree(adapter.parent)
     again = nybble(*words, "--auto-resume")
     assert again.code == 0
-    assert "going on from" in again.err
+    assert "continuing from" in again.err
     assert adapter.read_bytes() == learned
     assert nybble(*words).code == 2
 
@@ -77,7 +77,7 @@ def test_a_launcher_overwrites_with_its_first_start_alone(launch: Launch, words:
     for alone, said in ((launcher, True), (None, False)):
         outcome = launch(1, words, launcher=alone)
         assert outcome.codes == (0,)
-        assert ("going on from" in outcome.err[0]) == said
+        assert ("continuing from" in outcome.err[0]) == said
 
 
 def test_wrong_input_is_not_taken_for_a_run_to_go_on_with(launch: Launch, words: list[object], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from nybble.errors import InputError
 from nybble.intervals import Sums
-from nybble.training.probe import Branch, _lowest_of_the_best
+from nybble.training.lr_probe import Branch, _lowest_of_the_best
 
 
 def words(base: Path, rows: Path, *more: object) -> list[object]:

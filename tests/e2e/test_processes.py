@@ -88,21 +88,21 @@ def test_each_process_of_a_run_in_shards_takes_what_was_planned(
 ) -> None:
     def count(rank: int) -> None:
         import nybble.pipeline
-        from nybble.training.resuming import ResumableTrainer
+        from nybble.training.checkpoint import CheckpointWriter
 
         storages = importlib.import_module("bench.memory.distributed").Storages
-        train_model, save = nybble.pipeline.train_model, ResumableTrainer._save_checkpoint
+        train_model, save = nybble.pipeline.train_model, CheckpointWriter.save
         most: list[int] = []  # before the first checkpoint, before each later one, at the end
 
-        def counted(model: Any, *rest: Any) -> Any:
+        def counted(model: Any, *rest: Any, **parts: Any) -> Any:
             with storages([*model.parameters(), *model.buffers()]) as seen:
 
                 def save_then(self: Any, *given: Any) -> None:
                     most.append(seen.most)
                     save(self, *given)
 
-                ResumableTrainer._save_checkpoint = save_then  # type: ignore[method-assign]  # in a process of its own
-                result = train_model(model, *rest)
+                CheckpointWriter.save = save_then  # type: ignore[method-assign]  # in a process of its own
+                result = train_model(model, *rest, **parts)
             (tmp_path / f"most-{rank}").write_text(json.dumps([most[0], seen.most]))
             return result
 
@@ -134,13 +134,16 @@ def test_a_run_of_which_a_process_was_killed_goes_on_to_the_same_bits(
     words = [*words, *how]
 
     def die(rank: int) -> None:
-        from nybble.training.callbacks import Stops
+        from nybble.training.state import TrainState
 
-        def kill(self: Stops, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if rank == 1 and state.global_step == 6:
+        finish = TrainState.finish_step
+
+        def kill(self: TrainState, *given: Any, **named: Any) -> None:
+            finish(self, *given, **named)
+            if rank == 1 and self.step == 6:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        Stops.on_step_end = kill  # type: ignore[method-assign]  # in a process of its own
+        TrainState.finish_step = kill  # type: ignore[method-assign]  # in a process of its own
 
     assert launch(count, [*words, "--output_dir", tmp_path / "whole"]).codes == (0,) * count
     launcher = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -228,15 +231,25 @@ def test_processes_on_a_cpu_share_its_memory(launch: Launch, words: list[object]
 
 
 def test_batches_are_dealt_out_evenly_and_no_row_twice() -> None:
-    from nybble.training.resuming import EvenBatches
+    from nybble.data import FlatBatch, Groups
+    from nybble.data.encode import Example
+    from nybble.recipe import TrainingSection
+    from nybble.run.processes import Processes
+    from nybble.training.dataloader import StepLoader, epoch_order
 
-    for n_rows, size, count in ((10, 2, 2), (10, 1, 4), (9, 2, 4), (8, 4, 1), (3, 4, 2)):
-        made = EvenBatches(torch.utils.data.SequentialSampler(range(n_rows)), size, count)
-        batches = list(made)
-        assert len(batches) == len(made)
-        assert len(batches) % count == 0
-        assert [i for batch in batches for i in batch if i >= 0] == list(range(n_rows))
-        assert count == 1 or all(len(batch) == size for batch in batches)
+    for n_rows, size, steps, count in ((10, 2, 1, 2), (10, 1, 2, 4), (9, 2, 3, 4), (8, 4, 2, 1), (3, 4, 1, 2)):
+        rows = Groups([Example([5, 6], [5, 6], 1, 1, 0, (2,), 0, 0, False, number) for number in range(n_rows)])
+        section = TrainingSection(per_device_train_batch_size=size, gradient_accumulation_steps=steps)
+        loaders = [StepLoader(rows, FlatBatch(), section, Processes(rank, count)) for rank in range(count)]
+        drawn = []
+        for step in range(loaders[0].steps_an_epoch):
+            shares = [loader.micro_batches_of(step) for loader in loaders]
+            assert len({len(share) for share in shares}) == 1  # as many in each process
+            for turn in zip(*shares, strict=True):
+                drawn += [row for batch in turn for row in batch.rows]
+                assert all(len(batch.rows) <= size for batch in turn)
+                assert all(batch.n_learned == len(batch.rows) for batch in turn)
+        assert drawn == [rows.rows(number)[0] for number in epoch_order(n_rows, section.seed, 0)]
 
 
 def test_batches_to_evaluate_are_dealt_out_and_none_is_left() -> None:

@@ -24,7 +24,7 @@ from nybble.planning.traced_step import BatchShape, StepCost, adopt, batch_of, r
 from nybble.recipe import Recipe, StepMemory, load_recipe
 from nybble.run.directory import RunDirectory
 from nybble.run.record import Silent
-from nybble.training import Setup, train_model
+from nybble.training import train_model
 
 SIZES = {
     "hidden_size": 64,
@@ -309,5 +309,15 @@ def _train(
     rows = [Example([5] * n, [5] * n, 1, 1, 0, (2,), 0, 0, False) for n in lengths]
     out.mkdir(exist_ok=True)
     device = detect_device("cpu")
-    setup = Setup(RunDirectory(out), device, torch.bfloat16, observer or Silent(), lambda _: 0.0, 0, 2, memory)
-    train_model(model, None, Groups(rows), recipe.training, setup)
+    train_model(
+        model,
+        None,
+        Groups(rows),
+        recipe.training,
+        run=RunDirectory(out),
+        device=device,
+        compute_dtype=torch.bfloat16,
+        max_steps=2,
+        observer=observer,
+        step_memory=memory,
+    )

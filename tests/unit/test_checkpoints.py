@@ -13,7 +13,7 @@ import torch
 
 from nybble.storage.checkpoints import Place, list_checkpoints, newest_checkpoint, verify, write_checkpoint
 from nybble.storage.manifest import DamagedError, read_json
-from nybble.training.packing import CannotPackError, pack, unpack
+from nybble.training.state_codec import CannotPackError, pack, unpack
 
 FILES = [("state.json", b"{}"), ("a.safetensors", b"x" * 100)]
 

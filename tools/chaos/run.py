@@ -201,7 +201,7 @@ def everything(out: Path) -> dict[str, Any]:
         for name, tensor in load_file(file).items():
             found[f"{file.stem}:{name}"] = tensor.numpy().tobytes()
     state = json.loads((newest / "state.json").read_text())
-    del state["counters"]["logbook"]["seconds"], state["recipe"], state["versions"]
+    del state["counters"]["seconds"], state["recipe"], state["versions"]
     found["state"] = state
     events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
     found["events"] = [[event[name] for name in NAMES] for event in events]

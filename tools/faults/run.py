@@ -30,7 +30,7 @@ from nybble import pipeline
 from nybble.cli.process import quiet_libraries
 from nybble.storage.checkpoints import verify
 from nybble.storage.manifest import DamagedError
-from nybble.training import saving
+from nybble.training import checkpoint
 from tools.chaos.run import SETTINGS as CHAOS
 from tools.chaos.run import everything, fork, plan_once
 
@@ -101,7 +101,7 @@ def refused(out: Path, number: int, way: str, expected: dict[str, Any], figures:
     log, reported = out.with_suffix(".err"), out.with_suffix(".reported")
     reported.write_text("")
     calls, error = WAYS[way]
-    write = saving.write_checkpoint
+    write = checkpoint.write_checkpoint
 
     def report(*given: Any) -> Path:
         path = write(*given)
@@ -110,7 +110,7 @@ def refused(out: Path, number: int, way: str, expected: dict[str, Any], figures:
 
     def run(resume: bool = False, fault: bool = False) -> None:
         if fault:
-            saving.write_checkpoint = report
+            checkpoint.write_checkpoint = report
             arm(out, number, number + calls - 1, error)
         pipeline.train(None, {**SETTINGS, "output_dir": str(out)}, on_existing="resume" if resume else "refuse")
 

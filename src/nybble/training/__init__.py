@@ -1,21 +1,32 @@
-"""Training and evaluation on transformers' Trainer, and the witness of a run."""
+"""Training and evaluation: the loop (start at `loop.train`), its state and checkpoints, and the recorder of a run."""
 
-from nybble.training.arguments import check_training
-from nybble.training.continuation import Checkpointing, checkpointing, find_checkpoint, folders_of, refused_writes
-from nybble.training.evaluate import evaluate, evaluation_mode, generate_answers, stop_at
-from nybble.training.identity import identify
-from nybble.training.probe import Judge, Probe, probe_rates
-from nybble.training.trainer import Setup, TrainResult, train_model
-from nybble.training.witness import Witness, software_versions
+from nybble.training.build import TrainResult, build, train_model
+from nybble.training.checkpoint import Checkpointing, checkpointing, find_checkpoint, folders_of, refused_writes
+from nybble.training.evaluate import (
+    HeldOut,
+    evaluate,
+    evaluation_mode,
+    generate_answers,
+    sample_answers,
+    stop_at,
+)
+from nybble.training.fingerprint import identify
+from nybble.training.loop import Training, train
+from nybble.training.lr_probe import Judge, Probe, probe_rates
+from nybble.training.optim import check_optimizer_and_schedule
+from nybble.training.run_recorder import Witness, software_versions
+from nybble.training.trackers import tracker_names
 
 __all__ = [
     "Checkpointing",
+    "HeldOut",
     "Judge",
     "Probe",
-    "Setup",
     "TrainResult",
+    "Training",
     "Witness",
-    "check_training",
+    "build",
+    "check_optimizer_and_schedule",
     "checkpointing",
     "evaluate",
     "evaluation_mode",
@@ -25,7 +36,10 @@ __all__ = [
     "identify",
     "probe_rates",
     "refused_writes",
+    "sample_answers",
     "software_versions",
     "stop_at",
+    "tracker_names",
+    "train",
     "train_model",
 ]

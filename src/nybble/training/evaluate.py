@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +21,17 @@ from nybble.data import IGNORED, Example, FlatBatch, Groups, PadBatch
 from nybble.models import blocks_of, is_sharded
 from nybble.recipe import EvaluationSection
 from nybble.run.processes import Processes
-from nybble.run.record import Evaluation, RowLoss
+from nybble.run.record import Evaluation, RowLoss, Sample
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out rows of a run, and those of them whose answers are shown beside the base's."""
+
+    rows: Sequence[Example]
+    section: EvaluationSection  # with as many rows at a time as fit
+    shown: Sequence[Example] = ()
+    base_answers: Sequence[str] = ()  # to the rows that are shown
 
 
 def device_of(model: Any) -> torch.device:
@@ -94,6 +105,37 @@ def generate_answers(
     """
     with evaluation_mode(model, compute_dtype):
         return _generate(model, tokenizer, prompts, section, processes)
+
+
+def sample_answers(
+    model: Any,
+    tokenizer: Any,
+    held_out: HeldOut,
+    compute_dtype: torch.dtype,
+    processes: Processes = Processes(),  # noqa: B008 - a value
+    *,
+    step: int | None = None,
+) -> list[Sample]:
+    """The rows that are shown, each with the answers of the base and of `model` as it is now, after `step`."""
+    prompts = [example.prompt_ids for example in held_out.shown]
+    tuned = generate_answers(model, tokenizer, prompts, held_out.section, compute_dtype, processes)
+    return [
+        Sample(tokenizer.decode(e.prompt_ids, skip_special_tokens=True), before, after, e.answer, step)
+        for e, before, after in zip(held_out.shown, held_out.base_answers, tuned, strict=True)
+    ]
+
+
+def held_out_loss(
+    model: Any,
+    tokenizer: Any,
+    held_out: HeldOut,
+    compute_dtype: torch.dtype,
+    processes: Processes = Processes(),  # noqa: B008 - a value
+) -> float:
+    """The loss a learned token over the held-out rows, without answers; they take longer to generate."""
+    rows = [replace(example, answer=None) for example in held_out.rows]
+    measured = evaluate(model, tokenizer, rows, held_out.section, compute_dtype, processes)
+    return measured.loss if measured else math.nan
 
 
 def stop_at(model: Any, tokens: Sequence[int]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nybble.data import PadBatch
 from nybble.errors import CannotRunError
+from nybble.training.objective import next_token_loss
 
 # Relative differences. In bfloat16 both sides round every product: over 100 steps of stories260K the loss was at most
 # 9e-4 apart and the gradients 6e-2; in float32 3e-7 and 3e-6 (docs/guide/performance.md).
@@ -36,13 +37,13 @@ class Parity:
         return abs(self.loss - self.plain_loss) / max(abs(self.plain_loss), 1e-6)
 
 
-def compare(model: Any, inputs: dict[str, Any], n_items: Any) -> Parity:
-    """Loss and gradients of a flattened micro-batch on both paths; nothing is kept."""
+def compare(model: Any, inputs: dict[str, Any], n_learned: Tensor, dtype: torch.dtype) -> Parity:
+    """Loss and gradients of a flattened micro-batch on both paths, computed in `dtype`; nothing is kept."""
     weights = [p for p in model.parameters() if p.requires_grad]
     with _without_dropout(model):
-        loss, ours = _gradients(model, weights, {**inputs, "num_items_in_batch": n_items})
+        loss, ours = _gradients(model, weights, inputs, n_learned, dtype)
         with plain_path(model):
-            plain_loss, plain = _gradients(model, weights, {**_padded(inputs), "num_items_in_batch": n_items})
+            plain_loss, plain = _gradients(model, weights, _padded(inputs), n_learned, dtype)
     apart = sum(float((a.double() - b.double()).square().sum()) for a, b in zip(ours, plain, strict=True))
     size = sum(float(b.double().square().sum()) for b in plain)
     return Parity(loss, plain_loss, (apart / size) ** 0.5 if size else apart**0.5)
@@ -100,8 +101,11 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
             module.train()
 
 
-def _gradients(model: Any, weights: list[nn.Parameter], inputs: dict[str, Any]) -> tuple[float, tuple[Tensor, ...]]:
-    loss = model(**inputs).loss
+def _gradients(
+    model: Any, weights: list[nn.Parameter], inputs: dict[str, Any], n_learned: Tensor, dtype: torch.dtype
+) -> tuple[float, tuple[Tensor, ...]]:
+    with torch.autocast(n_learned.device.type, dtype, enabled=dtype != torch.float32):
+        loss = next_token_loss(model, inputs, n_learned).float()
     found = torch.autograd.grad(loss, weights, allow_unused=True)
     filled = tuple(torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True))
     return loss.item(), filled

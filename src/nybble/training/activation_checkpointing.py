@@ -8,10 +8,10 @@ gone. Where all of them are not enough, further levels go down the savers of `ny
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nybble.errors import RecipeError
 from nybble.hardware import Device, free_bytes, used_bytes
@@ -19,6 +19,7 @@ from nybble.models import MEMORY_SAVERS, MemorySavers, recomputable_layers, set_
 from nybble.nn.recompute import recomputed
 from nybble.recipe import StepMemory, TrainingSection
 
+_SMALL_SHARE = 0.1  # trained parameters below this share: gradients are copied so that a batch can be repeated
 _SHARE = 0.95  # of the room that is filled: the allocator's pieces do not fit each other perfectly
 
 
@@ -46,6 +47,12 @@ class Recomputation:
         self._shallowest = shallowest
         self._always = always
         self._level = 0
+        # Walking over a model's modules takes as long as a small layer: once will do.
+        n_trained, n_all = (
+            sum(p.numel() for p in model.parameters() if p.requires_grad or not only_trained)
+            for only_trained in (True, False)
+        )
+        self.may_copy_gradients = n_trained < _SMALL_SHARE * n_all
         self.depth = 0  # layers recomputed in the batch that was prepared last
         self.deepest = 0  # in any so far
         self.taken: set[str] = set()  # memory savers, in any so far
@@ -86,6 +93,24 @@ class Recomputation:
             self._savers.apply(names)
             self.taken.update(names)
         self.deepest = max(self.deepest, self.depth)
+
+
+class SavedGradients:
+    """The gradients of the micro-batches before this one, so that it can be computed again."""
+
+    def __init__(self, trained: Iterable[Tensor], *, may_copy: bool) -> None:
+        """`may_copy`: they are small enough for a copy; without one, nothing can be restored once there are any."""
+        self._trained = list(trained)
+        self._values: list[Tensor | None] = [None] * len(self._trained)
+        self.can_restore = all(p.grad is None for p in self._trained)
+        if not self.can_restore and may_copy:
+            self._values = [None if p.grad is None else p.grad.clone() for p in self._trained]
+            self.can_restore = True
+
+    def restore(self) -> None:
+        """Set them as they were."""
+        for parameter, value in zip(self._trained, self._values, strict=True):
+            parameter.grad = None if value is None else value.clone()
 
 
 class Room:

@@ -26,9 +26,9 @@ from nybble.errors import InputError, RecipeError, StoppedError
 from nybble.intervals import Sums, interval
 from nybble.recipe import TrainingSection
 from nybble.run.directory import RunDirectory, to_json
-from nybble.run.record import Evaluation, Silent
+from nybble.run.record import Evaluation, Observer, Silent
 from nybble.storage.atomic import write_text
-from nybble.training.trainer import Setup, train_model
+from nybble.training.build import train_model
 from nybble.units import format_seconds
 
 _RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of adapters
@@ -89,27 +89,50 @@ class Judge:
 
 
 def probe_rates(
-    model: Any, tokenizer: Any, groups: Groups, section: TrainingSection, setup: Setup, judge: Judge
+    model: Any,
+    tokenizer: Any,
+    groups: Groups,
+    section: TrainingSection,
+    judge: Judge,
+    *,
+    run: RunDirectory,
+    max_steps: int,
+    is_resumed: bool = False,
+    observer: Observer | None = None,
+    **parts: Any,
 ) -> Probe:
     """Try each rate from the weights that `model` has now; they are the same afterwards.
 
-    What is found is kept in probe.json: a resumed run goes on with the rate that it began with.
+    The result is written to probe.json: a resumed run continues with the rate that it began with.
+
+    Args:
+        model: is trained in place and put back.
+        tokenizer: of the model.
+        groups: rows, which are drawn group by group.
+        section: of the run.
+        judge: decides between the rates.
+        run: takes probe.json.
+        max_steps: of the run; a branch has a small share of them.
+        is_resumed: the run continues from a checkpoint.
+        observer: is told how far the probe is.
+        parts: as `build` takes them, e.g. `device` and `compute_dtype`.
 
     Raises:
         RecipeError: the run is too short to probe, or nothing is held out.
         InputError: the loss is no number at any rate.
     """
-    kept = setup.run.path / "probe.json"
-    if setup.resumed and kept.is_file():
+    observer = observer or Silent()
+    kept = run.path / "probe.json"
+    if is_resumed and kept.is_file():
         former = json.loads(kept.read_text(encoding="utf-8"))
         return Probe(**{**former, "branches": tuple(Branch(**branch) for branch in former["branches"])})
-    steps, rows = _within_share(groups, section, setup.max_steps, judge)
+    steps, rows = _within_share(groups, section, max_steps, judge)
     began = time.monotonic()
     start = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
     branches: list[Branch] = []
     judged: list[Sums | None] = []
     for number, rate in enumerate(judge.rates):
-        setup.observer.progress("probing learning rates", number, len(judge.rates))
+        observer.progress("probing learning rates", number, len(judge.rates))
         own = section.model_copy(
             update={
                 "learning_rate": rate,
@@ -120,7 +143,7 @@ def probe_rates(
                 "grad_spike": 0.0,
             }
         )
-        is_finite = _branch(model, tokenizer, groups, own, replace(setup, max_steps=steps))
+        is_finite = _branch(model, tokenizer, groups, own, {**parts, "max_steps": steps})
         found = judge.evaluate(rows) if is_finite else None
         _put_back(model, start)
         if found is None or not math.isfinite(found.loss):
@@ -129,10 +152,10 @@ def probe_rates(
         else:
             branches.append(Branch(rate, found.loss))
             judged.append(Sums([row.loss for row in found.rows], [row.n_tokens for row in found.rows]))
-    setup.observer.progress("probing learning rates", len(judge.rates), len(judge.rates))
+    observer.progress("probing learning rates", len(judge.rates), len(judge.rates))
     chosen = _lowest_of_the_best(branches, judged)
     tokens = len(judge.rates) * (steps * _tokens_per_step(groups, section) + sum(len(e.input_ids) for e in rows) / 3)
-    share = tokens / (setup.max_steps * _tokens_per_step(groups, section))
+    share = tokens / (max_steps * _tokens_per_step(groups, section))
     probe = Probe(chosen, tuple(branches), steps, len(rows), share, time.monotonic() - began)
     write_text(kept, to_json(asdict(probe)))
     return probe
@@ -166,21 +189,16 @@ def _tokens_per_step(groups: Groups, section: TrainingSection) -> float:
     return total / len(groups) * section.per_device_train_batch_size * section.gradient_accumulation_steps
 
 
-def _branch(model: Any, tokenizer: Any, groups: Groups, section: TrainingSection, setup: Setup) -> bool:
-    """Train a branch in place, leaving nothing on disk; False where its loss is no number."""
-    before = dict(vars(model))
+def _branch(model: Any, tokenizer: Any, groups: Groups, section: TrainingSection, parts: dict[str, Any]) -> bool:
+    """Train a branch in place, leaving nothing on disk; False where its loss is not finite."""
     with tempfile.TemporaryDirectory() as folder:
-        own = replace(setup, run=RunDirectory(Path(folder)), observer=Silent(), check_every=0, checkpointing=None)
         try:
-            train_model(model, tokenizer, groups, section, own)
+            train_model(model, tokenizer, groups, section, run=RunDirectory(Path(folder)), **parts)
         except StoppedError as error:
-            raise StoppedError("stopped while probing learning rates; begin anew with --overwrite") from error
+            raise StoppedError("stopped while probing learning rates; start over with --overwrite") from error
         except InputError:
             return False
         finally:
-            # accelerate puts its autocast around the model's forward, and never a second time on one that it marked.
-            vars(model).clear()
-            vars(model).update(before)
             model.zero_grad(set_to_none=True)
     return True
 

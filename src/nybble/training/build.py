@@ -1,0 +1,258 @@
+"""A training from its parts: `build` puts them together, `train_model` also runs it and says why it ended early."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nybble.data import Groups
+from nybble.errors import CannotRunError, StoppedError
+from nybble.hardware import Device, PeakMemory
+from nybble.models import is_sharded
+from nybble.nn.dropout_seed import DropoutSeeds
+from nybble.recipe import StepMemory, TrainingSection
+from nybble.run.directory import RunDirectory
+from nybble.run.processes import Processes
+from nybble.run.record import Observer, Silent
+from nybble.training.activation_checkpointing import recomputation_for
+from nybble.training.checkpoint import Checkpointing, CheckpointWriter, load_checkpoint
+from nybble.training.dataloader import StepLoader
+from nybble.training.evaluate import HeldOut, batches_for
+from nybble.training.guards import NonFiniteGuard
+from nybble.training.loop import Training, refuse_bad_step, train
+from nybble.training.metrics import Metrics
+from nybble.training.objective import Objective, next_token_loss
+from nybble.training.optim import create_optimizer, create_schedule
+from nybble.training.run_recorder import software_versions
+from nybble.training.state import TrainState
+from nybble.training.stopping import Stops
+from nybble.training.trackers import Trackers, start_trackers
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training measured."""
+
+    train_loss: float  # mean over all steps that were not skipped
+    steps: int
+    tokens: int  # since this start
+    seconds: float  # since this start
+    seconds_to_first_step: float | None  # from the start of training, loading not counted
+    peak_bytes: int
+    skipped_steps: int = 0  # whose loss or gradient was bad
+    notes: tuple[str, ...] = ()  # for people
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens without padding, over the whole of training."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def build(
+    model: Any,
+    tokenizer: Any,
+    groups: Groups,
+    section: TrainingSection,
+    *,
+    run: RunDirectory,
+    device: Device,
+    compute_dtype: torch.dtype,
+    max_steps: int,
+    observer: Observer | None = None,
+    objective: Objective = next_token_loss,
+    held_out: HeldOut | None = None,
+    eval_steps: int = 0,
+    step_memory: StepMemory | None = None,
+    checkpointing: Checkpointing | None = None,
+    deadline: float | None = None,
+    processes: Processes = Processes(),  # noqa: B008 - a value
+) -> Training:
+    """Put the parts of a training together, at its start or at the checkpoint that it continues from.
+
+    Args:
+        model: is trained in place.
+        tokenizer: for batches that need padding, and for answers.
+        groups: rows, which are drawn group by group.
+        section: the recipe's; rows and micro-batches are those of one process.
+        run: takes the logged steps.
+        device: where `model` computes.
+        compute_dtype: of the arithmetic.
+        max_steps: optimizer steps in all.
+        observer: is told of steps and notes.
+        objective: what is minimised.
+        held_out: rows that are evaluated every `eval_steps`.
+        eval_steps: 0: never.
+        step_memory: what a step takes at each depth of recomputation; None: every layer is recomputed.
+        checkpointing: None: no checkpoints are written.
+        deadline: by the monotonic clock; the training saves and stops before.
+        processes: that share each step.
+    """
+    from transformers import set_seed
+
+    from nybble.models.lora_linear import share_seeds  # brings PEFT
+
+    observer = observer or Silent()
+    resumed = checkpointing.resumed if checkpointing else None
+    run.warn = observer.note
+    set_seed(section.seed)
+    share_seeds(model, seeds := DropoutSeeds(section.seed))
+    loader = StepLoader(groups, batches_for(model, tokenizer), section, processes)
+    n_beside = processes.beside_on(device.type)
+    recomputation = recomputation_for(model, section, device, step_memory, n_beside)
+    optimizer = create_optimizer(model, section, device)
+    schedule = create_schedule(optimizer, section, max_steps)
+    scaler = torch.amp.GradScaler(device.type) if compute_dtype == torch.float16 else None
+    state = TrainState(model, optimizer, schedule, scaler, loader, device.torch_device, processes)
+    writer = _writer(section, checkpointing, observer, processes)
+    trackers = start_trackers(section, run.path, resumed.step if resumed else None) if processes.is_main else Trackers()
+    model.zero_grad(set_to_none=True)
+    if resumed is not None:
+        run.drop_lines_after(resumed.step)
+        load_checkpoint(model, state, resumed)
+    return Training(
+        model=model,
+        parallel_model=_in_parallel(model, device, processes),
+        tokenizer=tokenizer,
+        section=section,
+        max_steps=max_steps,
+        device=device,
+        compute_dtype=compute_dtype,
+        objective=objective,
+        loader=loader,
+        state=state,
+        seeds=seeds,
+        guard=NonFiniteGuard(section, state.gradient_norms, processes),
+        recomputation=recomputation,
+        writer=writer,
+        stops=Stops(deadline, lambda: writer.seconds, processes),
+        metrics=Metrics(run, observer, PeakMemory(device), max_steps, trackers, processes),
+        run=run,
+        observer=observer,
+        held_out=held_out,
+        eval_steps=eval_steps if held_out else 0,
+        processes=processes,
+    )
+
+
+def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSection, **parts: Any) -> TrainResult:
+    """Train `model` in place; the arguments are those of `build`.
+
+    Raises:
+        InputError: loss or gradient are not finite, or the gradient spikes.
+        StoppedError: a signal came, or the time is up; the state is saved.
+        CannotRunError: out of memory, the device is lost, or a stopped state cannot be saved.
+    """
+    t = build(model, tokenizer, groups, section, **parts)
+    started, tokens_before = time.monotonic(), t.state.tokens
+    with t.stops, _device_errors_in_words(t.device, t.writer), _deterministic(section.deterministic):
+        train(t)
+        bad = t.guard.read()
+        if bad is not None:
+            refuse_bad_step(t, bad)
+        t.writer.close()
+    t.metrics.close()
+    _check_for_early_stop(t)
+    return TrainResult(
+        train_loss=t.state.mean_loss,
+        steps=t.state.step,
+        tokens=t.state.tokens - tokens_before,
+        seconds=time.monotonic() - started,
+        seconds_to_first_step=t.metrics.seconds_to_first_step,
+        peak_bytes=t.metrics.peak_bytes,
+        skipped_steps=t.state.skipped_steps,
+        notes=tuple(_notes(t)),
+    )
+
+
+def _in_parallel(model: Any, device: Device, processes: Processes) -> Any:
+    """The model as several processes train it; in shards it reduces its gradients itself."""
+    if not processes.are_many or is_sharded(model):
+        return model
+    # Scales of packed weights are buffers; nothing that is frozen changes, and all that is trained has a gradient.
+    return torch.nn.parallel.DistributedDataParallel(
+        model,
+        device_ids=[device.torch_device] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        find_unused_parameters=False,
+    )
+
+
+def _writer(
+    section: TrainingSection, checkpointing: Checkpointing | None, observer: Observer, processes: Processes
+) -> CheckpointWriter:
+    if checkpointing is None or not processes.is_main:
+        return CheckpointWriter((), section.save_total_limit, observer.note)
+    return CheckpointWriter(
+        checkpointing.parents,
+        section.save_total_limit,
+        observer.note,
+        identity=lambda: checkpointing.identity().to_json(),
+        about={"recipe": checkpointing.recipe, "versions": software_versions()},
+        resumed=checkpointing.resumed.path if checkpointing.resumed else None,
+        damaged=checkpointing.damaged,
+    )
+
+
+@contextmanager
+def _deterministic(is_wanted: bool) -> Iterator[None]:
+    """torch's deterministic algorithms where it has them, while training; cuBLAS needs a variable, too (docs)."""
+    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if is_wanted:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+
+
+@contextmanager
+def _device_errors_in_words(device: Device, writer: CheckpointWriter) -> Iterator[None]:
+    """What a device does to a training, as an error that says how to continue."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        writer.finish()
+        raise CannotRunError(
+            f"out of memory on {device.name}; use --memory_budget, a smaller --per_device_train_batch_size (with more "
+            f"--gradient_accumulation_steps), or a shorter --max_length; {writer.way_on}"
+        ) from error
+    except RuntimeError as error:
+        writer.finish()
+        if not is_device_loss(error):
+            raise
+        line = str(error).strip().partition("\n")[0].rstrip(".")
+        raise CannotRunError(f"{device.name} is lost ({line}); see `nybble doctor`; {writer.way_on}") from error
+
+
+def is_device_loss(error: RuntimeError) -> bool:
+    """Whether torch says that the device, not the program, failed."""
+    return isinstance(error, torch.AcceleratorError) or any(
+        word in str(error) for word in ("CUDA error", "HIP error", "hipError", "device lost", "device-side")
+    )
+
+
+def _check_for_early_stop(t: Training) -> None:
+    if t.stops.reason is None or t.state.step >= t.max_steps:
+        return
+    at = f"{t.stops.reason} at step {t.state.step} of {t.max_steps}"
+    if t.writer.refusal is not None:
+        raise CannotRunError(f"{at}, and its state could not be saved ({t.writer.refusal}); {t.writer.way_on}")
+    raise StoppedError(f"{at}: saved; continue with --resume")
+
+
+def _notes(t: Training) -> Iterator[str]:
+    """What people should know of the steps."""
+    if t.parities:
+        loss = max(parity.loss_difference for parity in t.parities)
+        gradient = max(parity.gradient_difference for parity in t.parities)
+        yield (
+            f"{len(t.parities)} micro-steps beside the plain path: loss within {loss:.1e}, gradients within "
+            f"{gradient:.1e}"
+        )
+    if t.recomputation is not None and t.recomputation.in_words:
+        yield t.recomputation.in_words

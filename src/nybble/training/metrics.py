@@ -1,0 +1,78 @@
+"""What a training says of itself while it runs: lines of events.jsonl, the observer and the trackers."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+from nybble.hardware import PeakMemory
+from nybble.run.directory import RunDirectory
+from nybble.run.processes import Processes
+from nybble.run.record import Observer, StepEvent
+from nybble.training.state import TrainState
+from nybble.training.trackers import Trackers
+
+
+class Metrics:
+    """Logs the steps of one training; all processes log together, and the first one's run and trackers write."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        observer: Observer,
+        memory: PeakMemory,
+        max_steps: int,
+        trackers: Trackers,
+        processes: Processes = Processes(),  # noqa: B008 - a value
+    ) -> None:
+        self._run = run
+        self._observer = observer
+        self._memory = memory
+        self._max_steps = max_steps
+        self._trackers = trackers
+        self._processes = processes
+        self._created = time.monotonic()
+        self.peak_bytes = 0  # of this process
+        self.seconds_to_first_step: float | None = None
+
+    def first_step_is_done(self) -> None:
+        """Note how long it took."""
+        if self.seconds_to_first_step is None:
+            self.seconds_to_first_step = time.monotonic() - self._created
+
+    def log_step(self, state: TrainState, loss: float, learning_rate: float, grad_norm: Any) -> None:
+        """The mean loss of the steps since the last log, and rate and gradient norm of this one."""
+        norm = float(grad_norm)
+        self._log(state, loss=loss, learning_rate=learning_rate, grad_norm=norm)
+        epoch = state.step / state.loader.steps_an_epoch
+        values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": norm, "epoch": epoch}
+        self._trackers.log({f"train/{name}": value for name, value in values.items()}, state.step)
+
+    def log_evaluation(self, state: TrainState, eval_loss: float) -> None:
+        """The loss on the held-out rows after this step."""
+        self._log(state, eval_loss=eval_loss)
+        self._trackers.log({"eval/loss": eval_loss}, state.step)
+
+    def close(self) -> None:
+        """End the run in the trackers."""
+        self._trackers.finish()
+
+    def _log(self, state: TrainState, **values: float) -> None:
+        peak = self._memory.peak_bytes()
+        self.peak_bytes = max(self.peak_bytes, peak)
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        event = StepEvent(
+            step=state.step,
+            total_steps=self._max_steps,
+            loss=finite.get("loss"),
+            learning_rate=finite.get("learning_rate"),
+            grad_norm=finite.get("grad_norm"),
+            tokens=state.tokens,
+            seconds=state.seconds,
+            peak_bytes=max(self._processes.gather(peak)),
+            eval_loss=finite.get("eval_loss"),
+        )
+        self._memory.reset()
+        self._run.append_event(event)
+        self._observer.step(event)

@@ -1,0 +1,143 @@
+"""Optimizers and schedules by their transformers names.
+
+transformers offers no function from a name to an optimizer but `Trainer.get_optimizer_cls_and_kwargs`, which wants
+TrainingArguments; both are used here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import math
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from nybble.errors import CannotRunError, RecipeError
+from nybble.hardware import Device
+from nybble.recipe import TrainingSection
+
+# Optimizer names that need a library of their own: word in the name -> (module, how to install it).
+_LIBRARIES = {
+    "paged": ("bitsandbytes", 'pip install "nybble[bnb]"'),
+    "bnb": ("bitsandbytes", 'pip install "nybble[bnb]"'),
+    "8bit": ("bitsandbytes", 'pip install "nybble[bnb]"'),
+    "ademamix": ("bitsandbytes", 'pip install "nybble[bnb]"'),
+    "galore": ("galore_torch", "pip install galore-torch"),
+    "apollo": ("apollo_torch", "pip install apollo-torch"),
+    "lomo": ("lomo_optim", "pip install lomo-optim"),
+    "schedule_free": ("schedulefree", "pip install schedulefree"),
+    "torch_4bit": ("torchao", "pip install torchao"),
+    "torch_8bit": ("torchao", "pip install torchao"),
+}
+_IN_BACKWARD = ("lomo", "adalomo")  # they update weights within the backward pass, before a step can be judged
+_WITHOUT_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+_BY_METRIC = ("ReduceLROnPlateau", "GreedyLR")
+
+
+def check_optimizer_and_schedule(section: TrainingSection) -> None:
+    """Refuse names that do not exist or cannot be used, before anything is loaded.
+
+    Raises:
+        RecipeError: an optimizer or schedule that does not exist, or one that this loop cannot run.
+        CannotRunError: the optimizer's library is not installed.
+    """
+    from transformers.trainer_utils import SchedulerType
+    from transformers.training_args import OptimizerNames
+
+    _check_name("optim", section.optim, [name.value for name in OptimizerNames if name.value not in _IN_BACKWARD])
+    _check_name("lr_scheduler_type", section.lr_scheduler_type, [name.value for name in SchedulerType])
+    for word in sorted(_LIBRARIES, key=len, reverse=True):
+        module, command = _LIBRARIES[word]
+        if word in section.optim:
+            if importlib.util.find_spec(module) is None:
+                raise CannotRunError(f"optim {section.optim} needs {module}, which is not installed; {command}")
+            break
+
+
+def create_optimizer(model: nn.Module, section: TrainingSection, device: Device) -> Any:
+    """The optimizer that `section.optim` names, over the trained parameters of `model`."""
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=section.output_dir,
+        optim=section.optim,
+        learning_rate=section.learning_rate,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.adam_beta1,
+        adam_beta2=section.adam_beta2,
+        warmup_steps=section.warmup_ratio,
+        use_cpu=device.type == "cpu",
+        report_to="none",
+    )
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        return kind()(model, **settings)  # a factory, which groups the parameters itself
+    own = [settings.pop(name) for name in ("params", "model", "optimizer_dict") if name in settings]
+    optimizer = kind(own[-1] if own else parameter_groups(model, section.weight_decay), **settings)
+    if "bitsandbytes" in kind.__module__ and settings.get("optim_bits") == 8:
+        _keep_embeddings_in_32_bits(model)
+    return optimizer
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trained parameters, those of norms and the biases without weight decay."""
+    in_norms = {
+        f"{place}.{name}"
+        for place, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm)
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_decayed = name not in in_norms and not _WITHOUT_DECAY.search(name.lower())
+            (decayed if is_decayed else others).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def create_schedule(optimizer: Any, section: TrainingSection, max_steps: int) -> Any:
+    """The learning-rate schedule that `section.lr_scheduler_type` names."""
+    from transformers import get_scheduler
+
+    return get_scheduler(
+        section.lr_scheduler_type,
+        optimizer=optimizer,
+        num_warmup_steps=math.ceil(max_steps * section.warmup_ratio),
+        num_training_steps=max_steps,
+    )
+
+
+def step_schedule(schedule: Any) -> None:
+    """Move a schedule on by one step; those that follow a metric stay where they are, since they are given none."""
+    if type(schedule).__name__ not in _BY_METRIC:
+        schedule.step()
+
+
+def learning_rate_of(optimizer: Any) -> float:
+    """The rate of the next update."""
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def _keep_embeddings_in_32_bits(model: nn.Module) -> None:
+    import bitsandbytes
+
+    manager = bitsandbytes.optim.GlobalOptimManager.get_instance()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            manager.register_module_override(module, "weight", {"optim_bits": 32})
+
+
+def _check_name(setting: str, value: str, allowed: list[str]) -> None:
+    if value in _IN_BACKWARD:
+        raise RecipeError(
+            f"training.{setting}: {value} updates weights within the backward pass, where no step can be judged, "
+            "clipped or accumulated; choose another, e.g. adamw_torch_fused"
+        )
+    if value not in allowed:
+        near = difflib.get_close_matches(value, allowed, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
+        raise RecipeError(f"training.{setting}: unknown {value!r}; {hint}")
