@@ -71,7 +71,7 @@ def test_the_command_line_resumes_refuses_and_goes_on_by_force(
     assert json.loads((out / "run.json").read_text())["status"] == "stopped"
     forced = nybble(*words(base, rows_file, out, max_steps=6, learning_rate=1e-3), "--resume", "--force", "--json")
     assert forced.code == 0, forced.err
-    assert "going on by force, although different" in forced.err
+    assert "continuing by force, although this differs" in forced.err
     assert forced.json["status"] == "done"
 
 
