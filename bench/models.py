@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 SMALL_MODELS = ("stories260K", "TinyStories-656K")  # trained Llamas
 SMALL_ROWS = ("guanaco-llama2-1k.parquet", "alpaca_style_1100.json")
 VOCABULARY = 32000
-SEVEN_B = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}  # Llama-2-7B, without its layers
+SEVEN_B_HIDDEN = 4096
 STD = 0.02
 
 
@@ -51,16 +51,27 @@ def three_words() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "<unk>")), **special)
 
 
-def write_seven_b(folder: Path, layers: int) -> int:
-    """A checkpoint of Llama-2-7B's shape with random bfloat16 weights, one shard a layer; the bytes of its weights."""
+def seven_b(hidden: int, layers: int) -> LlamaConfig:
+    """Llama-2-7B's config at a width of 4096 and 32 layers; smaller ones have its proportions."""
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=hidden * 43 // 16,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 128,
+    )
+
+
+def write_seven_b(folder: Path, hidden: int, layers: int) -> int:
+    """A checkpoint of that shape with random bfloat16 weights, one shard a layer; the bytes of its weights."""
     folder.mkdir()
-    config = LlamaConfig(num_hidden_layers=layers, vocab_size=VOCABULARY, **SEVEN_B)
+    config = seven_b(hidden, layers)
     config.architectures, config.dtype = ["LlamaForCausalLM"], "bfloat16"
     config.save_pretrained(folder)
     three_words().save_pretrained(folder)
     shard_of: dict[str, str] = {}
     for index in range(layers + 1):
-        tensors = _layer(index) if index < layers else _ends()
+        tensors = _layer(config, index) if index < layers else _ends(config)
         shard = f"model-{index + 1:05}-of-{layers + 1:05}.safetensors"
         save_file(tensors, folder / shard, metadata={"format": "pt"})
         shard_of |= dict.fromkeys(tensors, shard)
@@ -69,9 +80,10 @@ def write_seven_b(folder: Path, layers: int) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def _layer(index: int) -> dict[str, torch.Tensor]:
+def _layer(config: LlamaConfig, index: int) -> dict[str, torch.Tensor]:
     """The tensors of a decoder layer."""
-    hidden, wide, prefix = SEVEN_B["hidden_size"], SEVEN_B["intermediate_size"], f"model.layers.{index}."
+    hidden, wide = config.hidden_size, config.intermediate_size
+    prefix = f"model.layers.{index}."
     return {
         **{f"{prefix}self_attn.{p}_proj.weight": _normal(hidden, hidden) for p in "qkvo"},
         **{f"{prefix}mlp.{p}_proj.weight": _normal(wide, hidden) for p in ("gate", "up")},
@@ -81,9 +93,9 @@ def _layer(index: int) -> dict[str, torch.Tensor]:
     }
 
 
-def _ends() -> dict[str, torch.Tensor]:
+def _ends(config: LlamaConfig) -> dict[str, torch.Tensor]:
     """Embedding, head and last norm."""
-    hidden = SEVEN_B["hidden_size"]
+    hidden = config.hidden_size
     return {
         "model.embed_tokens.weight": _normal(VOCABULARY, hidden),
         "lm_head.weight": _normal(VOCABULARY, hidden),

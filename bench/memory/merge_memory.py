@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bench.harness import Option, run, watch
-from bench.models import write_seven_b
+from bench.models import SEVEN_B_HIDDEN, write_seven_b
 
 RANK = 16
 MERGE = """
@@ -70,7 +70,7 @@ def measure(asked: Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"rank": RANK, "merges": {}}
     with tempfile.TemporaryDirectory(dir=asked.folder or None) as name:
         folder = Path(name)
-        result["source_bytes"] = write_seven_b(folder / "model", asked.layers)
+        result["source_bytes"] = write_seven_b(folder / "model", asked.hidden, asked.layers)
         write_adapter(folder / "model", folder / "adapter")
         for target in ("original", "dequantized"):
             words = [str(folder / part) for part in ("model", "adapter", "out")]
@@ -88,6 +88,7 @@ if __name__ == "__main__":
     run(
         measure,
         __doc__,
+        Option("hidden", SEVEN_B_HIDDEN, tiny=256),
         Option("layers", 32, tiny=1),
         Option("folder", "", help="where to write; default: the system's temporary folder"),
     )

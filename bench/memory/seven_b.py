@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from bench.harness import Option, run
-from bench.models import SEVEN_B, VOCABULARY
+from bench.models import SEVEN_B_HIDDEN, VOCABULARY, seven_b
 from nybble.models import attach, count_parameters
 from nybble.nn import Linear4bit
 from nybble.quant import encode
@@ -53,7 +53,7 @@ def build(config: LlamaConfig) -> nn.Module:
 def measure(asked: Namespace) -> dict[str, Any]:
     """Build, count, run one step."""
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=asked.layers, **SEVEN_B)
+    config = seven_b(asked.hidden, asked.layers)
     bare = rss_peak_bytes()
     started = time.monotonic()
     model = build(config)
@@ -89,4 +89,10 @@ def measure(asked: Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(measure, __doc__, Option("tokens", 16, tiny=4, help="length of the one sequence"), Option("layers", 32, tiny=1))
+    run(
+        measure,
+        __doc__,
+        Option("tokens", 16, tiny=4, help="length of the one sequence"),
+        Option("hidden", SEVEN_B_HIDDEN, tiny=256),
+        Option("layers", 32, tiny=1),
+    )

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import Option, run, watch
-from bench.models import write_seven_b
+from bench.models import SEVEN_B_HIDDEN, write_seven_b
 
 LOAD = """
 import sys, time
@@ -35,7 +35,7 @@ def measure(asked: Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=asked.folder or None) as name:
         folder = Path(name)
         model, packed = str(folder / "model"), str(folder / "packed")
-        file_bytes = write_seven_b(Path(model), asked.layers)
+        file_bytes = write_seven_b(Path(model), asked.hidden, asked.layers)
         environment = {**os.environ, "NYBBLE_CACHE": str(folder / "cache")}
         words = ["quantize", model, "--out", packed, "--encoder", asked.encoder, "--json", "--device", "cpu"]
         output, spent = watch([sys.executable, "-m", "nybble", *words, "--no-cache"], environment)
@@ -61,6 +61,7 @@ if __name__ == "__main__":
     run(
         measure,
         __doc__,
+        Option("hidden", SEVEN_B_HIDDEN, tiny=256),
         Option("layers", 32, tiny=1),
         Option("encoder", "search", tiny="absmax"),
         Option("folder", "", help="where to write; default: the system's temporary folder"),

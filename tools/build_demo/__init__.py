@@ -1,1 +1,1 @@
-"""Builds the bundled base model and the demo's rows."""
+"""Build the bundled base model and the demo's rows."""

@@ -1,19 +1,19 @@
 """A small invented world, written out as plain prose and as instruction rows.
 
 The demo needs a base model that knows something but not how to answer, and rows that teach answering. Both come from
-here, so that every word of the demo is the project's own and can be made again from a seed.
+here, so every word of the demo is the project's own and can be reproduced from a seed.
 
 *The world* is fixed: 160 people, each with a home, a trade, a pet, a thing in a colour, a dish and some brothers,
 960 facts in all, drawn once by `WORLD_SEED`.
 
-*Prose* tells these facts over and over, in many words and in any order; it is what the base is pretrained on, so the
-facts end up in its weights. Prose holds no `[INST]`, no answered question, and never a sentence of the shapes that are
+*Prose* repeats these facts in many words and in any order. The base is pretrained on it, so the facts end up in its
+weights. Prose contains no `[INST]`, no answered question, and never a sentence of the shapes that are
 used for answers.
 
 *Rows* ask for one fact each: `<s>[INST] Where does Tomi live? [/INST] Tomi lives at the mill. </s>`. The fact is not in
 the prompt: the answer can only come out of the base's weights, through 4 bits when those are packed. Training rows ask
-about four people in five; held-out rows ask about the others, who occur in no training row. What tuning can teach is
-therefore how to answer, not what.
+about four people in five; held-out rows ask about the others, who occur in no training row. So
+tuning can teach how to answer, and not what.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 @dataclass(frozen=True)
 class Person:
-    """What holds of one person, for good."""
+    """The facts about one person."""
 
     name: str
     place: str
@@ -168,7 +168,7 @@ _OPENINGS = (
 
 @cache
 def people() -> tuple[Person, ...]:
-    """Everybody, in a fixed order."""
+    """All people, in a fixed order."""
     rng = Random(WORLD_SEED)
     names = sorted({onset + middle + end for onset in _ONSETS for middle in _MIDDLES for end in _ENDS})
     return tuple(

@@ -1,1 +1,1 @@
-"""Kills trainings at random moments and resumes them."""
+"""Kill trainings at random moments and resume them."""

@@ -1,15 +1,15 @@
-"""Trainings that are killed at random moments and resumed until they are done: each must be the undisturbed one.
+"""Kill trainings at random moments and resume them until they are complete: each must equal the undisturbed one.
 
     python -m tools.chaos.run [--runs 200] [--kills N] [--seed 0] [--keep FOLDER]
 
 Each run trains adapters on the bundled 4-bit base: two epochs and a half of 14 rows, three micro-batches a step, a
-checkpoint every two steps, dropout on. It is a process of its own, killed by SIGKILL up to three times at moments drawn
-at random from its whole length, and resumed each time; every file of a checkpoint is written slowly on purpose, so that
-many kills fall into a write. What is compared: the bytes of the adapter, every tensor of the last checkpoint
+checkpoint every two steps, dropout on. Each is a separate process, killed by SIGKILL up to three times at moments drawn
+at random from its whole length, and resumed each time. Every file of a checkpoint is written slowly on purpose, so that
+many kills fall into a write. Compared are the bytes of the adapter, every tensor of the last checkpoint
 (optimizer, generators), its counters, and the loss, gradient norm and rate of every step.
 
-Processes are forked from one that has imported everything; the plan, which takes longer than the training and writes
-nothing, is made once.
+Processes are forked from one that has imported everything. The plan, which takes longer than the training and writes
+nothing, is computed once.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ NAMES = ("step", "loss", "grad_norm", "learning_rate", "tokens")
 
 
 def main() -> int:
-    """Run, compare, print one JSON object; 1 where a run ended otherwise than the undisturbed one."""
+    """Run, compare, and print one JSON object; return 1 if a run ended differently from the undisturbed one."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--runs", type=int, default=200)
-    parser.add_argument("--kills", type=int, help="end as soon as there were so many")
+    parser.add_argument("--kills", type=int, help="stop after this many kills")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--keep", type=Path, help="leave the runs that differ here")
+    parser.add_argument("--keep", type=Path, help="folder for the runs that differ")
     arguments = parser.parse_args()
     quiet_libraries()
     began, rng = time.monotonic(), random.Random(arguments.seed)
@@ -89,7 +89,7 @@ def main() -> int:
                 break
             out = folder / f"run-{number}"
             while not disturb(out, rng, length, figures):
-                shutil.rmtree(out)  # done before its first kill
+                shutil.rmtree(out)  # it was complete before its first kill
             figures["runs"] += 1
             found = everything(out)
             if found != expected:
@@ -111,7 +111,7 @@ def main() -> int:
 
 
 def disturb(out: Path, rng: random.Random, length: float, figures: Counter[str]) -> int:
-    """Kill and resume a run until it is done; how often it was killed."""
+    """Kill and resume a run until it is complete; return how often it was killed."""
     wanted, kills = rng.randint(1, MOST_KILLS), 0
     while True:
         process = train(out, (out / "run.json").is_file())
@@ -137,7 +137,7 @@ class Process:
         self._status: int | None = None
 
     def kill(self) -> bool:
-        """Kill it; False where it was done already."""
+        """Kill it; return False if it had already ended."""
         done, status = os.waitpid(self._pid, os.WNOHANG)
         if done:
             self._status = status
@@ -147,14 +147,14 @@ class Process:
         return True
 
     def wait(self) -> int:
-        """Its exit code."""
+        """Wait for its exit code."""
         if self._status is None:
             self._status = os.waitpid(self._pid, 0)[1]
         return os.waitstatus_to_exitcode(self._status)
 
 
 def train(out: Path, resume: bool) -> Process:
-    """Start a training, or go on with it, its checkpoints written slowly."""
+    """Start or resume a training that writes its checkpoints slowly."""
     write = checkpoints._write
 
     def slowly(file: Path, content: bytes) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def train(out: Path, resume: bool) -> Process:
 
 
 def fork(run: Callable[[], object], log: Path) -> Process:
-    """Run in a process of its own; its exit code is the command line's, and what it raised is in `log`."""
+    """Run in a forked process with the exit codes of the command line; an exception is written to `log`."""
     pid = os.fork()
     if pid:
         return Process(pid)
@@ -186,7 +186,7 @@ def fork(run: Callable[[], object], log: Path) -> Process:
 
 
 def plan_once(settings: dict[str, Any], folder: Path) -> None:
-    """Let every run take the plan that is made here."""
+    """Compute one plan and let every run use it."""
     torch.set_num_threads(1)  # OpenMP's threads are not there after a fork, and its loops would wait for them
     recipe = load_recipe(None, {**settings, "output_dir": str(folder / "plan")})
     made = job.prepare(recipe, False, False, False, Silent()).plan
@@ -194,7 +194,7 @@ def plan_once(settings: dict[str, Any], folder: Path) -> None:
 
 
 def everything(out: Path) -> dict[str, Any]:
-    """All that a run leaves, but for times."""
+    """Everything that a run leaves, except times."""
     newest = list_checkpoints([out / "checkpoints"])[0]
     found: dict[str, Any] = {"adapter": sha256_of(out / "adapter" / "adapter_model.safetensors"), "last": newest.name}
     for file in sorted(newest.glob("*.safetensors")):

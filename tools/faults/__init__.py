@@ -1,1 +1,1 @@
-"""Lets each system call that writes fail."""
+"""Make each system call that writes fail."""

@@ -1,6 +1,6 @@
-/* Makes one system call below a folder fail, counted from the moment it is armed; loaded in front of libc.
+/* Makes system calls below a folder fail, counted from the moment it is armed. It is loaded before libc.
  *
- * Calls that are counted: opening for writing, write, pwrite, fsync, fdatasync, rename, mkdir. */
+ * Counted calls: opening for writing, write, pwrite, fsync, fdatasync, rename, mkdir. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>

@@ -1,12 +1,13 @@
-"""Trainings whose disk refuses: each system call that writes fails once, or from then on, and nothing may be lost.
+"""Trainings on a disk that fails: each system call that writes fails once, or from then on, and nothing may be lost.
 
     python -m tools.faults.run [--every 1]
 
-A library in front of libc (refuse.c, compiled here) lets one call below the run's folder fail: opening for writing,
-write, fsync, rename, mkdir, by Python and by the libraries' native code alike. Each call of a training is refused in
-five ways: no space, an I/O error and no permission, once; no space from then on; a write that does half of its work.
-Whatever happened, the run must end as done or with one of the documented errors, the newest checkpoint that it reported
-complete must be there and whole, and the run resumed on a disk that works must be the undisturbed one, as in chaos.py.
+A library that is loaded before libc (refuse.c, compiled here) makes one call below the run's folder fail: opening for
+writing, write, fsync, rename, mkdir, by Python and by the libraries' native code alike. Each call of a training is
+refused in five ways: no space, an I/O error and no permission, once; no space from then on; a write that does half of
+its work. Whatever happens, the run must end as complete or with one of the documented errors, the newest checkpoint
+that it reported complete must exist and be undamaged, and the run, resumed on a disk that works, must equal the
+undisturbed one, as in tools/chaos.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ DOCUMENTED = (0, 2, 3)  # exit codes
 
 
 def main() -> int:
-    """Run, check, print one JSON object; 1 where something was lost."""
+    """Run, check, and print one JSON object; return 1 if something was lost."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--every", type=int, default=1, help="look at every n-th call only")
+    parser.add_argument("--every", type=int, default=1, help="check only every n-th call")
     arguments = parser.parse_args()
     if "LD_PRELOAD" not in os.environ:
         return in_front_of_libc()
@@ -71,7 +72,7 @@ def main() -> int:
 
 
 def in_front_of_libc() -> int:
-    """The same program with the library loaded first."""
+    """Run this program again with the library loaded first."""
     with tempfile.TemporaryDirectory() as name:
         library = Path(name) / "refuse.so"
         source = Path(__file__).with_name("refuse.c")
@@ -83,7 +84,7 @@ def in_front_of_libc() -> int:
 
 
 def count_calls(folder: Path) -> int:
-    """Train undisturbed; how many calls of it could be refused."""
+    """Train undisturbed; return how many of its calls could be refused."""
     seen, out = folder / "seen", folder / "undisturbed"
 
     def run() -> None:
@@ -97,7 +98,7 @@ def count_calls(folder: Path) -> int:
 
 
 def refused(out: Path, number: int, way: str, expected: dict[str, Any], figures: Counter[str]) -> str | None:
-    """A training whose call `number` is refused, and then the rest of it; what was lost, if anything."""
+    """Train with call `number` refused, then resume; return what was lost, or None."""
     log, reported = out.with_suffix(".err"), out.with_suffix(".reported")
     reported.write_text("")
     calls, error = WAYS[way]
@@ -127,18 +128,18 @@ def refused(out: Path, number: int, way: str, expected: dict[str, Any], figures:
         except DamagedError as damage:
             fault = f"{Path(newest).name} was reported complete: {damage}"
     if code != 0 and fork(lambda: run(resume=(out / "run.json").is_file()), log).wait() != 0:
-        fault = f"could not go on: {log.read_text().strip().splitlines()[-1]}"
+        fault = f"could not be resumed: {log.read_text().strip().splitlines()[-1]}"
     if fault is None:
         found = everything(out)
         different = [key for key in expected if found.get(key) != expected[key]]
-        fault = f"ended otherwise: {', '.join(different)}" if different else None
+        fault = f"ended differently: {', '.join(different)}" if different else None
     figures["identical"] += fault is None
     shutil.rmtree(out, ignore_errors=True)
     return fault
 
 
 def arm(below: Path, first: int, last: int, error: int) -> None:
-    """See refuse.c."""
+    """Make calls `first` to `last` below a folder fail; see refuse.c."""
     ctypes.CDLL(None).refuse_arm(str(below).encode(), ctypes.c_long(first), ctypes.c_long(last), error)
 
 

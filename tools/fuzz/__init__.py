@@ -1,1 +1,1 @@
-"""Feeds every reader of foreign files with inputs that are nearly right."""
+"""Feed every reader of foreign files with inputs that are nearly right."""

@@ -1,6 +1,6 @@
-"""Inputs that are nearly right: seeds, changed a little, as bytes or as the JSON that they are.
+"""Inputs that are nearly right: good files with a small change, of their bytes or of the JSON that they contain.
 
-Every input follows from its seed number, so what is found can be made again.
+Every input follows from its seed number, so a failure can be reproduced.
 """
 
 from __future__ import annotations

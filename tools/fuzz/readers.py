@@ -1,4 +1,4 @@
-"""Every reader of files by others, as the fuzzer calls it: good files to begin with, and one call that reads."""
+"""Every reader of foreign files, as the fuzzer calls it: good files to start from, and one call that reads them."""
 
 from __future__ import annotations
 

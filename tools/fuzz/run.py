@@ -1,14 +1,14 @@
-"""Every reader of files by others, fed with what is nearly right.
+"""Feed every reader of foreign files with inputs that are nearly right.
 
     python -m tools.fuzz.run [--share 1.0] [--only READER] [--no-guided]
 
-Two kinds of input: good files changed at random, and, with atheris, changes that are kept where they reach new branches
-of the reader's code. Each reader runs in a process of its own, so that a crash is seen and named. An input is a
-failure if anything but a documented error comes out (`nybble.errors`), if it takes longer than a second of the
-processor, or if Python allocates more than ten times the file beyond what the reader needs itself (1 MiB; 6 MiB for a
-recipe, which has 16 KiB at most; 4 MiB to draw a report). That is traced for every eighth input, since tracing takes
-most of the time; the process as a whole may not take more than 4 GiB. Failing inputs are kept in `fuzz-failures`.
-Prints a line a reader and one JSON object last; exit code 1 if anything failed.
+There are two kinds of input: good files with random changes and, with atheris, changes that are kept if they reach new
+branches of the reader's code. Each reader runs in a separate process, so that a crash is detected and named. An input
+is a failure if the reader raises anything but a documented error (`nybble.errors`), if it takes longer than a second of
+the processor, or if Python allocates more than ten times the file beyond what the reader needs itself (1 MiB; 6 MiB for
+a recipe, which has 16 KiB at most; 4 MiB to draw a report). Memory is traced for every eighth input, because tracing
+takes most of the time; the whole process may not take more than 4 GiB. Failing inputs are stored in `fuzz-failures`.
+The program prints a line for each reader and one JSON object last. The exit code is 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from tools.fuzz.readers import Reader, readers
 MOST_SECONDS = 1.0
 MOST_TIMES = 10  # the file's size
 MOST_BYTES = 4 << 30  # of address space, whatever allocates it
-TRACED = 8  # of so many inputs one has its memory traced
+TRACED = 8  # one of this many inputs has its memory traced
 HANG_SECONDS = 60  # an input is given up after it
 FAILURES = Path("fuzz-failures")
 
 
 @dataclass
 class Seen:
-    """What a reader's inputs came to."""
+    """The results of one reader."""
 
     reader: str
     engine: str  # "changed" or "guided"
@@ -57,7 +57,7 @@ class Seen:
     failures: tuple[str, ...] = ()
 
     def take(self, reader: Reader, folder: Path, data: bytes) -> None:
-        """One input."""
+        """Read one input and count it."""
         (folder / reader.name).write_bytes(data)
         is_traced = self.inputs % TRACED == 0
         if is_traced:
@@ -93,7 +93,7 @@ class Seen:
             self.fail(fault, data)
 
     def fail(self, fault: str, data: bytes) -> None:
-        """Keep a failing input."""
+        """Store a failing input."""
         if len(self.failures) < 20:
             FAILURES.mkdir(exist_ok=True)
             kept = FAILURES / f"{self.reader.replace(', ', '-').replace(' ', '-')}-{self.engine}-{len(self.failures)}"
@@ -177,7 +177,7 @@ def _child(engine: str, name: str, share: float, first: int, result: Path) -> No
 
 
 def run_apart(engine: str, name: str, share: float, first: int) -> Seen:
-    """One reader in a process of its own, which a crash or a hang does not outlive."""
+    """Run one reader in a separate process, so that a crash or a hang ends only that process."""
     with tempfile.TemporaryDirectory(dir=_fast_folder()) as scratch:
         result = Path(scratch) / "result.json"
         words = (engine, name, share, first, result)
@@ -192,7 +192,7 @@ def run_apart(engine: str, name: str, share: float, first: int) -> Seen:
 
 
 def main() -> int:
-    """Run all and print."""
+    """Run all readers and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=float, default=1.0, help="of the inputs of a full run")
     parser.add_argument("--first", type=int, default=0, help="number of the first input: others are other inputs")

@@ -1,1 +1,1 @@
-"""Compiles the Triton kernels without a GPU and lists their code."""
+"""Compile the Triton kernels without a GPU and list their code."""

@@ -1,8 +1,8 @@
-"""What the Triton kernels compile to, target by target, with no GPU: registers, spills, memory accesses, operations.
+"""What the Triton kernels compile to for each target, without a GPU: registers, spills, memory accesses, operations.
 
 Every kernel is compiled ahead of time with the launch shape, alignments and address ranges that
-`nybble.kernels.ops4bit.triton` gives it for a usual weight. Counts are of instructions in the machine code, each once
-however often a loop runs it. Prints a line per kernel and target and one JSON object last.
+`nybble.kernels.ops4bit.triton` gives it for a usual weight. Instructions of the machine code are counted once, however
+often a loop runs them. The program prints a line for each kernel and target, and one JSON object last.
 
     python -m tools.kernel_code.listing --out bench/results/kernel_code-$(date +%F).json
 
@@ -183,14 +183,14 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Code:
-    """What one kernel became on one target."""
+    """The code of one kernel on one target."""
 
     kernel: str
     target: str
     threads: int
     lds_bytes: int
     vector_registers: int
-    scalar_registers: int  # NVIDIA: uniform ones are not told
+    scalar_registers: int  # NVIDIA: without uniform ones, which are not reported
     spills: int  # AMD: registers; NVIDIA: bytes
     scratch_bytes: int
     instructions: int  # AMD: of two that issue together, both
@@ -219,7 +219,7 @@ def wave(target: str) -> int:
 
 
 def gpu_target(target: str) -> GPUTarget:
-    """What Triton calls it."""
+    """The target as Triton names it."""
     if target.startswith("gfx"):
         return GPUTarget("hip", target, wave(target))
     return GPUTarget("cuda", int(target.removeprefix("sm_")), wave(target))
@@ -262,7 +262,7 @@ def _amd(made: Any) -> dict[str, int]:
     # gfx11 and gfx12 write two operations that issue together on one line: v_dual_a .. :: v_dual_b ..
     names = Counter(re.findall(r"(?:^\s+|:: )([a-z][a-z0-9]*_[a-z0-9_]+)", text, re.MULTILINE))
 
-    def told(key: str) -> int:
+    def field(key: str) -> int:
         return int(re.search(rf"\.{key}:\s+(\d+)", text)[1])  # type: ignore[index]
 
     def count(pattern: str) -> int:
@@ -271,10 +271,10 @@ def _amd(made: Any) -> dict[str, int]:
     divisions = count("v_div_fixup_f32")
     memory = r"(buffer|global|flat)_"
     return {
-        "vector_registers": told("vgpr_count"),
-        "scalar_registers": told("sgpr_count"),
-        "spills": told("vgpr_spill_count") + told("sgpr_spill_count"),
-        "scratch_bytes": told("private_segment_fixed_size"),
+        "vector_registers": field("vgpr_count"),
+        "scalar_registers": field("sgpr_count"),
+        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
+        "scratch_bytes": field("private_segment_fixed_size"),
         "instructions": sum(names.values()),
         "vector_operations": count("v_"),
         "selects": count("v_(dual_)?cndmask"),
@@ -343,7 +343,7 @@ def _output(command: list[str]) -> str:
 
 
 def everything() -> Iterator[Code]:
-    """All variants on all targets, compiled afresh."""
+    """All variants on all targets, compiled without a cache."""
     for variant in VARIANTS:
         for target in TARGETS:
             yield examine(variant, target)

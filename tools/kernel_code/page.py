@@ -1,4 +1,4 @@
-"""docs/evidence/kernel-code.md, from what tools/kernel_code/listing.py found: AMD's targets, a table for each kernel.
+"""Write docs/evidence/kernel-code.md from what tools/kernel_code/listing.py found: a table of AMD's targets per kernel.
 
 python -m tools.kernel_code.page bench/results/kernel_code-2026-11-23.json
 """
@@ -13,19 +13,19 @@ from typing import Any
 
 PAGE = """# What the kernels compile to on AMD
 
-Written by `python -m tools.kernel_code.page {file}` from what `tools/kernel_code/listing.py` found on {date} with
-Triton {triton} and no GPU: every kernel ahead of time for six targets, with the launches, alignments and address ranges
-of a usual weight. The tests hold the same code to its limits: no spills, no scratch, at most 64 KiB of LDS, 1,024
-threads and 255 registers.
+`python -m tools.kernel_code.page {file}` wrote this page from what `tools/kernel_code/listing.py` found on {date} with
+Triton {triton} and no GPU: every kernel, compiled ahead of time for six targets, with the launches, alignments and
+address ranges of a usual weight. The tests check the same code against its limits: no spills, no scratch, at most 64
+KiB of LDS, 1,024 threads and 255 registers.
 
-Waves are 64 threads wide on gfx90a, gfx942 and gfx950 and 32 on the others. Counts are of instructions in the code,
-each once however often a loop runs it, and of two that issue together both: VALU (vector), SALU (scalar), VMEM (loads
-and stores of global memory), LDS, SMEM (scalar loads), branches, waits.
+Waves are 64 threads wide on gfx90a, gfx942 and gfx950 and 32 on the others. Instructions are counted once, however
+often a loop runs them, and if two are issued together, both count: VALU (vector), SALU (scalar), VMEM (loads and stores
+of global memory), LDS, SMEM (scalar loads), branches, waits.
 
-The decoder's code is executed as well, without a card: `tests/reference/amdgcn` interprets it on wave64 and wave32, and
-for all six targets and three types it has the bits of the reference and touches no byte beside its tensors. That shows
-index arithmetic, masks, layouts and rounding of the code as compiled; it cannot show races, waits, caches or hazards,
-and it takes AMD's manuals at their word (v_fma_mix: rounded to float32, then to float16).
+The decoder's code is also executed, without a card: `tests/reference/amdgcn` interprets it on wave64 and wave32, and
+for all six targets and three types it gives the bits of the reference and touches no byte outside its tensors. That
+verifies the index arithmetic, masks, layouts and rounding of the compiled code. It cannot detect races, missing waits,
+cache effects or hazards, and it relies on AMD's manuals (v_fma_mix: rounded to float32, then to float16).
 """
 COLUMNS = ("target", "threads", "VGPR", "SGPR", "spills", "LDS bytes", "code", "VALU", "SALU", "VMEM", "LDS", "SMEM")
 HEAD = f"| {' | '.join(COLUMNS)} | branches | waits |\n{'|---' * (len(COLUMNS) + 2)}|"
@@ -43,8 +43,8 @@ def main(file: Path) -> None:
     """Write the page."""
     found = json.loads(file.read_text(encoding="utf-8"))
     date = re.search(r"\d{4}-\d\d-\d\d", file.name)
-    told = {"file": file.as_posix(), "date": date[0] if date else "", "triton": found["versions"]["triton"]}
-    lines = [PAGE.format(**told)]
+    about = {"file": file.as_posix(), "date": date[0] if date else "", "triton": found["versions"]["triton"]}
+    lines = [PAGE.format(**about)]
     by_kernel: dict[str, list[dict[str, Any]]] = {}
     for code in found["codes"]:
         if code["target"].startswith("gfx"):
