@@ -1,28 +1,28 @@
-"""Every error a user can meet, as one tree.
+"""All errors that a user can meet, as one tree.
 
-    NybbleError            1   a fault of ours
-    ├── InputError         2   what the user gave is wrong
-    │   ├── RecipeError        a setting: unknown, of the wrong type, or at odds with another
-    │   ├── RowsError          a rows file, or one row in it (the message names file and row)
-    │   └── ModelError         a model or tokenizer folder
-    ├── CannotRunError     3   it does not fit, or the machine lacks something
-    └── StoppedError       4   ended before the end, after everything was saved
+    NybbleError            1   an internal fault of Nybble
+    ├── InputError         2   the user's input is wrong
+    │   ├── RecipeError        a setting is unknown, has the wrong type, or contradicts another
+    │   ├── RowsError          a rows file, or one row in it, cannot be used (the message names file and row)
+    │   └── ModelError         a model or tokenizer cannot be used
+    ├── CannotRunError     3   the run does not fit, or the machine lacks something
+    └── StoppedError       4   the run ended early, after saving everything
 
-A message is one line: what was seen, what is allowed, what to do. The command line prints it and exits with the
-number above; as a library the exceptions are raised unchanged.
+A message is one line that says what was seen, what is allowed and what to do. The command line prints it and exits with
+the code above; library calls raise the exceptions unchanged.
 """
 
 from __future__ import annotations
 
 
 class NybbleError(Exception):
-    """Base of all errors raised on purpose."""
+    """The base class of all errors that Nybble raises deliberately."""
 
     exit_code = 1
 
 
 class InputError(NybbleError):
-    """What the user gave is wrong."""
+    """The user's input is wrong."""
 
     exit_code = 2
 
@@ -40,7 +40,7 @@ class ModelError(InputError):
 
 
 class CannotRunError(NybbleError):
-    """The machine lacks a library, a device or room."""
+    """The machine lacks a library, a device, memory or disk space."""
 
     exit_code = 3
 

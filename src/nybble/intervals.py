@@ -1,8 +1,8 @@
-"""How sure a held-out figure is: 95 % intervals over rows, and over seeds where there are several.
+"""95 % confidence intervals of held-out metrics, over rows and, if there are several, over seeds.
 
-A loss is a ratio, nats over tokens, and rows are what was drawn: its variance is that of a ratio estimator (Cochran,
-Sampling Techniques, 3rd ed., 2.11), s^2 = n / (n - 1) * sum (x_i - R w_i)^2 / (sum w_i)^2. Two arms saw the same rows,
-so their difference is taken row by row: what makes a row hard for both cancels.
+A loss is a ratio of nats to tokens over a sample of rows, so its variance is that of a ratio estimator (Cochran,
+Sampling Techniques, 3rd ed., 2.11): s^2 = n / (n - 1) * sum (x_i - R w_i)^2 / (sum w_i)^2. Two arms are evaluated on
+the same rows, so their difference is computed row by row: what makes a row hard for both cancels.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _T = (
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and where it lies with 95 % confidence."""
+    """A value and its 95 % confidence interval."""
 
     value: float
     low: float
@@ -30,32 +30,32 @@ class Interval:
 
     @property
     def within_noise(self) -> bool:
-        """Whether it cannot be told from 0."""
+        """Whether the value cannot be distinguished from 0."""
         return self.low <= 0 <= self.high
 
 
 @dataclass(frozen=True)
 class Sums:
-    """One figure of one run, row by row: the totals, and what they are divided by."""
+    """A metric of one run, row by row: it is sum(totals) / sum(weights)."""
 
     totals: Sequence[float]
     weights: Sequence[float]
 
     def minus(self, other: Sums) -> Sums:
-        """The difference row by row; both are of the same rows."""
+        """The difference row by row; both must cover the same rows in the same order."""
         pairs = zip(self.totals, other.totals, strict=True)
-        return Sums([mine - theirs for mine, theirs in pairs], self.weights)
+        return Sums([left - right for left, right in pairs], self.weights)
 
 
 def student_t(degrees: int) -> float:
-    """The two-sided 95 % quantile of Student's t."""
+    """The two-sided 95 % quantile of Student's t distribution."""
     return _T[degrees - 1] if degrees <= len(_T) else 1.960 + 2.45 / degrees
 
 
 def interval(seeds: Sequence[Sums]) -> Interval | None:
-    """The mean over seeds of sum(totals) / sum(weights), with noise of rows and of seeds; None below two rows.
+    """The mean over seeds of sum(totals) / sum(weights), with the noise of rows and of seeds; None below two rows.
 
-    All seeds are judged on the same rows, so more seeds do not make the noise of rows smaller.
+    All seeds are evaluated on the same rows, so more seeds do not reduce the noise of the rows.
     """
     if not seeds or any(len(sums.totals) < 2 for sums in seeds):
         return None

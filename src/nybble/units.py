@@ -1,4 +1,4 @@
-"""The one place where numbers become text. Bytes inside, GB (1e9) or MB only where shown."""
+"""Format numbers as text, and parse sizes. All code counts in bytes and seconds; only shown text has larger units."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fractions import Fraction
 
 
 def format_bytes(n_bytes: float | None) -> str:
-    """`3_342_000_000 -> "3.34 GB"`; decimal units, as disks and model sizes are given."""
+    """Format a size in decimal units, as disks and models are sold: `3_342_000_000 -> "3.34 GB"`; None is a dash."""
     if n_bytes is None:
         return "–"
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -20,7 +20,7 @@ _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 
 
 def parse_bytes(text: str, bare_unit: str = "") -> int:
-    """`"8GiB" -> 8_589_934_592`, `"7.5 GB"`, `"900M"`; a number alone counts bytes, or the unit given.
+    """Parse a size such as `"8GiB"` (8_589_934_592 bytes), `"7.5 GB"` or `"900M"`; a bare number counts `bare_unit`.
 
     Raises:
         ValueError: the text is anything else, or the size is not above 0.
@@ -34,13 +34,13 @@ def parse_bytes(text: str, bare_unit: str = "") -> int:
 
 
 def exact_size(n_bytes: int) -> str:
-    """`8_589_934_592 -> "8GiB"`, `7_500_000_000 -> "7500MB"`; `parse_bytes` gives the same number of bytes back."""
+    """Format a size exactly: `8_589_934_592 -> "8GiB"`, `7_500_000_000 -> "7500MB"`; `parse_bytes` inverts it."""
     size, unit = max((size, unit) for unit, size in _BYTES.items() if n_bytes % size == 0)
     return f"{n_bytes // size}{unit[:1].upper()}{unit[1:]}B"
 
 
 def format_seconds(seconds: float | None) -> str:
-    """`3725 -> "1 h 02 min"`, `75 -> "1 min 15 s"`, `4.2 -> "4.2 s"`."""
+    """Format a duration: `3725 -> "1 h 02 min"`, `75 -> "1 min 15 s"`, `4.2 -> "4.2 s"`; None is a dash."""
     if seconds is None:
         return "–"
     if seconds >= 3600:
@@ -51,15 +51,15 @@ def format_seconds(seconds: float | None) -> str:
 
 
 def format_count(n: float | None) -> str:
-    """`4194304 -> "4,194,304"`."""
+    """Format a count: `4194304 -> "4,194,304"`; None is a dash."""
     return "–" if n is None else f"{n:,.0f}"
 
 
 def format_number(x: float | None, digits: int = 4) -> str:
-    """A figure with a fixed number of decimals, or a dash where there is none."""
+    """Format a number with a fixed number of decimals; None is a dash."""
     return "–" if x is None else f"{x:.{digits}f}"
 
 
 def format_share(x: float | None) -> str:
-    """`0.925 -> "92.5 %"`."""
+    """Format a fraction in percent: `0.925 -> "92.5 %"`; None is a dash."""
     return "–" if x is None else f"{100 * x:.1f} %"

@@ -63,7 +63,7 @@ def test_adapters_on_one_base_answer_without_loading_it_again(
 def test_an_adapter_of_another_base_is_refused(
     runs: dict[str, Path], tiny_llama: Callable[..., Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(ModelError, match="no adapter on the base of"):
+    with pytest.raises(ModelError, match="is not an adapter of the same base as"):
         ask(runs["next"], QUESTIONS, others=[tiny_llama()])
     shutil.copytree(runs["next"] / "adapter", tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
@@ -82,7 +82,7 @@ def test_questions_of_a_file(nybble: Callable[..., Any], runs: dict[str, Path], 
     assert [(a["prompt"], a["tuned"]) for a in answers] == [(a.prompt, a.tuned) for a in ask(runs["next"], QUESTIONS)]
     lines.write_text('{"prompt": "a"}\n{"question": "b"}\n')
     done = nybble("ask", runs["next"], "--file", lines)
-    assert (done.code, "q.jsonl line 2: no question" in done.err) == (2, True)
+    assert (done.code, "q.jsonl line 2: has no question" in done.err) == (2, True)
     assert "does not exist" in nybble("ask", runs["next"], "--file", tmp_path / "none").err
 
 
@@ -106,7 +106,7 @@ def test_a_chat_streams_remembers_switches_and_stops(runs: dict[str, Path]) -> N
     chat.reset()
     chat.use(chat.adapters[0])
     assert chat.reply("What is five?").text == five.tuned
-    with pytest.raises(InputError, match="no adapter 'x'; there is"):
+    with pytest.raises(InputError, match="there is no adapter 'x'; allowed:"):
         chat.use("x")
 
 
@@ -132,7 +132,7 @@ def test_a_kept_cache_gives_the_answers_of_a_fresh_one(runs: dict[str, Path], mo
 
 def test_a_full_context_is_said(runs: dict[str, Path]) -> None:
     chat = Chat(runs["next"], max_new_tokens=8)
-    with pytest.raises(InputError, match="begin anew"):
+    with pytest.raises(InputError, match="start a new conversation"):
         chat.reply("What is two? " * 100)
     chat.reset()
     assert chat.reply("What is two?").text

@@ -133,7 +133,7 @@ def test_damaged_lines_are_counted(tmp_path: Path, finished: Any) -> None:
     write_run(tmp_path / "qlora", finished.finished(), 3)
     with (tmp_path / "qlora" / "events.jsonl").open("a") as file:
         file.write("{broken\n")
-    assert "1 damaged line of events.jsonl skipped" in write_folder(tmp_path, done("qlora"))
+    assert "1 damaged line of events.jsonl was skipped" in write_folder(tmp_path, done("qlora"))
 
 
 def test_the_predicted_memory_of_an_arm_is_drawn(tmp_path: Path, finished: Any) -> None:
@@ -151,12 +151,12 @@ def test_rows_without_a_figure_are_left_out() -> None:
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"arms": [{}], "verdict": "x"}', '{"arms": [], "verdict": 3}'])
 def test_a_damaged_comparison_is_refused_in_words(tmp_path: Path, content: str) -> None:
     (tmp_path / "comparison.json").write_text(content)
-    with pytest.raises(InputError, match=r"comparison\.json: damaged"):
+    with pytest.raises(InputError, match=r"comparison\.json: is damaged"):
         rewrite_report(tmp_path)
 
 
 def test_no_comparison_no_report(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no comparison"):
+    with pytest.raises(InputError, match="is not a comparison"):
         write_comparison_report(tmp_path)
     with pytest.raises(InputError, match="is not a run directory"):
         rewrite_report(tmp_path)

@@ -29,12 +29,12 @@ QUESTION = [{"role": "user", "content": "What is one?"}]
     ("content", "says"),
     [
         (b"\xff{}", "not UTF-8"),
-        (b"[" * 100_000, "nested too deep"),
+        (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' * 65 + b"1" + b"}" * 65, "nested deeper than 64 levels"),
         (b'{"a": ' + b"1" * 5000 + b"}", "more than 4,300 digits"),
         (b"[]", "holds a list"),
-        (b"{} {}", "not JSON"),
-        (b" " * 101, "101 bytes; allowed are 100"),
+        (b"{} {}", "not valid JSON"),
+        (b" " * 101, "101 bytes; at most 100 are allowed"),
     ],
 )
 def test_a_file_of_settings_is_read_within_bounds(tmp_path: Path, content: bytes, says: str) -> None:
@@ -110,9 +110,9 @@ def test_a_link_out_of_a_folder_is_refused(tmp_path: Path) -> None:
     check_links(folder)
     for goal in (outside, "../secret.txt", "/etc", "loop", "../gone"):
         (folder / "loop").symlink_to(goal)
-        with pytest.raises(ModelError, match="loop is a link out of its folder"):
+        with pytest.raises(ModelError, match="loop links to a file outside its folder"):
             check_links(folder, ModelError)
-        with pytest.raises(InputError, match="link out of its folder"):
+        with pytest.raises(InputError, match="links to a file outside its folder"):
             push_folder(folder, "me/adapter")
         (folder / "loop").unlink()
 

@@ -117,9 +117,9 @@ def test_a_finished_runs_report_shows_its_figures(run: RunDirectory) -> None:
         "Is it?",
     ):
         assert shown in text
-    assert "4.127 bits a weight" in text
+    assert "4.127 bits per weight" in text
     markdown = (run.path / "report.md").read_text(encoding="utf-8")
-    assert "| held-out loss (nats a token) | 2.5000 | 0.5000 |" in markdown
+    assert "| held-out loss (nats per token) | 2.5000 | 0.5000 |" in markdown
     assert "Is it?" in markdown
 
 
@@ -197,7 +197,7 @@ def test_damaged_lines_are_skipped_and_counted(run: RunDirectory) -> None:
     write(run, record(), 3)
     with (run.path / "events.jsonl").open("a") as file:
         file.write('{"step": 4, "los\n[1, 2]\n{"step": "x", "loss": 1}\n\n')
-    assert "3 damaged lines of events.jsonl skipped" in write_report(run.path).read_text(encoding="utf-8")
+    assert "3 damaged lines of events.jsonl were skipped" in write_report(run.path).read_text(encoding="utf-8")
     assert "3 damaged lines" in (run.path / "report.md").read_text(encoding="utf-8")
     summary = json.loads((run.path / "report.json").read_text(encoding="utf-8"))
     assert (len(summary["events"]), summary["events_skipped"]) == (3, 3)

@@ -1,4 +1,4 @@
-"""Answers from what was trained: base beside tuned, and a chat."""
+"""Generate answers with trained weights: base and tuned side by side, or in a chat."""
 
 from nybble.generation.chat import Chat, Reply
 from nybble.generation.questions import Answer, ask, read_questions

@@ -1,4 +1,4 @@
-"""A chat: several turns, answers as they come, the adapter on and off, one KV cache for the whole conversation."""
+"""Chat over several turns: answers are streamed, adapters can be switched, and one KV cache serves all turns."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from nybble.data import Turn, encode_chat, encode_follow_up, encode_prompt
 from nybble.errors import InputError
-from nybble.generation.questions import add_adapters, form_of, now
+from nybble.generation.questions import add_adapters, form_of, settings_now
 from nybble.hardware import detect_device
 from nybble.models import find_artifact, load_artifact
 from nybble.training import evaluation_mode, stop_at
@@ -25,13 +25,13 @@ class Reply:
 
     text: str
     n_tokens: int
-    stopped: bool  # ended by itself, not by max_new_tokens or the context's end
+    stopped: bool  # True if the model ended it, False if max_new_tokens or the end of the context did
     first_token_seconds: float
     seconds: float
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the tokens after the first."""
+        """The tokens per second after the first token."""
         rest = self.seconds - self.first_token_seconds
         return (self.n_tokens - 1) / rest if self.n_tokens > 1 and rest > 0 else 0.0
 
@@ -50,55 +50,67 @@ class Chat:
         temperature: float = 0.0,
         trust_remote_code: bool = False,
     ) -> None:
-        """Load once; `others` are adapters of the same base, to switch to. Temperature 0 is greedy.
+        """Load the model and its adapters.
+
+        Args:
+            tuned: folder of a run, of an adapter or of a whole model.
+            device: "auto", "cpu", "cuda" or "hip"; by default the device of the training.
+            others: runs or adapters of the same base that `use` can switch to.
+            system: system text.
+            max_new_tokens: limit for the length of a reply, in tokens.
+            temperature: sampling temperature; 0 is greedy decoding.
+            trust_remote_code: run Python code that the model includes.
 
         Raises:
-            InputError: there is nothing of the kind; ModelError: a base is gone, or another one.
+            InputError: a folder is neither a run, an adapter nor a model.
+            ModelError: a base is missing, or is not the one that was trained on.
         """
-        on = now(device, trust_remote_code)
-        self._first = find_artifact(str(tuned), on)
-        more = [find_artifact(str(other), on) for other in others]
+        changes = settings_now(device, trust_remote_code)
+        self._first = find_artifact(str(tuned), changes)
+        more = [find_artifact(str(other), changes) for other in others]
         self._model, self._tokenizer, self._dtype = load_artifact(self._first, detect_device(self._first.base.device))
         stop_at(self._model, [*self._first.stop_tokens, self._tokenizer.eos_token_id])
         added = add_adapters(self._model, self._first, more)
         self._adapters = {self._first.name: "default"} if self._first.is_adapter else {}
         self._adapters |= {other.name: name for other, name in zip(more, added, strict=True)}
         self._form = form_of(self._first, self._tokenizer)
-        self._system, self._max_new_tokens, self._temperature = system, max_new_tokens, temperature
+        self._system = system
+        self._max_new_tokens = max_new_tokens
+        self._temperature = temperature
         self._is_on = True
         self._cache: Any = None
-        self._cached: list[int] = []  # the tokens whose keys and values the cache holds
+        self._cached: list[int] = []  # the tokens whose keys and values are in the cache
         self.reset()
 
     @property
     def adapters(self) -> list[str]:
-        """What can be switched to, by what the user named."""
+        """The adapters that `use` accepts, by the names that the user gave."""
         return list(self._adapters)
 
     def reset(self, system: str | None = None) -> None:
-        """Begin anew, with another system text if one is given."""
+        """Start a new conversation, with another system text if one is given."""
         self._system = self._system if system is None else system
         self._turns: list[Turn] = []
         self._ids: list[int] = []  # the conversation as the model has seen it
         self._forget()
 
     def use(self, adapter: str | None) -> None:
-        """Go on with this adapter, or with None: the conversation stays.
+        """Continue the conversation with this adapter, or with the base if it is None.
 
         Raises:
-            InputError: there is none of that name, or no base without it.
+            InputError: there is no such adapter, or the model cannot answer without its adapter.
         """
         if adapter is None and (not self._adapters or self._first.init == "pissa"):
-            raise InputError(f"{self._first.name} has no base to answer without its adapter")
+            raise InputError(f"{self._first.name} has no base that could answer without its adapter")
         if adapter is not None and adapter not in self._adapters:
-            raise InputError(f"no adapter {adapter!r}; there is {', '.join(self._adapters) or 'none'}")
+            raise InputError(f"there is no adapter {adapter!r}; allowed: {', '.join(self._adapters) or 'none'}")
         self._is_on = adapter is not None
         if adapter is not None:
             self._model.set_adapter(self._adapters[adapter])
-        self._forget()  # keys and values were made by other weights
+        self._forget()  # keys and values in the cache come from other weights
 
     def reply(self, question: str, say: Callable[[str], None] = lambda text: None) -> Reply:
-        """The answer to `question`; `say` is called with each piece of text as it comes.
+        """Answer `question`; `say` is called with each piece of text as soon as it is generated.
 
         Raises:
             InputError: the conversation has filled the model's context.
@@ -108,7 +120,9 @@ class Chat:
         reuse = self._cached and self._cached == ids[: len(self._cached)] and len(ids) > len(self._cached)
         if not reuse:
             self._forget()
-        cache, self._cache, self._cached = self._cache, None, []  # should the reply be cut short, it is worth nothing
+        cache = self._cache
+        self._cache = None  # an interrupted reply would leave the cache in an unknown state
+        self._cached = []
         stream = _Stream(self._tokenizer, say)
         device = next(self._model.parameters()).device
         off = nullcontext() if self._is_on or not self._adapters else self._model.disable_adapter()
@@ -124,8 +138,9 @@ class Chat:
                 return_dict_in_generate=True,
                 **(sampled or {"do_sample": False}),
             )
-        self._cache, whole = produced.past_key_values, [int(i) for i in produced.sequences[0]]
-        self._cached = whole[:-1]  # the last token has not been through the model yet
+        self._cache = produced.past_key_values
+        whole = [int(i) for i in produced.sequences[0]]
+        self._cached = whole[:-1]  # the model has not processed the last token yet
         stops = self._model.generation_config.eos_token_id
         stopped = whole[-1] in (stops if isinstance(stops, list) else [stops])
         self._ids = whole if stopped else [*whole, self._tokenizer.eos_token_id]
@@ -144,11 +159,14 @@ class Chat:
         limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         room = self._max_new_tokens if limit is None else min(self._max_new_tokens, limit - used)
         if room <= 0:
-            raise InputError(f"the conversation has {used:,} tokens, the model's context is {limit:,}: begin anew")
+            raise InputError(
+                f"the conversation has {used:,} tokens, but the model's context has {limit:,}; start a new conversation"
+            )
         return room
 
     def _forget(self) -> None:
-        self._cache, self._cached = None, []
+        self._cache = None
+        self._cached = []
 
     def _new_cache(self) -> Any:
         from transformers import DynamicCache
@@ -157,18 +175,20 @@ class Chat:
 
 
 class _Stream:
-    """What transformers' generate is to call with each token."""
+    """A streamer for transformers' `generate`, which calls it with each token."""
 
     def __init__(self, tokenizer: Any, say: Callable[[str], None]) -> None:
-        self._tokenizer, self._say = tokenizer, say
+        self._tokenizer = tokenizer
+        self._say = say
         self._ids: list[int] = []
         self._is_prompt = True
         self._started = time.monotonic()
         self.text = ""
-        self.first_seconds = self.seconds = 0.0
+        self.first_seconds = 0.0
+        self.seconds = 0.0
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the prompt, then one token at a time."""
+        """Receive the prompt, then one token at a time."""
         if self._is_prompt:
             self._is_prompt = False
             return
@@ -177,16 +197,16 @@ class _Stream:
         self._ids += value.view(-1).tolist()
         text = self._decoded()
         if not text.endswith("\ufffd"):  # a character may take several tokens
-            self._tell(text)
+            self._say_rest(text)
 
     def end(self) -> None:
-        """Say what is left."""
-        self._tell(self._decoded())
+        """Pass on the text that is still held back."""
+        self._say_rest(self._decoded())
 
     def _decoded(self) -> str:
         return str(self._tokenizer.decode(self._ids, skip_special_tokens=True)).lstrip()
 
-    def _tell(self, text: str) -> None:
+    def _say_rest(self, text: str) -> None:
         if len(text) > len(self.text):
             self._say(text[len(self.text) :])
             self.text = text

@@ -1,4 +1,4 @@
-"""Reports, from run directories alone."""
+"""Write reports, using only what run directories contain."""
 
 from nybble.reporting.card import model_card
 from nybble.reporting.compared import comparison_lines, rewrite_report, write_comparison_report

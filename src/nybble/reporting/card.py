@@ -1,4 +1,4 @@
-"""The model card beside trained weights: what was trained on what, and what was measured."""
+"""The model card that accompanies trained weights: the base, the rows, and what was measured."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from nybble.units import format_count, format_number, format_share
 
 
 def model_card(record: Mapping[str, Any]) -> str:
-    """README.md of an adapter or model folder, from a run's record."""
-    recipe, ledger = record["recipe"], record["rows"]["ledger"]
+    """The text of README.md for an adapter or model folder, from a run's record."""
+    recipe = record["recipe"]
+    ledger = record["rows"]["ledger"]
     base_name = recipe["model"]["model_name_or_path"]
     is_local = Path(base_name).expanduser().exists()
     head = ["---", "pipeline_tag: text-generation", "tags:", "- nybble", f"- {recipe['method']}"]
     head += [] if recipe["method"] == "full" else ["library_name: peft"]
-    # The hub refuses a card whose base_model is a path.
+    # The hub rejects a card whose base_model is a path.
     head += [] if is_local else [f"base_model: {base_name}"]
     return "\n".join(
         [
@@ -38,7 +39,8 @@ def model_card(record: Mapping[str, Any]) -> str:
 
 
 def _measured(record: Mapping[str, Any]) -> list[str]:
-    base, tuned = record.get("evaluation_base"), record.get("evaluation_tuned")
+    base = record.get("evaluation_base")
+    tuned = record.get("evaluation_tuned")
     if not base or not tuned:
         return ["No rows were held out, so nothing was measured."]
     lines = [

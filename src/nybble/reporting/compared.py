@@ -1,4 +1,4 @@
-"""A comparison's report from what lies on disk: HTML (one file, no network), Markdown, JSON."""
+"""Write a comparison's report from its files: HTML (one file, no network), Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from nybble.run.directory import read_lines, read_record, to_json
 from nybble.storage.atomic import write_text
 from nybble.units import format_bytes, format_count, format_number, format_seconds, format_share
 
-_OWN = ("training.output_dir", "training.seed")  # settings that differ from run to run by design
+_PER_RUN = ("training.output_dir", "training.seed")  # settings that always differ between runs
 
 
 @dataclass(frozen=True)
 class _Run:
-    """One run of an arm, begun or done."""
+    """One run of an arm, running or finished."""
 
     arm: int
     label: str
@@ -35,10 +35,10 @@ class _Run:
 
 
 def write_comparison_report(folder: Path) -> Path:
-    """Write report.html, report.md and report.json into a comparison's folder; also while it is under way.
+    """Write report.html, report.md and report.json into a comparison's folder, which may still be running.
 
     Raises:
-        InputError: it is no comparison, or comparison.json is damaged.
+        InputError: the folder is not a comparison, or comparison.json is damaged.
     """
     comparison = _read(folder)
     with of_record(folder / "comparison.json"):
@@ -67,43 +67,43 @@ def _write(folder: Path, comparison: Mapping[str, Any]) -> Path:
     }
     for name in ("report.html", "report.md"):
         write_text(folder / name, fill(f"comparison.{name.rpartition('.')[2]}", content))
-    own = {run.label: {"record": run.record, "events": run.events, "samples": run.samples} for run in runs}
-    write_text(folder / "report.json", to_json({"comparison": comparison, "runs": own}, indent=1) + "\n")
+    by_label = {run.label: {"record": run.record, "events": run.events, "samples": run.samples} for run in runs}
+    write_text(folder / "report.json", to_json({"comparison": comparison, "runs": by_label}, indent=1) + "\n")
     return folder / "report.html"
 
 
 def rewrite_report(folder: Path) -> Path:
-    """Write the report of a run or a comparison anew.
+    """Write the report of a run or of a comparison, replacing an earlier one.
 
     Raises:
-        InputError: it is neither.
+        InputError: the folder is neither a run nor a comparison.
     """
     return write_comparison_report(folder) if (folder / "comparison.json").is_file() else write_report(folder)
 
 
 def comparison_lines(arms: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """The table: what a figure is, and the figure of each arm (see `nybble.comparison.Arm`)."""
+    """The rows of the table: a label, then the value for each arm (see `nybble.comparison.Arm`)."""
     rows = [
         ("status", [_status(arm) for arm in arms]),
         ("method", [arm["method"] for arm in arms]),
         ("learning rate", [", ".join(dict.fromkeys(_rate(r) for r in arm["learning_rates"])) for arm in arms]),
         ("held-out loss before", [format_number(arm["base_loss"]) for arm in arms]),
         ("held-out loss", [format_number(arm["eval_loss"]) for arm in arms]),
-        ("95 % interval", [_span(arm["eval_loss_interval"], format_number) for arm in arms]),
+        ("95 % interval of the loss", [_span(arm["eval_loss_interval"], format_number) for arm in arms]),
         ("perplexity", [format_number(arm["perplexity"], 2) for arm in arms]),
         ("exact match", [format_share(arm["exact_match"]) for arm in arms]),
-        ("its 95 % interval", [_span(arm["exact_match_interval"], format_share) for arm in arms]),
+        ("95 % interval of exact match", [_span(arm["exact_match_interval"], format_share) for arm in arms]),
         ("training loss", [format_number(arm["train_loss"]) for arm in arms]),
         ("peak memory", [format_bytes(arm["peak_bytes"]) for arm in arms]),
         ("peak memory, reserved", [format_bytes(arm.get("reserved_bytes")) for arm in arms]),
         ("peak memory, predicted", [format_bytes(arm["predicted_bytes"]) for arm in arms]),
-        ("4-bit weights, bits each", [format_number(arm["bits_per_weight"], 3) for arm in arms]),
+        ("bits per 4-bit weight", [format_number(arm["bits_per_weight"], 3) for arm in arms]),
         ("trained parameters", [format_count(arm["trainable_parameters"]) for arm in arms]),
-        ("share of all", [_share_trained(arm) for arm in arms]),
+        ("share of all parameters", [_share_trained(arm) for arm in arms]),
         ("tokens/s", [format_count(arm["tokens_per_second"]) for arm in arms]),
         ("wall time", [format_seconds(arm["seconds"]) for arm in arms]),
-        ("to the first step", [format_seconds(arm["seconds_to_first_step"]) for arm in arms]),
-        ("on disk", [format_bytes(arm["produced_bytes"]) for arm in arms]),
+        ("time to the first step", [format_seconds(arm["seconds_to_first_step"]) for arm in arms]),
+        ("size on disk", [format_bytes(arm["produced_bytes"]) for arm in arms]),
         ("seeds", [str(len(arm["seeds"])) for arm in arms]),
     ]
     if len({arm["device"] for arm in arms if arm["device"]}) > 1:
@@ -115,36 +115,38 @@ def comparison_lines(arms: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]
 def _read(folder: Path) -> dict[str, Any]:
     file = folder / "comparison.json"
     if not file.is_file():
-        raise InputError(f"{folder} is no comparison (no comparison.json); give the folder of a `nybble compare`")
-    advice = "run the same `nybble compare` again, which writes it anew"
-    found = read_object(file, InputError, advice)
+        raise InputError(
+            f"{folder} is not a comparison (it has no comparison.json); give the folder of a `nybble compare`"
+        )
+    advice = "run the same `nybble compare` again to rewrite it"
+    comparison = read_object(file, InputError, advice)
     with of_record(file):
-        if not isinstance(found["verdict"], str):
-            raise TypeError("verdict is no text")
-        for name in [name for arm in found["arms"] for name in arm["run_dirs"]]:
+        if not isinstance(comparison["verdict"], str):
+            raise TypeError("verdict is not text")
+        for name in [name for arm in comparison["arms"] for name in arm["run_dirs"]]:
             if as_path(name, InputError).name != name:
-                raise InputError(f"{file}: names the run {shown(name)}; allowed are folders beside it: {advice}")
-    return found
+                raise InputError(f"{file}: names the run {shown(name)}; allowed are folders next to it; {advice}")
+    return comparison
 
 
 def _runs(folder: Path, number: int, arm: Mapping[str, Any]) -> list[_Run]:
-    found = []
+    runs = []
     for name in arm["run_dirs"]:
-        own = folder / name
-        if (own / "run.json").is_file():
-            events, n_skipped = read_events(own)
-            samples = [s for s in read_lines(own / "samples.jsonl") if s.get("step") is None]
-            found.append(_Run(number, name, own, read_record(own), events, samples, n_skipped))
-    return found
+        run_dir = folder / name
+        if (run_dir / "run.json").is_file():
+            events, n_skipped = read_events(run_dir)
+            samples = [s for s in read_lines(run_dir / "samples.jsonl") if s.get("step") is None]
+            runs.append(_Run(number, name, run_dir, read_record(run_dir), events, samples, n_skipped))
+    return runs
 
 
 def _lead(comparison: Mapping[str, Any], first: Mapping[str, Any] | None) -> str:
     if first is None:
-        return "not begun"
+        return "not started"
     model = Path(first["recipe"]["model"]["model_name_or_path"]).name
-    held_out = comparison["n_held_out"]
-    judged = f" · {format_count(held_out)} held-out rows" if held_out else ""
-    return f"{model} · {first['started']} · {first['device']['name']}{judged}"
+    n_held_out = comparison["n_held_out"]
+    rows = f" · {format_count(n_held_out)} held-out rows" if n_held_out else ""
+    return f"{model} · {first['started']} · {first['device']['name']}{rows}"
 
 
 def _status(arm: Mapping[str, Any]) -> str:
@@ -162,27 +164,28 @@ def _span(interval: Mapping[str, float] | None, show: Any) -> str:
 
 
 def _share_trained(arm: Mapping[str, Any]) -> str:
-    trained, total = arm["trainable_parameters"], arm["total_parameters"]
+    trained = arm["trainable_parameters"]
+    total = arm["total_parameters"]
     return f"{100 * trained / total:.2f} %" if trained and total else "–"
 
 
 def _plots(arms: Sequence[Mapping[str, Any]], runs: Sequence[_Run]) -> list[tuple[str, str]]:
-    judged = [arm for arm in arms if arm["eval_loss_interval"]]
-    spans = [tuple(arm["eval_loss_interval"][key] for key in ("value", "low", "high")) for arm in judged]
-    names = [arm["name"] for arm in judged]
-    intervals = draw_intervals(names, spans, "held-out loss (nats a token), 95 % interval")
+    evaluated = [arm for arm in arms if arm["eval_loss_interval"]]
+    spans = [tuple(arm["eval_loss_interval"][key] for key in ("value", "low", "high")) for arm in evaluated]
+    names = [arm["name"] for arm in evaluated]
+    intervals = draw_intervals(names, spans, "held-out loss (nats per token), 95 % interval")
 
     def lines(points: Any) -> list[Line]:
         seen: set[int] = set()
-        found = []
+        curves = []
         for run in runs:
-            label = arms[run.arm]["name"] if run.arm not in seen else "_again"  # one entry an arm in the legend
+            label = arms[run.arm]["name"] if run.arm not in seen else "_again"  # one entry per arm in the legend
             seen.add(run.arm)
             x, y = points(run.events)
-            found.append(Line(label, x, y, COLORS[run.arm % len(COLORS)], DASHES[run.arm % len(DASHES)]))
-        return found
+            curves.append(Line(label, x, y, COLORS[run.arm % len(COLORS)], DASHES[run.arm % len(DASHES)]))
+        return curves
 
-    first = {run.arm: run for run in reversed(runs)}  # an arm's seeds are predicted alike
+    first = {run.arm: run for run in reversed(runs)}  # the prediction is the same for all seeds of an arm
     predicted = [
         line
         for arm, run in sorted(first.items())
@@ -190,9 +193,9 @@ def _plots(arms: Sequence[Mapping[str, Any]], runs: Sequence[_Run]) -> list[tupl
     ]
     drawn = (
         ("Held-out loss", intervals),
-        ("Training loss", draw(lines(loss_points), "step", "loss (nats a token)", name="loss")),
+        ("Training loss", draw(lines(loss_points), "step", "loss (nats per token)", name="loss")),
         (
-            "Peak memory since the line before",
+            "Peak memory since the previous log line",
             draw([*lines(memory_points), *predicted], "step", "memory (MB)", from_zero=True, name="memory"),
         ),
         ("Speed", draw(lines(speed_points), "step", "tokens/s", from_zero=True, name="speed")),
@@ -201,30 +204,30 @@ def _plots(arms: Sequence[Mapping[str, Any]], runs: Sequence[_Run]) -> list[tupl
 
 
 def _side_by_side(runs: Sequence[_Run]) -> list[dict[str, Any]]:
-    """The prompts of the first run, with the answers of its base and of the first run of each arm."""
+    """The prompts of the first run, each with the answers of its base and of the first run of each arm."""
     firsts = {run.arm: run for run in reversed(runs) if run.samples}
     chosen = [firsts[arm] for arm in sorted(firsts)]
     if not chosen:
         return []
-    found = []
+    prompts = []
     for sample in chosen[0].samples:
         answers = [(f"base, as {chosen[0].label} loads it", sample["base"])]
         for run in chosen:
-            own = next((s for s in run.samples if s["prompt"] == sample["prompt"]), None)
-            if own is not None:
-                answers.append((run.label, own["tuned"]))
+            same_prompt = next((s for s in run.samples if s["prompt"] == sample["prompt"]), None)
+            if same_prompt is not None:
+                answers.append((run.label, same_prompt["tuned"]))
         if sample.get("expected"):
             answers.append(("the row's answer", sample["expected"]))
-        found.append({"prompt": sample["prompt"], "answers": answers})
-    return found
+        prompts.append({"prompt": sample["prompt"], "answers": answers})
+    return prompts
 
 
 def _differing(runs: Sequence[_Run]) -> list[tuple[str, ...]]:
-    """Settings in which the arms differ: name, then the value of each run's arm."""
+    """The settings in which the arms differ, as rows: a heading, then name and the value for each arm."""
     firsts = {run.arm: run for run in reversed(runs)}
     tables = [dict(recipe_lines(firsts[arm].record["recipe"])) for arm in sorted(firsts)]
     if len(tables) < 2:
         return []
-    names = [name for name in tables[0] if name not in _OWN and len({table.get(name) for table in tables}) > 1]
+    names = [name for name in tables[0] if name not in _PER_RUN and len({table.get(name) for table in tables}) > 1]
     head = ("", *(firsts[arm].label for arm in sorted(firsts)))
     return [head, *((name, *(table.get(name, "–") for table in tables)) for name in names)] if names else []

@@ -1,4 +1,4 @@
-"""What the lines of events.jsonl say, as points of curves."""
+"""Read events.jsonl and turn its lines into points of curves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Points = tuple[list[float], list[float]]
 
 
 def read_events(run_dir: Path) -> tuple[list[dict[str, Any]], int]:
-    """The logged steps of a run, and how many lines hold none and were skipped."""
+    """The logged steps of a run, and the number of damaged lines that were skipped."""
     lines, n_skipped = read_whole_lines(run_dir / "events.jsonl")
     events = [line for line in lines if _is_event(line)]
     return events, n_skipped + len(lines) - len(events)
@@ -31,30 +31,31 @@ def _is_event(line: Mapping[str, Any]) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """One that a curve can show."""
+    """Whether a curve can show this value."""
     return isinstance(value, int | float) and abs(value) < _LARGEST  # NaN is not
 
 
 def held_out_points(record: Mapping[str, Any], events: Events) -> list[tuple[float, float]]:
-    """Step and held-out loss: before training, on the way, at the end."""
-    base, tuned = record.get("evaluation_base"), record.get("evaluation_tuned")
-    held = [(e["step"], e["eval_loss"]) for e in events if e.get("eval_loss") is not None]
+    """Pairs of step and held-out loss: before, during and after training."""
+    base = record.get("evaluation_base")
+    tuned = record.get("evaluation_tuned")
+    points = [(e["step"], e["eval_loss"]) for e in events if e.get("eval_loss") is not None]
     steps = [e["step"] for e in events if e.get("loss") is not None]
     if base:
-        held.insert(0, (0, base["loss"]))
+        points.insert(0, (0, base["loss"]))
     if tuned and steps:
-        held.append((steps[-1], tuned["loss"]))
-    return held
+        points.append((steps[-1], tuned["loss"]))
+    return points
 
 
 def memory_points(events: Events) -> Points:
-    """Step and peak since the line before, in MB."""
+    """The steps, and the peak memory in MB since the previous logged step."""
     trained = [event for event in events if event.get("loss") is not None]
     return [e["step"] for e in trained], [e["peak_bytes"] / 1e6 for e in trained]
 
 
 def speed_points(events: Events) -> Points:
-    """Step and tokens/s since the line before."""
+    """The steps, and the tokens per second since the previous logged step."""
     trained = [event for event in events if event.get("loss") is not None]
     pairs = [(a, b) for a, b in pairwise(trained) if b["seconds"] > a["seconds"]]
     return [b["step"] for _, b in pairs], [
@@ -63,7 +64,7 @@ def speed_points(events: Events) -> Points:
 
 
 def predicted_line(label: str, record: Mapping[str, Any], events: Events) -> list[Line]:
-    """The predicted peak of training over the steps, where there is a prediction."""
+    """The predicted peak memory of training as a horizontal line; an empty list if there is no prediction."""
     steps = memory_points(events)[0]
     predicted = (record.get("phases", {}).get("train") or {}).get("predicted_bytes")
     predicted = predicted or (record.get("plan") or {}).get("predicted_bytes", {}).get("train")
@@ -73,6 +74,6 @@ def predicted_line(label: str, record: Mapping[str, Any], events: Events) -> lis
 
 
 def loss_points(events: Events) -> Points:
-    """Step and training loss."""
+    """The steps, and the training loss."""
     trained = [event for event in events if event.get("loss") is not None]
     return [event["step"] for event in trained], [event["loss"] for event in trained]

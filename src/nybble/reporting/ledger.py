@@ -1,4 +1,4 @@
-"""The ledger of the rows as lines for people."""
+"""Show the ledger of the rows to people, one line per count."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nybble.units import format_count, format_share
 
 _LINES: tuple[tuple[str, str], ...] = (
     ("shape of the rows", "shape"),
-    ("prompts are put as", "prompt_form"),
+    ("form of the prompts", "prompt_form"),
     ("rows read", "rows_read"),
     ("rows trained on", "rows_used"),
     ("rows held out", "rows_held_out"),
@@ -17,9 +17,9 @@ _LINES: tuple[tuple[str, str], ...] = (
     ("rows over max_length", "rows_over_max_length"),
     ("rows cut at max_length", "rows_truncated"),
     ("rows split", "rows_split"),
-    ("examples they became", "examples"),
-    ("rows that repeat an earlier one", "rows_duplicate"),
-    ("rows of several turns", "rows_multi_turn"),
+    ("examples", "examples"),
+    ("rows that repeat an earlier row", "rows_duplicate"),
+    ("rows with several answers", "rows_multi_turn"),
     ("answers to learn", "turns"),
     ("end tokens learned", "stop_tokens_trained"),
     ("end tokens lost to max_length", "stop_tokens_cut"),
@@ -29,15 +29,15 @@ _LINES: tuple[tuple[str, str], ...] = (
     ("tokens learned", "tokens_trained"),
     ("tokens masked", "tokens_masked"),
     ("mean length before cutting", "length_mean"),
-    ("half of the rows within", "length_p50"),
-    ("95 % of the rows within", "length_p95"),
-    ("99 % of the rows within", "length_p99"),
+    ("median length", "length_p50"),
+    ("95 % of the rows have at most", "length_p95"),
+    ("99 % of the rows have at most", "length_p99"),
     ("longest row", "length_max"),
 )
 
 
 def ledger_lines(ledger: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What each figure is, and the figure; figures that an older record lacks are left out."""
+    """Pairs of label and count; counts that an older record lacks are omitted."""
     return [(label, _show(name, ledger[name])) for label, name in _LINES if name in ledger]
 
 

@@ -1,4 +1,4 @@
-"""Pages from the templates beside this file."""
+"""Render pages from the templates in this package."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from nybble.reporting.ledger import ledger_lines
 
 
 def fill(name: str, content: Mapping[str, Any]) -> str:
-    """The template `name`, e.g. "report.html", with `content` in its places."""
+    """Render the template `name`, for example "report.html", with `content`."""
     is_markdown = name.endswith(".md")
     environment = Environment(
         loader=PackageLoader("nybble.reporting"),
-        # Answers, prompts, names and notes are anybody's text: in a page they are never markup.
+        # Answers, prompts, names and notes are untrusted text, so a page never treats them as markup.
         autoescape=not is_markdown,  # noqa: S701 - Markdown has its own escapes
         finalize=in_markdown if is_markdown else None,
         undefined=StrictUndefined,
@@ -31,32 +31,32 @@ def fill(name: str, content: Mapping[str, Any]) -> str:
 
 
 class _Verbatim(str):
-    """Markdown that is to stand as it is."""
+    """Markdown that must not be escaped."""
 
     __slots__ = ()
 
 
 def _verbatim(text: Any) -> str:
-    """A block of code: four spaces before each line, whatever ends a line."""
+    """The text as a block of code: four spaces before each line, whatever character ends the line."""
     return _Verbatim("\n".join(f"    {line}" for line in str(text).splitlines()))
 
 
 def _code(text: Any) -> str:
-    """What stands between backticks, where nothing else is read as markup."""
+    """The text as it may appear between backticks, on one line and without backticks of its own."""
     return _Verbatim(" ".join(str(text).split()).replace("`", "'"))
 
 
 def in_markdown(value: Any) -> str:
-    """Text on one line, in which neither HTML, links, code nor borders of a table are read."""
+    """The text on one line, escaped so that it contains no HTML, links, code or table borders."""
     if isinstance(value, _Verbatim):
         return value
     text = " ".join(str(value).split())
-    return re.sub(r"[&<>|`\[\]]", lambda found: f"&#{ord(found[0])};", text)
+    return re.sub(r"[&<>|`\[\]]", lambda match: f"&#{ord(match[0])};", text)
 
 
 @contextmanager
 def of_record(file: Path) -> Iterator[None]:
-    """Within, a record is read that may be anybody's: what it lacks, or holds as something else, is said to be damage.
+    """Report a missing or malformed part of an untrusted record, which the body reads, as damage of `file`.
 
     Raises:
         InputError: `file` is damaged.
@@ -64,10 +64,10 @@ def of_record(file: Path) -> Iterator[None]:
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, TemplateError) as error:
-        what = f"no {error}" if isinstance(error, KeyError) else "a part is of another kind than it was written"
-        raise InputError(f"{file}: damaged ({what}); give another folder") from error
+        what = f"it lacks {error}" if isinstance(error, KeyError) else "a value has the wrong type"
+        raise InputError(f"{file}: is damaged ({what}); give another folder") from error
 
 
 def rows_page(source: str, ledger: Mapping[str, Any], rows: Sequence[Any]) -> str:
-    """One self-contained page: the ledger, and rows (`data.ShownRow`) with what is learned in them set off."""
+    """One self-contained page with the ledger and rows (`data.ShownRow`) in which learned tokens are highlighted."""
     return fill("rows.html", {"source": source, "ledger": ledger_lines(ledger), "rows": rows})

@@ -1,6 +1,6 @@
-"""Curves as SVG text, to be put inside a page: no files, no network, readable in print.
+"""Draw curves as SVG text that is embedded in a page: no files, no network, readable in print.
 
-Colours are Okabe and Ito's, told apart by the colour-blind; lines also differ in dash.
+The colours are those of Okabe and Ito, which colour-blind people can distinguish; lines also differ in their dashes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Line:
 
 
 def draw(lines: Sequence[Line], x_label: str, y_label: str, *, from_zero: bool = False, name: str = "plot") -> str:
-    """An SVG element with the curves and a legend; empty where no curve has a point."""
+    """An SVG element with the curves and a legend; "" if no curve has a point."""
     lines = [line for line in lines if line.x]
     if not lines:
         return ""
@@ -43,7 +43,7 @@ def draw(lines: Sequence[Line], x_label: str, y_label: str, *, from_zero: bool =
         if from_zero:
             axes.set_ylim(bottom=0)
         labelled = [line.label for line in lines if not line.label.startswith("_")]
-        if len(labelled) > 1:  # above the curves, never on them
+        if len(labelled) > 1:  # above the curves, so that it covers none of them
             axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0, fontsize=9)
         return _svg(figure, name)
 
@@ -51,7 +51,7 @@ def draw(lines: Sequence[Line], x_label: str, y_label: str, *, from_zero: bool =
 def draw_intervals(
     names: Sequence[str], spans: Sequence[tuple[float, float, float]], label: str, *, name: str = "intervals"
 ) -> str:
-    """An SVG element with a point and its interval (value, low, high) for each name; empty where there is none."""
+    """An SVG element with a point and its interval (value, low, high) for each name; "" if there are no names."""
     if not names:
         return ""
     with _figure(name, height=0.9 + 0.42 * len(names)) as (figure, axes):
@@ -67,14 +67,14 @@ def draw_intervals(
 
 @contextmanager
 def _figure(name: str, height: float = 2.9) -> Iterator[tuple[Any, Any]]:
-    # The object interface with the SVG canvas: no global figure, no display.
+    # matplotlib's object interface with the SVG canvas needs no global figure and no display.
     from matplotlib import rc_context
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    # A fixed salt and no date make the same figures give the same bytes.
+    # With a fixed salt and without a date, equal figures give equal bytes.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10, "text.parse_math": False}):
-        figure = Figure(figsize=(4.8, height), layout="constrained")  # legible when a phone shrinks it
+        figure = Figure(figsize=(4.8, height), layout="constrained")  # small enough to stay legible on a phone
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         axes.spines[["top", "right"]].set_visible(False)
@@ -86,6 +86,6 @@ def _svg(figure: Any, name: str) -> str:
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    # Ids are unique in the page, and text takes the page's colour in the light as in the dark.
+    # The prefix makes ids unique within the page.
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{name}-", svg)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{name}" class="plot" ', 1)

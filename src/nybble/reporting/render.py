@@ -1,4 +1,4 @@
-"""A run's report from what lies on disk: HTML (one file, no network), Markdown, JSON."""
+"""Write a run's report from its files: HTML (one file, no network), Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from nybble.run.directory import read_lines, read_record
 from nybble.storage.atomic import write_text
 from nybble.units import format_bytes, format_count, format_number, format_seconds, format_share
 
-Figure = tuple[str, str, str]  # what, base, tuned
+Figure = tuple[str, str, str]  # label, value of the base, value of the tuned model
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write report.html, report.md and report.json into a run directory; also for a run that is under way.
+    """Write report.html, report.md and report.json into a run directory, which may belong to a running training.
 
     Raises:
-        InputError: it is not a run directory.
+        InputError: the folder is not a run directory, or its record is damaged.
     """
     record = read_record(run_dir)
     with of_record(run_dir / "run.json"):
@@ -66,9 +66,10 @@ def _title(record: Mapping[str, Any]) -> str:
 
 
 def _comparison(record: Mapping[str, Any]) -> list[Figure]:
-    base, tuned = record.get("evaluation_base") or {}, record.get("evaluation_tuned") or {}
+    base = record.get("evaluation_base") or {}
+    tuned = record.get("evaluation_tuned") or {}
     rows: list[Figure] = [
-        ("held-out loss (nats a token)", format_number(base.get("loss")), format_number(tuned.get("loss"))),
+        ("held-out loss (nats per token)", format_number(base.get("loss")), format_number(tuned.get("loss"))),
         ("perplexity", format_number(base.get("perplexity"), 2), format_number(tuned.get("perplexity"), 2)),
     ]
     if base.get("exact_match") is not None:
@@ -77,7 +78,8 @@ def _comparison(record: Mapping[str, Any]) -> list[Figure]:
 
 
 def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    trainable, total = record.get("trainable_parameters"), record.get("total_parameters")
+    trainable = record.get("trainable_parameters")
+    total = record.get("total_parameters")
     share = f" of {format_count(total)} ({100 * trainable / total:.2f} %)" if trainable and total else ""
     model = record.get("model") or {}
     bits = 8 * model["packed_bytes"] / model["packed_elements"] if model.get("packed_elements") else None
@@ -96,13 +98,13 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         each = ", ".join(format_bytes(n) for n in processes["peak_bytes"])
         facts.insert(2, ("processes", f"{processes['count']}, {processes['distributed']}; peak of each: {each}"))
     if bits is not None:
-        packed = f"{format_bytes(model['packed_bytes'])}, {bits:.3f} bits a weight"
+        packed = f"{format_bytes(model['packed_bytes'])}, {bits:.3f} bits per weight"
         facts.insert(3, ("4-bit weights", packed))
     return facts
 
 
 def environment(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Device and versions."""
+    """Pairs of name and value: the device and the versions of libraries."""
     device = dict(record["device"])
     if "total_bytes" in device:
         device["total_bytes"] = format_bytes(device["total_bytes"])
@@ -111,9 +113,9 @@ def environment(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def skipped_note(n_lines: int) -> str:
-    """What to say of lines that could not be read; empty where all could."""
-    what = "1 damaged line" if n_lines == 1 else f"{n_lines} damaged lines"
-    return f"{what} of events.jsonl skipped" if n_lines else ""
+    """A note about damaged lines; "" if there are none."""
+    what = "1 damaged line of events.jsonl was" if n_lines == 1 else f"{n_lines} damaged lines of events.jsonl were"
+    return f"{what} skipped" if n_lines else ""
 
 
 def _phases(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -129,18 +131,21 @@ def _phases(record: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def _plots(record: Mapping[str, Any], events: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    held = held_out_points(record, events)
+    held_out = held_out_points(record, events)
     loss = draw(
         [
             Line("training rows", *loss_points(events), BLUE),
-            Line("held-out rows", [x for x, _ in held], [y for _, y in held], ORANGE, "--", "o"),
+            Line("held-out rows", [x for x, _ in held_out], [y for _, y in held_out], ORANGE, "--", "o"),
         ],
         "step",
-        "loss (nats a token)",
+        "loss (nats per token)",
         name="loss",
     )
     memory = draw(
-        [Line("peak since the last line", *memory_points(events), BLUE), *predicted_line("predicted", record, events)],
+        [
+            Line("peak since the previous log line", *memory_points(events), BLUE),
+            *predicted_line("predicted", record, events),
+        ],
         "step",
         "memory (MB)",
         from_zero=True,
@@ -151,7 +156,7 @@ def _plots(record: Mapping[str, Any], events: list[dict[str, Any]]) -> list[tupl
 
 
 def recipe_lines(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Every setting and its value, as JSON."""
+    """Pairs of setting and value; values are written as JSON."""
     flat: list[tuple[str, str]] = []
     for key, value in recipe.items():
         if isinstance(value, dict):
