@@ -27,16 +27,25 @@ from bench.harness import Option, fresh, run
 from bench.models import small_models
 from nybble.data import Example, Groups
 from nybble.hardware import detect_device
-from nybble.models import config_with_layers, find_model, held_bytes, materialize, meta_model, shard
+from nybble.models import (
+    config_with_layers,
+    find_model,
+    for_shards,
+    held_bytes,
+    load_in_shards,
+    materialize,
+    meta_model,
+    shard,
+    shards_among,
+)
 from nybble.nn import Linear4bit
 from nybble.nn.workspace import workspace
-from nybble.planning import PROFILES, find_config, make_plan, plan_shared, profile_of, shards_among, share_of
+from nybble.planning import PROFILES, find_config, make_plan, plan_shared, profile_of, share_of
 from nybble.planning.sharded_memory import Sizes
 from nybble.recipe import load_recipe
 from nybble.run.directory import RunDirectory
 from nybble.run.processes import Processes
 from nybble.run.rendezvous import joined
-from nybble.sharded import for_shards, load_in_shards
 from nybble.training import train_model
 
 MODULE = "bench.memory.distributed"

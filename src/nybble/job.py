@@ -12,13 +12,12 @@ from nybble.data import Example, Groups, Prepared, packs_of, prepare_rows, rows_
 from nybble.diagnostics import choose_backends
 from nybble.errors import InputError, RecipeError
 from nybble.hardware import Device, detect_device
-from nybble.models import ModelSource, find_model, hash_of, load_tokenizer
-from nybble.planning import Batches, among, plan_training, profile_of, shards_among, share_of
+from nybble.models import ModelSource, find_model, for_shards, hash_of, load_tokenizer, shards_among
+from nybble.planning import Batches, among, plan_training, profile_of, share_of
 from nybble.recipe import EvaluationSection, Plan, Recipe, shared_among, step_rows, within_context
 from nybble.run.directory import RunDirectory
 from nybble.run.processes import Processes
 from nybble.run.record import Observer
-from nybble.sharded import for_shards
 from nybble.storage.atomic import sha256_of
 from nybble.storage.checkpoints import list_checkpoints
 from nybble.training import (

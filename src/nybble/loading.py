@@ -19,13 +19,13 @@ from nybble.models import (
     count_parameters,
     find_model,
     held_bytes,
+    load_in_shards,
     load_model,
     needs_calibration,
     put_weights_back,
     save_adapter,
     save_whole,
 )
-from nybble.sharded import load_in_shards
 from nybble.storage.atomic import atomic_folder
 from nybble.training import Witness, stop_at
 

@@ -23,10 +23,11 @@ from nybble.models.base_weights import BaseWeights
 from nybble.models.blocks import SwapReport, blocks_of, swap_blocks
 from nybble.models.calibrate import Calibration, Starts, calibrate, needs_calibration
 from nybble.models.load import LoadReport, count_parameters, hash_of, load_model, save_whole
+from nybble.models.load_sharded import for_shards, load_in_shards
 from nybble.models.memory_savers import MEMORY_SAVERS, MemorySavers
 from nybble.models.meta_model import config_with_layers, materialize, meta_model
 from nybble.models.quantizer import NybbleConfig, register
-from nybble.models.sharding import full_tensors, held_bytes, is_sharded, shard, shard_like, tables
+from nybble.models.sharding import full_tensors, held_bytes, is_sharded, shard, shard_like, shards_among, tables
 from nybble.models.skeleton import (
     CausalLM,
     base_of,
@@ -68,12 +69,14 @@ __all__ = [
     "find_folder",
     "find_model",
     "find_tokenizer",
+    "for_shards",
     "full_tensors",
     "hash_of",
     "held_bytes",
     "is_sharded",
     "load_adapter",
     "load_artifact",
+    "load_in_shards",
     "load_model",
     "load_tokenizer",
     "materialize",
@@ -90,6 +93,7 @@ __all__ = [
     "set_recomputed",
     "shard",
     "shard_like",
+    "shards_among",
     "swap_blocks",
     "tables",
     "tokenizer_of",

@@ -35,7 +35,9 @@ def quantize(
     if source.is_4bit:
         raise RecipeError(f"{model} is stored in 4 bits already; give the 16-bit model")
     if recipe.lora.init_lora_weights != "default":
-        raise RecipeError("init_lora_weights makes an adapter, quantize makes none; leave it away, or use nybble train")
+        raise RecipeError(
+            "init_lora_weights starts an adapter, and quantize makes none; remove it, or use nybble train"
+        )
     tokenizer = load_tokenizer(source, recipe.model)
     section = recipe.quantization
     rows: list[list[int]] = []

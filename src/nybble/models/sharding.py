@@ -21,9 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nybble.errors import RecipeError
 from nybble.models.blocks import has_fused_head
 from nybble.models.skeleton import base_of, decoder_layers
 from nybble.nn import Linear4bit
+from nybble.recipe import TrainingSection
 from nybble.run.processes import Processes
 
 
@@ -70,6 +72,23 @@ def shard(
     for first, *_ in forward_only:
         first.set_unshard_in_backward(False)
     root.generation_config = processes.gather(root.generation_config)[0]
+
+
+def shards_among(training: TrainingSection, n_processes: int) -> int:
+    """How many processes share one copy of the model; 1 if each of them holds it whole.
+
+    Raises:
+        RecipeError: the processes do not divide into groups of that size.
+    """
+    if training.distributed != "fsdp" or n_processes == 1:
+        return 1
+    n_shards = training.fsdp_shards or n_processes
+    if n_processes % n_shards:
+        raise RecipeError(
+            f"training.fsdp_shards is {n_shards}, and {n_processes} processes do not divide into groups of that size; "
+            f"set it to a divisor of {n_processes}, or start another number of processes"
+        )
+    return n_shards
 
 
 def tables(model: Any) -> list[list[Any]]:

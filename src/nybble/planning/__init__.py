@@ -22,7 +22,6 @@ from nybble.planning.distributed import (
 from nybble.planning.phases import Batches
 from nybble.planning.planner import find_config, make_plan, plan
 from nybble.planning.shapes import SHAPES
-from nybble.planning.sharded_memory import shards_among
 
 __all__ = [
     "PROFILES",
@@ -39,6 +38,5 @@ __all__ = [
     "plan_shared",
     "plan_training",
     "profile_of",
-    "shards_among",
     "share_of",
 ]

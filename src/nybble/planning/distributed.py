@@ -21,11 +21,11 @@ from typing import Any
 
 from nybble.errors import InputError
 from nybble.hardware import Device, detect_device
-from nybble.models import compute_dtype
+from nybble.models import compute_dtype, shards_among
 from nybble.planning.devices import Links, Profile, named_profile, profile_of
 from nybble.planning.phases import Batches
 from nybble.planning.planner import find_config, make_plan, read_batches
-from nybble.planning.sharded_memory import Sizes, shards_among
+from nybble.planning.sharded_memory import Sizes
 from nybble.recipe import Plan, Recipe, in_micro_batches, load_recipe, shared_among
 from nybble.units import format_bytes, format_seconds, parse_bytes
 

@@ -11,7 +11,6 @@ from nybble.data import Prepared
 from nybble.data.store import Examples
 from nybble.planning.devices import Profile
 from nybble.planning.extrapolate import StepAtLevels, TracedModel, evaluation
-from nybble.planning.formula import Formula, evaluation_by_formula
 from nybble.planning.memory_tracer import Peak
 from nybble.planning.traced_step import BatchShape, StepCost
 from nybble.recipe import PhasePlan, Recipe, StepMemory
@@ -72,20 +71,19 @@ class Forecast:
     setting: TracedModel
     batches: Batches
     profile: Profile
-    traced: bool = True  # else by formula
     level_limit: int | None = None  # the last level that is looked at
 
-    def curve(self, rows: BatchShape) -> StepAtLevels | Formula:
+    def curve(self, rows: BatchShape) -> StepAtLevels:
         """A step over `rows`."""
-        return StepAtLevels(self.setting, rows) if self.traced else Formula(self.setting, rows)
+        return StepAtLevels(self.setting, rows)
 
     @cached_property
-    def longest(self) -> StepAtLevels | Formula:
+    def longest(self) -> StepAtLevels:
         """A step over the longest batch."""
         return self.curve(self.batches.longest)
 
     @cached_property
-    def average(self) -> StepAtLevels | Formula:
+    def average(self) -> StepAtLevels:
         """A step over the average batch."""
         return self.longest if self.batches.average == self.batches.longest else self.curve(self.batches.average)
 
@@ -95,7 +93,7 @@ class Forecast:
         Where even the longest batch takes less than half of the budget, deeper levels are not worth tracing: they count
         as the shallowest, which is no less. Nor are levels beyond `deepest`, that of the longest batch.
         """
-        n, levels = self.setting.n_layers, self.setting.saver_levels if self.traced else ()
+        n, levels = self.setting.n_layers, self.setting.saver_levels
         rest = self.average.steady(0).rest
         base = rest["weights"] + rest["adapters"]
         ample = 2 * self.total(self.longest.steady(0).peak) < budget_bytes
@@ -127,7 +125,7 @@ class Forecast:
         parts["context"] = self.profile.context_in(name)
         return PhasePlan(name, sum(parts.values()), parts)
 
-    def level_for(self, curve: StepAtLevels | Formula, budget_bytes: int) -> int | None:
+    def level_for(self, curve: StepAtLevels, budget_bytes: int) -> int | None:
         """The first level that fits; None where none does."""
         room = budget_bytes - self.beside_a_step
         return next((n for n in self.levels if self.total(curve.steady(n).peak) <= room), None)
@@ -136,7 +134,7 @@ class Forecast:
     def levels(self) -> Sequence[int]:
         """Those that the recipe allows, ascending."""
         n, training = self.setting.n_layers, self.setting.recipe.training
-        last = n + (len(self.setting.saver_levels) if self.traced else 0)
+        last = n + len(self.setting.saver_levels)
         last = last if self.level_limit is None else min(last, self.level_limit)
         if training.lean == "always":
             return (last,)
@@ -204,7 +202,7 @@ class Forecast:
         rows = self.batches.evaluation
         lengths = rows.lengths[:n_rows]
         few = BatchShape(lengths, None if rows.learned is None else min(rows.learned, sum(lengths)))
-        work = (evaluation if self.traced else evaluation_by_formula)(self.setting, few)
+        work = evaluation(self.setting, few)
         # After training the optimizer's state is there still.
         name, peak = next(iter(work.peaks.items()))
         return replace(work, peaks={name: _with(peak, "optimizer", rest["optimizer"])})

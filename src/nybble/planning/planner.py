@@ -1,9 +1,34 @@
-"""The plan of a run from its recipe, its model's config, its rows and its device."""
+"""The plan of a run, made from its recipe, its model's config, its rows and a device profile.
+
+The plan predicts what every phase of the run takes, and chooses the fastest settings within the budget that leave
+unchanged what is learned. It is made in four steps, each of them a module:
+
+1. **Trace** (`traced_step`, `memory_tracer`). The code that trains runs on fake tensors, which have shapes but no
+   memory: transformers' model with our blocks, PEFT's adapters, the loss, the backward pass, clipping, AdamW. Every
+   storage is counted from the operator that makes it until nothing refers to it. A step falls into sections (a layer's
+   forward pass, the loss, a layer's backward pass, ..), and the highest moment of each is kept.
+2. **Extrapolate** (`extrapolate`). Decoder layers are alike, so at a given section the bytes alive are a linear
+   function of the number of recomputed layers and of the number of the others. Traces of 2 to 5 layers fix that
+   function, and with it the step at every level: levels 0 to n recompute so many of the n layers, and each level beyond
+   applies one more memory saver.
+3. **Phases** (`phases`). What a step takes, with the device's context and its allocator's loss on top, gives the peak
+   of loading, of the first, the average and the longest step, of evaluation, of a checkpoint and of merging.
+4. **Search** (`search`). For each split of a batch into micro-batches, the average and the longest batch take the first
+   level at which they stay within the budget. The split that is fastest wins, its time predicted from the profile's
+   rates (`devices`). Where nothing fits, the search names the changes that would make the run fit.
+
+So a budget becomes a chosen depth on this way: `make_plan`, `search.choose`, `Forecast.level_for`,
+`StepAtLevels.steady`, `TracedModel.trace`, `traced_step.run_steps`. The training gets the peaks by tokens and level
+(`StepMemory`), and takes the level of each batch from them.
+
+The same recipe, config, batches and profile give the same plan: only `plan` looks at the machine, to find the profile.
+`distributed` and `sharded_memory` say what each of several processes takes and sends.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +50,162 @@ from nybble.planning.search import (
 )
 from nybble.planning.shapes import config_of, known_shape, not_known
 from nybble.recipe import ModelSection, Plan, Recipe, load_recipe
+
+
+def plan(
+    recipe: Recipe | Path | str | None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    profile: str | None = None,
+    largest: bool = False,
+) -> Plan:
+    """What a run will do and take in every phase, before any weight is read.
+
+    Args:
+        recipe: a Recipe or a YAML file, with `overrides` on top. Its model may be a folder, a hub id (of which only the
+            small files are fetched) or a known shape such as `llama-2-7b`. Its rows are read where they can be.
+        overrides: settings by name.
+        profile: a device that is not here, by its name in `PROFILES`; default: the recipe's device.
+        largest: find the largest `max_length` and the largest known model that fit, too.
+
+    Raises:
+        InputError: a setting, the model or the device's name is wrong. A run that does not fit is no error: see `fits`.
+    """
+    resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    config, note = find_config(resolved.model)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit and resolved.data.max_length > limit:
+        resolved = changed(resolved, "data", max_length=limit)
+    device = named_profile(profile) if profile else profile_of(detect_device(resolved.model.device))
+    batches, why_not = read_batches(resolved)
+    result = _search(resolved, config, device, batches)
+    made = replace(result.plan(), rungs=plan_levels(result.chosen))
+    if largest:
+        made = replace(
+            made,
+            largest_length=largest_length(result.forecast, result.budget_bytes),
+            largest_model=largest_model(result.forecast, result.budget_bytes),
+        )
+    return replace(made, notes=tuple(n for n in (note, why_not, *made.notes) if n))
+
+
+def make_plan(
+    recipe: Recipe,
+    config: Any,
+    profile: Profile,
+    batches: Batches | None = None,
+    *,
+    micro_batch: int | None = None,
+    n_shards: int = 1,
+) -> Plan:
+    """What `recipe` does and takes on a device, and the neutral settings that run fastest within its budget.
+
+    Args:
+        recipe: the run; its memory budget bounds the plan, else the profile's memory.
+        config: transformers' config of the model.
+        profile: the device.
+        batches: what meets in a batch; by default every row has max_length.
+        micro_batch: rows that go through the model at a time, where that is settled already.
+        n_shards: processes that share the model; `recipe` and `batches` are the share of one.
+
+    Raises:
+        ModelError: no model can be built of the config, it cannot be traced, or nothing in it would be trained.
+    """
+    return _search(recipe, config, profile, batches, micro_batch=micro_batch, n_shards=n_shards).plan()
+
+
+def _search(
+    recipe: Recipe,
+    config: Any,
+    profile: Profile,
+    batches: Batches | None,
+    *,
+    micro_batch: int | None = None,
+    n_shards: int = 1,
+) -> _Result:
+    training = recipe.training
+    budget = training.memory_budget or profile.memory_bytes
+    if not profile.is_estimate:
+        budget = min(budget, profile.memory_bytes)
+    dtype, _notes = compute_dtype(recipe.quantization.bnb_4bit_compute_dtype, profile)
+    setting = TracedModel(config, recipe, dtype, profile.rounding, profile.shares_memory, n_shards)
+    forecast = Forecast(setting, batches or Batches.full(recipe), profile)
+    _check_traceable(forecast)
+    n_parts = training.per_device_train_batch_size // micro_batch if micro_batch else None
+    return _Result(forecast, budget, choose(forecast, budget, n_parts))
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What was chosen within a budget, and the forecast of the whole batch, which it may have split."""
+
+    forecast: Forecast
+    budget_bytes: int
+    chosen: ChosenSettings
+
+    def plan(self) -> Plan:
+        """The plan of what was chosen."""
+        setting = self.forecast.setting
+        training = setting.recipe.training
+        chosen = self.chosen
+        accumulated = training.gradient_accumulation_steps
+        batch_rows = training.per_device_train_batch_size
+        n_steps = chosen.forecast.steps
+        seconds = chosen.seconds * accumulated
+        trainable, total = setting.parameters
+        n_rows = self.forecast.batches.n_rows
+        unknown = f"rows are not known: every row is taken as {setting.recipe.data.max_length:,} tokens"
+        return Plan(
+            rows=n_rows or 0,
+            rows_per_step=batch_rows * accumulated,
+            optimizer_steps=n_steps,
+            gradient_checkpointing=training.gradient_checkpointing,
+            device=asdict(chosen.forecast.profile),
+            budget_bytes=self.budget_bytes,
+            fits=chosen.fits,
+            phases=chosen.phases,
+            recompute_layers=chosen.depths[0],
+            recompute_layers_longest=chosen.depths[1],
+            n_layers=setting.n_layers,
+            lean=chosen.savers,
+            host_bytes=chosen.host_bytes,
+            micro_batch=-(-batch_rows // chosen.n_parts),
+            eval_batch=chosen.eval_rows,
+            flops_per_step=chosen.flops * accumulated,
+            step_seconds=seconds,
+            total_seconds=seconds * n_steps if n_steps else None,
+            trainable_parameters=trainable,
+            total_parameters=total,
+            cheapest_changes=() if chosen.fits else cheapest_changes(self.forecast, self.budget_bytes),
+            step_memory=chosen.forecast.step_memory(self.budget_bytes, chosen.longest_level),
+            notes=(unknown,) if n_rows is None else (),
+        )
+
+
+def _check_traceable(forecast: Forecast) -> None:
+    """Refuse a config that no plan can be made of.
+
+    Raises:
+        ModelError: the model cannot be built or traced, or nothing of it would be trained.
+    """
+    faults = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, ImportError, NotImplementedError)
+    try:
+        trainable, _total = forecast.setting.parameters
+    except faults as error:
+        raise ModelError(f"no model can be built of this config: {_line(error)}") from error
+    if not trainable:
+        raise ModelError("nothing of this model would be trained; check target_modules")
+    try:
+        forecast.average.steady(0)  # is needed in any case
+    except faults as error:
+        raise ModelError(
+            f"{forecast.setting.config.model_type} cannot be traced ({_line(error)}), so no plan can be made; check "
+            "that its config describes a model that runs"
+        ) from error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:160]
 
 
 def find_config(model: ModelSection) -> tuple[Any, str | None]:
@@ -54,36 +235,6 @@ def find_config(model: ModelSection) -> tuple[Any, str | None]:
     return config, None
 
 
-def plan(
-    recipe: Recipe | Path | str | None,
-    overrides: Mapping[str, Any] | None = None,
-    *,
-    profile: str | None = None,
-    largest: bool = False,
-) -> Plan:
-    """What a run will do and take in every phase, before any weight is read.
-
-    Args:
-        recipe: a Recipe or a YAML file, with `overrides` on top. Its model may be a folder, a hub id (of which only the
-            small files are fetched) or a known shape such as `llama-2-7b`. Its rows are read where they can be.
-        overrides: settings by name.
-        profile: a device that is not here, by its name in `PROFILES`; default: the recipe's device.
-        largest: find the largest `max_length` and the largest known model that fit, too.
-
-    Raises:
-        InputError: a setting, the model or the device's name is wrong. A run that does not fit is no error: see `fits`.
-    """
-    resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
-    config, note = find_config(resolved.model)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if limit and resolved.data.max_length > limit:
-        resolved = changed(resolved, "data", max_length=limit)
-    device = named_profile(profile) if profile else profile_of(detect_device(resolved.model.device))
-    batches, why_not = read_batches(resolved)
-    made = make_plan(resolved, config, device, batches, also=("levels", *(("largest",) if largest else ())))
-    return replace(made, notes=tuple(n for n in (note, why_not, *made.notes) if n))
-
-
 def read_batches(recipe: Recipe) -> tuple[Batches | None, str | None]:
     """The batches that the recipe's rows make, or why they cannot be read."""
     if not recipe.data.dataset_name:
@@ -96,107 +247,3 @@ def read_batches(recipe: Recipe) -> tuple[Batches | None, str | None]:
     if not len(prepared.train):
         return None, f"the rows cannot be used: {prepared.fault}"
     return Batches.of(prepared, packs_of(prepared.train, recipe.data), recipe), None
-
-
-def make_plan(
-    recipe: Recipe,
-    config: Any,
-    profile: Profile,
-    batches: Batches | None = None,
-    *,
-    micro_batch: int | None = None,
-    n_shards: int = 1,
-    also: Collection[str] = (),
-) -> Plan:
-    """What `recipe` does and takes on a device, and the neutral settings that run fastest within its budget.
-
-    Args:
-        recipe: the run; its memory budget bounds the plan, else the profile's memory.
-        config: transformers' config of the model.
-        profile: the device.
-        batches: what meets in a batch; default: every row has max_length.
-        micro_batch: rows at a time, where that is settled already.
-        n_shards: processes that share the model; `recipe` and `batches` are the share of one.
-        also: "levels", what the longest batch takes at every memory saver level; "largest", see `plan`.
-
-    Raises:
-        ModelError: no model can be built of the config, or nothing in it would be trained.
-    """
-    training, known = recipe.training, batches or Batches.full(recipe)
-    budget = training.memory_budget or profile.memory_bytes
-    if not profile.is_estimate:
-        budget = min(budget, profile.memory_bytes)
-    dtype, _notes = compute_dtype(recipe.quantization.bnb_4bit_compute_dtype, profile)
-    setting = TracedModel(config, recipe, dtype, profile.rounding, profile.shares_memory, n_shards)
-    forecast, notes = _forecast(setting, known, profile)
-    if known.n_rows is None:
-        notes.append(f"rows are not known: every row is taken as {recipe.data.max_length:,} tokens")
-    size = training.per_device_train_batch_size
-    choice = choose(forecast, budget, size // micro_batch if micro_batch else None)
-    made = _plan_of(choice, budget)
-    return replace(
-        made,
-        rows=known.n_rows or 0,
-        cheapest_changes=() if choice.fits else cheapest_changes(forecast, budget),
-        rungs=plan_levels(choice) if "levels" in also else (),
-        largest_length=largest_length(forecast, budget) if "largest" in also else None,
-        largest_model=largest_model(forecast, budget) if "largest" in also else None,
-        notes=tuple(notes),
-    )
-
-
-def _plan_of(choice: ChosenSettings, budget: int) -> Plan:
-    setting = choice.forecast.setting
-    training = setting.recipe.training
-    size, accumulated = training.per_device_train_batch_size, training.gradient_accumulation_steps
-    trainable, total = setting.parameters
-    steps, seconds = choice.forecast.steps, choice.seconds * accumulated
-    return Plan(
-        rows=0,
-        rows_per_step=size * accumulated,
-        optimizer_steps=steps,
-        gradient_checkpointing=training.gradient_checkpointing,
-        device=asdict(choice.forecast.profile),
-        budget_bytes=budget,
-        fits=choice.fits,
-        phases=choice.phases,
-        recompute_layers=choice.depths[0],
-        recompute_layers_longest=choice.depths[1],
-        n_layers=setting.n_layers,
-        lean=choice.savers,
-        host_bytes=choice.host_bytes,
-        micro_batch=-(-size // choice.n_parts),
-        eval_batch=choice.eval_rows,
-        flops_per_step=choice.flops * accumulated,
-        step_seconds=seconds,
-        total_seconds=seconds * steps if steps else None,
-        trainable_parameters=trainable,
-        total_parameters=total,
-        step_memory=choice.forecast.step_memory(budget, choice.longest_level),
-    )
-
-
-def _forecast(setting: TracedModel, batches: Batches, profile: Profile) -> tuple[Forecast, list[str]]:
-    """By tracing, or by the formula and why.
-
-    Raises:
-        ModelError: the model cannot even be built, or nothing of it would be trained.
-    """
-    faults = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, ImportError, NotImplementedError)
-    try:
-        trainable, _ = setting.parameters
-    except faults as error:
-        raise ModelError(f"no model can be built of this config: {_line(error)}") from error
-    if not trainable:
-        raise ModelError("nothing of this model would be trained; check target_modules")
-    forecast = Forecast(setting, batches, profile)
-    try:
-        forecast.average.steady(0)
-    except faults as error:
-        note = f"{setting.config.model_type} cannot be traced ({_line(error)}): counted by a formula, good to a quarter"
-        return replace(forecast, traced=False), [note]
-    return forecast, []
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:160]

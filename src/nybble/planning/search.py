@@ -69,7 +69,7 @@ def choose(forecast: Forecast, budget_bytes: int, n_parts: int | None = None) ->
     The embedding table goes to the host, where it stays, only if no batch fits without one of the savers after it.
     """
     setting = forecast.setting
-    if "embedding" not in setting.savers or not forecast.traced:
+    if "embedding" not in setting.savers:
         return _fastest(forecast, budget_bytes, n_parts)
     beside = replace(forecast, setting=replace(setting, host_embedding=True))
     if setting.recipe.training.lean == "always":
@@ -110,7 +110,7 @@ def plan_levels(choice: ChosenSettings) -> tuple[LevelPlan, ...]:
     setting = replace(forecast.setting, host_embedding=False)
     curve, n = replace(forecast, setting=setting).longest, setting.n_layers
     named = [("nothing recomputed", 0, False), ("every layer recomputed", n, False)]
-    for saver in setting.savers if forecast.traced else ():
+    for saver in setting.savers:
         named.append((saver, named[-1][1] + (saver != "embedding"), named[-1][2] or saver == "embedding"))
     moved = replace(forecast, setting=replace(setting, host_embedding=True)).longest
     made = []
@@ -128,7 +128,7 @@ def plan_levels(choice: ChosenSettings) -> tuple[LevelPlan, ...]:
 def smallest_peak(forecast: Forecast) -> int:
     """The highest moment of the run at the last level before weights are decoded in slices, which are slow to trace."""
     setting = forecast.setting
-    if "embedding" in setting.savers and forecast.traced:
+    if "embedding" in setting.savers:
         forecast = replace(forecast, setting=replace(setting, host_embedding=True))
     level = max(level for level in forecast.levels if level == forecast.levels[0] or not _slices(forecast, level))
     slim = replace(forecast, batches=replace(forecast.batches, average=forecast.batches.longest))
@@ -244,7 +244,7 @@ def largest_model(forecast: Forecast, budget_bytes: int) -> tuple[str, int] | No
         return s.layers * (attention + 3 * s.hidden * s.intermediate) + s.vocabulary * s.hidden * (1 if s.tied else 2)
 
     def peak_of(key: str) -> int:
-        return smallest_peak(replace(forecast, setting=forecast.setting.of(config=config_of(key)), traced=True))
+        return smallest_peak(replace(forecast, setting=forecast.setting.of(config=config_of(key))))
 
     ordered = sorted(SHAPES, key=weights)
     low, high = -1, len(ordered)

@@ -23,30 +23,12 @@ from typing import Any
 
 import torch
 
-from nybble.errors import RecipeError
 from nybble.models import config_with_layers, count_parameters, meta_model, tables
 from nybble.planning.memory_tracer import Peak
 from nybble.planning.traced_step import StepCost
-from nybble.recipe import Recipe, TrainingSection
+from nybble.recipe import Recipe
 
 _SHARDED = ("weights", "adapters", "gradients", "optimizer")
-
-
-def shards_among(training: TrainingSection, n_processes: int) -> int:
-    """Processes that share one copy of the model; 1: each holds it whole.
-
-    Raises:
-        RecipeError: they cannot form such groups.
-    """
-    if training.distributed != "fsdp" or n_processes == 1:
-        return 1
-    n_shards = training.fsdp_shards or n_processes
-    if n_processes % n_shards:
-        raise RecipeError(
-            f"training.fsdp_shards is {n_shards}, and {n_processes} processes do not divide into groups of that size; "
-            f"set it to a divisor of {n_processes}, or start another number of processes"
-        )
-    return n_shards
 
 
 @dataclass(frozen=True)

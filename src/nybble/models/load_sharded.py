@@ -8,9 +8,13 @@ import torch
 
 from nybble.errors import RecipeError
 from nybble.hardware import Device
-from nybble.models import LoadReport, ModelSource, attach, compute_dtype, load_model, meta_model, shard
+from nybble.models.adapters import attach
+from nybble.models.load import LoadReport, load_model
+from nybble.models.meta_model import meta_model
+from nybble.models.sharding import shard, shards_among
+from nybble.models.skeleton import compute_dtype
+from nybble.models.source import ModelSource
 from nybble.nn import Linear4bit
-from nybble.planning.sharded_memory import shards_among
 from nybble.recipe import QuantizationSection, Recipe
 from nybble.run.processes import Processes
 
@@ -18,10 +22,10 @@ _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")  # that work on shards
 
 
 def for_shards(recipe: Recipe) -> Recipe:
-    """The recipe without what a plan may choose but shards do not take: the rungs of `lean`.
+    """The recipe as a model in shards can be trained: without the memory savers that a plan might choose.
 
     Raises:
-        RecipeError: it asks for what is not offered in shards.
+        RecipeError: it asks for something that does not work in shards.
     """
     training, lora = recipe.training, recipe.lora
     if recipe.method == "qlora" and recipe.quantization.encoder == "calibrated":
@@ -39,7 +43,7 @@ def for_shards(recipe: Recipe) -> Recipe:
     }
     for setting, is_asked_for in refused.items():
         if is_asked_for:
-            raise RecipeError(f"distributed: fsdp does not work with {setting}; leave it away, or use distributed: ddp")
+            raise RecipeError(f"distributed: fsdp does not work with {setting}; remove it, or use distributed: ddp")
     return recipe.model_copy(update={"training": training.model_copy(update={"lean": "never"})})
 
 
