@@ -1,7 +1,7 @@
-"""An adapter's two files, read as data: nothing in them is imported, matched as a pattern or believed without a check.
+"""An adapter's two files, read as data: nothing in them is imported, matched as a pattern or trusted unchecked.
 
 PEFT would take names of modules as regular expressions, ranks as sizes to allocate and a Megatron section as a module
-to import. So its config is written anew here from what the tensors are, and PEFT is given that.
+to import. So its config is rebuilt here from the tensors themselves, and PEFT is given that one.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _ADVICE = "give the adapter folder as PEFT saved it"
 _A, _B = ("lora_A.weight", "lora_embedding_A"), ("lora_B.weight", "lora_embedding_B")
-# What PEFT may ask for beside `Settings` that changes nothing once an adapter is trained.
+# Settings beyond those in `Settings` that change nothing once an adapter is trained.
 _OF_TRAINING = {
     *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "target_modules", "exclude_modules"),
     *("lora_dropout", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "megatron_core"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config"),
     "ensure_weight_tying",
 }
-_Name = Annotated[str, StringConstraints(pattern=r"^[\w.]{1,200}$")]  # no pattern: it would be matched as one
+_Name = Annotated[str, StringConstraints(pattern=r"^[\w.]{1,200}$")]  # a pattern is refused: PEFT would match it as one
 
 
 class Settings(BaseModel):
-    """What of adapter_config.json decides what the adapter computes."""
+    """The settings in adapter_config.json that decide what the adapter computes."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, frozen=True)
 
@@ -52,23 +52,23 @@ class Settings(BaseModel):
 
     @property
     def unknown(self) -> list[str]:
-        """Further settings that change what is computed."""
+        """Names of further settings that change what is computed."""
         return [name for name, value in (self.model_extra or {}).items() if value and name not in _OF_TRAINING]
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """A checked adapter folder."""
+    """An adapter folder that has been checked."""
 
     folder: Path
     settings: Settings
-    tensors: Mapping[str, StoredTensor]  # without their first name, which every adapter has
+    tensors: Mapping[str, StoredTensor]  # names without the prefix that every adapter has
 
     def ranks(self) -> dict[str, int]:
-        """Adapted module -> rank, by its tensors.
+        """The rank of each adapted module, by its tensors.
 
         Raises:
-            ModelError: a pair of factors does not belong together.
+            ModelError: two factors do not belong together.
         """
         found = {}
         for name, tensor in self.tensors.items():
@@ -143,7 +143,7 @@ def read_adapter(folder: Path) -> AdapterFiles:
 
 
 def read_settings(folder: Path) -> Settings:
-    """What adapter_config.json says.
+    """The settings in the folder's adapter_config.json.
 
     Raises:
         ModelError: there is none, or it is damaged.

@@ -1,4 +1,4 @@
-"""Adapters are PEFT's: its config in, its files out.
+"""Putting LoRA adapters on a model and taking them off to disk, with PEFT's config and PEFT's files.
 
 PEFT sees a `Linear4bit` as the `nn.Linear` it is and puts its own LoRA layer around it, so every PEFT method works;
 the folder that is saved loads in stock PEFT over the same base in 16 or 4 bits.
@@ -32,7 +32,7 @@ def attach(
         model: the base.
         lora: the adapters' settings.
         base_name: what the saved adapter names as its base.
-        starts: linear -> A `(r, in)` and B `(out, r)` to start from; others start as PEFT starts them.
+        starts: for some linears, A `(r, in)` and B `(out, r)` to start from; the others start as PEFT starts them.
 
     Raises:
         RecipeError: a target name matches no linear layer.
@@ -67,7 +67,7 @@ def attach(
 
 
 def targets(model: nn.Module, lora: LoraSection) -> list[str]:
-    """Names of the packed linears that `attach` would give an adapter."""
+    """Names of the packed linears that `attach` puts an adapter on."""
     names = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
     wanted = lora.target_modules
     if wanted == "all-linear":
@@ -91,7 +91,7 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
 
 
 def add_adapter(adapted: Any, folder: Path, name: str) -> None:
-    """Put the adapter saved in `folder` beside those that `adapted` has, under `name`.
+    """Add the adapter saved in `folder` to those of `adapted`, under `name`.
 
     Raises:
         ModelError: as `load_adapter`.
@@ -113,7 +113,7 @@ def _fitting(folder: Path) -> Iterator[None]:
 
 
 def _unmergeable(adapted: Any) -> Any:
-    """The same model, on which PEFT's own merging says what to do instead where its base is packed.
+    """The same model; where its base is packed, PEFT's own merging is refused with what to do instead.
 
     PEFT would add to packed bytes; over bitsandbytes it decodes, adds and rounds to 4 bits, which loses small adapters.
     """
@@ -138,12 +138,12 @@ def save_adapter(model: Any, folder: Path, trained: dict[str, Tensor] | None = N
 
 
 def trained_parameters(model: Any) -> dict[str, Tensor]:
-    """What of `model` is trained, whole, by the parameters' names; all processes ask together."""
+    """The trained parameters of `model`, as full tensors by name; all processes must call this together."""
     return {name: full_tensors(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def trained_weights(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What of `model` is trained, by name, and the files that go beside it.
+    """The trained weights of `model` by their names on disk, and the text of the files that belong to them.
 
     Adapters have the names that PEFT gives them on disk, with its `adapter_config.json`; a model without adapters those
     of its own parameters.
@@ -159,21 +159,21 @@ def trained_weights(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def put_weights_back(model: Any, weights: Mapping[str, Tensor]) -> None:
-    """Set what `trained_weights` gave.
+    """Set the trained weights of `model` to what `trained_weights` returned.
 
     Raises:
-        ModelError: they are not those of this model.
+        ModelError: the weights are not those that are trained in this model.
     """
     here = _by_file_name(model)
     if {name: tensor.shape for name, tensor in here.items()} != {name: t.shape for name, t in weights.items()}:
-        raise ModelError("the checkpoint's weights are not those that are trained now; begin anew with --overwrite")
+        raise ModelError("the checkpoint's weights are not those that are trained now; start over with --overwrite")
     with torch.no_grad():
         for name, tensor in weights.items():
             here[name].copy_(shard_like(tensor, here[name]))
 
 
 def _by_file_name(model: Any) -> dict[str, Tensor]:
-    """The trained parameters, by their names on disk."""
+    """The trained parameters by their names on disk."""
     from peft import PeftModel, get_peft_model_state_dict
 
     trained: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -1,8 +1,8 @@
-"""What training left, found again: a run, an adapter folder, or a folder with a whole model.
+"""A trained artifact: what a run left, an adapter folder, or a folder with a whole model.
 
-Beside trained weights lies `nybble.json`: how the base was packed, what it was (its fingerprint), how prompts were put
-and which tokens end an answer. So an adapter or a merged model that was copied elsewhere is still asked as it was
-trained. Folders by other tools lack it; they are loaded and asked by what their own files say.
+Next to trained weights is `nybble.json`, which says how the base was packed, which base it was (its fingerprint), how
+prompts were formatted and which tokens end an answer. So an adapter or a merged model that was copied elsewhere is
+still asked in the way it was trained. Folders written by other tools lack that file; their own files decide.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NOTE = "nybble.json"
 
 
 class _Note(BaseModel):
-    """What `nybble.json` holds; an older one may lack some of it."""
+    """The content of `nybble.json`; files of older versions may lack some of it."""
 
     method: Literal["qlora", "lora", "full"] | None = None
     quantization: QuantizationSection = QuantizationSection()
@@ -52,28 +52,28 @@ class _Note(BaseModel):
 
 @dataclass(frozen=True)
 class Artifact:
-    """Trained weights and what they stand on."""
+    """Trained weights, and the base that they belong to."""
 
-    name: str  # what the user named
-    folder: Path  # holds the adapter or the whole model, and its tokenizer
+    name: str  # as the user named it
+    folder: Path  # contains the adapter or the whole model, and its tokenizer
     is_adapter: bool
     method: str  # how the base, or the whole model, is loaded
-    base: ModelSection  # what the adapter was trained on; of a whole model, itself
-    original: ModelSection  # the model that training began with
-    quantization: QuantizationSection  # with the compute type that training took, which a CPU may have chosen
-    init: str  # how the adapter started, `LoraSection.init_lora_weights`
-    form: str  # how prompts are put, see `nybble.data.encode_prompt`; "" where nobody noted it
+    base: ModelSection  # what the adapter was trained on; for a whole model, the model itself
+    original: ModelSection  # the model that training started from
+    quantization: QuantizationSection  # with the compute type of the training, which may differ from the one asked for
+    init: str  # how the adapter was initialised, `LoraSection.init_lora_weights`
+    form: str  # how prompts are put, see `nybble.data.encode_prompt`; "" if unknown
     stop_tokens: tuple[int, ...]
     fingerprint: str | None  # of the original
 
     @property
     def is_repaired(self) -> bool:
-        """The adapter holds a part of the original, or of what packing lost: it fits its own 4-bit base alone."""
+        """True if the adapter holds a part of the original, or of what packing lost, and fits only its own base."""
         return self.init != "default"
 
 
 def write_note(folder: Path, recipe: Recipe, ledger: Mapping[str, Any], loaded: Mapping[str, Any]) -> None:
-    """Write `nybble.json` beside the weights that a run has trained; `loaded` is the record's `model`."""
+    """Write `nybble.json` next to the weights that a run has trained; `loaded` is the record's `model`."""
     note = {
         "method": recipe.method,
         "quantization": as_trained(recipe.quantization, loaded).model_dump(mode="json"),
@@ -86,19 +86,19 @@ def write_note(folder: Path, recipe: Recipe, ledger: Mapping[str, Any], loaded: 
 
 
 def as_trained(quantization: QuantizationSection, loaded: Mapping[str, Any]) -> QuantizationSection:
-    """The settings with the compute type that training took in place of the one that was asked for."""
+    """The settings with the compute type that training used in place of the one that was asked for."""
     return quantization.model_copy(
         update={"bnb_4bit_compute_dtype": loaded.get("compute_dtype", quantization.bnb_4bit_compute_dtype)}
     )
 
 
 def find_artifact(name: str, overrides: Mapping[str, Any] | None = None) -> Artifact:
-    """What `name` is: the folder of a run, of an adapter or of a model, or a hub id of a model.
+    """The artifact that `name` refers to: the folder of a run, an adapter or a model, or a hub id of a model.
 
-    `overrides` are settings that have changed since, e.g. the device or where the base is now.
+    `overrides` are settings that have changed since, such as the device or the place of the base.
 
     Raises:
-        InputError: there is nothing of the kind, or a run has no trained weights yet.
+        InputError: there is no such artifact, or a run has no trained weights yet.
     """
     folder = as_path(name, InputError)
     if (folder / "run.json").is_file():
@@ -119,10 +119,10 @@ def find_artifact(name: str, overrides: Mapping[str, Any] | None = None) -> Arti
 
 
 def check_original(tuned: Artifact, source: ModelSource) -> None:
-    """Refuse a model in the place of another one.
+    """Check that `source` is the model that the artifact was trained on.
 
     Raises:
-        ModelError: `source` is not the model that `tuned` was trained on.
+        ModelError: it is another model.
     """
     if tuned.fingerprint and source.fingerprint != tuned.fingerprint:
         raise ModelError(
@@ -132,10 +132,10 @@ def check_original(tuned: Artifact, source: ModelSource) -> None:
 
 
 def load_artifact(tuned: Artifact, device: Device) -> tuple[Any, Any, torch.dtype]:
-    """Model (with the adapter on it), tokenizer and compute type, ready to answer.
+    """The model with its adapter, its tokenizer and its compute type, ready to answer.
 
     Raises:
-        ModelError: the base is gone, is another one, or does not fit.
+        ModelError: the base is missing, is another model, or does not fit the adapter.
     """
     dtype, _notes = compute_dtype(tuned.quantization.bnb_4bit_compute_dtype, device)
     source = find_model(tuned.base)
@@ -147,7 +147,7 @@ def load_artifact(tuned: Artifact, device: Device) -> tuple[Any, Any, torch.dtyp
 
 
 def tokenizer_of(tuned: Artifact, source: ModelSource) -> Any:
-    """The tokenizer beside the weights, which carries the chat template that was trained with; else the base's."""
+    """The tokenizer next to the weights, with the chat template of the training; or that of the base."""
     try:
         return load_tokenizer(source, tuned.base.model_copy(update={"tokenizer_name_or_path": str(tuned.folder)}))
     except ModelError:
@@ -206,7 +206,7 @@ def _note(file: Path, content: Any) -> _Note:
 def _noted(
     name: str, folder: Path, base: ModelSection, original: ModelSection, method: str, *, is_adapter: bool
 ) -> Artifact:
-    """What `nybble.json` adds to what the folder is."""
+    """The artifact in `folder`, with what its `nybble.json` says about it."""
     file = folder / NOTE
     note = _note(file, read_object(file, ModelError, "remove it") if file.is_file() else {})
     return Artifact(

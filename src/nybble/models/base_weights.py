@@ -1,7 +1,7 @@
-"""A base's tensors read from its files one at a time, as training saw them or as they are stored.
+"""The tensors of a base, read from its files one at a time, as training saw them or as they are stored.
 
-Memory holds one tensor; a model is never built. A packed weight comes decoded to float32: read from a 4-bit checkpoint,
-or packed anew from the 16-bit one by the same encoder, which gives the same bytes.
+Memory holds one tensor, and no model is built. A packed weight is returned decoded to float32: it is read from a 4-bit
+checkpoint, or packed from the 16-bit one by the same encoder again, which gives the same bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _COMPANIONS = tuple(f".weight.{suffix}" for suffix in SUFFIXES)
 
 
 class BaseWeights:
-    """Tensors by their names in the checkpoint, without the companions of packed ones. Use as a context manager."""
+    """Tensors by their names in the checkpoint; the scales of packed ones are not listed. Use as a context manager."""
 
     def __init__(
         self, source: ModelSource, packing: QuantizationSection | None = None, dtype: torch.dtype | None = None
@@ -33,9 +33,9 @@ class BaseWeights:
         """Open the files of `source`.
 
         Args:
-            source: where the tensors lie.
-            packing: how training packed the linears; None: as they are stored.
-            dtype: the type that training kept unpacked tensors in and packed from; None: as they are stored.
+            source: the checkpoint.
+            packing: how training packed the linears; None reads them as they are stored.
+            dtype: the type of unpacked tensors in training, from which it packed; None reads them as they are stored.
         """
         self._packing, self._dtype = packing, dtype
         if packing is not None and dtype is not None and not source.is_4bit:
@@ -62,18 +62,18 @@ class BaseWeights:
         self._files = {}
 
     def names(self) -> list[str]:
-        """Every tensor, in the order of the files."""
+        """The names of all tensors, in the order of the files."""
         return [name for name in self._files if not name.endswith(_COMPANIONS)]
 
     def name_of(self, module: str) -> str | None:
-        """The name of a module's weight."""
+        """The name of the weight of `module`; None if there is none."""
         return next((name for name in (f"{module}.weight", f"{module.partition('.')[2]}.weight") if name in self), None)
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, of a packed one as it was before."""
+        """The shape of a tensor; for a packed one, its shape before packing."""
         states = [key for key in self._companions(name) if "quant_state" in key]
         if not states:
             return tuple(self._files[name].get_slice(name).get_shape())
@@ -83,7 +83,7 @@ class BaseWeights:
             raise ModelError(f"{self.source.folder}: {name}: {error}; download it again") from error
 
     def read(self, name: str) -> Tensor:
-        """One tensor; a packed one, or one that training packed, decoded to float32.
+        """One tensor; one that is packed, or that training packed, is decoded to float32.
 
         Raises:
             ModelError: it cannot be unpacked or packed.

@@ -27,7 +27,7 @@ from nybble.nn.norm import rms_norm
 
 @dataclass(frozen=True)
 class Family:
-    """What sets a family's blocks apart from Llama's."""
+    """The differences between a family's blocks and those of Llama."""
 
     unit_offset: bool = False  # norms multiply by 1 + weight, in float32
     norm_behind_mlp: bool = False
@@ -50,29 +50,29 @@ _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What of a model runs through our blocks."""
+    """The parts of a model that run through our blocks."""
 
-    flattened: bool  # rows may lie behind each other in one sequence; else they are padded
+    flattened: bool  # rows follow each other in one sequence; else they are padded
     blocks: dict[str, int] = field(default_factory=dict)  # kind -> how many
-    reason: str | None = None  # why not all of it, in words
+    reason: str | None = None  # why not all of it does, for people
 
 
 @dataclass
-class NextTokenOutput(ModelOutput):  # transformers' kind of result: Trainer and PEFT hand it on
-    """What a model with our blocks returns for a flattened batch."""
+class NextTokenOutput(ModelOutput):  # the kind of result that PEFT and trainers pass on
+    """The result of a model with our blocks for a flattened batch."""
 
     loss: Tensor | None = None  # float32 scalar
-    token_losses: Tensor | None = None  # (n,) float32, of each learned token; in evaluation only
+    token_losses: Tensor | None = None  # (n,) float32, one for each learned token; in evaluation only
 
 
 def swap_blocks(model: Any) -> SwapReport:
-    """Put our blocks into a causal language model as transformers builds it; `blocks_of` tells it again later."""
+    """Put our blocks into a causal language model that transformers built; `blocks_of` returns the report later."""
     model.nybble_blocks = _swap(model)
     return blocks_of(model)
 
 
 def blocks_of(model: Any) -> SwapReport:
-    """What of `model`, bare or with adapters, runs through our blocks."""
+    """The report of `swap_blocks` for `model`, which may be bare or have adapters."""
     base = base_of(model)
     return getattr(base, "nybble_blocks", SwapReport(False))
 
@@ -141,7 +141,7 @@ def _attention(
 
 
 def _is_step(module: Any, hidden_states: Tensor, settings: dict[str, Any]) -> bool:
-    """Whether each row has one token, which sees all that are cached: generation without padding."""
+    """True in generation without padding: each row has one token, which attends to all cached ones."""
     return (
         not torch.is_grad_enabled()
         and hidden_states.shape[1] == 1
@@ -152,7 +152,7 @@ def _is_step(module: Any, hidden_states: Tensor, settings: dict[str, Any]) -> bo
 
 
 def _queries_keys_values(module: Any, x: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`(T, heads, width)` each; one pass over x where all three are plain."""
+    """Queries, keys and values, `(T, heads, width)` each, in one pass over x if all three are plain."""
     width = module.head_dim
     if hasattr(module, "qkv_proj"):
         parts = module.qkv_proj(x).split([heads * width, kv_heads * width, kv_heads * width], dim=-1)
@@ -176,12 +176,12 @@ def _mlp(family: Family, activation: str, module: Any, x: Tensor) -> Tensor:
     if len(plain) < len(projections) or len({p.dtype for p in plain}) != 1:
         return type(module).forward(module, x)  # type: ignore[no-any-return]
     tile = max(_TILE_ROWS, -(-x.numel() // (x.shape[-1] * _TILES))) if getattr(module, "nybble_tiles", False) else 0
-    # x is what the norm before has made, and nothing else keeps it.
+    # x was made by the norm before, and nothing else refers to it.
     return GatedMlp(tuple(plain[:-1]), plain[-1], activation, family.norm_behind_mlp, tile, takes_x=True)(x)
 
 
 def _head(module: nn.Linear, x: Tensor, loss: Callable[..., Tensor] | None = None, softcap: float = 0.0) -> Tensor:
-    """Logits of `x`, or its loss: made within the module's call, for that is when weights in shards are whole."""
+    """Logits of `x`, or its loss, computed within the module's call, since weights in shards are whole only then."""
     if loss is not None:
         return loss(x, head=Head(module.weight, module.bias, softcap))
     if torch.is_grad_enabled():
@@ -211,7 +211,7 @@ def _next_token(
         known = {"num_items_in_batch": num_items_in_batch} if num_items_in_batch is not None else {}
         return type(model).forward(model, input_ids=input_ids, labels=labels, **known, **settings)
     given = {name: value for name, value in settings.items() if value is not None}
-    # A mask of four dimensions counts as made: none of T x T is built, and our attention knows the rows by `lengths`.
+    # transformers takes a mask of four dimensions as complete and builds none of T x T; attention uses `lengths`.
     mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=input_ids.device)
     inner = {**given, "attention_mask": mask, "use_cache": False, "lengths": lengths}
     hidden = model.model(input_ids=input_ids, **inner).last_hidden_state[0]
@@ -229,7 +229,7 @@ def _next_token(
 
 
 def has_fused_head(model: Any) -> bool:
-    """Whether the loss makes its own gradient in the head's forward pass: no adapter and no trained copy is there."""
+    """True if the loss computes its gradient in the head's forward pass: the head has no adapter and is not trained."""
     head = getattr(model, "lm_head", None)
     return getattr(getattr(head, "forward", None), "__func__", None) is _head
 

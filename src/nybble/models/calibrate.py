@@ -1,6 +1,6 @@
-"""Calibration: linears packed anew with what their inputs look like, one decoder layer in 16 bits at a time.
+"""Calibration: linears are packed again to fit their inputs, one decoder layer in 16 bits at a time.
 
-The model comes in packed. For each decoder layer in turn its 16-bit weights are read from the checkpoint again, the
+The model is already packed. For each decoder layer in turn its 16-bit weights are read from the checkpoint again, the
 user's rows are sent through it to gather second moments of every linear's inputs, each linear is packed with error
 feedback (and its adapter started from what was lost, if that is asked for), and the rows go on through the layer as it
 will be used. So every layer is fitted to the inputs that the packed layers before it really make. Beside the packed
@@ -32,16 +32,16 @@ ALTERNATIONS = 3  # of packing what the adapter does not hold and fitting the ad
 
 @dataclass
 class Calibration:
-    """What calibration did."""
+    """The result of a calibration."""
 
     starts: Starts = field(default_factory=dict)
     n_rows: int = 0
     n_tokens: int = 0
-    left: list[str] = field(default_factory=list)  # linears that stand outside the layers or have no 16-bit original
+    left: list[str] = field(default_factory=list)  # linears outside the layers, or without a 16-bit original
 
 
 def needs_calibration(quantization: QuantizationSection, lora: LoraSection) -> bool:
-    """Whether loading is not the whole of packing."""
+    """True if packing is not finished when the model is loaded."""
     return quantization.encoder == "calibrated" or lora.init_lora_weights != "default"
 
 
@@ -54,15 +54,15 @@ def calibrate(
     lora: LoraSection,
     progress: Callable[[int, int], None],
 ) -> Calibration:
-    """Pack the linears of `model` (which `load_model` has packed) anew, in place.
+    """Pack the linears of `model`, which `load_model` has packed, again and in place.
 
     Args:
         model: the packed model, in evaluation mode.
         source: its 16-bit checkpoint.
         rows: token ids to calibrate on.
         quantization: encoder and format.
-        lora: what adapters there will be, and how they start.
-        progress: called with layers done and layers in all.
+        lora: the adapters that will be attached, and how they are initialised.
+        progress: called with the number of finished layers and of all layers.
 
     Raises:
         RecipeError: there are no rows to calibrate on, or the checkpoint is in 4 bits itself.
@@ -107,7 +107,7 @@ class _Job:
 
     @property
     def scaling(self) -> float:
-        """What PEFT multiplies B A by."""
+        """The factor that PEFT multiplies B A by."""
         r = self.lora.r
         return self.lora.lora_alpha / (r**0.5 if self.lora.use_rslora else r)
 
@@ -144,7 +144,7 @@ def _pack_layer(
 
 
 def _as_linear(module: Linear4bit, weight: Tensor) -> nn.Linear:
-    """An ordinary linear that computes as `module` would, had it the 16-bit weight."""
+    """An ordinary linear that computes what `module` would with the 16-bit weight."""
     linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(weight.to(module.compute_dtype), requires_grad=False)
     linear.bias = module.bias
@@ -154,7 +154,7 @@ def _as_linear(module: Linear4bit, weight: Tensor) -> nn.Linear:
 def _fit(
     weight: Tensor, moments: Tensor | None, job: _Job, repair: bool
 ) -> tuple[PackedWeight, tuple[Tensor, Tensor] | None]:
-    """The packed weight, and the factors of the adapter that makes up for its loss."""
+    """The packed weight, and the factors of an adapter that compensates for its loss."""
     section, init = job.quantization, job.lora.init_lora_weights
 
     def pack(wanted: Tensor) -> PackedWeight:
@@ -180,14 +180,14 @@ def _fit(
 
 
 class _Stream:
-    """The rows on their way through the decoder layers."""
+    """The hidden states of the rows on their way through the decoder layers."""
 
     def __init__(self, model: Any, layers: Sequence[nn.Module], rows: Sequence[Sequence[int]]) -> None:
         self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {id(layer): [] for layer in layers}
         self._states: list[Tensor] = []
 
         def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # What a layer is given besides hidden states hangs on positions alone, so it is good for later passes.
+            # What a layer receives besides hidden states depends only on positions, so it serves later passes too.
             if layer is layers[0]:
                 self._states.append(args[0] if args else kwargs["hidden_states"])
             others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
@@ -203,14 +203,14 @@ class _Stream:
                 hook.remove()
 
     def gather(self, layer: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, Tensor]:
-        """Second moments of the inputs of `linears` of the current layer, `(in, in) float32` each."""
+        """Second moments of the inputs of the current layer's `linears`, `(in, in) float32` each."""
         sums: dict[str, Tensor] = {}
-        shared: dict[int, str] = {}  # q, k and v are given the same tensor: one product serves them
+        shared: dict[int, str] = {}  # q, k and v receive the same tensor: one product serves all three
 
         def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 first = shared.setdefault(id(inputs[0]), name)
-                kept.append(inputs[0])  # an id is good as long as its tensor lives
+                kept.append(inputs[0])  # an id is unique only while its tensor lives
                 if first != name:
                     sums[name] = sums[first]
                     return
@@ -248,7 +248,7 @@ class _Stream:
 
 
 class _Originals:
-    """16-bit weights by the name of their module, read one at a time."""
+    """16-bit weights by the names of their modules, read one at a time."""
 
     def __init__(self, folder: Path) -> None:
         from safetensors import safe_open

@@ -1,7 +1,7 @@
-"""Whether a model folder can be what it says it is, known from its small files and the headers of its large ones.
+"""Checks of a model folder that read only its small files and the headers of its large ones.
 
-Building a config costs memory by the numbers in it, and a model by its config: neither is done before the numbers are
-possible, and none is loaded that would hold much more than the files do.
+Building a config or a model takes memory in proportion to the numbers in the config. So the numbers are checked first,
+and no model is loaded that would hold much more than its files do.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from nybble.guard import as_path, library_faults, parse_object, read_object, sho
 
 _AGAIN = "download it again"
 _MOST_HEADER_BYTES = 64 << 20  # 400,000 tensors
-# Pattern of a config's name -> the largest number that it may hold; the first that matches counts.
+# Pattern of a name in a config -> the largest number that it may hold; the first match counts.
 _CEILINGS = (
-    (re.compile("beam|sequences"), 1 << 6),  # of generation: each has keys and values of its own
+    (re.compile("beam|sequences"), 1 << 6),  # in generation each has its own keys and values
     (re.compile("layers|n_layer|depth"), 1 << 11),  # each is built, module by module
     (re.compile("layer|block|head|expert|label"), 1 << 16),
     (re.compile("position|length|window|ctx|seq|token|_id"), 1 << 31),  # contexts, and numbers of tokens
     (re.compile("size|dim|embd|inner|rank|kernel|width|state"), 1 << 24),
     (re.compile(""), 1 << 53),
 )
-# Parameters a byte of weights can stand for: two in 4 bits. As much again, for what a model ties or computes itself.
+# A byte of weights stands for up to two parameters (4 bits), and as many again that a model ties or computes.
 _PARAMETERS_A_BYTE = 4
-_SMALL = 1 << 20  # parameters that need no explanation
+_SMALL = 1 << 20  # parameters that are allowed in any case
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as a safetensors header names it."""
+    """A tensor as a safetensors header describes it."""
 
     dtype: str
     shape: tuple[int, ...]
-    first: int  # byte behind the header
+    first: int  # byte, counted from the end of the header
     last: int
 
     @property
     def n_bytes(self) -> int:
-        """Bytes in the file."""
+        """The size of the tensor in the file."""
         return self.last - self.first
 
 
 def read_header(file: Path) -> tuple[dict[str, StoredTensor], int]:
-    """The tensors of a safetensors file, and the byte where they begin; the file is checked to be whole.
+    """The tensors of a safetensors file, and the byte at which they start; the file is checked to be complete.
 
     Raises:
-        ModelError: it is damaged, cut short, or not such a file.
+        ModelError: the file is damaged, cut short, or not a safetensors file.
     """
     from safetensors import safe_open
 
@@ -73,10 +73,10 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], int]:
 
 
 def check_numbers(file: Path, content: Mapping[str, Any]) -> None:
-    """The numbers of a config are ones that a model can have.
+    """Check that the numbers of a config are ones that a model can have.
 
     Raises:
-        ModelError: one is not.
+        ModelError: one of them is not.
     """
     level: list[Any] = [content]
     while level:
@@ -89,10 +89,10 @@ def check_numbers(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_numbers(file: Path) -> dict[str, Any]:
-    """A config as it is written, its numbers checked.
+    """The content of a config file, after its numbers were checked.
 
     Raises:
-        ModelError: it is damaged, or holds a number that no model has.
+        ModelError: the file is damaged, or contains a number that no model has.
     """
     content = read_object(file, ModelError, _AGAIN)
     check_numbers(file, content)
@@ -100,10 +100,10 @@ def read_numbers(file: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads the weights from: the whole one, or those that the index names.
+    """The files that transformers reads the weights from: the single one, or those that the index names.
 
     Raises:
-        ModelError: there are none, only pickles, or an index that is damaged or names files elsewhere.
+        ModelError: there are none, only pickles, or the index is damaged or names files elsewhere.
     """
     index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if whole.is_file():
@@ -129,10 +129,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def check_fits(folder: Path, config: Any, tensors: Sequence[StoredTensor]) -> None:
-    """The model that `config` describes is about as large as what the files hold.
+    """Check that the model that `config` describes is about as large as the files are.
 
     Raises:
-        ModelError: it is larger, or no model at all.
+        ModelError: it is much larger, or `config` describes no model.
     """
     from nybble.models.skeleton import model_without_weights  # brings torch
 

@@ -1,4 +1,4 @@
-"""A 4-bit checkpoint of a model, without training."""
+"""Writing a model as a 4-bit checkpoint, without training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nybble.run.record import Observer, Silent
 def quantize(
     model: str, out: Path | str, overrides: Mapping[str, Any] | None = None, *, observer: Observer | None = None
 ) -> dict[str, Any]:
-    """Write `model` as a 4-bit checkpoint in bitsandbytes' layout to the new folder `out`; returns what was done.
+    """Write `model` as a 4-bit checkpoint in bitsandbytes' layout to the new folder `out`; returns the report.
 
     Raises:
         InputError: `out` exists, or the model cannot be used.

@@ -1,4 +1,4 @@
-"""Loading model and tokenizer: streamed, packed to 4 bits on the way."""
+"""Loading a base model: streamed, and packed to 4 bits on the way."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ SHARD_SIZE = "1GB"  # writing copies a shard's tensors: small ones bound that me
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What loading did."""
+    """The result of loading a model."""
 
-    n_packed: int  # linears in 4 bits
+    n_packed: int  # linears that are in 4 bits
     packed_elements: int  # weights in them
     packed_bytes: int  # their codes and scales
     left_in_16bit: tuple[str, ...]  # modules with matrices that were not packed: the head, skipped ones, other kinds
     compute_dtype: str
     total_parameters: int
     seconds: float
-    notes: tuple[str, ...]  # what was done other than asked, for people
+    notes: tuple[str, ...]  # for people: what was done differently from what was asked
 
     @property
     def bits_per_weight(self) -> float | None:
-        """Bits a packed weight takes, scales included."""
+        """Bits that a packed weight takes, its share of the scales included."""
         return 8 * self.packed_bytes / self.packed_elements if self.packed_elements else None
 
 
@@ -55,13 +55,13 @@ def load_model(
     device: Device,
     on_host: bool = False,
 ) -> tuple[Any, LoadReport]:
-    """The base model for a method, on `device` (`on_host`: as for it, but still on the host), in evaluation mode.
+    """The base model for a method, in evaluation mode, on `device` or, with `on_host`, still on the host.
 
-    `qlora` packs every linear but the output head; what remains, and all of `lora`, is kept in the compute type;
-    `full` loads float32, the masters of a training that computes in the compute type.
+    `qlora` packs every linear except the output head; the rest, and everything under `lora`, has the compute type.
+    `full` loads float32, the master weights of a training that computes in the compute type.
 
     Raises:
-        RecipeError: the folder is in 4 bits and the method needs 16.
+        RecipeError: the folder is stored in 4 bits, and the method needs 16.
         ModelError: a tensor is damaged or does not fit.
     """
     started = time.monotonic()
@@ -98,18 +98,18 @@ def load_model(
 
 
 def hash_of(quantization: QuantizationSection) -> Callable[[Path], str]:
-    """SHA-256 of a file of weights; remembered in the cache while the file stays as it is, where one is kept."""
+    """A function that returns the SHA-256 of a file; with a cache, it is remembered until the file changes."""
     return packed_cache.PackedCache(quantization.cache_limit).content if quantization.cache else sha256_of
 
 
 def cached_source(source: ModelSource, quantization: QuantizationSection, dtype: torch.dtype) -> ModelSource:
-    """The same model in its packed form where the cache holds that, else `source`."""
+    """The same model in its packed form if the cache has it, else `source`."""
     kept = _Kept(source, quantization, dtype)
     return source if kept.folder is None else _stored(source, kept.folder)
 
 
 class _Kept:
-    """The cached form of what packing `source` makes."""
+    """The packed form of `source` in the cache."""
 
     def __init__(self, source: ModelSource, quantization: QuantizationSection, dtype: torch.dtype) -> None:
         size = sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
@@ -123,7 +123,7 @@ class _Kept:
             self.folder = self._cache.find(self._key)
 
     def keep(self, model: Any) -> list[str]:
-        """Write the packed model unless it came from here; a note if it could not be written."""
+        """Write the packed model unless it was read from here; returns a note if it could not be written."""
         if not self._wanted or self.folder is not None:
             return []
         tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}.values()
@@ -133,13 +133,13 @@ class _Kept:
 
 
 def _stored(source: ModelSource, folder: Path) -> ModelSource:
-    """The same model under the same name, read from its packed form."""
+    """The same model under the same name, to be read from its packed form in `folder`."""
     quantization = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     return replace(source, folder=folder, quantization=quantization)
 
 
 def _packing(source: ModelSource, method: str, quantization: QuantizationSection, dtype: torch.dtype) -> dict[str, Any]:
-    """What transformers must be told so that our plug-in packs, or reads what is packed."""
+    """The arguments of `from_pretrained` with which our quantizer packs, or reads what is packed."""
     if method != "qlora":
         return {}
     register()
@@ -161,7 +161,7 @@ def packing_config(quantization: QuantizationSection, dtype: torch.dtype) -> Nyb
         dtype,
         quantization.bnb_4bit_blocksize,
         quantization.skip_modules,
-        # What calibration does not reach stays as `search` packs it.
+        # Linears that calibration does not reach keep what `search` gives them.
         "absmax" if quantization.encoder == "absmax" else "search",
         quantization.signed_scales,
     )
@@ -207,7 +207,7 @@ def _from_pretrained(
 
 
 def save_whole(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write model and tokenizer to the new `folder`, which appears complete or not at all."""
+    """Write model and tokenizer to the new `folder`, which appears either complete or not at all."""
     remove_left_overs(folder.parent, of=folder)
     with atomic_folder(folder) as unfinished:
         model.save_pretrained(unfinished, max_shard_size=SHARD_SIZE)
@@ -215,7 +215,7 @@ def save_whole(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trainable and all parameters; a packed weight counts as the weights it stands for, tied ones once."""
+    """Trainable and all parameters; a packed weight counts as the weights it stands for, and tied ones count once."""
     packed = [module for module in model.modules() if isinstance(module, Linear4bit)]
     bytes_of_packed = {id(tensor) for module in packed for tensor in (module.weight, module.absmax)}
     plain = [parameter for parameter in model.parameters() if id(parameter) not in bytes_of_packed]

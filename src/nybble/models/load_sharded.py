@@ -1,4 +1,4 @@
-"""Loading a model that no process holds whole: the first one reads it, the others take their shards."""
+"""Loading a model that no process holds whole: the first process reads it, and the others receive their shards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nybble.nn import Linear4bit
 from nybble.recipe import QuantizationSection, Recipe
 from nybble.run.processes import Processes
 
-_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")  # that work on shards
+_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")  # those that work on shards
 
 
 def for_shards(recipe: Recipe) -> Recipe:
@@ -50,10 +50,10 @@ def for_shards(recipe: Recipe) -> Recipe:
 def load_in_shards(
     source: ModelSource, recipe: Recipe, device: Device, base_name: str, processes: Processes
 ) -> tuple[Any, torch.dtype, LoadReport]:
-    """The model of `recipe` with fresh adapters, in shards on each process's `device`; its compute type.
+    """The model of `recipe` with fresh adapters, in shards on each process's `device`, with its compute type.
 
     Raises:
-        InputError: as `nybble.models.load_model`, in all processes.
+        InputError: as `load_model`, in all processes alike.
     """
     dtype, _ = compute_dtype(recipe.quantization.bnb_4bit_compute_dtype, device)
     made = None
@@ -72,7 +72,7 @@ def load_in_shards(
 
 
 def _packing_of(model: torch.nn.Module, section: QuantizationSection, report: LoadReport) -> QuantizationSection:
-    """How the base is packed, which a folder in 4 bits decides itself."""
+    """The settings by which the base is packed; a folder that is stored in 4 bits decides them itself."""
     packed = next((m.packed for m in model.modules() if isinstance(m, Linear4bit)), None)
     if packed is None:
         return section

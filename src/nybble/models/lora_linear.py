@@ -1,8 +1,8 @@
-"""PEFT's LoRA layer with our arithmetic.
+"""PEFT's LoRA layer with our arithmetic: its own class with another forward.
 
-PEFT offers a place for a layer class of one's own (`LoraConfig._register_custom_module`, which it calls experimental);
-this file is all that touches it. The class is PEFT's own with another forward: one plain adapter, as in training, goes
-through `nybble.nn.lora_projection`; several adapters, DoRA and its kin, merged weights take PEFT's way.
+PEFT lets a layer class be registered (`LoraConfig._register_custom_module`, which it calls experimental); only this
+file uses that. A single plain adapter, as in training, runs through `nybble.nn.lora_projection`. Several adapters, DoRA and
+similar methods, and merged weights run through PEFT's own forward.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class LoraLinear(lora.Linear):
 
     seeds: DropoutSeeds
     place: int
-    plain = False  # True: PEFT's own way, to compare with
+    plain = False  # True: PEFT's own forward, for comparisons
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self.seeds, self.place = DropoutSeeds(), 0
 
     def projection(self) -> Projection | None:
-        """What this layer computes now, or None where only PEFT's own path does it."""
+        """What this layer computes now, or None if only PEFT's own forward can compute it."""
         base = projection_of(self.base_layer)
         if base is None or self.merged or self.plain:
             return None
@@ -51,7 +51,7 @@ class LoraLinear(lora.Linear):
         return Projection(base.layer, base.dtype, adapter)
 
     def forward(self, x: Tensor, *arguments: Any, **settings: Any) -> Tensor:
-        """As PEFT's layer: base output plus the adapter's."""
+        """The output of the base plus that of the adapter, as in PEFT's layer."""
         projection = None if arguments or any(value is not None for value in settings.values()) else self.projection()
         if projection is None:
             return super().forward(x, *arguments, **settings)  # type: ignore[no-any-return]
@@ -64,6 +64,6 @@ def use_our_layer(config: LoraConfig) -> None:
 
 
 def share_seeds(model: nn.Module, seeds: DropoutSeeds) -> None:
-    """Let every adapter's dropout in `model` follow `seeds`."""
+    """Let the dropout of every adapter in `model` follow `seeds`."""
     for place, layer in enumerate(m for m in model.modules() if isinstance(m, LoraLinear)):
         layer.seeds, layer.place = seeds, place

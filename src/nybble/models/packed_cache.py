@@ -9,9 +9,9 @@ from typing import Any
 from nybble.storage.atomic import sha256_of, write_text
 from nybble.storage.cache import Cache, digest
 
-# Part of every key: to be raised when an encoder's bytes change.
+# Part of every key; raise it when an encoder's bytes change.
 _ENCODER_VERSION = 1
-SMALLEST = 256 << 20  # bytes of a source below which packing takes a second or two and nothing is kept
+SMALLEST = 256 << 20  # bytes; a smaller source is packed in a second or two, and not cached
 
 
 class PackedCache(Cache):
@@ -21,12 +21,12 @@ class PackedCache(Cache):
         super().__init__("packed", limit_bytes, folder)
 
     def key(self, source: Path, settings: Mapping[str, Any]) -> str:
-        """The key of what `settings` make of the checkpoint in `source`."""
+        """The key of the checkpoint in `source`, packed by `settings`."""
         files = sorted([*source.glob("*.safetensors"), source / "config.json"])
         return digest(_ENCODER_VERSION, {file.name: self.content(file) for file in files}, settings)
 
     def content(self, file: Path) -> str:
-        """SHA-256 of a file, remembered as long as its size, time and inode stay."""
+        """SHA-256 of a file, remembered until its size, time or inode changes."""
         state = file.stat()
         seen = digest(str(file.resolve()), state.st_size, state.st_mtime_ns, state.st_ino)
         memo = self.folder / "sources" / f"{seen}.txt"

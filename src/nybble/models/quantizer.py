@@ -1,12 +1,12 @@
-"""Nybble as a quantization method of transformers.
+"""The quantizer: Nybble as a quantization method of transformers.
 
     import nybble
     nybble.register()
     AutoModelForCausalLM.from_pretrained(path, quantization_config=nybble.NybbleConfig())
 
-transformers streams: it reads one tensor, hands it to our operation, drops it, reads the next; so host memory holds the
-packed model plus one tensor. Registration is an explicit call, may be repeated, and adds one entry to each of the two
-tables that transformers keeps for this purpose. Folders written by `save_pretrained` carry bitsandbytes' keys and
+transformers reads one tensor, passes it to our operation, and drops it before it reads the next; so host memory holds
+the packed model plus one tensor. Registration is an explicit call, may be repeated, and adds one entry to each of the
+two tables that transformers has for this purpose. Folders written by `save_pretrained` carry bitsandbytes' keys and
 `quantization_config`, so that stock transformers + bitsandbytes and vLLM read them.
 """
 
@@ -35,7 +35,7 @@ METHOD = "nybble"
 
 
 class NybbleConfig(QuantizationConfigMixin):
-    """How to pack: bitsandbytes' names and meanings.
+    """How to pack, with bitsandbytes' names and meanings.
 
     Args:
         bnb_4bit_quant_type: "nf4" or "fp4".
@@ -76,7 +76,7 @@ class NybbleConfig(QuantizationConfigMixin):
         self.left_alone: list[str] = []  # linears that were not packed; filled while loading
 
     def to_dict(self) -> dict[str, Any]:
-        """As config.json holds it: bitsandbytes' own dictionary."""
+        """The dictionary that bitsandbytes would write into config.json."""
         return {
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
@@ -92,7 +92,7 @@ class NybbleConfig(QuantizationConfigMixin):
 
 
 def adopt_bnb(stored: dict[str, Any]) -> dict[str, Any]:
-    """The `quantization_config` of a bitsandbytes 4-bit folder, renamed so that transformers gives it to us."""
+    """The `quantization_config` of a bitsandbytes 4-bit folder, renamed so that transformers passes it to us."""
     names = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "bnb_4bit_compute_dtype")
     known = {name: stored[name] for name in names if name in stored}
     return {"quant_method": METHOD, "skip_modules": stored.get("llm_int8_skip_modules") or [], **known}
@@ -105,7 +105,7 @@ class NybbleQuantizer(HfQuantizer):
     quantization_config: NybbleConfig
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
-        """Whether this tensor of the checkpoint is to be packed."""
+        """True for a tensor of the checkpoint that is to be packed."""
         module, name = get_module_from_name(model, param_name)
         return isinstance(module, Linear4bit) and name == "weight"
 
@@ -115,12 +115,12 @@ class NybbleQuantizer(HfQuantizer):
         swap_linears(model, names, config.bnb_4bit_compute_dtype)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        # transformers would undo on saving what it did on reading; our state dict has the file's keys already.
+        # On saving, transformers would undo these conversions; our state dict already has the file's keys.
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [
             c for c in conversions if not any(isinstance(op, _Unpack) for op in _operations(c))
         ]  # type: ignore[assignment]
-        model.is_loaded_in_4bit = True  # type: ignore[assignment]  # what PEFT, accelerate and TRL ask for
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT, accelerate and TRL read this
         return model
 
     def get_quantize_ops(self) -> ConversionOps:
@@ -135,22 +135,22 @@ class NybbleQuantizer(HfQuantizer):
         return [WeightConverter(source_patterns=sources, target_patterns="weight", operations=[_Unpack(self)])]
 
     def is_serializable(self) -> bool:
-        """`save_pretrained` works."""
+        """True: `save_pretrained` works."""
         return True
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters on top can be trained."""
+        """True: adapters on top of the model can be trained."""
         return True
 
 
-# transformers turns what an operation raises into text in a log; the loader wants the error itself.
+# transformers turns what an operation raises into a line of a log; the loader needs the error itself.
 _faults: ContextVar[list[ModelError] | None] = ContextVar("nybble_faults", default=None)
 
 
 @contextmanager
 def raising_faults() -> Iterator[None]:
-    """Within: an error in packing or unpacking a tensor is raised as itself, whatever transformers makes of it.
+    """Within, an error in packing or unpacking a tensor is raised as it is, not as transformers reports it.
 
     Raises:
         ModelError: a tensor is not finite, or its 4-bit companions do not fit.
@@ -176,7 +176,7 @@ def _fault(name: str, error: ValueError) -> ModelError:
 
 
 def _operations(conversion: Any) -> list[Any]:
-    return list(getattr(conversion, "operations", ()))  # a mere renaming has none
+    return list(getattr(conversion, "operations", ()))  # a conversion that only renames has none
 
 
 class _Pack(ConversionOps):
@@ -207,8 +207,8 @@ class _Pack(ConversionOps):
 
 class _Unpack(ConversionOps):
     def __init__(self, hf_quantizer: NybbleQuantizer) -> None:
-        # By this attribute transformers knows that the tensors are ours to convert, and does not round the float32
-        # scales to the model's type on reading.
+        # This attribute tells transformers that the tensors are converted here, so that it does not round the
+        # float32 scales to the model's type on reading.
         self.hf_quantizer = hf_quantizer
 
     def convert(
@@ -229,7 +229,7 @@ class _Unpack(ConversionOps):
 
 
 def register() -> None:
-    """Make transformers know the method "nybble"; calling it again changes nothing."""
+    """Register the method "nybble" with transformers; calling it again changes nothing."""
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(NybbleConfig)
         register_quantizer(METHOD)(NybbleQuantizer)

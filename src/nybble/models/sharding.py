@@ -1,9 +1,9 @@
-"""Weights in shards: torch's FSDP2 over the packed bytes as they are.
+"""Weights in shards: torch's FSDP2 on the packed bytes themselves.
 
 `fully_shard` goes over each decoder layer, over embeddings and head (one unit where they are tied), and over the rest.
-A unit is gathered when its forward or backward pass begins, and let go when that ends, so the blocks that read the
-parameters of a layer within its forward and backward pass find them whole. Frozen embeddings need none behind their
-forward pass, nor does a head whose loss makes its gradient there. What is gathered are 4-bit codes and their scales:
+A unit is gathered when its forward or backward pass begins and freed when that ends, so blocks that read a layer's
+parameters within these passes see full tensors. Frozen embeddings need no gathering after their forward pass, nor does
+a head whose loss computes its gradient there. What is gathered are 4-bit codes and their scales:
 both are uint8 parameters without gradient, which FSDP2 sends together with the unit's others as bytes. Adapters, their
 gradients and the optimizer's state are sharded with them; gradients are the mean over the processes. Where groups of
 them hold a copy each, a unit is gathered within the group, and gradients go between the groups too.
@@ -41,10 +41,10 @@ def shard(
 
     Args:
         model: the base with its adapters.
-        processes: that share it.
-        device: of this process.
-        n_shards: so many neighbours share a copy, and the others hold the same; default: all share one.
-        offload: shards wait in (pinned) host memory; a layer's goes to the device when the layer is gathered.
+        processes: those that share it.
+        device: the device of this process.
+        n_shards: how many neighbours share a copy; by default all processes share one.
+        offload: shards wait in pinned host memory, and a layer's shard goes to the device when it is gathered.
 
     Raises:
         InputError: the processes' models differ.
@@ -92,7 +92,7 @@ def shards_among(training: TrainingSection, n_processes: int) -> int:
 
 
 def tables(model: Any) -> list[list[Any]]:
-    """Units that are gathered for the forward pass alone: embeddings and head, frozen; tied they are one."""
+    """Units that are gathered only for the forward pass: frozen embeddings and head, which are one unit if tied."""
     root = base_of(model)
     ends = [root.get_input_embeddings(), root.get_output_embeddings()]
     weights = [getattr(module, "weight", None) for module in ends]
@@ -102,11 +102,11 @@ def tables(model: Any) -> list[list[Any]]:
 
 
 def _receive(unit: list[nn.Module], processes: Processes, device: torch.device) -> None:
-    """Give every tensor of `unit`'s modules that is not sharded yet the first process's values, on `device`."""
+    """Give every tensor of `unit` that is not sharded yet the values of the first process, on `device`."""
     import torch.distributed
     from torch.distributed.tensor import DTensor
 
-    made: dict[int, Any] = {}  # shared ones once
+    made: dict[int, Any] = {}  # a shared tensor is sent once
 
     def received(tensor: Tensor) -> Tensor:
         there = (
@@ -130,14 +130,14 @@ def _receive(unit: list[nn.Module], processes: Processes, device: torch.device) 
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether `shard` was called with `model`."""
+    """True if `model` was sharded by `shard`."""
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(base_of(model), FSDPModule)
 
 
 def held_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers that lie in this process."""
+    """Bytes of the parameters and buffers that this process holds."""
     from torch.distributed.tensor import DTensor
 
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
@@ -146,7 +146,7 @@ def held_bytes(model: nn.Module) -> int:
 
 
 def full_tensors(value: Any) -> Any:
-    """`value`, with tensors in shards put together, within dicts and lists; all processes ask together."""
+    """`value` with sharded tensors gathered, also within dicts and lists; all processes must call this together."""
     from torch.distributed.tensor import DTensor
 
     if isinstance(value, DTensor):
@@ -159,10 +159,10 @@ def full_tensors(value: Any) -> Any:
 
 
 def shard_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A whole tensor in the shards of `parameter`, where that lies; nothing is sent, each process has the whole."""
+    """A full tensor, which every process has, cut into the shards of `parameter`, on its device; nothing is sent."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if not isinstance(parameter, DTensor) or tensor.shape != parameter.shape:
         return tensor
     shards = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
-    return shards.to(parameter.device)  # the host, where shards wait there
+    return shards.to(parameter.device)  # the host, if shards wait there

@@ -1,7 +1,7 @@
-"""From what the user names to a local folder that is known to hold a causal language model in safetensors.
+"""Finding the model that the user names: a local folder that holds a causal language model in safetensors.
 
-Everything that can be wrong with a folder is found here, before memory is spent: no such folder, no config, not a
-causal model, a pickle, a shard that is missing or cut short, a 4-bit format that is not ours.
+Everything that can be wrong with a folder is reported here, before any memory is used: no such folder, no config, not a
+causal model, a pickle, a shard that is missing or cut short, a 4-bit format that is not bitsandbytes'.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ _FILES = ("*.json", "*.jinja", "*.model", "*.txt", "README.md")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A checked model folder."""
+    """A model folder that has been checked."""
 
-    name: str  # what the user gave; what an adapter names as its base
+    name: str  # as the user named it; what an adapter names as its base
     folder: Path
     config: Any  # transformers' PretrainedConfig
     quantization: dict[str, Any] | None  # the folder's own quantization_config
 
     @property
     def is_4bit(self) -> bool:
-        """Stored in bitsandbytes' 4-bit layout."""
+        """True if the model is stored in bitsandbytes' 4-bit layout."""
         return bool(self.quantization and self.quantization.get("load_in_4bit"))
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over name, type, shape and a sample of every tensor, however they are spread over files.
+        """SHA-256 over name, type, shape and a sample of every tensor, whatever files they are in.
 
-        A few KiB of a tensor tell two models apart without reading gigabytes.
+        A few KiB of each tensor distinguish two models without reading gigabytes.
         """
         parts = []
         for shard in sorted(self.folder.glob(_WEIGHTS)):
@@ -58,7 +58,7 @@ def find_model(section: ModelSection) -> ModelSource:
     """Locate and check the model that `section` names; a hub id is downloaded (safetensors only).
 
     Raises:
-        ModelError: it is missing, damaged, or no causal language model.
+        ModelError: it is missing, damaged, or not a causal language model.
         CannotRunError: a hub id cannot be fetched.
     """
     name = section.model_name_or_path
@@ -84,7 +84,7 @@ def find_model(section: ModelSection) -> ModelSource:
 
 
 def find_folder(name: str, revision: str | None = None, *, with_weights: bool = True, with_code: bool = False) -> Path:
-    """The local folder for a path or a hub id; of a hub id, weights and code are fetched only where they are wanted.
+    """The local folder for a path or a hub id; weights and code of a hub id are fetched only if asked for.
 
     Raises:
         ModelError: a path that does not exist, or a hub id that does not.
@@ -120,7 +120,7 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
     """transformers' config of a folder.
 
     Raises:
-        ModelError: there is none, or it is not that of a causal language model.
+        ModelError: there is none, or it is not the config of a causal language model.
     """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -17,7 +17,7 @@ from nybble.recipe import ModelSection
 
 _MOST_BYTES = 128 << 20  # of a vocabulary; the largest known, of 262,144 tokens, has 33 million
 _MOST_GROWTH = 1 << 14
-_UNKNOWN = "\ue000 \U0001f9ff"  # hardly in a vocabulary: what stands for the unknown is looked up, and may be missing
+_UNKNOWN = "\ue000 \U0001f9ff"  # rarely in a vocabulary: the unknown token is looked up, which may be missing
 _NAMES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
 
 
@@ -88,10 +88,10 @@ def _read(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _check_growth(folder: Path, tokenizer: Any) -> None:
-    """Steps that rewrite text make it a little longer, never thousands of times.
+    """Check that steps which rewrite text do not make it thousands of times longer.
 
     Raises:
-        ModelError: they would: each of a text's characters could become so many.
+        ModelError: they could.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     for part in (getattr(backend, name, None) for name in ("normalizer", "decoder")):
@@ -103,7 +103,7 @@ def _check_growth(folder: Path, tokenizer: Any) -> None:
 
 
 def _growth(step: Any) -> int:
-    """How many characters one can become."""
+    """How many characters a single one can become."""
     growth = 1
     for inner in step.get("normalizers", step.get("decoders", [])):
         growth *= _growth(inner)
@@ -116,7 +116,7 @@ def _growth(step: Any) -> int:
 
 
 def _padding(tokenizer: Any) -> str:
-    """The unknown token, or the first unused special token."""
+    """A token to pad with: the unknown token, or the first unused special token."""
     taken = {tokenizer.eos_token, tokenizer.bos_token}
     for token in (tokenizer.unk_token, *tokenizer.all_special_tokens):
         if token is not None and token not in taken:

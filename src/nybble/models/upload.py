@@ -9,11 +9,11 @@ from nybble.guard import brief, check_links
 
 
 def push_folder(folder: Path, repository: str) -> str:
-    """Upload `folder` as it is to the model repository, made private if it is new; returns its address.
+    """Upload `folder` to the model repository, which is created as private if it is new; returns its address.
 
     Raises:
-        InputError: it holds a link out of it: what that names would be uploaded.
-        CannotRunError: no network, no token, or no right to write there; the folder itself is safe on disk.
+        InputError: a link in `folder` leads out of it, so that another file would be uploaded.
+        CannotRunError: there is no network, no token or no right to write; the folder stays on disk.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled

@@ -1,9 +1,9 @@
-"""How fast a device is and what it takes before the first tensor: measured on this machine, or published figures.
+"""Device profiles: how fast a device is, and what it takes before the first tensor.
 
-A step's time is predicted as products / their rate + everything else's traffic / bandwidth, and what the host takes for
-each operator: on a CPU on top, on a GPU beside the rest. The machine's own rates are measured in about two seconds and
-kept in the cache folder. Of a named device the makers' peak figures are known; a
-training reaches a share of them that is assumed, so what follows from them is an estimate and says so.
+A step's time is predicted from the operations of its products and the rate of products, the traffic of everything else
+and the bandwidth, and the host's time for each operator, which on a CPU is added and on a GPU runs beside the rest. The
+rates of this machine are measured in about two seconds and cached. For a named device they are the makers' peak
+figures, of which a training is assumed to reach a share; so what follows from them is an estimate and says so.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ _ALLOCATOR_SHARE = 0.03  # of the live tensors, lost between the pieces of a GPU
 
 @dataclass(frozen=True)
 class Links:
-    """To the other devices of a machine."""
+    """The links of a device to the other devices of its machine."""
 
     bytes_per_second: float  # that one sends while it receives as much
-    at_once: int = 1  # in a mesh each of the others has one of its own
+    at_once: int = 1  # in a mesh there is a link to each of the others
 
     def rate(self, n: int) -> float:
         """Bytes a second that each of `n` devices sends to the others together."""
@@ -58,7 +58,7 @@ class Links:
 
 @dataclass(frozen=True)
 class Profile:
-    """A device as a plan sees it."""
+    """The facts about a device that a plan is made from."""
 
     name: str
     backend: str  # cpu, cuda or hip
@@ -66,28 +66,28 @@ class Profile:
     bytes_per_second: float
     memory_bytes: int  # that a run may take, what it takes already included
     context_bytes: int  # taken before the first tensor
-    is_estimate: bool
+    is_estimate: bool  # the rates are published figures, not measured
     shares_memory: bool = False  # with the host
-    operator_seconds: float = 2e-5  # of the host, for each operator; measured here, else an estimate
+    operator_seconds: float = 2e-5  # of the host for each operator; measured on this machine, else an estimate
     has_bfloat16: bool = True  # worth using
     links: Links = Links(25e9)  # PCIe 4.0 x16, less what its protocol takes
 
     def context_in(self, phase: str) -> int:
-        """Taken besides tensors and their allocator."""
+        """Bytes that `phase` takes besides tensors and their allocator."""
         later = _LIBRARIES_LOADING if phase == "load" else _LIBRARIES
         return self.context_bytes + (later if self.backend == "cpu" else 0)
 
     @property
     def rounding(self) -> int:
-        """Each tensor takes a multiple of so many bytes."""
+        """Each tensor takes a multiple of this many bytes."""
         return 1 if self.backend == "cpu" else 512
 
     def allocator_bytes(self, live_bytes: int) -> int:
-        """What the allocator holds beyond live tensors."""
+        """Bytes that the allocator holds beyond the live tensors."""
         return 0 if self.backend == "cpu" else int(_ALLOCATOR_SHARE * live_bytes)
 
     def seconds(self, work: StepCost) -> float:
-        """Predicted time of a step."""
+        """The predicted time of a step."""
         computing = work.flops / self.flops_per_second + work.moved_bytes / self.bytes_per_second
         calling = work.operators * self.operator_seconds
         return computing + calling if self.backend == "cpu" else max(computing, calling)
@@ -114,7 +114,7 @@ PROFILES = {
     "rtx4090": _published("RTX 4090", "cuda", 165.2, 1008, 24, Links(12e9)),
     "h200": _published("H200", "cuda", 989.0, 4800, 141, _NVLINK),
 }
-# By what torch calls them; those of others are taken for PCIe.
+# By the name that torch gives a device; other devices are assumed to have PCIe.
 _LINKS = {
     "MI300X": PROFILES["mi300x"].links,
     "MI250": PROFILES["mi250-gcd"].links,
@@ -125,10 +125,10 @@ _LINKS = {
 
 
 def named_profile(name: str) -> Profile:
-    """The profile of a device that is not here.
+    """The profile of a device that this machine need not have.
 
     Raises:
-        InputError: a name that is not in the list.
+        InputError: the name is not in the list.
     """
     key = name.lower().replace("_", "-").replace(" ", "-")
     if key not in PROFILES:
@@ -137,15 +137,15 @@ def named_profile(name: str) -> Profile:
 
 
 def profile_of(device: Device, n_beside: int = 1) -> Profile:
-    """The device of this machine, for one of `n_beside` processes that take of its memory alike.
+    """The profile of a device of this machine, for one of `n_beside` processes that share its memory.
 
-    Its rates are measured once and kept.
+    Its rates are measured once and cached.
     """
     return _profile(device, _kept_rates(device), n_beside)
 
 
 def measured_profile(device: Device, clock: Callable[[], float] = time.perf_counter) -> Profile:
-    """The same, measured now."""
+    """The profile of a device of this machine, its rates measured now."""
     return _profile(device, _measured_rates(device, clock))
 
 
@@ -208,7 +208,7 @@ class _Stopwatch:
     clock: Callable[[], float]
 
     def __call__(self, work: Callable[[], object]) -> float:
-        """Seconds of `work`: the median of many, over half a second."""
+        """Seconds that `work` takes: the median of the runs in half a second, of five at least."""
         taken: list[float] = []
         work()
         started = time.perf_counter()
@@ -228,14 +228,14 @@ def _product_rate(device: Device, stopwatch: _Stopwatch) -> float:
 
 
 def _traffic_rate(device: Device, stopwatch: _Stopwatch) -> float:
-    """Of an addition in place, which reads two numbers and writes one."""
+    """Bytes a second of an addition in place, which reads two numbers and writes one."""
     n = 1 << (23 if device.type == "cpu" else 26)
     a, b = (torch.ones(n, dtype=torch.bfloat16, device=device.torch_device) for _ in range(2))
     return 3 * 2 * n / stopwatch(lambda: a.add_(b))
 
 
 def _operator_seconds(stopwatch: _Stopwatch) -> float:
-    """Of a step so small that nothing else counts."""
+    """Seconds for each operator of a step that is so small that nothing else counts."""
     from transformers import AutoConfig
 
     recipe = load_recipe(None, {"r": 4})

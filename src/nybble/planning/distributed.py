@@ -2,14 +2,14 @@
 
     sent under ddp    2 (N-1)/N x gradients, once a step (ring all-reduce)
     sent under fsdp   (N-1)/N x weights and adapters, for forward and backward of each micro-batch (all-gather; tables
-                      that are units of their own for forward alone), (N-1)/N x gradients behind it (reduce-scatter)
-    in groups of N    the same, and 2 (M-1)/M x gradients/N over M groups behind each micro-batch (all-reduce)
+                      that are units of their own for forward only), (N-1)/N x gradients after it (reduce-scatter)
+    in groups of N    the same, and 2 (M-1)/M x gradients/N over M groups after each micro-batch (all-reduce)
 
-Where shards wait on the host (`fsdp_cpu_offload`) a device holds none of them, only what is gathered; they and their
-gradients cross the host's link, 1/N of them for each time that all is gathered.
+Where shards wait on the host (`fsdp_cpu_offload`), a device holds none of them, only what is gathered; they and their
+gradients cross the link to the host, 1/N of them each time that everything is gathered.
 
-Traffic overlaps with computing: a step takes the longer of both. The rate of the links is that of the kind of device,
-within a machine, unless one is given; so times are estimates.
+Traffic overlaps with computing, so a step takes the longer of the two. The rate of the links is that of the kind of
+device within one machine, unless a rate is given; so times are estimates.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _HOST_LINK = 25e9  # bytes a second between host and device: PCIe 4.0 x16, less 
 
 @dataclass(frozen=True)
 class SharedPlan:
-    """What each of several processes takes, and what a step costs them."""
+    """The plan of each of several processes, and what a step costs them."""
 
     processes: int
     distributed: str  # ddp or fsdp
@@ -47,13 +47,13 @@ class SharedPlan:
 
     @property
     def efficiency(self) -> float | None:
-        """Of N times the speed of one process, the share that is reached."""
+        """The share of N times the speed of one process that is reached."""
         if not self.step_seconds or not self.alone_seconds:
             return None
         return self.alone_seconds / (self.processes * self.step_seconds)
 
     def lines(self) -> tuple[str, ...]:
-        """For people."""
+        """The plan in three lines, for people."""
         speed = "" if self.efficiency is None else f", {self.efficiency:.0%} of {self.processes} times the speed of one"
         takes, sends = format_bytes(self.plan.peak_bytes), format_bytes(self.sent_bytes_per_step)
         links = f"links of {self.link_bytes_per_second / 1e9:.3g} GB/s"
@@ -64,7 +64,7 @@ class SharedPlan:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """The plan as plain data."""
         return {**asdict(replace(self, plan=None)), "plan": self.plan.to_json(), "efficiency": self.efficiency}  # type: ignore[arg-type]
 
 
@@ -76,13 +76,13 @@ def plan_processes(
     profile: str | None = None,
     link_rate: str | None = None,
 ) -> SharedPlan:
-    """What a run takes of each of `n` processes, each with a GPU of its own; the rest as `nybble.planning.plan`.
+    """What a run takes in each of `n` processes, each with a GPU; other arguments are those of `plan`.
 
-    On a CPU they share the memory of this machine. `link_rate`: bytes a second that each sends while it receives as
-    much, e.g. "12GB"; default: what is known of the device, all in one machine.
+    On a CPU the processes share the memory of this machine. `link_rate` is the bytes a second that each sends while it
+    receives as much, e.g. "12GB"; by default it is what is known of the device, all being in one machine.
 
     Raises:
-        InputError: as `plan`, the rows of a step cannot be shared by so many, or the rate is none.
+        InputError: as `plan`; or `n` processes cannot share the rows of a step, or the rate is not one.
     """
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     config, _ = find_config(resolved.model)
@@ -91,7 +91,7 @@ def plan_processes(
         try:
             device = replace(device, links=Links(parse_bytes(link_rate)))
         except ValueError as error:
-            raise InputError(f"--link-rate {link_rate!r} is no rate; write bytes a second, e.g. 12GB") from error
+            raise InputError(f"--link-rate {link_rate!r} is not a rate; write bytes a second, e.g. 12GB") from error
     share = share_of(resolved, n)
     batches, _ = read_batches(share)
     return plan_shared(resolved, config, device, n, None if batches is None else among(batches, n))
@@ -102,20 +102,20 @@ def _here(device: Device, n: int) -> Profile:
 
 
 def share_of(recipe: Recipe, n: int) -> Recipe:
-    """The recipe of one of `n` processes."""
+    """The recipe with one process's share of the rows of a step."""
     return recipe.model_copy(update={"training": shared_among(recipe.training, n)})
 
 
 def among(batches: Batches, n: int) -> Batches:
-    """The same, with the rows of one of `n` processes."""
+    """The same batches with one process's share of the rows."""
     return replace(batches, n_rows=None if batches.n_rows is None else -(-batches.n_rows // n))
 
 
 def plan_shared(recipe: Recipe, config: Any, profile: Profile, n: int, batches: Batches | None = None) -> SharedPlan:
-    """What a step of `recipe` takes of each of `n` processes on devices like `profile`; `batches` are of its share.
+    """What a step of `recipe` takes in each of `n` processes on devices like `profile`; `batches` are its share.
 
     Raises:
-        RecipeError: the rows of a step cannot be shared by so many.
+        RecipeError: `n` processes cannot share the rows of a step.
     """
     share = share_of(recipe, n)
     dtype, _notes = compute_dtype(recipe.quantization.bnb_4bit_compute_dtype, profile)
@@ -138,15 +138,15 @@ def plan_shared(recipe: Recipe, config: Any, profile: Profile, n: int, batches: 
 def plan_training(
     recipe: Recipe, config: Any, profile: Profile, batches: Batches, micro_batch: int | None = None, n_shards: int = 1
 ) -> Plan:
-    """The plan of a training; `micro_batch`: rows at a time in the run that it resumes."""
-    # Dropout follows the micro-steps: a resumed run goes on with its own split, as long as that divides the batch.
+    """The plan of a training; `micro_batch` is the rows at a time of the run that it resumes."""
+    # Dropout follows the micro-steps, so a resumed run keeps its split as long as that divides the batch.
     if micro_batch and recipe.training.per_device_train_batch_size % micro_batch:
         micro_batch = None
     return make_plan(recipe, config, profile, batches, micro_batch=micro_batch, n_shards=n_shards)
 
 
 def sent_bytes(sizes: Sizes, n: int, micro_batches: int = 0, n_shards: int = 1) -> int:
-    """Bytes that each process sends in a step, under ddp or in shards."""
+    """Bytes that each process sends in a step, under ddp (`n_shards` 1) or in shards."""
     gradients = 4 * sizes.trained
     if n_shards == 1:
         return 2 * gradients * (n - 1) // n

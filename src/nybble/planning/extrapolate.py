@@ -1,7 +1,7 @@
-"""What a step takes at any level, from a few traced layers.
+"""What a step takes at any level, extrapolated from a few traced layers.
 
-Level 0 .. n is so many of the n decoder layers recomputed; the levels beyond recompute all and go down the savers of
-`nybble.models.memory_savers`, one more for each level.
+Levels 0 to n recompute so many of the n decoder layers. The levels beyond recompute all of them and apply the savers of
+`nybble.models.memory_savers`, one more at each level.
 
 Decoder layers are alike, so at a given place of a step (a layer's forward pass, the loss, a layer's backward pass) the
 bytes alive are a linear function of the number of recomputed layers before it and of those that keep everything. Three
@@ -42,7 +42,7 @@ _FEW = 4  # up to so many layers are traced as they are
 
 @dataclass(frozen=True)
 class TracedModel:
-    """What is traced: all that memory depends on but the batch."""
+    """The model as it is traced: everything that memory depends on except the batch."""
 
     config: Any  # transformers' config, of all layers
     recipe: Recipe
@@ -54,21 +54,21 @@ class TracedModel:
     traces: dict[Any, StepCost] = field(default_factory=dict, repr=False, compare=False)  # of whole models
 
     def of(self, **changes: Any) -> TracedModel:
-        """With another recipe or config, so that nothing traced holds."""
+        """The same with another recipe or config, without the traces so far, which would not hold."""
         return replace(self, traces={}, **changes)
 
     @property
     def n_layers(self) -> int:
-        """Decoder layers."""
+        """The number of decoder layers."""
         return int(self.config.get_text_config().num_hidden_layers)
 
     def laid_out(self, rows: BatchShape) -> int:
-        """Tokens that go through the model: those of the rows, filled up, or padded where rows lie side by side."""
+        """Tokens that go through the model for `rows`: flattened and filled up, or padded to the longest row."""
         return filled(rows.tokens) if self._is_flat else max(rows.lengths) * len(rows.lengths)
 
     @cached_property
     def savers(self) -> tuple[str, ...]:
-        """Those of the savers that the model has and the device gains from."""
+        """The memory savers that the recipe allows, the model has and the device gains from."""
         training = self.recipe.training
         without = training.lean == "never" or (training.lean, training.gradient_checkpointing) == ("auto", "never")
         if without or self.shards:
@@ -77,13 +77,13 @@ class TracedModel:
 
     @cached_property
     def saver_levels(self) -> tuple[tuple[str, ...], ...]:
-        """Rungs of the levels beyond full recomputation."""
+        """The memory savers of each level beyond full recomputation."""
         savers = [saver for saver in self.savers if saver != "embedding"]
         return tuple(tuple(savers[: n + 1]) for n in range(len(savers)))
 
     @property
     def table_bytes(self) -> int:
-        """Of the embedding, if it lies on the host."""
+        """Bytes of the embedding table if it lies on the host, else 0."""
         text = self.config.get_text_config()
         return text.vocab_size * text.hidden_size * self.dtype.itemsize if self.host_embedding else 0
 
@@ -105,14 +105,14 @@ class TracedModel:
 
     @cached_property
     def shards(self) -> Shards | None:
-        """What one process holds and gathers; None: all, and nothing."""
+        """What one of several processes holds and gathers; None where each holds the whole model."""
         if self.n_processes == 1:
             return None
         sizes = Sizes.of(self.config, self.recipe, self.dtype)
         return Shards(self.n_processes, sizes, self.recipe.training.fsdp_cpu_offload)
 
     def here(self, work: StepCost) -> StepCost:
-        """`work` of the whole model, as it is in one process on its device."""
+        """The share of `work`, which is that of the whole model, that falls to one process on its device."""
         work = _without_table(work, self.table_bytes)
         return self.shards.of(work) if self.shards else work
 
@@ -139,7 +139,7 @@ class TracedModel:
         return found
 
     def trace_evaluation(self, rows: BatchShape, n_layers: int) -> StepCost:
-        """One evaluated batch of the model with so many layers."""
+        """What one evaluated batch takes in the model with `n_layers` layers."""
 
         def pass_once(live: MemoryTracer, model: Any, batch: dict[str, Any]) -> StepCost:
             return run_evaluation(live, model, batch, self.dtype)
@@ -160,25 +160,25 @@ class TracedModel:
 
 
 class StepAtLevels:
-    """A step over one batch, at any level."""
+    """What a step over one batch takes, at any level."""
 
     def __init__(self, setting: TracedModel, rows: BatchShape) -> None:
         self.setting, self.rows = setting, rows
         self._reused: Reused | None = None
 
     def first(self, level: int) -> StepCost:
-        """The first step: as later ones, but for the optimizer's state, which only its update makes."""
+        """The first step of a training, in which the optimizer's state appears only with the update."""
         later = self.steady(level)
         peaks = {name: peak if name == "update" else _without_state(peak) for name, peak in later.peaks.items()}
         return replace(later, peaks=peaks)
 
     @cached_property
     def peaks(self) -> tuple[int, ...]:
-        """Peak of a later step for each number of recomputed layers, bytes."""
+        """Peak bytes of a step after the first, for each number of recomputed layers."""
         return tuple(self.steady(depth).peak.total_bytes for depth in range(self.setting.n_layers + 1))
 
     def steady(self, level: int) -> StepCost:
-        """A later step."""
+        """Any step after the first."""
         n = self.setting.n_layers
         savers = self.setting.saver_levels[level - n - 1] if level > n else ()
         return self.setting.here(self._steady(min(level, n), savers))
@@ -209,7 +209,7 @@ class StepAtLevels:
 
 
 def _without_table(work: StepCost, n_bytes: int) -> StepCost:
-    """With so many bytes of weights on the host."""
+    """The same work with `n_bytes` of the weights on the host."""
     if not n_bytes:
         return work
 
@@ -226,7 +226,7 @@ def _without_state(peak: Peak) -> Peak:
 
 
 def evaluation(setting: TracedModel, rows: BatchShape) -> StepCost:
-    """One evaluated batch of the whole model."""
+    """What one evaluated batch of the whole model takes."""
     if setting.n_layers <= _FEW:
         return setting.here(setting.trace_evaluation(rows, setting.n_layers))
     base, more = (setting.trace_evaluation(rows, n) for n in (2, 3))
@@ -234,7 +234,7 @@ def evaluation(setting: TracedModel, rows: BatchShape) -> StepCost:
 
 
 def _line(base: StepCost, steps: list[tuple[int, StepCost]]) -> StepCost:
-    """`base` plus n times what each of `steps` has more than it."""
+    """`base` plus, for each pair in `steps`, n times the difference between its cost and that of `base`."""
 
     def at(of: Callable[[StepCost], int]) -> int:
         return of(base) + sum(n * (of(work) - of(base)) for n, work in steps)

@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive, and what they are.
+"""A memory tracer: how many bytes of tensors are alive at each moment, and what they are.
 
 A tensor's memory is its storage; a storage is counted from the operator that makes it until nothing refers to it. Real
 tensors and fake ones (shapes without data) are counted alike, so one definition serves prediction and measurement.
@@ -23,13 +23,13 @@ from nybble.kernels import attention  # noqa: F401 - defines the operators that 
 from nybble.nn.lean import on_host
 from nybble.nn.workspace import workspace
 
-HOST = "host"  # what lies on the host is counted apart, and is no part of a device's total
+HOST = "host"  # memory on the host is counted separately, outside the device's total
 PARTS = ("weights", "adapters", "gradients", "optimizer", "activations", "loss", "workspace")
 
 
 @dataclass
 class Peak:
-    """The highest moment of a part of the step."""
+    """The highest moment of a section of the step."""
 
     total_bytes: int = 0
     parts: dict[str, int] = field(default_factory=dict)  # of PARTS, adding up to the total
@@ -49,12 +49,12 @@ def _attention_flops(share: float, q: Tensor, lengths: Sequence[int]) -> float:
 
 
 def _forward_flops(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], *_: Any, out_val: Any) -> float:
-    """Two products of T x T, of which the causal half is computed."""
+    """Two products of T x T, of each of which the causal half is computed."""
     return _attention_flops(2.0, q, lengths)
 
 
 def _backward_flops(grad: Tensor, saved: Sequence[Tensor], lengths: Sequence[int], *_: Any, out_val: Any) -> float:
-    """Five products."""
+    """Five products of T x T, of each of which the causal half is computed."""
     return _attention_flops(5.0, grad, lengths)
 
 
@@ -76,7 +76,7 @@ _PICKING = (torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index
 
 
 class MemoryTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts while it is entered; `section` names the part of the step that a moment belongs to."""
+    """Counts the storages that are made while it is entered; `section` names the part of the step that comes next."""
 
     def __init__(self, rounding: int = 1, detailed: bool = False) -> None:
         """Each storage counts as a multiple of `rounding` bytes; `detailed` peaks list the largest tensors (slow)."""
@@ -101,7 +101,7 @@ class MemoryTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.section(section)
 
     def section(self, name: str) -> None:
-        """What comes now belongs to `name`."""
+        """Count what comes from now on in the section `name`."""
         self._section = name
         self._note()
 
@@ -111,12 +111,12 @@ class MemoryTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._count(tensor, part, part)
 
     def parts(self) -> dict[str, int]:
-        """Bytes alive now, by part."""
+        """The bytes that are alive now, by part."""
         return self._split()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """New storages within belong to `name`."""
+        """Within, new storages are counted in the part `name`."""
         before, self.making = self.making, name
         try:
             yield

@@ -16,13 +16,13 @@ from nybble.planning.traced_step import BatchShape, StepCost
 from nybble.recipe import PhasePlan, Recipe, StepMemory
 
 _SMALL = BatchShape((16,))  # where the curve over tokens begins
-# Bytes of optimizer state for a trained parameter, by a word in the optimizer's name; AdamW has 8.
+# Bytes of optimizer state for each trained parameter, by a word in the optimizer's name; AdamW has 8.
 _STATES = {"8bit": 2.03, "4bit": 1.06, "adafactor": 0.05, "lion": 4.0, "sgd": 0.0, "rmsprop": 4.0, "adagrad": 4.0}
 
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches that a plan looks at."""
+    """The batches that a plan is made for."""
 
     average: BatchShape
     longest: BatchShape
@@ -31,14 +31,14 @@ class Batches:
 
     @classmethod
     def full(cls, recipe: Recipe) -> Batches:
-        """Every row as long as allowed."""
+        """Batches in which every row has `max_length` tokens."""
         length, section = recipe.data.max_length, recipe.training
         batch = BatchShape((length,) * section.per_device_train_batch_size)
         return cls(batch, batch, BatchShape((length,) * recipe.evaluation.per_device_eval_batch_size))
 
     @classmethod
     def of(cls, prepared: Prepared, packs: Sequence[Sequence[int]] | None, recipe: Recipe) -> Batches:
-        """Of the rows themselves: their mean, the longest that could meet in a batch, the longest held out.
+        """Batches of the rows themselves: their mean, the longest that could meet, and the longest held out.
 
         Rows that are packed together count as one.
         """
@@ -54,7 +54,7 @@ class Batches:
         )
 
     def split(self, n: int) -> Batches:
-        """With batches in n parts of equal row counts."""
+        """The same with each batch split into n parts of equally many rows."""
 
         def part(rows: BatchShape) -> BatchShape:
             size = -(-len(rows.lengths) // n)
@@ -66,29 +66,29 @@ class Batches:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one recipe takes on one device."""
+    """What one recipe takes on one device, phase by phase."""
 
     setting: TracedModel
     batches: Batches
     profile: Profile
-    level_limit: int | None = None  # the last level that is looked at
+    level_limit: int | None = None  # the last level that may be chosen
 
     def curve(self, rows: BatchShape) -> StepAtLevels:
-        """A step over `rows`."""
+        """What a step over a batch of this shape takes."""
         return StepAtLevels(self.setting, rows)
 
     @cached_property
     def longest(self) -> StepAtLevels:
-        """A step over the longest batch."""
+        """What a step over the longest batch takes."""
         return self.curve(self.batches.longest)
 
     @cached_property
     def average(self) -> StepAtLevels:
-        """A step over the average batch."""
+        """What a step over the average batch takes."""
         return self.longest if self.batches.average == self.batches.longest else self.curve(self.batches.average)
 
     def step_memory(self, budget_bytes: int, deepest: int) -> StepMemory:
-        """Peaks by tokens and level, for the training.
+        """The peaks by tokens and level, from which the training takes the level of each batch.
 
         Where even the longest batch takes less than half of the budget, deeper levels are not worth tracing: they count
         as the shallowest, which is no less. Nor are levels beyond `deepest`, that of the longest batch.
@@ -112,11 +112,11 @@ class Forecast:
         return StepMemory(tokens, tuple(found[size] for size in tokens), base, levels, savers)
 
     def total(self, peak: Peak) -> int:
-        """With context and allocator."""
+        """Bytes of `peak` with the device's context and its allocator's loss."""
         return sum(self.phase("", peak).parts.values())
 
     def phase(self, name: str, peak: Peak) -> PhasePlan:
-        """A phase with what the device and its allocator add."""
+        """The phase `name`: `peak` with what the device and its allocator add."""
         scale = _state_bytes(self.setting.recipe) / 8
         parts = {part: n for part, n in peak.parts.items() if n}
         if "optimizer" in parts:
@@ -126,13 +126,13 @@ class Forecast:
         return PhasePlan(name, sum(parts.values()), parts)
 
     def level_for(self, curve: StepAtLevels, budget_bytes: int) -> int | None:
-        """The first level that fits; None where none does."""
+        """The first level at which a step stays within the budget; None if it does at none."""
         room = budget_bytes - self.beside_a_step
         return next((n for n in self.levels if self.total(curve.steady(n).peak) <= room), None)
 
     @cached_property
     def levels(self) -> Sequence[int]:
-        """Those that the recipe allows, ascending."""
+        """The levels that the recipe allows, ascending."""
         n, training = self.setting.n_layers, self.setting.recipe.training
         last = n + len(self.setting.saver_levels)
         last = last if self.level_limit is None else min(last, self.level_limit)
@@ -141,14 +141,14 @@ class Forecast:
         return {"never": range(1), "always": range(n, last + 1)}.get(training.gradient_checkpointing, range(last + 1))
 
     def evaluated_together(self, level: int, budget_bytes: int) -> int:
-        """Rows that are evaluated at a time: as many as the recipe says, or as fit; the figures do not depend on it."""
+        """Rows that are evaluated at a time: as many as the recipe says, or fewer, so that they fit."""
         rest, size = self.average.steady(level).rest, len(self.batches.evaluation.lengths)
         while size > 1 and self.total(self._evaluation(rest, size).peak) > budget_bytes:
             size = -(-size // 2)
         return size
 
     def phases(self, average_level: int, longest_level: int, eval_rows: int) -> tuple[PhasePlan, ...]:
-        """Every phase of the run, in order."""
+        """The phases of the run, in their order."""
         rest = self.average.steady(average_level).rest
         resting = Peak(sum(rest.values()), {**rest, "workspace": 0, "activations": 0})
         steady, longest = self.average.steady(average_level).peak, self.longest.steady(longest_level).peak
@@ -168,7 +168,7 @@ class Forecast:
 
     @property
     def steps(self) -> int:
-        """Of the optimizer; 0 where the rows are not known. A last, smaller batch of an epoch is a step too."""
+        """Optimizer steps of the run, a smaller last batch of an epoch included; 0 where the rows are not known."""
         training = self.setting.recipe.training
         n_rows = self.batches.n_rows
         if training.max_steps > 0 or n_rows is None:
@@ -179,23 +179,23 @@ class Forecast:
 
     @property
     def beside_a_step(self) -> int:
-        """Bytes of the copy that is written while training goes on, where it lies in the device's memory."""
+        """Bytes of the copy from which a checkpoint is written during training, if it lies in the device's memory."""
         return self._copied if not self.steps or self.steps > self.setting.recipe.training.save_steps else 0
 
     @property
     def _copied(self) -> int:
-        """Bytes of a checkpoint: it is written from a copy on the host."""
+        """Bytes that the copy of a checkpoint on the host takes of the device's memory."""
         return self._saved if self.profile.backend == "cpu" or self.profile.shares_memory else 0
 
     @property
     def _put_together(self) -> int:
-        """Bytes of a checkpoint on the device, where its parts lie in several processes."""
+        """Bytes that a checkpoint takes on the device while its parts are gathered from several processes."""
         shards = self.setting.shards
         return self._saved if shards and (self.profile.backend == "cpu" or not shards.on_host) else 0
 
     @property
     def _saved(self) -> int:
-        """Bytes of what is trained and of the optimizer's state, of all processes."""
+        """Bytes of what is trained and of the optimizer's state, over all processes."""
         return int((4 + _state_bytes(self.setting.recipe)) * self.setting.parameters[0])
 
     def _evaluation(self, rest: dict[str, int], n_rows: int) -> StepCost:
@@ -203,7 +203,7 @@ class Forecast:
         lengths = rows.lengths[:n_rows]
         few = BatchShape(lengths, None if rows.learned is None else min(rows.learned, sum(lengths)))
         work = evaluation(self.setting, few)
-        # After training the optimizer's state is there still.
+        # The optimizer's state is still there after training.
         name, peak = next(iter(work.peaks.items()))
         return replace(work, peaks={name: _with(peak, "optimizer", rest["optimizer"])})
 
@@ -233,7 +233,7 @@ class Forecast:
 
 
 def _drawn(examples: Examples, packs: Sequence[Sequence[int]] | None) -> list[tuple[int, int]]:
-    """Tokens and learned tokens of what is drawn at a time."""
+    """Tokens and learned tokens of each row, or of each pack of rows."""
     if not len(examples):
         return []
     pairs = list(zip(examples.column("length").tolist(), examples.column("n_trained").tolist(), strict=True))

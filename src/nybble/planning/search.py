@@ -1,4 +1,4 @@
-"""The choice of neutral settings within a budget, and what to change where none fits.
+"""The search for the fastest neutral settings within a budget, and for changes that help where none fits.
 
 Neutral are: the layers that are recomputed, the memory savers beyond that, the split of a batch into micro-batches (the
 loss is divided by the learned tokens of the whole step), and the rows that are evaluated at a time. None of them
@@ -16,15 +16,15 @@ from nybble.planning.shapes import SHAPES, config_of
 from nybble.planning.traced_step import BatchShape
 from nybble.recipe import Change, LevelPlan, PhasePlan, Recipe
 
-_SPLITS = 3  # splits of a batch that are looked at
+_SPLITS = 3  # splits of a batch that are tried
 
 
 @dataclass(frozen=True)
 class ChosenSettings:
-    """Neutral settings and what follows from them."""
+    """The neutral settings that were chosen, and what follows from them."""
 
     forecast: Forecast
-    n_parts: int  # of each batch
+    n_parts: int  # micro-batches that each batch is split into
     average_level: int
     longest_level: int
     eval_rows: int
@@ -33,13 +33,13 @@ class ChosenSettings:
 
     @property
     def depths(self) -> tuple[int, int]:
-        """Layers recomputed in the average and in the longest batch."""
+        """The layers that are recomputed in the average and in the longest batch."""
         n = self.forecast.setting.n_layers
         return min(self.average_level, n), min(self.longest_level, n)
 
     @property
     def savers(self) -> tuple[str, ...]:
-        """Memory savers that the longest batch takes."""
+        """The memory savers that the longest batch needs."""
         setting = self.forecast.setting
         beyond = self.longest_level - setting.n_layers
         taken = setting.saver_levels[beyond - 1] if beyond > 0 else ()
@@ -47,24 +47,24 @@ class ChosenSettings:
 
     @property
     def host_bytes(self) -> int:
-        """Of what waits on the host, at its highest."""
+        """Bytes that wait on the host, at their highest."""
         longest = self.forecast.longest.steady(self.longest_level)
         return max(longest.host_bytes, self.forecast.average.steady(self.average_level).host_bytes)
 
     @property
     def flops(self) -> int:
-        """Of one batch, all parts."""
+        """Floating-point operations of one batch, over all of its parts."""
         return self.n_parts * self.forecast.average.steady(self.average_level).flops
 
     @property
     def seconds(self) -> float:
-        """Of one batch, all parts."""
+        """Predicted time of one batch, over all of its parts."""
         work = self.forecast.average.steady(self.average_level)
         return self.n_parts * self.forecast.profile.seconds(work)
 
 
 def choose(forecast: Forecast, budget_bytes: int, n_parts: int | None = None) -> ChosenSettings:
-    """The fastest split and level within the budget; the smallest where nothing fits. `n_parts` fixes the split.
+    """The fastest split and levels within the budget, or the smallest where nothing fits. `n_parts` fixes the split.
 
     The embedding table goes to the host, where it stays, only if no batch fits without one of the savers after it.
     """
@@ -84,7 +84,7 @@ def _fastest(forecast: Forecast, budget_bytes: int, n_parts: int | None) -> Chos
     found: list[ChosenSettings] = []
     for n in parts:
         found.append(_at(forecast, n, budget_bytes))
-        # Without recomputation more parts only cost, and once they cost more than they save they go on doing so.
+        # Without recomputation more parts only cost time; once they cost more than they save, still more do too.
         slower = len(found) > 1 and found[-2].fits and found[-1].seconds > found[-2].seconds
         if found[-1].fits and (found[-1].average_level == 0 or slower):
             break
@@ -126,7 +126,7 @@ def plan_levels(choice: ChosenSettings) -> tuple[LevelPlan, ...]:
 
 
 def smallest_peak(forecast: Forecast) -> int:
-    """The highest moment of the run at the last level before weights are decoded in slices, which are slow to trace."""
+    """The highest peak of the run at the last level whose weights are not decoded in slices (slow to trace)."""
     setting = forecast.setting
     if "embedding" in setting.savers:
         forecast = replace(forecast, setting=replace(setting, host_embedding=True))
@@ -141,7 +141,7 @@ def _slices(forecast: Forecast, level: int) -> bool:
 
 
 def cheapest_changes(forecast: Forecast, budget_bytes: int) -> tuple[Change, ...]:
-    """What would make the run smaller, in the order of what it costs learning."""
+    """Changes that would make the run smaller, those that cost learning least first."""
     now = smallest_peak(forecast)
     found = []
     for setting, value, recipe, batches, meaning in _variants(forecast):
@@ -200,7 +200,7 @@ def _variants(forecast: Forecast) -> Iterator[tuple[str, str, Recipe, Batches, s
 
 
 def changed(recipe: Recipe, section: str, **values: Any) -> Recipe:
-    """`recipe` with other values in a section."""
+    """`recipe` with these values in one of its sections."""
     return recipe.model_copy(update={section: getattr(recipe, section).model_copy(update=values)})
 
 

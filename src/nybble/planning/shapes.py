@@ -14,7 +14,7 @@ from nybble.errors import ModelError
 
 
 class Shape(NamedTuple):
-    """What memory and work depend on."""
+    """The figures of a model that its memory and its work depend on."""
 
     kind: str  # transformers' model_type
     layers: int
@@ -64,7 +64,7 @@ _VARIANTS = r"-(hf|instruct|it|pt|chat|base)(?=-|$)"  # parts of a name that lea
 
 
 def known_shape(name: str) -> str | None:
-    """The key in SHAPES for a model's name or hub id; None if it is not one of them."""
+    """The key in SHAPES for a model's name or hub id; None if there is none."""
     bare = re.sub(_VARIANTS, "", name.rstrip("/").rpartition("/")[2].lower().replace("_", "-")).removeprefix("meta-")
     return bare if bare in SHAPES else None
 
@@ -94,7 +94,7 @@ def config_of(key: str) -> Any:
 
 
 def not_known(name: str) -> ModelError:
-    """What to raise for a name that is no folder, no known shape and cannot be fetched."""
+    """The error for a name that is neither a folder nor a known shape, and cannot be fetched."""
     near = difflib.get_close_matches(name.rpartition("/")[2].lower(), SHAPES, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known shapes: {', '.join(SHAPES)}"
-    return ModelError(f"{name!r} is no folder here and no known shape; {hint}")
+    return ModelError(f"{name!r} is neither a folder here nor a known shape; {hint}")

@@ -1,14 +1,14 @@
 """What one of several processes holds of a model in shards, and what it gathers at each moment of a step.
 
-A process holds 1/N of weights, adapters, gradients and optimizer state. Whole is a unit (a layer, the table, the rest)
-while it computes. FSDP2 keeps what came over the links beside the parameters it is copied into, in the forward pass
-until the next unit has come; in the backward pass the next layer comes while one computes:
+A process holds 1/N of weights, adapters, gradients and optimizer state. A unit (a layer, the table, the rest) is whole
+only while it computes. FSDP2 keeps what came over the links next to the parameters that it is copied into, in the
+forward pass until the next unit has come. In the backward pass the next layer comes while one computes:
 
     before the layers     the rest and the table, twice; the first layer, twice
     before a layer        the rest and the table; the layer, twice; the one before, as it came
     a layer, forward      the rest and the table; the layer, twice
     before the head       the rest and the table; a head of its own, twice; the last layer, as it came
-    loss                  the same, but for that layer where a head came behind it; or the rest, twice: it comes again
+    loss                  the same, without that layer where a head came after it; or the rest, twice: it comes again
     a layer, backward     the rest; the layer; the next, as it came; gradients of the one before, as they are sent
     update                nothing
 
@@ -33,7 +33,7 @@ _SHARDED = ("weights", "adapters", "gradients", "optimizer")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a model as it is trained, in bytes."""
+    """Bytes of the units of a model as it is trained."""
 
     layer: int  # weights and adapters of a decoder layer
     n_layers: int
@@ -46,21 +46,21 @@ class Sizes:
 
     @property
     def all_bytes(self) -> int:
-        """All weights and adapters."""
+        """Bytes of all weights and adapters."""
         return self.n_layers * self.layer + self.embeddings + self.head + self.table + self.rest
 
     @property
     def passed(self) -> int:
-        """Gathered in a micro-batch, forward and backward."""
+        """Bytes that are gathered in a micro-batch, for its forward and backward passes."""
         return self.all_bytes + self.n_layers * self.layer + self.rest
 
     @property
     def largest(self) -> int:
-        """Of the units."""
+        """Bytes of the largest unit."""
         return max(self.layer, self.embeddings, self.head, self.table, self.rest)
 
     def gathered(self, section: str) -> int:
-        """Whole at the highest moment of a step's section; of an unknown one: of a step."""
+        """Bytes that are whole at the highest moment of a section; for an unknown section, of the step."""
         kind, _, place = section.partition(" ")
         ends = self.rest + self.table
         before_layers = 2 * ends + max(2 * self.embeddings, self.embeddings + 2 * self.layer)
@@ -77,7 +77,7 @@ class Sizes:
 
     @classmethod
     def of(cls, config: Any, recipe: Recipe, dtype: torch.dtype) -> Sizes:
-        """Without any weight: two small models on the meta device tell what a layer takes."""
+        """The sizes of a model, read off two small ones on the meta device, without any weight."""
         n = int(config.get_text_config().num_hidden_layers)
         smaller, model = (meta_model(config_with_layers(config, k), recipe, dtype) for k in (2, 3))
         layer = _bytes_of([model]) - _bytes_of([smaller])
@@ -95,14 +95,14 @@ def _bytes_of(modules: list[torch.nn.Module]) -> int:
 
 @dataclass(frozen=True)
 class Shards:
-    """The share of one of so many processes."""
+    """The share of one of `n` processes."""
 
     n: int
     sizes: Sizes
-    on_host: bool  # where they wait
+    on_host: bool  # shards wait in host memory
 
     def of(self, work: StepCost) -> StepCost:
-        """What `work`, of the whole model, takes in this process."""
+        """What `work`, which is that of the whole model, takes in this process."""
         peaks = {}
         for section, peak in work.peaks.items():
             parts = {**self._share(peak.parts), "gathered": self._gathered(section)}

@@ -1,7 +1,7 @@
-"""One training step with its memory counted: the code that trains, on fake tensors or on real ones.
+"""One training step, traced: the code that trains, with its memory counted, on fake tensors or on real ones.
 
-    run_steps   forward, backward, clipping, optimizer; twice, since the first makes the optimizer's state
-    run_evaluation
+    run_steps        forward, backward, clipping, optimizer; twice, since the first makes the optimizer's state
+    run_evaluation   one evaluated batch
 
 Tensors are on the CPU, whatever the device that is planned for: shapes and types are the same. A step falls into
 sections; the highest moment of each is kept. Sections are named for what they compute and for the run of layers they
@@ -31,18 +31,18 @@ from nybble.planning.memory_tracer import HOST, MemoryTracer, Peak
 
 @dataclass(frozen=True)
 class BatchShape:
-    """The batch of a step: what memory depends on, not its tokens."""
+    """The shape of a batch, on which memory depends, without its tokens."""
 
     lengths: tuple[int, ...]  # tokens of each row
     learned: int | None = None  # tokens that are learned; None: all that can be
 
     @property
     def tokens(self) -> int:
-        """Of all rows."""
+        """Tokens of all rows together."""
         return sum(self.lengths)
 
     def groups(self) -> list[Group]:
-        """As a collator takes them, each row by itself; learned tokens lie at the rows' ends."""
+        """Rows of this shape as a collator takes them, one in each group; learned tokens stand at a row's end."""
         left = self.tokens if self.learned is None else self.learned
         made: list[Group] = []
         for length in self.lengths:
@@ -54,23 +54,23 @@ class BatchShape:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a step took."""
+    """What a step or an evaluated batch took."""
 
     peaks: dict[str, Peak]  # of each section
     flops: int
     moved_bytes: int
-    operators: int  # that do work: each costs the host some time
+    operators: int  # calls that do work: each costs the host some time
     rest: dict[str, int]  # bytes alive afterwards, by part
-    host_bytes: int = 0  # of what waits on the host, at its highest
+    host_bytes: int = 0  # waiting on the host, at their highest
 
     @property
     def peak(self) -> Peak:
-        """The highest moment of all."""
+        """The highest peak of all sections."""
         return max(self.peaks.values(), key=lambda peak: peak.total_bytes)
 
 
 def adopt(live: MemoryTracer, model: Any, savers: MemorySavers | None = None) -> None:
-    """Count the model's own tensors, those on the host as such."""
+    """Count the tensors of `model` as weights or adapters, and those that lie on the host as host memory."""
     live.adopt([*model.parameters(), *model.buffers()], "weights")
     # A tied or packed tensor counts once; adapters are what PEFT added.
     live.adopt([p for name, p in model.named_parameters() if "lora_" in name], "adapters")
@@ -78,12 +78,12 @@ def adopt(live: MemoryTracer, model: Any, savers: MemorySavers | None = None) ->
 
 
 def batch_of(model: Any, rows: BatchShape) -> dict[str, Any]:
-    """What the collator makes of `rows`, on real tensors: not to be called under a fake mode."""
+    """The batch that the collator makes of `rows`, in real tensors; it must not be called under a fake mode."""
     return (FlatBatch() if blocks_of(model).flattened else PadBatch(0))(rows.groups())
 
 
 def _like(batch: dict[str, Any]) -> dict[str, Any]:
-    """The same shapes, on the device and in the mode of now."""
+    """A batch of the same shapes, in the fake mode that is active now."""
     return {k: torch.zeros(v.shape, dtype=v.dtype) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
@@ -96,11 +96,11 @@ def run_steps(
     n_steps: int = 2,
     savers: MemorySavers | None = None,
 ) -> list[StepCost]:
-    """So many steps over `batch`; the first makes the optimizer's state and the reused memory, unless they are there.
+    """Run `n_steps` steps over `batch`, and return what each of them took.
 
-    `savers`: what decides how layers are recomputed; its savers are applied already.
-
-    With one step the state is made beforehand, and `workspace` should hold what earlier steps left there.
+    The first of two steps makes the optimizer's state and the reused memory. A single step stands for a later one: the
+    state is made beforehand, and `workspace` should hold what earlier steps left there. `savers` are the model's memory
+    savers, already applied; they decide how a layer is recomputed.
     """
     share_seeds(model, DropoutSeeds(0, 0))
     model.train()
@@ -131,7 +131,7 @@ def run_steps(
 
 
 def stepper(model: Any, batch: dict[str, Any], dtype: torch.dtype, n_recomputed: int = 0) -> Callable[[], None]:
-    """A step over `batch` on real tensors, to be timed; nothing is counted."""
+    """A function that runs a step over `batch` on real tensors, to be timed; nothing is counted."""
     share_seeds(model, DropoutSeeds(0, 0))
     model.train()
     set_recomputed(recomputable_layers(model), n_recomputed, recomputed)
@@ -159,7 +159,7 @@ def _update(live: MemoryTracer, optimizer: torch.optim.Optimizer, trained: list[
 
 @contextmanager
 def _gradients(live: MemoryTracer, trained: list[nn.Parameter]) -> Iterator[None]:
-    """Count gradients as such once they are there."""
+    """Count each gradient as one as soon as it has been accumulated."""
 
     def made(parameter: Tensor) -> None:
         if parameter.grad is not None:
@@ -174,7 +174,7 @@ def _gradients(live: MemoryTracer, trained: list[nn.Parameter]) -> Iterator[None
 
 
 def run_evaluation(live: MemoryTracer, model: Any, batch: dict[str, Any], dtype: torch.dtype) -> StepCost:
-    """One evaluated batch."""
+    """Evaluate one batch, and return what that took."""
     model.eval()
     with live, torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         live.start("evaluate")
@@ -184,7 +184,7 @@ def run_evaluation(live: MemoryTracer, model: Any, batch: dict[str, Any], dtype:
 
 @contextmanager
 def _sections(live: MemoryTracer, model: Any, n_recomputed: int) -> Iterator[None]:
-    """Tell `live` which layer is at work, forward and backward."""
+    """Report to `live` which layer is at work, in the forward and in the backward pass."""
     handles, layers, head = [], decoder_layers(model), model.get_output_embeddings()
     if head is not None:
         handles.append(head.register_forward_pre_hook(_enters(live, "gather head", "loss")))
@@ -208,7 +208,7 @@ def _enters(live: MemoryTracer, moment: str, section: str) -> Callable[..., None
 
 
 def _leaves(live: MemoryTracer, name: str, is_last: bool) -> Callable[..., None]:
-    """Behind the last layer comes the loss; a layer's backward pass begins when its output's gradient is there."""
+    """After the last layer comes the loss; a layer's backward pass begins when its output's gradient arrives."""
 
     def turned(_grad: Tensor) -> None:
         live.section(f"backward {name}")
@@ -228,7 +228,7 @@ def _leaves(live: MemoryTracer, name: str, is_last: bool) -> Callable[..., None]
 
 
 def _names(n_layers: int, n_recomputed: int) -> list[str]:
-    """The place of each layer in its run: 0 the first, -1 the last, mid between."""
+    """The place of each layer among its kind: 0 is the first, -1 the last, mid any other."""
 
     def place(number: int, size: int) -> str:
         return "-1" if number == size - 1 else "0" if number == 0 else "mid"
@@ -242,13 +242,13 @@ Reused = tuple[tuple[int, torch.dtype], ...]  # elements and type of each piece 
 
 
 def reused() -> Reused:
-    """What `workspace` holds."""
+    """The pieces that `workspace` holds now."""
     return tuple((piece.numel(), piece.dtype) for piece in workspace.pieces())
 
 
 @contextmanager
 def reusing(pieces: Reused = ()) -> Iterator[None]:
-    """Reused memory begins with `pieces` and ends empty."""
+    """Within, reused memory starts with `pieces`; afterwards it is empty."""
     workspace.clear()
     for n, dtype in pieces:
         workspace.take((n,), torch.empty(0), dtype)
