@@ -1,8 +1,8 @@
 """PEFT's LoRA layer with our arithmetic: its own class with another forward.
 
 PEFT lets a layer class be registered (`LoraConfig._register_custom_module`, which it calls experimental); only this
-file uses that. A single plain adapter, as in training, runs through `nybble.nn.lora_projection`. Several adapters, DoRA and
-similar methods, and merged weights run through PEFT's own forward.
+file uses that. A single plain adapter, as in training, runs through `nybble.nn.lora_projection`. Several adapters, DoRA
+and similar methods, and merged weights run through PEFT's own forward.
 """
 
 from __future__ import annotations
