@@ -8,17 +8,14 @@ from __future__ import annotations
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import nybble
 from bench.harness import Option, print_table, run
 from bench.quality.merging import ENCODERS, UNLIMITED, cases
-from nybble.exporting import Reference
+from nybble.exporting import Reference, merging
 from nybble.run.record import Silent
-
-merging = import_module("nybble.exporting.merge")  # the package's `merge` is the function
 
 
 def six_ways(run: Path, folder: Path) -> list[dict[str, Any]]:

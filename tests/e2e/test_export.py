@@ -232,12 +232,12 @@ def test_wrong_input_is_one_line(
     AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "gpt2")
     file = tmp_path / "x.gguf"
     cases = [
-        ([tmp_path / "gpt2", "--gguf", file], 2, "'gpt2'; it knows llama, mistral, qwen2, qwen3"),
+        ([tmp_path / "gpt2", "--gguf", file], 2, "'gpt2'; it supports llama, mistral, qwen2, qwen3"),
         ([model], 2, "--gguf FILE, --ollama DIR or --hub NAME"),
         ([model, "--gguf", file, "--gguf_type", "q2_k"], 2, "allowed: f16, bf16, q8_0, adapter"),
         ([model, "--gguf", file, "--gguf_type", "adapter"], 2, "without an adapter"),
         ([tmp_path / "none", "--gguf", file], 2, "does not exist"),
-        ([model, "--gguf", tmp_path / "gpt2"], 2, "exists already"),
+        ([model, "--gguf", tmp_path / "gpt2"], 2, "already exists"),
         ([model, "--hub", "some/name"], 3, "log in with"),
     ]
     for arguments, code, says in cases:

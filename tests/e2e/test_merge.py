@@ -251,7 +251,7 @@ CASES: dict[str, tuple[list[str], dict[str, Any], int, str]] = {
         ["--into", "original"],
         {"init_lora_weights": "pissa"},
         2,
-        "4-bit base alone",
+        "only its own 4-bit base",
     ),
     "16-bit adapter into 4 bits": (["--into", "4bit"], {"method": "lora"}, 2, "nybble quantize"),
     "full training": ([], {"method": "full"}, 2, "whole model already"),
@@ -292,7 +292,7 @@ def test_without_the_original_the_4_bit_base_alone_will_do(
     done = nybble("merge", run, "--out", out, "--json", *words)
     assert done.code == 0, done.err
     assert [c["target"] for c in done.json["candidates"]] == ["dequantized"]
-    assert "dequantized base only" in done.err
+    assert "only the dequantized base is tried" in done.err
 
 
 def test_a_run_without_an_adapter_and_no_run_are_refused(
@@ -302,7 +302,7 @@ def test_a_run_without_an_adapter_and_no_run_are_refused(
     shutil.rmtree(tmp_path / "run/adapter")
     assert "no trained weights yet" in nybble("merge", tmp_path / "run", "--out", tmp_path / "x").err
     done = nybble("merge", tmp_path, "--out", tmp_path / "x")
-    assert (done.code, "no run directory" in done.err) == (2, True)
+    assert (done.code, "is not a run directory" in done.err) == (2, True)
 
 
 def test_the_cache_gives_the_same_base(trained: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nybble.comparison.arms import Plan, arms_of_methods, arms_of_recipes, check_folder
+from nybble.comparison.arms import ArmPlan, arms_of_methods, arms_of_recipes, check_folder
 from nybble.comparison.child import Ending, is_done, run_trial
 from nybble.comparison.figures import collect
 from nybble.comparison.verdict import verdict
@@ -23,11 +23,11 @@ def recipe(**settings: Any) -> Recipe:
     return load_recipe(None, {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o", **settings})
 
 
-def methods(folder: Path, *words: str, seeds: int = 1, **settings: Any) -> list[Plan]:
+def methods(folder: Path, *words: str, seeds: int = 1, **settings: Any) -> list[ArmPlan]:
     return arms_of_methods(recipe(**settings), words, seeds, folder)
 
 
-def write_run(plan: Plan, losses: list[float], *, seed: int = 0, status: str = "done", **changes: Any) -> None:
+def write_run(plan: ArmPlan, losses: list[float], *, seed: int = 0, status: str = "done", **changes: Any) -> None:
     """A finished run: one row for each loss, of 10 learned tokens."""
     trial = plan.trials[seed]
     run = RunDirectory(trial.run_dir)
@@ -118,7 +118,7 @@ def test_recipes_are_called_by_their_files(tmp_path: Path) -> None:
     assert [(p.recipe.lora.r, p.recipe.training.max_steps) for p in plans] == [(1, 9), (2, 9), (3, 9)]
 
 
-def begin(folder: Path, plans: list[Plan]) -> None:
+def begin(folder: Path, plans: list[ArmPlan]) -> None:
     (folder / "recipes").mkdir(parents=True)
     (folder / "comparison.json").write_text("{}")
     for plan in plans:
@@ -158,7 +158,7 @@ def test_what_is_the_same_is_within_noise(tmp_path: Path) -> None:
     text = verdict(found)
     assert "is within noise" in text
     assert "worse" not in text
-    assert "cannot be told apart, qlora takes the least memory" in text
+    assert "do not differ by more than noise, qlora takes the least memory" in text
     assert "On 8 held-out rows" in text
     assert "--seeds 3" in text
 

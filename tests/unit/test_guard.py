@@ -212,7 +212,7 @@ def test_the_clock_of_others_goes_on() -> None:
 def test_a_template_cannot_write_lines_of_a_modelfile(evil: str) -> None:
     tokenizer = rendering("{% for m in messages %}{{ m.content }}" + evil.replace('"', "{{ '\"' }}") + "{% endfor %}")
     tokenizer.bos_token, tokenizer.eos_token_id, tokenizer.convert_ids_to_tokens = "", 1, lambda _: "</s>"
-    with pytest.raises(ModelError, match="holds quotes"):
+    with pytest.raises(ModelError, match="has quotes"):
         modelfile(tokenizer, "template", [], "model.gguf")
 
 

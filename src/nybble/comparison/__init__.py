@@ -1,7 +1,7 @@
-"""Several methods, or several recipes, on the same rows, held against each other."""
+"""Several methods, or several recipes, compared on the same rows."""
 
 from nybble.comparison.figures import Arm, Comparison, Difference
-from nybble.comparison.run import compare
+from nybble.comparison.runner import compare
 from nybble.intervals import Interval
 
 __all__ = ["Arm", "Comparison", "Difference", "Interval", "compare"]

@@ -1,4 +1,4 @@
-"""What a comparison says, from the run directories of its arms alone."""
+"""The figures of a comparison, computed from the run directories of its arms alone."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from nybble.comparison.arms import Plan, Trial
+from nybble.comparison.arms import ArmPlan, Trial
 from nybble.comparison.child import Ending
 from nybble.intervals import Interval, Sums, interval
 from nybble.run.directory import RunDirectory, read_lines, read_record
 
-# Figures of run.json that are averaged over seeds; the others are those of the worst or of the first.
+# Figures of run.json that are averaged over seeds; of the others, the largest or the first counts.
 _MEANS = ("train_loss", "tokens_per_second", "seconds", "seconds_to_first_step")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm's figures; means over its seeds. A figure that is not there is None."""
+    """The figures of one arm, as means over its seeds; a missing figure is None."""
 
     name: str
     method: str
     status: str  # "done", "failed", "does not fit" or "waiting"
     measured: bool
     error: str | None
-    seeds: tuple[int, ...]  # those that are done
-    learning_rates: tuple[float | str, ...]  # of each seed: the same, unless it was probed
+    seeds: tuple[int, ...]  # the seeds whose runs have finished
+    learning_rates: tuple[float | str, ...]  # one for each seed; they differ only if the rate was probed
     learning_rate_source: str
     run_dirs: tuple[str, ...]  # relative to the comparison
     base_loss: float | None = None
-    eval_loss: float | None = None  # nats a learned token
+    eval_loss: float | None = None  # nats a trained token
     eval_loss_interval: Interval | None = None
     perplexity: float | None = None
     exact_match: float | None = None
@@ -40,7 +40,7 @@ class Arm:
     train_loss: float | None = None
     peak_bytes: int | None = None  # highest of all phases and seeds
     reserved_bytes: int | None = None  # by torch's allocator on a GPU; None on a CPU
-    predicted_bytes: int | None = None  # of an arm that does not fit: all there is
+    predicted_bytes: int | None = None  # the only memory figure of an arm that does not fit
     device: str | None = None
     seconds: float | None = None
     seconds_to_first_step: float | None = None
@@ -48,46 +48,46 @@ class Arm:
     trainable_parameters: int | None = None
     total_parameters: int | None = None
     bits_per_weight: float | None = None  # of the packed linears
-    produced_bytes: int | None = None  # on disk, tokenizer left out
+    produced_bytes: int | None = None  # on disk, without the tokenizer
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Arm `a` less arm `b`, over the same rows and seeds."""
+    """Arm `a` minus arm `b`, over the same rows and seeds."""
 
     a: str
     b: str
-    loss: Interval  # nats a learned token
+    loss: Interval  # nats a trained token
     exact_match: Interval | None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What comparison.json holds."""
+    """The content of comparison.json."""
 
     out: str
     arms: tuple[Arm, ...]
     differences: tuple[Difference, ...]
-    same_rows: bool  # whether all measured arms were judged on the same rows
+    same_rows: bool  # whether all measured arms were evaluated on the same rows
     n_held_out: int | None
     verdict: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """The comparison as plain data."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class _Judged:
-    """The held-out rows of one run."""
+    """The losses of one run on its held-out rows."""
 
-    key: tuple[Any, ...]  # equal for the same rows
+    key: tuple[Any, ...]  # equal if the rows are the same
     loss: Sums
     right: Sums | None
 
 
-def collect(folder: Path, plans: Sequence[Plan], endings: Mapping[Path, Ending]) -> Comparison:
-    """The comparison as it stands on disk; `endings` are of the runs that this process has seen end."""
+def collect(folder: Path, plans: Sequence[ArmPlan], endings: Mapping[Path, Ending]) -> Comparison:
+    """The comparison as it is on disk; `endings` belong to the runs that ended in this process."""
     arms, judged = [], {}
     for plan in plans:
         done = {t: record for t in plan.trials if (record := _record(t)) is not None and record["status"] == "done"}
@@ -117,7 +117,7 @@ def _judged(trial: Trial, record: Mapping[str, Any]) -> _Judged | None:
 
 
 def _arm(
-    plan: Plan, done: Mapping[Trial, dict[str, Any]], judged: Sequence[_Judged], endings: Mapping[Path, Ending]
+    plan: ArmPlan, done: Mapping[Trial, dict[str, Any]], judged: Sequence[_Judged], endings: Mapping[Path, Ending]
 ) -> Arm:
     ended = [endings[trial.run_dir] for trial in plan.trials if trial.run_dir in endings]
     failure = next((ending for ending in ended if ending.code != 0), None)
@@ -175,7 +175,7 @@ def _produced_bytes(trial: Trial) -> int:
 
 
 def _rate(record: Mapping[str, Any]) -> float | str:
-    """The rate that was trained with."""
+    """The learning rate that the run used."""
     rate: float | str = (record.get("probe") or {}).get("learning_rate") or record["recipe"]["training"][
         "learning_rate"
     ]
@@ -188,7 +188,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _difference(a: str, b: str, judged: Mapping[str, Mapping[int, _Judged]]) -> Difference | None:
-    """Over the seeds that both have, if they were judged on the same rows."""
+    """The difference over the seeds that both arms have, if they were evaluated on the same rows."""
     pairs = [(judged[a][seed], judged[b][seed]) for seed in judged[a].keys() & judged[b].keys()]
     if any(x.key != y.key for x, y in pairs):
         return None

@@ -1,4 +1,4 @@
-"""The verdict: a paragraph from the figures alone, which says where a difference may be chance."""
+"""The verdict: a paragraph computed from the figures, which says where a difference may be chance."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nybble.units import format_bytes, format_count, format_number, format_share
 
 
 def verdict(found: Comparison) -> str:
-    """In plain words: which arm is best, by how much, whether that is more than noise, and what each one costs."""
+    """A text for people: which arm is best, by how much, whether that is more than noise, and what each arm costs."""
     measured = [arm for arm in found.arms if arm.measured]
     judged = sorted((arm for arm in measured if arm.eval_loss is not None), key=lambda arm: arm.eval_loss or 0.0)
     words: list[str] = []
@@ -23,9 +23,7 @@ def verdict(found: Comparison) -> str:
     elif len(judged) == 1:
         words.append(f"Only {judged[0].name} has been measured: held-out loss {format_number(judged[0].eval_loss)}.")
     elif not found.same_rows:
-        words.append(
-            "The arms were judged on different rows or seeds, so their losses cannot be held against each other."
-        )
+        words.append("The arms were evaluated on different rows or seeds, so their losses cannot be compared.")
     else:
         words += _on_loss(found, judged)
         words += _on_answers(found, judged)
@@ -43,7 +41,7 @@ def _on_loss(found: Comparison, judged: Sequence[Arm]) -> list[str]:
     for arm in others:
         apart = _apart(found.differences, arm.name, best.name)
         if apart is None:
-            words.append(f"{arm.name} has {format_number(arm.eval_loss)}; how sure that is cannot be said.")
+            words.append(f"{arm.name} has {format_number(arm.eval_loss)}, a difference of unknown certainty.")
         elif apart.within_noise:
             even.append(arm)
             words.append(f"{arm.name} ({format_number(arm.eval_loss)}) is within noise of it: {_span(apart)}.")
@@ -51,7 +49,7 @@ def _on_loss(found: Comparison, judged: Sequence[Arm]) -> list[str]:
             words.append(f"{arm.name} ({format_number(arm.eval_loss)}) is worse by more than noise: {_span(apart)}.")
     lightest = min(even, key=lambda arm: arm.peak_bytes or 0)
     if len(even) > 1:
-        words.append(f"Of those that cannot be told apart, {lightest.name} takes the least memory.")
+        words.append(f"Of the arms that do not differ by more than noise, {lightest.name} takes the least memory.")
     return words
 
 
@@ -71,8 +69,8 @@ def _on_answers(found: Comparison, judged: Sequence[Arm]) -> list[str]:
 def _on_seeds(judged: Sequence[Arm]) -> list[str]:
     n = min(len(arm.seeds) for arm in judged)
     if n > 1:
-        return [f"Noise is that of rows and of {n} seeds."]
-    return ["With one seed the noise is that of the rows alone; --seeds 3 measures that of the training too."]
+        return [f"The noise is that of the rows and of {n} seeds."]
+    return ["With one seed the noise is that of the rows alone; --seeds 3 also measures that of the training."]
 
 
 def _on_cost(measured: Sequence[Arm]) -> list[str]:
@@ -99,7 +97,7 @@ def _on_missing(arm: Arm) -> str:
 
 
 def _apart(differences: Sequence[Difference], a: str, b: str, answers: bool = False) -> Interval | None:
-    """Arm `a` less arm `b`."""
+    """The difference arm `a` minus arm `b`, if both were measured on the same rows."""
     for difference in differences:
         found = difference.exact_match if answers else difference.loss
         if found is not None and (difference.a, difference.b) == (a, b):

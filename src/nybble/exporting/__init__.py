@@ -1,7 +1,7 @@
-"""Leaving with a model that works: merge, verify, GGUF, Ollama, hub."""
+"""Turning a run into a model that other programs read: merge and verify, GGUF, Ollama, the hub."""
 
-from nybble.exporting.export import export
-from nybble.exporting.merge import merge
+from nybble.exporting.destinations import export
+from nybble.exporting.merging import merge
 from nybble.exporting.verify import Limits, Reference
 
 __all__ = ["Limits", "Reference", "export", "merge"]

@@ -1,9 +1,9 @@
-"""W + s B A, in float32, one tensor at a time, into a sharded folder that stock transformers reads.
+"""Adds an adapter to its base, W + s B A, in float32 and one tensor at a time, into shards that transformers reads.
 
     LoRA      W' = W + s B A,   s = alpha / r   (rank-stabilised: alpha / sqrt(r))
     DoRA      W' = m (W + s B A) / |W + s B A|   by rows (Liu et al. 2024, arXiv 2402.09353, equation 5)
 
-Memory holds the tensors of one shard, as they will be written, and one tensor in float32.
+At most the tensors of one shard, in the dtype they are written in, and one float32 tensor are in memory.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from nybble.storage.shards import plan_shards
 
 SHARD_BYTES = 1_000_000_000
 _FACTORS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
-# What PEFT may put into a LoRA adapter and this arithmetic does not know.
+# Settings of PEFT's LoRA adapters that this arithmetic does not support.
 _UNKNOWN = ("alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias")
 
 
 class AdapterDelta:
-    """What a saved LoRA adapter does to each weight. Use as a context manager."""
+    """The change that a saved LoRA adapter makes to each weight. Use it as a context manager."""
 
     def __init__(self, folder: Path) -> None:
         """Read the adapter's config.
 
         Raises:
-            ModelError: no adapter, or one of a kind that cannot be merged.
+            ModelError: there is no adapter, or its kind cannot be merged.
         """
         files = read_adapter(folder)
         settings = files.settings
@@ -61,21 +61,21 @@ class AdapterDelta:
         self._open.__exit__(*exception)
 
     def modules(self) -> list[str]:
-        """Names of the linears that it changes.
+        """The names of the linear layers that it changes.
 
         Raises:
-            ModelError: it holds something besides the factors of linears.
+            ModelError: it has tensors that are not factors of linear layers.
         """
         found = set()
         for key in self._keys:
             module = next((key.removesuffix(f".{end}") for end in _FACTORS if key.endswith(f".{end}")), None)
             if module is None:
-                raise ModelError(f"{self.folder}: {key} is no factor of a linear and cannot be merged")
+                raise ModelError(f"{self.folder}: {key} is not a factor of a linear layer and cannot be merged")
             found.add(module.removeprefix(PREFIX))
         return sorted(found)
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
-        """A `(r, in)` and B `(out, r)`, float32, as they are stored."""
+        """The stored factors A `(r, in)` and B `(out, r)` in float32."""
         a, b = (self._file.get_tensor(f"{PREFIX}{module}.{end}").float() for end in _FACTORS[:2])
         return a, b
 
@@ -83,13 +83,13 @@ class AdapterDelta:
         """The merged weight, `(out, in) float32`.
 
         Raises:
-            ModelError: the factors have other sizes.
+            ModelError: the sizes of the factors do not fit the weight.
         """
         a, b = self.factors(module)
         if (b.shape[0], a.shape[1]) != tuple(weight.shape):
             raise ModelError(
                 f"{self.folder}: {module} is {b.shape[0]} x {a.shape[1]} in the adapter and "
-                f"{' x '.join(map(str, weight.shape))} in the base: an adapter of another base"
+                f"{' x '.join(map(str, weight.shape))} in the base: the adapter belongs to another base"
             )
         merged = torch.addmm(weight.float(), b, a, alpha=self.scaling)
         magnitude = f"{PREFIX}{module}.{_FACTORS[2]}"
@@ -104,7 +104,7 @@ class AdapterDelta:
 
 
 def merged_bytes(base: BaseWeights, dtype: torch.dtype) -> int:
-    """What the merged tensors take on disk."""
+    """The size of the merged tensors on disk, in bytes."""
     return sum(prod(base.shape(name)) for name in base.names()) * dtype.itemsize
 
 
@@ -115,10 +115,10 @@ def write_merged(
     dtype: torch.dtype,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write the merged tensors and their index into `folder`; configuration and tokenizer are the caller's.
+    """Write the merged tensors and their index into `folder`; the caller writes configuration and tokenizer.
 
     Raises:
-        ModelError: the adapter changes a linear that the base does not have, or a tied head.
+        ModelError: the adapter changes a linear layer that the base does not have, or a head tied to the embeddings.
     """
     from safetensors.torch import save_file
 
@@ -141,7 +141,7 @@ def write_merged(
 
 
 def _targets(base: BaseWeights, delta: AdapterDelta) -> dict[str, str]:
-    """Tensor -> module, for all that the adapter changes."""
+    """Tensor -> module, for every tensor that the adapter changes."""
     found = {}
     for module in delta.modules():
         name = base.name_of(module)

@@ -1,4 +1,4 @@
-"""The model card of a merged model: the adapter's own, and what merging measured."""
+"""The model card of a merged model: the adapter's card, and the figures that merging measured."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from nybble.units import format_number
 _INTO = {
     "dequantized": "the decoded 4-bit base that it was trained on",
     "original": "the 16-bit original",
-    "4bit-dequantized": "the decoded 4-bit base that it was trained on, and encoded anew in 4 bits",
-    "4bit-original": "the 16-bit original, and encoded in 4 bits",
+    "4bit-dequantized": "the decoded 4-bit base that it was trained on, and packed again in 4 bits",
+    "4bit-original": "the 16-bit original, and packed in 4 bits",
 }
 
 
 def merged_card(adapter_card: Path, result: Mapping[str, Any]) -> str:
-    """README.md of a merged folder."""
+    """The text of a merged folder's README.md."""
     text = adapter_card.read_text(encoding="utf-8") if adapter_card.is_file() else "# A merged model\n"
     text = text.replace("library_name: peft\n", "library_name: transformers\n")
     text = re.sub(r"\n## Merged\n.*\Z", "", text, flags=re.DOTALL)

@@ -1,7 +1,7 @@
-"""GGUF: one file with weights, vocabulary and settings, as llama.cpp and Ollama read it; written by the `gguf` package.
+"""Writes GGUF, one file with weights, vocabulary and settings for llama.cpp and Ollama, with the `gguf` package.
 
-Tensors are read, converted and written one at a time. llama.cpp turns neighbouring pairs of a head's dimensions where
-transformers turns its halves, so under architecture "llama" the rows of queries and keys are put in that order.
+Tensors are read, converted and written one at a time. llama.cpp rotates neighbouring pairs of a head's dimensions,
+transformers pairs from its two halves; so for the architecture "llama" the rows of queries and keys are reordered.
 """
 
 from __future__ import annotations
@@ -28,30 +28,31 @@ _Progress = Callable[[int, int], None]
 
 
 def check_gguf(source: ModelSource) -> Any:
-    """The `gguf` package, once it is known that the model can be written.
+    """Check that the model can be written as GGUF; return the `gguf` package.
 
     Raises:
-        ModelError: an architecture that this export does not know; CannotRunError: the package is missing.
+        ModelError: this export does not support the architecture.
+        CannotRunError: the package is missing.
     """
     if source.config.model_type not in ARCHITECTURES:
         raise ModelError(
-            f"GGUF export does not know the architecture {source.config.model_type!r}; it knows "
+            f"GGUF export does not support the architecture {source.config.model_type!r}; it supports "
             f"{', '.join(ARCHITECTURES)}"
         )
     try:
         import gguf
     except ImportError as error:
-        raise CannotRunError("GGUF export needs the package gguf: pip install 'nybble[gguf]'") from error
+        raise CannotRunError("GGUF export needs the package gguf; run pip install 'nybble[gguf]'") from error
     return gguf
 
 
 def write_gguf(
     source: ModelSource, tokenizer: Any, stop_tokens: tuple[int, ...], file: Path, outtype: str, progress: _Progress
 ) -> None:
-    """Write the whole model in `source` to `file`; vectors stay float32.
+    """Write the whole model in `source` to `file`; vectors are written in float32.
 
     Raises:
-        ModelError: architecture, tokenizer or rotary settings that cannot be expressed, or a value beyond float16.
+        ModelError: the architecture, tokenizer or rotary settings cannot be expressed, or a value exceeds float16.
     """
     gguf = check_gguf(source)
     config = source.config
@@ -82,10 +83,10 @@ def write_gguf(
 
 
 def write_adapter_gguf(source: ModelSource, folder: Path, file: Path) -> None:
-    """Write the LoRA adapter in `folder` alone, in float32, for llama.cpp's `--lora`; `source` is its base.
+    """Write only the LoRA adapter in `folder`, in float32, for llama.cpp's `--lora`; `source` is its base.
 
     Raises:
-        ModelError: an architecture or a kind of adapter that GGUF does not hold.
+        ModelError: GGUF does not support the architecture or the kind of adapter.
     """
     gguf = check_gguf(source)
     config = source.config
@@ -93,11 +94,11 @@ def write_adapter_gguf(source: ModelSource, folder: Path, file: Path) -> None:
     names = gguf.get_tensor_name_map(_architecture_number(gguf, architecture), config.num_hidden_layers)
     with AdapterDelta(folder) as delta:
         if delta.is_dora:
-            raise ModelError(f"{folder}: GGUF holds no DoRA adapters; merge it and export the whole model")
+            raise ModelError(f"{folder}: GGUF does not support DoRA adapters; merge it and export the whole model")
         writer = gguf.GGUFWriter(file, architecture)
         writer.add_type("adapter")
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        # llama.cpp multiplies by alpha / r; what is written gives it the scale that was trained with.
+        # llama.cpp multiplies by alpha / r; this alpha gives the scale of the training.
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, delta.scaling * delta.r)
         for module in delta.modules():
             place = names.get_name(module)
@@ -149,33 +150,37 @@ def _write_settings(writer: Any, gguf: Any, config: Any, name: str, outtype: str
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     elif kind not in ("default", "llama3"):
-        raise ModelError(f"GGUF export does not know rotary embeddings of type {kind!r}; default, linear, yarn, llama3")
+        raise ModelError(
+            f"GGUF export does not support rotary embeddings of type {kind!r}; allowed: default, linear, yarn, llama3"
+        )
 
 
 def _rotary_factors(config: Any) -> np.ndarray[Any, Any] | None:
-    """Llama-3's divisors of the rotary frequencies, `(head_dim / 2,) float32`: long waves are stretched."""
+    """Llama-3's divisors of the rotary frequencies, `(head_dim / 2,) float32`, which stretch long waves."""
     rope = config.rope_parameters
     if rope.get("rope_type") != "llama3":
         return None
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    low, high, context = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
-    found = []
+    low = rope["low_freq_factor"]
+    high = rope["high_freq_factor"]
+    context = rope["original_max_position_embeddings"]
+    factors = []
     for i in range(0, head_dim, 2):
         turns = context / (2 * pi * rope["rope_theta"] ** (i / head_dim))  # within the original context
         smooth = min(1.0, max(0.0, (turns - low) / (high - low)))
-        found.append(1 / ((1 - smooth) / rope["factor"] + smooth))
-    return _numpy().array(found, dtype="float32")  # type: ignore[no-any-return]
+        factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return _numpy().array(factors, dtype="float32")  # type: ignore[no-any-return]
 
 
 def _written(base: BaseWeights, config: Any) -> list[str]:
-    """Of tied embeddings and head one is written, whichever the checkpoint has."""
+    """The tensors to write; of tied embeddings and head only one, whichever the checkpoint has."""
     names = [name for name in base.names() if not name.endswith(".rotary_emb.inv_freq")]
     both = config.tie_word_embeddings and any("embed_tokens." in name for name in names)
     return [name for name in names if not (both and name.startswith("lm_head."))]
 
 
 def _place(gguf: Any, base: BaseWeights, name: str, names: Any, wanted: Any) -> tuple[str, tuple[int, ...], Any]:
-    """Name in the file, shape, and type: matrices whose rows are no whole blocks stay in float16."""
+    """Name in the file, shape, and type; matrices whose rows are not whole blocks are written in float16."""
     is_tied_head = name == "lm_head.weight" and base.source.config.tie_word_embeddings
     place = "token_embd.weight" if is_tied_head else names.get_name(name, try_suffixes=(".weight", ".bias"))
     if place is None:
@@ -188,7 +193,7 @@ def _place(gguf: Any, base: BaseWeights, name: str, names: Any, wanted: Any) -> 
 
 
 def _ordered(weight: Tensor, name: str, config: Any) -> Tensor:
-    """Rows of queries and keys in the order of llama.cpp's rotary embedding, where the two differ."""
+    """The rows of queries and keys in the order of llama.cpp's rotary embedding, if it differs from transformers'."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
     if heads is None or ARCHITECTURES[config.model_type] != "llama":
         return weight
@@ -198,6 +203,6 @@ def _ordered(weight: Tensor, name: str, config: Any) -> Tensor:
 
 def _encoded(gguf: Any, weight: Tensor, kind: Any, name: str) -> np.ndarray[Any, Any]:
     if kind == gguf.GGMLQuantizationType.F16 and weight.abs().max() > torch.finfo(torch.float16).max:
-        raise ModelError(f"{name} holds values beyond float16; export as bf16")
+        raise ModelError(f"{name} has values that float16 cannot represent; export as bf16")
     result: np.ndarray[Any, Any] = gguf.quants.quantize(weight.contiguous().numpy(), kind)
     return result

@@ -1,8 +1,8 @@
-"""Is what was written what was trained? Asked of stock transformers in a fresh process, answered in figures.
+"""Verifies that an exported model is what was trained, with figures from stock transformers in a fresh process.
 
-The reference is the adapter on its base, as it was trained. On held-out rows the distributions at every learned
-position are compared (KL, loss), on held-out prompts the greedy continuations and whether they stop; the folder's own
-tokenizer, chat template and generation config are used throughout.
+The reference is the adapter on its base, as it was trained. On held-out rows the distributions at every trained
+position are compared (KL, loss); on held-out prompts, the greedy continuations and whether they stop. The tokenizer,
+chat template and generation config are those of the exported folder.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from nybble.exporting.fresh import run_fresh
 from nybble.training import evaluation_mode
 
 N_PROMPTS = 8
-_REFERENCE_BYTES = 256 << 20  # of distributions kept: 2,097 positions of a 32,000-token vocabulary
-_MOST_LOSS_OF_STOPS = 0.5  # a changed weight may move a stop by some tokens, beyond the limit of a few prompts
+_REFERENCE_BYTES = 256 << 20  # of stored distributions: 2,097 positions of a 32,000-token vocabulary
+_MOST_LOSS_OF_STOPS = 0.5  # share; a small change of the weights moves some stops past max_new_tokens
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How far the written model may be from the adapter on its base."""
+    """How far an exported model may be from the adapter on its base."""
 
-    mean_kl: float = 0.01  # nats a position; of the base that was trained on, where only rounding differs
-    loss_gap: float = 0.02  # nats a position, of any target
+    mean_kl: float = 0.01  # nats a position; applies to the base that was trained on, where only rounding differs
+    loss_gap: float = 0.02  # nats a position; applies to every target
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A written folder against the adapter on its base."""
+class Verification:
+    """The figures of an exported folder, compared with the adapter on its base."""
 
     target: str
     mean_kl: float  # KL(adapter on base || written), nats a position
@@ -52,25 +52,27 @@ class Measured:
 
     @property
     def loss_gap(self) -> float:
-        """Negative where the written model is the better one."""
+        """The difference of the losses; negative if the exported model is the better one."""
         return self.loss - self.loss_reference
 
     @property
     def verified(self) -> bool:
-        """Whether it is what was trained, within the limits."""
+        """Whether it is the model that was trained, within the limits."""
         return not self.faults
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """The figures as plain data."""
         return {**asdict(self), "loss_gap": self.loss_gap, "verified": self.verified}
 
 
 class Reference:
-    """What the adapter on its base says; lies in a scratch folder. Use as a context manager."""
+    """The answers of the adapter on its base, stored in a temporary folder. Use it as a context manager."""
 
     def __init__(self, rows: Sequence[Example], max_new_tokens: int, stop_tokens: Sequence[int]) -> None:
-        """Rows to compare on; as many positions are taken as their distributions may take bytes."""
-        self.rows, self.max_new_tokens, self.stop_tokens = rows, max_new_tokens, set(stop_tokens)
+        """Choose the rows to compare on; their number is limited by the bytes that their distributions take."""
+        self.rows = rows
+        self.max_new_tokens = max_new_tokens
+        self.stop_tokens = set(stop_tokens)
         self.prompts = [row.prompt_ids for row in rows if row.prompt_ids][:N_PROMPTS]
         self._chosen: list[dict[str, Any]] = []
 
@@ -82,7 +84,7 @@ class Reference:
         self._scratch.cleanup()
 
     def capture(self, model: Any, tokenizer: Any, dtype: torch.dtype) -> None:
-        """Ask `model`, the adapter on its base, in evaluation mode."""
+        """Store the answers of `model`, the adapter on its base, in evaluation mode."""
         from safetensors.torch import save_file
 
         self._choose(model.config.get_text_config().vocab_size)
@@ -104,17 +106,17 @@ class Reference:
 
     def measure(
         self, folder: Path, target: str, limits: Limits, device: str, max_memory: Mapping[str, int] | None = None
-    ) -> Measured:
-        """The folder as stock transformers reads it, in a process that holds nothing of ours.
+    ) -> Verification:
+        """Measure the folder as stock transformers reads it, in a process that imports nothing of Nybble.
 
         Raises:
-            CannotRunError: that process runs out of memory or lacks a library.
+            CannotRunError: that process ran out of memory or lacks a library.
             NybbleError: stock transformers cannot read the folder.
         """
         answers = self._ask_stock(folder, device, max_memory)
         faults = []
         stopped, stopped_reference = (self._n_stopped(ids) for ids in (answers["greedy"], self.greedy))
-        measured = Measured(
+        measured = Verification(
             target=target,
             **{name: answers[name] for name in ("mean_kl", "worst_kl", "loss", "loss_reference")},
             n_rows=len(self._chosen),
@@ -125,16 +127,16 @@ class Reference:
             stopped_reference=stopped_reference,
             faults=(),
         )
-        # Written so that a figure which is not a number is a fault.
+        # Written so that NaN is a fault.
         if target == "dequantized" and not measured.mean_kl <= limits.mean_kl:
             faults.append(f"mean KL {measured.mean_kl:.4f} is above {limits.mean_kl:g}")
         if not measured.loss_gap <= limits.loss_gap:
-            faults.append(f"loss is {measured.loss_gap:+.4f} against the adapter's, above {limits.loss_gap:+g}")
+            faults.append(f"the loss gap to the adapter is {measured.loss_gap:+.4f}, above {limits.loss_gap:+g}")
         if stopped < _MOST_LOSS_OF_STOPS * stopped_reference:
-            faults.append(f"{stopped} of {len(self.prompts)} answers stop, {stopped_reference} did")
+            faults.append(f"{stopped} of {len(self.prompts)} answers stop; the adapter's: {stopped_reference}")
         if answers["texts"] != self._tokenized or answers["chats"] != self._rendered:
-            faults.append("the written tokenizer or chat template gives other tokens")
-        return Measured(**{**asdict(measured), "faults": tuple(faults)})
+            faults.append("the exported tokenizer or chat template gives other tokens")
+        return Verification(**{**asdict(measured), "faults": tuple(faults)})
 
     def _file(self, name: str) -> Path:
         return Path(self._scratch.name) / name

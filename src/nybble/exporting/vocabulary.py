@@ -1,8 +1,9 @@
-"""A tokenizer as GGUF holds it: tokens, their kinds, merges or scores, special tokens, chat template.
+"""Converts a tokenizer to GGUF: tokens, their types, merges or scores, special tokens, chat template.
 
-Two kinds of tokenizer are known. Byte-level BPE is stored with its merges and the name by which llama.cpp knows how
-text is split before merging. BPE over words that begin with a mark for the space (sentencepiece's kind) is stored with
-a score for each token instead: the earlier a merge, the higher; llama.cpp merges the best-scored pair first.
+Two kinds of tokenizer are supported. Byte-level BPE is stored with its merges and with llama.cpp's name for the way in
+which text is split before merging. BPE over words that begin with a mark for the space (the kind of sentencepiece) is
+stored with a score for each token instead: the earlier a merge, the higher the score; llama.cpp merges the pair with
+the best score first.
 """
 
 from __future__ import annotations
@@ -26,24 +27,24 @@ _SPLITS = {
 }
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE_KIND = range(1, 7)  # llama.cpp's token types
-_NO_SCORE = -1e6  # of tokens that no merge makes
+_NO_SCORE = -1e6  # for tokens that no merge produces
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What is written under `tokenizer.`."""
+    """The content of GGUF's fields `tokenizer.*`."""
 
     model: str  # "gpt2" or "llama"
-    split: str  # llama.cpp's name of the way text is split
+    split: str  # llama.cpp's name for the way text is split
     tokens: list[str]
     kinds: list[int]
-    merges: list[str]  # of "gpt2"
-    scores: list[float]  # of "llama"
+    merges: list[str]  # for "gpt2"
+    scores: list[float]  # for "llama"
     adds_space: bool
-    notes: tuple[str, ...] = ()  # what GGUF does not hold
+    notes: tuple[str, ...] = ()  # what GGUF cannot express
 
     def write(self, writer: Any, tokenizer: Any, stop_tokens: Sequence[int]) -> None:
-        """Put it, the special tokens and the chat template into a `gguf.GGUFWriter`."""
+        """Add it, the special tokens and the chat template to a `gguf.GGUFWriter`."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.split)
         writer.add_token_list(self.tokens)
@@ -70,17 +71,17 @@ class Vocabulary:
 
 
 def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
-    """The vocabulary of a fast tokenizer, filled up to the model's `size`.
+    """The vocabulary of a fast tokenizer, padded to the model's `size`.
 
     Raises:
-        ModelError: a kind of tokenizer that GGUF or this export does not know.
+        ModelError: GGUF or this export does not support the kind of tokenizer.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ModelError("GGUF export needs a tokenizer.json; this model has only a slow tokenizer")
     content = json.loads(backend.to_str())
     if content["model"]["type"] != "BPE":
-        raise ModelError(f"GGUF export knows BPE tokenizers, this one is {content['model']['type']}")
+        raise ModelError(f"GGUF export supports BPE tokenizers, this one is {content['model']['type']}")
     parts = _flat(content["pre_tokenizer"]) + _flat(content["normalizer"])
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     tokens = [by_id.get(index, f"[PAD{index}]") for index in range(max(size, len(by_id)))]
@@ -100,14 +101,14 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     )
     notes = []
     if any(part["type"] not in ("Prepend", "Metaspace") and not _is_space_mark(part) for part in parts):
-        notes.append("the tokenizer rewrites text (e.g. runs of spaces) before it splits it, which GGUF does not hold")
+        notes.append("the tokenizer rewrites text (e.g. runs of spaces) before it splits it, which GGUF cannot express")
     if _BYTE_KIND not in kinds:
-        notes.append("the vocabulary has no byte tokens: llama.cpp cannot take characters that are not in it")
+        notes.append("the vocabulary has no byte tokens, so llama.cpp cannot read characters that are not in it")
     return Vocabulary("llama", "default", tokens, kinds, [], scores, adds_space, tuple(notes))
 
 
 def _flat(part: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, sequences opened."""
+    """The steps of a normalizer or pre-tokenizer, with the steps of sequences in place of the sequences."""
     if part is None:
         return []
     return [step for inner in part.get("pretokenizers", part.get("normalizers", [])) for step in _flat(inner)] or [part]
@@ -118,7 +119,7 @@ def _is_space_mark(part: dict[str, Any]) -> bool:
 
 
 def says_alike(text: str, tokenizer: Any) -> bool:
-    """Whether a text is one that a tokenizer of sentencepiece's kind does not rewrite and whose words it all knows."""
+    """Whether a tokenizer of sentencepiece's kind leaves the text unchanged and knows all of its words."""
     normalizer = tokenizer.backend_tokenizer.normalizer
     if normalizer is None:
         return True
@@ -132,8 +133,8 @@ def _split_name(parts: Sequence[dict[str, Any]]) -> str:
     name = _SPLITS.get(patterns[0] if patterns else "")
     if name is None or len(patterns) > 1:
         raise ModelError(
-            f"GGUF export does not know how this tokenizer splits text ({str(patterns)[:120]}); it knows that of "
-            "GPT-2, Llama-3 and Qwen-2"
+            f"GGUF export does not support how this tokenizer splits text ({str(patterns)[:120]}); it supports the "
+            "patterns of GPT-2, Llama-3 and Qwen-2"
         )
     return name
 

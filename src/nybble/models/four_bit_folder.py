@@ -30,7 +30,7 @@ def quantize(
     recipe = load_recipe(None, {**(overrides or {}), "model_name_or_path": model})
     folder = Path(out).expanduser()
     if folder.exists():
-        raise InputError(f"{folder} exists already; choose a new folder")
+        raise InputError(f"{folder} already exists; choose a new folder")
     source, watch = find_model(recipe.model), observer or Silent()
     if source.is_4bit:
         raise RecipeError(f"{model} is stored in 4 bits already; give the 16-bit model")

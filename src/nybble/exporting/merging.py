@@ -1,12 +1,12 @@
-"""Merging: which base the adapter goes into is measured, and what is written is verified before it has its name.
+"""Merging an adapter into its base. The best base is measured, and the result is verified before it gets its name.
 
-    dequantized   what the adapter was trained on, decoded: the same function, one rounding away
+    dequantized   the packed base that the adapter was trained on, decoded: the same function up to one rounding
     original      the 16-bit model: better after short runs, worse after long ones, so both are tried
-    4bit          each of the two with its adapter, encoded anew by the calibrated encoder, whatever packed the base:
-                  original + adapter keeps small adapters, which rounding the decoded base again would lose;
-                  decoded base + adapter is right after long runs, which have learned to make up for that base
+    4bit          each of the two with the adapter added, packed again by the calibrated encoder, whatever encoder the
+                  base had: the original keeps small adapters, which rounding the decoded base again would lose; the
+                  decoded base is right after long runs, which have learned to compensate for it
 
-Candidates are written beside the goal, measured by `verify`, and the better one is renamed.
+Candidates are written beside the destination and measured by `nybble.exporting.verify`; the best one is renamed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nybble.data import Prepared, examine_rows
 from nybble.errors import CannotRunError, InputError, ModelError, RecipeError
 from nybble.exporting.arithmetic import AdapterDelta, merged_bytes, write_merged
 from nybble.exporting.card import merged_card
-from nybble.exporting.verify import Limits, Measured, Reference
+from nybble.exporting.verify import Limits, Reference, Verification
 from nybble.hardware import Device, detect_device
 from nybble.models import (
     NOTE,
@@ -52,21 +52,21 @@ from nybble.units import format_bytes
 TARGETS = ("auto", "dequantized", "original", "4bit")
 DTYPES = ("bfloat16", "float16", "float32")
 UNVERIFIED = "UNVERIFIED"
-ENCODER = "calibrated"  # of what is packed anew
-_ANEW = "4bit-"  # with the base behind it: a target that is encoded anew
-_PACKED_SHARE = 0.5  # of the 16-bit bytes, at most, that the 4-bit folder takes: embeddings and head stay whole
+ENCODER = "calibrated"  # packs the merged weights
+_PACKED = "4bit-"  # followed by the base: a target that is packed again
+_PACKED_SHARE = 0.5  # the most that a 4-bit folder takes of the 16-bit bytes: embeddings and head stay in 16 bits
 
 
 @dataclass(frozen=True)
-class _Job:
-    """A merge that is known to be possible."""
+class _Merge:
+    """A merge whose input has been checked."""
 
     tuned: Artifact
     recipe: Recipe
     out: Path
     dtype: torch.dtype
     device: Device
-    bases: dict[str, BaseWeights]  # target -> where its tensors come from
+    bases: dict[str, BaseWeights]  # target -> the weights that the adapter is added to
     limits: Limits
     watch: Observer
 
@@ -85,19 +85,19 @@ def merge(
 
     Args:
         run: folder of a finished run.
-        out: a folder that does not exist.
-        overrides: settings of model, data and evaluation that have changed since, e.g. where the rows are now.
-        into: "dequantized", "original", or "auto": the better one of the two; "4bit": the better one, encoded anew.
-        dtype: "bfloat16", "float16" or "float32"; default: the compute type of the run.
-        limits: how far the written model may be from the adapter on its base.
-        observer: who is told.
+        out: a folder that does not exist yet.
+        overrides: settings of model, data and evaluation that have changed since, such as the place of the rows.
+        into: "dequantized", "original", "auto" (the better one of the two), or "4bit" (the better one, packed again).
+        dtype: "bfloat16", "float16" or "float32"; by default the compute dtype of the run.
+        limits: how far the merged model may be from the adapter on its base.
+        observer: receives the progress.
 
     Returns:
-        Target, figures of every candidate and `verified`; where that is false, the folder holds a file UNVERIFIED.
+        The target, the figures of every candidate, and `verified`. If that is false, the folder has a file UNVERIFIED.
 
     Raises:
-        InputError: run, base or settings do not allow it.
-        CannotRunError: disk or memory does not.
+        InputError: the run, the base or the settings do not allow the merge.
+        CannotRunError: there is not enough disk or memory.
     """
     started = time.monotonic()
     job = _prepare(Path(run), Path(out).expanduser(), overrides, into, dtype, limits or Limits(), observer or Silent())
@@ -105,9 +105,9 @@ def merge(
     rows = prepared.held_out if rows_are_held_out else prepared.train
     stops = job.tuned.stop_tokens
     with Reference(rows, job.recipe.evaluation.max_new_tokens, stops) as reference:
-        written = _Written(job, *_ask_adapter(job, reference))
+        candidates = _Candidates(job, *_ask_adapter(job, reference))
         try:
-            measured = [written.make(target, reference, prepared) for target in job.bases]
+            measured = [candidates.make(target, reference, prepared) for target in job.bases]
             best = min(measured, key=lambda m: (not m.verified, m.loss))
             result = {
                 "out": str(job.out),
@@ -115,12 +115,12 @@ def merge(
                 "dtype": str(job.dtype).removeprefix("torch."),
                 "rows_held_out": rows_are_held_out,
                 "candidates": [m.to_json() for m in measured],
-                "file_bytes": sum(f.stat().st_size for f in written.folder(best.target).glob("*.safetensors")),
+                "file_bytes": sum(f.stat().st_size for f in candidates.folder(best.target).glob("*.safetensors")),
                 "seconds": time.monotonic() - started,
             }
-            written.finish(best, result)
+            candidates.finish(best, result)
         finally:
-            written.discard()
+            candidates.discard()
     return result
 
 
@@ -132,48 +132,51 @@ def _prepare(
     dtype: str | None,
     limits: Limits,
     watch: Observer,
-) -> _Job:
+) -> _Merge:
     if into not in TARGETS:
         raise RecipeError(f"into: got {into!r}; allowed: {', '.join(TARGETS)}")
     if dtype is not None and dtype not in DTYPES:
         raise RecipeError(f"dtype: got {dtype!r}; allowed: {', '.join(DTYPES)}")
     if out.exists():
-        raise InputError(f"{out} exists already; choose a new folder")
-    recipe, tuned = _recipe_now(run, overrides), find_artifact(str(run), overrides)
+        raise InputError(f"{out} already exists; choose a new folder")
+    recipe = _recipe_now(run, overrides)
+    tuned = find_artifact(str(run), overrides)
     if not tuned.is_adapter:
         raise InputError(f"{run} trained every parameter (method full): {tuned.folder} is the whole model already")
     device = detect_device(recipe.model.device)
     chosen = getattr(torch, dtype or tuned.quantization.bnb_4bit_compute_dtype)
-    job = _Job(tuned, recipe, out, chosen, device, _bases(tuned, into, watch), limits, watch)
+    job = _Merge(tuned, recipe, out, chosen, device, _bases(tuned, into, watch), limits, watch)
     _check_disk(job)
     return job
 
 
 def _recipe_now(run: Path, overrides: Mapping[str, Any] | None) -> Recipe:
-    """The run's recipe with paths as they are now; what was trained cannot be changed afterwards."""
+    """The run's recipe with the overrides; settings that decided the training cannot be changed afterwards."""
     before = stored_recipe(read_record(run), run)
     now = load_recipe(run / "recipe.yaml", overrides)
     for name in ("method", "quantization", "lora", "training"):
         if getattr(now, name) != getattr(before, name):
-            raise RecipeError(f"{name} is as the run trained it and cannot be changed while merging; leave it away")
+            raise RecipeError(f"{name} is fixed by the run and cannot be changed while merging; remove it")
     return now
 
 
 def _bases(tuned: Artifact, into: str, watch: Observer) -> dict[str, BaseWeights]:
-    """The bases that the adapter can go into, of those that are wanted."""
+    """The bases that `into` asks for and that the adapter can be merged into."""
     if tuned.method == "lora":
         if into in ("dequantized", "4bit"):
-            raise RecipeError("method lora trained on 16 bits: merge into original; for 4 bits, nybble quantize that")
+            raise RecipeError(
+                "method lora trained on a 16-bit base: merge into original; for 4 bits, nybble quantize the result"
+            )
         source = find_model(tuned.base)
         check_original(tuned, source)
         return {"original": BaseWeights(source)}
     if tuned.is_repaired and into == "original":
         raise RecipeError(
-            f"the adapter started from what 4 bits lost (init_lora_weights {tuned.init}): it fits its own 4-bit base "
-            "alone; merge into dequantized"
+            f"the adapter was initialised with the quantization error (init_lora_weights {tuned.init}), so it fits "
+            "only its own 4-bit base; merge into dequantized"
         )
     found: dict[str, BaseWeights] = {}
-    prefix = _ANEW if into == "4bit" else ""
+    prefix = _PACKED if into == "4bit" else ""
     if into != "original":
         found[f"{prefix}dequantized"] = _trained_base(tuned)
     if into == "dequantized" or tuned.is_repaired:
@@ -183,7 +186,7 @@ def _bases(tuned: Artifact, into: str, watch: Observer) -> dict[str, BaseWeights
     except (ModelError, CannotRunError) as error:
         if into == "original":
             raise
-        watch.note(f"merged into the dequantized base only: {error}")
+        watch.note(f"only the dequantized base is tried: {error}")
         return found
     return found | {f"{prefix}original": BaseWeights(source)}
 
@@ -192,25 +195,27 @@ def _original(tuned: Artifact) -> ModelSource:
     source = find_model(tuned.original)
     check_original(tuned, source)
     if source.is_4bit:
-        raise ModelError(f"{source.name} is stored in 4 bits; the 16-bit original is not at hand")
+        raise ModelError(f"{source.name} is stored in 4 bits; the 16-bit original is not available")
     return source
 
 
 def _trained_base(tuned: Artifact) -> BaseWeights:
-    """What training saw: the packed base, decoded."""
+    """The packed base that the adapter was trained on, decoded."""
     source = find_model(tuned.base)
     if tuned.base == tuned.original:
         check_original(tuned, source)
     return BaseWeights(source, tuned.quantization, getattr(torch, tuned.quantization.bnb_4bit_compute_dtype))
 
 
-def _check_disk(job: _Job) -> None:
+def _check_disk(job: _Merge) -> None:
     sizes = {}
     for target, weights in job.bases.items():
         with weights as base:
             sizes[target] = merged_bytes(base, job.dtype)
-    packed = sum(int(_PACKED_SHARE * size) for target, size in sizes.items() if target.startswith(_ANEW))
-    needed = packed + max(sizes.values()) if packed else sum(sizes.values())  # a 16-bit form goes when it is packed
+    packed = sum(int(_PACKED_SHARE * size) for target, size in sizes.items() if target.startswith(_PACKED))
+    needed = (
+        packed + max(sizes.values()) if packed else sum(sizes.values())
+    )  # the 16-bit folder is removed after packing
     place = next(p for p in job.out.absolute().parents if p.exists())
     free = shutil.disk_usage(place).free
     if needed > free:
@@ -221,19 +226,19 @@ def _check_disk(job: _Job) -> None:
         )
 
 
-def _rows(job: _Job) -> tuple[Prepared, bool]:
-    """The run's rows, and whether some were held out: those are what is compared on, else the trained ones."""
+def _rows(job: _Merge) -> tuple[Prepared, bool]:
+    """The run's rows, and whether some were held out. Those are compared on, or else the rows that were trained on."""
     job.watch.stage("rows")
     tokenizer = tokenizer_of(job.tuned, find_model(job.tuned.base))
     recipe = job.recipe
     prepared = examine_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed)
     if not prepared.held_out:
-        job.watch.note("no rows were held out: compared on rows that were trained on")
+        job.watch.note("no rows were held out, so the comparison uses rows that were trained on")
     return prepared, bool(prepared.held_out)
 
 
-def _ask_adapter(job: _Job, reference: Reference) -> tuple[Any, Any, Any]:
-    """Let the adapter on its base answer; its config, generation config and tokenizer."""
+def _ask_adapter(job: _Merge, reference: Reference) -> tuple[Any, Any, Any]:
+    """Store the answers of the adapter on its base; return its config, generation config and tokenizer."""
     job.watch.stage("reference")
     model, tokenizer, dtype = load_artifact(job.tuned, job.device)
     stop_at(model, job.tuned.stop_tokens)
@@ -246,27 +251,31 @@ def _ask_adapter(job: _Job, reference: Reference) -> tuple[Any, Any, Any]:
     return config, generation, tokenizer
 
 
-class _Written:
-    """Candidates on disk, beside the goal and under names of their own."""
+class _Candidates:
+    """The merged models that are tried, each in a hidden folder beside the destination."""
 
-    def __init__(self, job: _Job, config: Any, generation: Any, tokenizer: Any) -> None:
-        self.job, self.config, self.generation, self.tokenizer = job, config, generation, tokenizer
+    def __init__(self, job: _Merge, config: Any, generation: Any, tokenizer: Any) -> None:
+        self.job = job
+        self.config = config
+        self.generation = generation
+        self.tokenizer = tokenizer
 
     def folder(self, target: str) -> Path:
         return self.job.out.with_name(f".{self.job.out.name}.{target}.partial")
 
-    def make(self, target: str, reference: Reference, prepared: Prepared) -> Measured:
+    def make(self, target: str, reference: Reference, prepared: Prepared) -> Verification:
         """Write one candidate and measure it."""
-        job, folder = self.job, self.folder(target)
+        job = self.job
+        folder = self.folder(target)
         job.watch.stage(f"merge into {target}")
         self._write_16bit(target, folder)
-        if target.startswith(_ANEW):
+        if target.startswith(_PACKED):
             self._pack(folder, prepared)
         job.watch.stage(f"verify {target}")
         measured = reference.measure(folder, target, job.limits, job.device.type)
         job.watch.note(
             f"{target}: mean KL {measured.mean_kl:.5f}, worst {measured.worst_kl:.4f}, loss {measured.loss:.4f} "
-            f"({measured.loss_gap:+.4f} against the adapter on its base)"
+            f"({measured.loss_gap:+.4f} compared with the adapter on its base)"
         )
         return measured
 
@@ -277,11 +286,11 @@ class _Written:
         with job.bases[target] as base, AdapterDelta(job.tuned.folder) as delta:
             write_merged(base, delta, folder, job.dtype, partial(job.watch.progress, f"merging into {target}"))
         content = self.config.to_diff_dict()
-        for name in ("quantization_config", "_name_or_path"):  # neither packed any more, nor where the base lay
+        for name in ("quantization_config", "_name_or_path"):  # it is no longer packed, and its folder is another one
             content.pop(name, None)
         content |= {"dtype": str(job.dtype).removeprefix("torch."), "eos_token_id": self.generation.eos_token_id}
         write_text(folder / "config.json", to_json(content, indent=2) + "\n")
-        # Not by save_pretrained, which refuses what some bases bring, e.g. a temperature without sampling.
+        # Not save_pretrained, which refuses what some bases have, such as a temperature without sampling.
         write_text(folder / "generation_config.json", self.generation.to_json_string() + "\n")
         self.tokenizer.save_pretrained(folder)
 
@@ -302,9 +311,10 @@ class _Written:
         save_whole(folder, model, self.tokenizer)
         shutil.rmtree(whole)
 
-    def finish(self, best: Measured, result: dict[str, Any]) -> None:
-        """Give the best candidate its card, its note and its name."""
-        job, folder = self.job, self.folder(best.target)
+    def finish(self, best: Verification, result: dict[str, Any]) -> None:
+        """Complete the best candidate with its card and notes, and rename it to the destination."""
+        job = self.job
+        folder = self.folder(best.target)
         write_text(folder / "merge.json", to_json(result, indent=1) + "\n")
         write_text(folder / "README.md", merged_card(job.tuned.folder / "README.md", result))
         note = job.tuned.folder / NOTE
@@ -315,6 +325,6 @@ class _Written:
         folder.rename(job.out)
 
     def discard(self) -> None:
-        """Remove what has not become the result."""
+        """Remove the candidates that were not chosen."""
         for folder in self.job.out.parent.glob(f".{self.job.out.name}.*.partial*"):
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Exporting: a file for llama.cpp, a folder for Ollama, a repository on the hub; files are read back and compared."""
+"""Exports a run: to a file for llama.cpp, which is read back and compared, a folder for Ollama, or a hub repository."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ from nybble.errors import CannotRunError, InputError, NybbleError, RecipeError
 from nybble.exporting.arithmetic import merged_bytes
 from nybble.exporting.fresh import run_fresh
 from nybble.exporting.gguf import TYPES, check_gguf, write_adapter_gguf, write_gguf
-from nybble.exporting.merge import UNVERIFIED, merge
+from nybble.exporting.merging import UNVERIFIED, merge
 from nybble.exporting.ollama import modelfile
 from nybble.exporting.vocabulary import read_vocabulary, says_alike
 from nybble.models import Artifact, BaseWeights, ModelSource, find_artifact, find_model, push_folder, tokenizer_of
 from nybble.run.record import Observer, Silent
+from nybble.storage.atomic import atomic_folder, remove_left_overs
 from nybble.units import format_bytes
 
-# Mean KL in nats a position between the folder and the file as they are read; float16 and bfloat16 only round again.
+# The largest mean KL, in nats a position, between the folder and the file as stock transformers reads both. float16 and
+# bfloat16 only round once more.
 MOST_KL = {"f16": 0.001, "bf16": 0.001, "q8_0": 0.02}
 ADAPTER = "adapter"
 _BYTES = {"f16": 2, "bf16": 2, "q8_0": 1.0625}
@@ -39,14 +41,14 @@ _TEXTS = (
 
 @dataclass(frozen=True)
 class _Whole:
-    """A whole model, ready to be exported."""
+    """A model without adapters, ready to be exported."""
 
     source: ModelSource
     tokenizer: Any
     form: str
     stop_tokens: tuple[int, ...]
-    texts: list[str]  # to compare on
-    notes: tuple[str, ...]  # what GGUF does not hold
+    texts: list[str]  # the texts that folder and file are compared on
+    notes: tuple[str, ...]  # what GGUF cannot express
 
 
 def export(
@@ -59,35 +61,38 @@ def export(
     hub: str | None = None,
     observer: Observer | None = None,
 ) -> dict[str, Any]:
-    """Export a run, an adapter or a merged model; a run is merged first where a whole model is needed.
+    """Export a run, an adapter or a merged model. A run is merged first if a whole model is needed.
 
     Args:
-        tuned: folder of a run, of an adapter or of a whole model.
-        overrides: settings that have changed since, e.g. where the base is now.
-        gguf: file to write.
-        gguf_type: "f16", "bf16" or "q8_0", of the matrices; "adapter": the adapter alone.
-        ollama: new folder for a GGUF file and a Modelfile.
-        hub: name of a repository, made private if it is new: the adapter, or the whole model that `tuned` is.
-        observer: who is told.
+        tuned: the folder of a run, of an adapter or of a whole model.
+        overrides: settings that have changed since, such as the place of the base.
+        gguf: the file to write.
+        gguf_type: the type of the matrices, "f16", "bf16" or "q8_0"; or "adapter", which exports only the adapter.
+        ollama: a new folder for a GGUF file and a Modelfile.
+        hub: the name of a repository, which is created as private if it is new. `tuned` is uploaded as it is.
+        observer: receives the progress.
 
     Returns:
-        What was written, what was measured, and `verified`.
+        What was written, the figures that were measured, and `verified`.
 
     Raises:
-        InputError: nothing to export, or nothing to export to; CannotRunError: a library, disk or the hub is missing.
+        InputError: there is nothing to export, or no destination.
+        CannotRunError: a library, disk space or the hub is missing.
     """
     if not (gguf or ollama or hub):
-        raise InputError("nowhere to export to; give --gguf FILE, --ollama DIR or --hub NAME")
+        raise InputError("no destination given; give --gguf FILE, --ollama DIR or --hub NAME")
     if gguf_type not in (*TYPES, ADAPTER) or (gguf_type == ADAPTER and ollama):
         allowed = ", ".join(TYPES if ollama else (*TYPES, ADAPTER))
         raise RecipeError(f"gguf_type: got {gguf_type!r}; allowed: {allowed}")
-    file, folder = Path(gguf).expanduser() if gguf else None, Path(ollama).expanduser() if ollama else None
+    file = Path(gguf).expanduser() if gguf else None
+    folder = Path(ollama).expanduser() if ollama else None
     for path in (file, folder):
         if path is not None and path.exists():
-            raise InputError(f"{path} exists already; choose a new name")
-    watch, found = observer or Silent(), find_artifact(str(tuned), overrides)
+            raise InputError(f"{path} already exists; choose a new name")
+    watch = observer or Silent()
+    found = find_artifact(str(tuned), overrides)
     if (found.folder / UNVERIFIED).exists():
-        raise InputError(f"{found.folder} is marked {UNVERIFIED}: it is not what was trained; merge again")
+        raise InputError(f"{found.folder} is marked {UNVERIFIED}, so it is not what was trained; merge again")
     result: dict[str, Any] = {"verified": True}
     if file is not None and gguf_type == ADAPTER:
         result |= {"adapter_gguf": str(file), **_adapter(found, file)}
@@ -106,16 +111,16 @@ def export(
 
 
 def _whole(tuned: Artifact, overrides: Mapping[str, Any] | None, watch: Observer, scratch: str) -> _Whole:
-    """The model as one folder: merged into a scratch folder if it is a run, which is measured on its way."""
+    """The model as one folder. A run is merged into a temporary folder, which includes verifying it."""
     check_gguf(find_model(tuned.base))  # before any work
     if tuned.is_adapter:
         if not (Path(tuned.name).expanduser() / "run.json").is_file():
             raise InputError(
-                f"{tuned.name} is an adapter alone: give the run, or a merged folder (or --gguf_type adapter)"
+                f"{tuned.name} is only an adapter; give the run or a merged folder, or use --gguf_type adapter"
             )
         done = merge(tuned.name, Path(scratch) / Path(tuned.name).resolve().name, overrides, observer=watch)
         if not done["verified"]:
-            raise NybbleError(f"the merged model is not what was trained ({'; '.join(done['faults'])}): not exported")
+            raise NybbleError(f"not exported: the merged model is not what was trained ({'; '.join(done['faults'])})")
         tuned = find_artifact(done["out"])
     source = find_model(tuned.base)
     tokenizer = tokenizer_of(tuned, source)
@@ -128,7 +133,7 @@ def _whole(tuned: Artifact, overrides: Mapping[str, Any] | None, watch: Observer
 
 
 def _write_checked(whole: _Whole, file: Path, outtype: str, watch: Observer) -> dict[str, Any]:
-    """Write a GGUF file under its name once stock transformers has read it back."""
+    """Write a GGUF file, which gets its name once stock transformers has read it back."""
     watch.stage("gguf")
     with BaseWeights(whole.source) as base:
         _check_disk(file, int(merged_bytes(base, torch.float16) * _BYTES[outtype] / 2))
@@ -159,7 +164,7 @@ def _faults(measured: Mapping[str, Any], outtype: str) -> list[str]:
     if measured["texts_with_other_ids"]:
         faults.append(f"token ids differ, e.g. of {measured['texts_with_other_ids'][0][:60]!r}")
     if not measured["same_special_tokens"]:
-        faults.append("begin or end token differs")
+        faults.append("the begin or end token differs")
     if not measured["same_chat_template"]:
         faults.append("the chat template differs")
     return faults
@@ -167,25 +172,20 @@ def _faults(measured: Mapping[str, Any], outtype: str) -> list[str]:
 
 def _write_ollama(whole: _Whole, folder: Path, outtype: str, watch: Observer) -> dict[str, Any]:
     text = modelfile(whole.tokenizer, whole.form, whole.stop_tokens, "model.gguf")  # before any work
-    unfinished = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir(parents=True)
+    remove_left_overs(folder.parent, of=folder)
+    with atomic_folder(folder) as unfinished:
         measured = _write_checked(whole, unfinished / "model.gguf", outtype, watch)
         (unfinished / "Modelfile").write_text(text, encoding="utf-8")
-        unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return measured
 
 
 def _adapter(tuned: Artifact, file: Path) -> dict[str, Any]:
     if not tuned.is_adapter:
-        raise InputError(f"{tuned.name} is a whole model without an adapter; allowed: f16, bf16, q8_0")
+        raise InputError(f"{tuned.name} is a whole model without an adapter; allowed for it: f16, bf16, q8_0")
     if tuned.is_repaired:
         raise InputError(
-            f"the adapter started from what 4 bits lost (init_lora_weights {tuned.init}) and works on its own 4-bit "
-            "base alone; export the whole model"
+            f"the adapter was initialised with the quantization error (init_lora_weights {tuned.init}) and works "
+            "only on its own 4-bit base; export the whole model"
         )
     write_adapter_gguf(find_model(tuned.base), tuned.folder, file)
     return {"file_bytes": file.stat().st_size}

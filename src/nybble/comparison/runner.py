@@ -1,9 +1,9 @@
-"""`nybble compare`: arms one after the other, each in a fresh process; what is on disk is never run again.
+"""Runs the arms of a comparison one after the other, each in a fresh process; a finished run is never repeated.
 
 comparison.json   figures of every arm, differences, verdict
-recipes/          what each run was started with
-NAME/             the run of an arm (NAME-seedN where there are several seeds)
-NAME.log          what it said
+recipes/          the recipe that each run was started with
+NAME/             the run of an arm (NAME-seedN if there are several seeds)
+NAME.log          what the run printed
 report.html       also report.md and report.json
 """
 
@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nybble.comparison.arms import METHODS, Plan, arms_of_methods, arms_of_recipes, check_folder
+from nybble.comparison.arms import METHODS, ArmPlan, arms_of_methods, arms_of_recipes, check_folder
 from nybble.comparison.child import Ending, is_done, run_trial
 from nybble.comparison.figures import Comparison, collect
 from nybble.comparison.verdict import verdict
@@ -39,13 +39,13 @@ def compare(
 ) -> Comparison:
     """Run one recipe under several `methods` (default: qlora, lora, full), or several recipes, and compare.
 
-    All arms get the same rows, order, seeds, tokens and held-out rows; a method may be given its learning rate, as
-    "full=2e-5" or "full=probe". A comparison that was interrupted goes on at its unfinished run. An arm that fails or
-    does not fit is reported, and the others are kept.
+    All arms get the same rows, order, seeds, tokens and held-out rows. A method may have a learning rate of its own:
+    "full=2e-5" or "full=probe". A comparison that was interrupted continues with its unfinished run. An arm that fails
+    or does not fit is reported, and the others still run.
 
     Raises:
-        InputError, CannotRunError: the recipes or the folder cannot be used, or no arm at all could be run.
-        StoppedError: a signal came; the run under way is saved.
+        InputError, CannotRunError: the recipes or the folder cannot be used, or no arm could be run.
+        StoppedError: a signal came; the current run has saved what it has.
     """
     watch = observer or Silent()
     folder, plans = _plan(recipes, overrides or {}, methods, seeds, out)
@@ -73,13 +73,13 @@ def compare(
 
 def _plan(
     recipes: Sequence[Path | str], overrides: Mapping[str, Any], methods: Sequence[str], seeds: int, out: Any
-) -> tuple[Path, list[Plan]]:
+) -> tuple[Path, list[ArmPlan]]:
     if not recipes and not overrides:
         raise InputError("no recipe given; e.g. nybble compare recipe.yaml --methods qlora,lora,full")
     if seeds < 1:
-        raise InputError(f"--seeds {seeds}: allowed is 1 or more")
+        raise InputError(f"--seeds {seeds}: at least 1 is needed")
     if len(recipes) > 1 and methods:
-        raise InputError(f"--methods goes with one recipe, {len(recipes)} were given; leave it away to compare them")
+        raise InputError(f"--methods needs one recipe, {len(recipes)} were given; remove it to compare the recipes")
     first = load_recipe(recipes[0] if recipes else None, overrides)
     folder = Path(out).expanduser() if out else Path(f"{Path(first.training.output_dir).expanduser()}-compare")
     if len(recipes) > 1:
@@ -87,7 +87,7 @@ def _plan(
     return folder, arms_of_methods(first, methods or METHODS, seeds, folder)
 
 
-def _write(folder: Path, plans: Sequence[Plan], endings: Mapping[Path, Ending]) -> Comparison:
+def _write(folder: Path, plans: Sequence[ArmPlan], endings: Mapping[Path, Ending]) -> Comparison:
     found = collect(folder, plans, endings)
     found = replace(found, verdict=verdict(found))
     write_text(folder / "comparison.json", f"{to_json(found.to_json(), indent=2)}\n")
