@@ -41,6 +41,7 @@ from nybble.storage.checkpoints import (
     write_checkpoint,
 )
 from nybble.storage.manifest import DamagedError, read_json
+from nybble.storage.shards import plan_shards
 from nybble.training.fingerprint import Identity
 from nybble.training.state import TrainState
 from nybble.training.state_codec import CannotPackError, pack, unpack
@@ -358,15 +359,8 @@ def _load_all(folder: Path, stem: str) -> dict[str, Tensor]:
 
 
 def _in_files(stem: str, tensors: Mapping[str, Tensor], *, as_one: bool = False) -> Iterator[tuple[str, bytes]]:
-    """As few safetensors files as stay below the largest size; `as_one`: one, whatever its size."""
-    parts: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        size += tensor.nbytes
-        if size > _LARGEST_FILE and parts[-1] and not as_one:
-            parts.append({})
-            size = tensor.nbytes
-        parts[-1][name] = tensor
-    for number, part in enumerate(parts, 1):
-        suffix = "" if len(parts) == 1 else f"-{number:05}-of-{len(parts):05}"
-        yield f"{stem}{suffix}.safetensors", save(part, metadata={"format": "pt"})
+    """Safetensors files that stay below the largest size; `as_one`: one file, whatever its size."""
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    shards = plan_shards(stem, sizes, sum(sizes.values()) if as_one else _LARGEST_FILE)
+    for file, names in shards.files.items():
+        yield file, save({name: tensors[name] for name in names}, metadata={"format": "pt"})
