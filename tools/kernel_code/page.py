@@ -13,10 +13,11 @@ from typing import Any
 
 PAGE = """# What the kernels compile to on AMD
 
-`python -m tools.kernel_code.page {file}` wrote this page from what `tools/kernel_code/listing.py` found on {date} with
-Triton {triton} and no GPU: every kernel, compiled ahead of time for six targets, with the launches, alignments and
-address ranges of a usual weight. The tests check the same code against its limits: no spills, no scratch, at most 64
-KiB of LDS, 1,024 threads and 255 registers.
+    python -m tools.kernel_code.page {file}
+
+wrote this page from what `tools/kernel_code/listing.py` found on {date} with Triton {triton} and no GPU: every kernel,
+compiled ahead of time for six targets, with the launches, alignments and address ranges of a usual weight. The tests
+check the same code against its limits: no spills, no scratch, at most 64 KiB of LDS, 1,024 threads and 255 registers.
 
 Waves are 64 threads wide on gfx90a, gfx942 and gfx950 and 32 on the others. Instructions are counted once, however
 often a loop runs them, and if two are issued together, both count: VALU (vector), SALU (scalar), VMEM (loads and stores
