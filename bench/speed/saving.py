@@ -23,7 +23,7 @@ from bench.harness import Figures, Option, medians, print_table, run
 from bench.models import write_llama
 from nybble import bundled
 from nybble.cli.process import quiet_libraries
-from nybble.pipeline import rehearse
+from nybble.pipeline import train_without_evaluation
 from nybble.recipe import load_recipe
 from nybble.run.directory import read_lines
 from nybble.run.record import Silent, StepEvent
@@ -75,7 +75,7 @@ def train(base: Path, out: Path, save_steps: int, steps: int) -> Figures:
     CheckpointWriter._write = timed(write, writes)
     clock = ProcessorClock()
     try:
-        rehearse(load_recipe(None, settings), observer=clock)
+        train_without_evaluation(load_recipe(None, settings), observer=clock)
     finally:
         CheckpointWriter.save, CheckpointWriter._write = save, write
     events = read_lines(out / "events.jsonl")

@@ -1,15 +1,14 @@
-"""The model of a run: its base loaded, whole or in shards, fitted to the rows if asked for, and adapters attached."""
+"""The second stage of a run: its base loaded, whole or in shards, calibrated if asked for, and adapters attached."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-from nybble.job import Job
 from nybble.kernels import dispatcher
 from nybble.models import (
     LoadReport,
@@ -26,95 +25,117 @@ from nybble.models import (
     save_adapter,
     save_whole,
 )
+from nybble.preparation import RunInputs, trains_in_shards
+from nybble.run.context import RunContext
 from nybble.storage.atomic import atomic_folder
 from nybble.training import Witness, stop_at
 
 
-def load_for_training(job: Job, witness: Witness) -> tuple[Any, torch.dtype]:
-    """The model as it is trained, and the type it computes in; `witness` learns how it was loaded.
+@dataclass(frozen=True)
+class TrainableModel:
+    """A model as it is trained: the base, with adapters unless every parameter is trained."""
+
+    module: Any
+    compute_dtype: torch.dtype  # of its arithmetic
+
+
+def load(run: RunContext, inputs: RunInputs, recorder: Witness) -> TrainableModel:
+    """Load the model of a run; how it was loaded goes into the run's record.
 
     Raises:
         InputError, CannotRunError: the weights cannot be used, or rows to calibrate on are missing.
     """
-    if job.in_shards:
-        model, dtype = _in_shards(job, witness)
+    run.observer.stage("load")
+    if trains_in_shards(inputs.recipe, run.processes):
+        model = _load_sharded(run, inputs, recorder)
     else:
-        base, dtype, starts = _base(job, witness)
-        model = _attach(job, base, starts)
-    trainable, total = count_parameters(model)
-    witness.record.trainable_parameters, witness.record.total_parameters = trainable, total
-    job.watch.note(f"trains {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)")
-    return model, dtype
+        model = _load_whole(run, inputs, recorder)
+    trainable, total = count_parameters(model.module)
+    recorder.record.trainable_parameters = trainable
+    recorder.record.total_parameters = total
+    run.observer.note(f"trains {trainable:,} of {total:,} parameters ({100 * trainable / total:.2f} %)")
+    return model
 
 
-def _base(job: Job, witness: Witness) -> tuple[Any, torch.dtype, Starts]:
-    job.watch.stage("load")
-    recipe = job.recipe
-    kept = job.processes.gather(job.run.base.is_dir())[0]  # a resumed run goes on with the base that it began with
-    section = recipe.model.model_copy(update={"model_name_or_path": str(job.run.base)}) if kept else recipe.model
-    source = find_model(section) if kept else job.source
-    with witness.phase("load"):
-        model, loaded = load_model(source, recipe.method, section, recipe.quantization, job.device)
-    stop_at(model, job.prepared.ledger.stop_tokens)
-    _report_load(job, witness, loaded, model.device)
+def _load_whole(run: RunContext, inputs: RunInputs, recorder: Witness) -> TrainableModel:
+    recipe = inputs.recipe
+    section = recipe.model
+    source = inputs.source
+    base = run.directory.base
+    has_own_base = run.processes.gather(base.is_dir())[0]  # a resumed run continues with the base that it calibrated
+    if has_own_base:
+        section = section.model_copy(update={"model_name_or_path": str(base)})
+        source = find_model(section)
+    with recorder.phase("load"):
+        module, report = load_model(source, recipe.method, section, recipe.quantization, run.device)
+    stop_at(module, inputs.rows.ledger.stop_tokens)
+    _record_loading(run, inputs, recorder, report, module.device)
+
     starts: Starts = {}
-    if recipe.method == "qlora" and needs_calibration(recipe.quantization, recipe.lora) and not kept:
-        starts = _calibrate(job, witness, model)
-    return model, getattr(torch, loaded.compute_dtype), starts
+    if recipe.method == "qlora" and needs_calibration(recipe.quantization, recipe.lora) and not has_own_base:
+        starts = _calibrate(run, inputs, recorder, module)
+    if recipe.method != "full":
+        module = _attach(run, inputs, module, starts)
+    return TrainableModel(module, getattr(torch, report.compute_dtype))
 
 
-def _in_shards(job: Job, witness: Witness) -> tuple[Any, torch.dtype]:
-    job.watch.stage("load")
-    with witness.phase("load"):
-        model, dtype, loaded = load_in_shards(job.source, job.recipe, job.device, job.source.name, job.processes)
-    stop_at(model.get_base_model(), job.prepared.ledger.stop_tokens)
-    _report_load(job, witness, loaded, job.device.torch_device)
-    held = job.processes.gather(held_bytes(model))
-    witness.record.model["held_bytes"] = held  # of weights, by process
-    job.watch.note(f"in shards: each of {len(held)} processes holds at most {max(held):,} bytes of weights")
-    return model, dtype
+def _load_sharded(run: RunContext, inputs: RunInputs, recorder: Witness) -> TrainableModel:
+    with recorder.phase("load"):
+        module, dtype, report = load_in_shards(
+            inputs.source, inputs.recipe, run.device, base_name=inputs.source.name, processes=run.processes
+        )
+    stop_at(module.get_base_model(), inputs.rows.ledger.stop_tokens)
+    _record_loading(run, inputs, recorder, report, run.device.torch_device)
+    held = run.processes.gather(held_bytes(module))
+    recorder.record.model["held_bytes"] = held  # bytes of weights, by process
+    run.observer.note(f"in shards: each of {len(held)} processes holds at most {max(held):,} bytes of weights")
+    return TrainableModel(module, dtype)
 
 
-def _report_load(job: Job, witness: Witness, loaded: LoadReport, place: torch.device) -> None:
-    witness.record.model |= {**asdict(loaded), "fingerprint": job.source.fingerprint}
-    witness.record.notes += loaded.notes
-    if loaded.n_packed:
-        choices = dispatcher.choices(place)
-        witness.record.paths = {operator: choice.backend for operator, choice in choices.items()}
-        witness.record.notes += dict.fromkeys(choice.reason for choice in choices.values() if choice.reason)
-    if job.recipe.model.attn_implementation != "sdpa":  # it is not torch's to choose from
-        witness.record.paths.pop("sdpa", None)
-    for note in loaded.notes:
-        job.watch.note(note)
-    if loaded.bits_per_weight is not None:
-        job.watch.note(
-            f"{loaded.n_packed} linears in {loaded.bits_per_weight:.3f} bits a weight ({loaded.packed_bytes:,} bytes)"
+def _record_loading(
+    run: RunContext, inputs: RunInputs, recorder: Witness, report: LoadReport, device: torch.device
+) -> None:
+    record = recorder.record
+    record.model |= {**asdict(report), "fingerprint": inputs.source.fingerprint}
+    record.notes += report.notes
+    if report.n_packed:
+        choices = dispatcher.choices(device)
+        record.paths = {operator: choice.backend for operator, choice in choices.items()}
+        record.notes += dict.fromkeys(choice.reason for choice in choices.values() if choice.reason)
+    if inputs.recipe.model.attn_implementation != "sdpa":  # torch then has no choice
+        record.paths.pop("sdpa", None)
+    for note in report.notes:
+        run.observer.note(note)
+    if report.bits_per_weight is not None:
+        run.observer.note(
+            f"{report.n_packed} linears in {report.bits_per_weight:.3f} bits a weight ({report.packed_bytes:,} bytes)"
         )
 
 
-def _calibrate(job: Job, witness: Witness, model: Any) -> Starts:
-    """Pack anew, fitted to the rows; the base is kept in the run, since loading would not give it again."""
-    recipe, section = job.recipe, job.recipe.quantization
-    rows = job.prepared.calibration_rows(section.calibration_rows)
-    with witness.phase("calibrate"):
-        done = calibrate(model, job.source, rows, section, recipe.lora, partial(job.watch.progress, "calibrating"))
-        if job.processes.is_main:
-            save_whole(job.run.base, model, job.tokenizer)
-    witness.record.model["calibration"] = {"rows": done.n_rows, "tokens": done.n_tokens, "left": done.left}
-    on = f"calibrated on {done.n_rows:,} rows ({done.n_tokens:,} tokens)" if done.n_rows else "adapters started"
-    job.watch.note(f"{on}; the base is kept in {job.run.base}")
-    return done.starts
+def _calibrate(run: RunContext, inputs: RunInputs, recorder: Witness, module: Any) -> Starts:
+    """Pack the base again, fitted to the rows. It is saved in the run, because loading would not give it again."""
+    section = inputs.recipe.quantization
+    rows = inputs.rows.calibration_rows(section.calibration_rows)
+    progress = partial(run.observer.progress, "calibrating")
+    with recorder.phase("calibrate"):
+        result = calibrate(module, inputs.source, rows, section, inputs.recipe.lora, progress)
+        if run.processes.is_main:
+            save_whole(run.directory.base, module, inputs.tokenizer)
+    recorder.record.model["calibration"] = {"rows": result.n_rows, "tokens": result.n_tokens, "left": result.left}
+    what = f"calibrated on {result.n_rows:,} rows ({result.n_tokens:,} tokens)" if result.n_rows else "adapters started"
+    run.observer.note(f"{what}; the base is kept in {run.directory.base}")
+    return result.starts
 
 
-def _attach(job: Job, model: Any, starts: Starts) -> Any:
-    if job.recipe.method != "full":
-        torch.manual_seed(job.recipe.training.seed)  # the adapters' first values
-        base_name = str(job.run.base.resolve()) if job.run.base.is_dir() else job.source.name
-        model = attach(model, job.recipe.lora, base_name, starts)
-        kept = job.run.base / "start"  # what no other start gives again
-        if starts and job.processes.is_main:
-            with atomic_folder(kept) as folder:
-                save_adapter(model, folder)
-        elif kept.is_dir() and not starts:
-            put_weights_back(model, load_file(kept / "adapter_model.safetensors"))
-    return model
+def _attach(run: RunContext, inputs: RunInputs, module: Any, starts: Starts) -> Any:
+    base = run.directory.base
+    start = base / "start"  # the adapters' first values, if calibration chose them
+    torch.manual_seed(inputs.recipe.training.seed)  # of the adapters' first values
+    base_name = str(base.resolve()) if base.is_dir() else inputs.source.name
+    module = attach(module, inputs.recipe.lora, base_name, starts)
+    if starts and run.processes.is_main:
+        with atomic_folder(start) as folder:
+            save_adapter(module, folder)
+    elif start.is_dir() and not starts:
+        put_weights_back(module, load_file(start / "adapter_model.safetensors"))
+    return module

@@ -1,41 +1,29 @@
-"""The sentence: recipe -> plan -> load -> attach adapters -> rows -> train -> evaluate -> report.
+"""The story of a run: recipe -> rows -> plan -> load (4-bit) -> attach adapters -> train -> evaluate -> save -> report.
 
-Verbs of the command line are functions here with the same name and arguments; what is done with a finished run (merge,
-export, ask, chat) lies in `nybble.exporting` and `nybble.generation`. Start reading at `train`.
+Start reading at `train`: its stages are functions below it, in their order, and the training step is on one page in
+`nybble.training.loop`. Every verb of the command line is a function with the same name and arguments; what is done
+with a finished run (merge, export, ask, chat) is in `nybble.exporting` and `nybble.generation`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, get_args
-
-import torch
+from typing import Any, get_args
 
 from nybble import bundled
-from nybble.data import (
-    Ledger,
-    ShownRow,
-    examine_rows,
-    rows_cache,
-    show_rows,
-)
+from nybble.data import Ledger, ShownRow, examine_rows, rows_cache, show_rows
 from nybble.errors import RecipeError
-from nybble.job import Job, check_shared, prepare, prepare_all
 from nybble.kernels import dispatcher
-from nybble.loading import load_for_training
-from nybble.models import (
-    find_tokenizer,
-    push_folder,
-    save_adapter,
-    trained_parameters,
-    write_note,
-)
+from nybble.loading import TrainableModel, load
+from nybble.models import find_tokenizer, push_folder, save_adapter, trained_parameters, write_note
+from nybble.preparation import RunInputs, check_directory_is_shared, open_run, prepare
 from nybble.recipe import Recipe, in_micro_batches, load_recipe, refusal, save_recipe, shared_among, within_context
 from nybble.reporting import model_card, rewrite_report, write_report
-from nybble.run.directory import RunDirectory
+from nybble.run.context import OnExisting, RunContext
 from nybble.run.record import Observer, RunRecord, Silent
 from nybble.run.rendezvous import joined
 from nybble.storage.atomic import atomic_folder, write_text
@@ -51,8 +39,6 @@ from nybble.training import (
     sample_answers,
     train_model,
 )
-
-OnExisting = Literal["refuse", "overwrite", "resume", "resume_if_any"]
 
 
 def train(
@@ -86,152 +72,176 @@ def train(
         raise RecipeError(f"on_existing: got {on_existing!r}; allowed: {', '.join(get_args(OnExisting))}")
     resolved = _as_recipe(recipe, overrides)
     with joined(resolved.model.device == "cpu") as processes:
-        run = RunDirectory(Path(resolved.training.output_dir).expanduser())
-        if processes.have_begun(str(run.path)):  # the first start alone may overwrite
-            on_existing = "resume_if_any" if on_existing != "resume" else "resume"
-        overwrite = on_existing == "overwrite"
-        resume = on_existing == "resume" or (on_existing == "resume_if_any" and processes.gather(run.holds_run)[0])
         watch = (observer if processes.is_main else None) or Silent()
-        return _train_job(prepare_all(resolved, overwrite, resume, force, watch, processes), overwrite, resume, force)
+        run = open_run(resolved, on_existing=on_existing, force=force, observer=watch, processes=processes)
+        inputs = prepare(resolved, run, force=force)
+        if not (inputs.plan.fits or force):
+            raise refusal(inputs.plan)
+        with written(run, inputs) as recorder:
+            model = load(run, inputs, recorder)
+            held_out = evaluate_base(run, inputs, model, recorder)
+            train_on_rows(run, inputs, model, held_out, recorder)
+            evaluate_tuned(run, inputs, model, held_out, recorder)
+            save(run, inputs, model, recorder)
+    return recorder.record
 
 
-def _train_job(job: Job, overwrite: bool, resume: bool, force: bool) -> RunRecord:
-    if not (job.plan.fits or force):
-        raise refusal(job.plan)
-    with job.run.held(), refused_writes(job.checkpointing.parents):
-        with job.processes.together():
-            job.run.create(overwrite=overwrite or (resume and job.checkpointing.resumed is None))
-        settings = dispatcher.torch_settings(job.device.torch_device)
-        with settings, Witness(job.run, job.recipe, job.device, job.prepared, job.plan, job.processes) as witness:
-            check_shared(job.run, job.processes)
-            job.processes.note_begun(str(job.run.path))
-            if job.processes.is_main:
-                _write_down(job)
-            model, dtype = load_for_training(job, witness)
-            base_answers = _evaluate_base(job, witness, model, dtype)
-            _train(job, witness, model, dtype, base_answers)
-            _evaluate_tuned(job, witness, model, dtype, base_answers)
-            _save(job, witness, model)
-        if job.processes.is_main:
-            job.watch.stage("report")
-            write_report(job.run.path)
-            job.run.write_manifest()
-    training = job.recipe.training
-    if training.push_to_hub and training.hub_model_id and job.processes.is_main:
-        job.watch.note(f"uploaded to {push_folder(job.weights, training.hub_model_id)}")
-    return witness.record
+@contextmanager
+def written(run: RunContext, inputs: RunInputs) -> Iterator[Witness]:
+    """Create the run's directory and keep its record during the block; then write the report, and upload if asked."""
+    directory = run.directory
+    starts_over = run.resumes and inputs.checkpointing.resumed is None
+    with directory.held(), refused_writes(inputs.checkpointing.parents):
+        with run.processes.together():
+            directory.create(overwrite=run.on_existing == "overwrite" or starts_over)
+        with dispatcher.torch_settings(run.device.torch_device), recorder_of(run, inputs) as recorder:
+            check_directory_is_shared(run)
+            run.processes.note_begun(str(directory.path))
+            if run.processes.is_main:
+                write_text(directory.path / "recipe.yaml", save_recipe(inputs.recipe))
+                directory.write_mask(learned_tokens_of(inputs))
+            yield recorder
+        if run.processes.is_main:
+            run.observer.stage("report")
+            write_report(directory.path)
+            directory.write_manifest()
+    training = inputs.recipe.training
+    if training.push_to_hub and training.hub_model_id and run.processes.is_main:
+        run.observer.note(f"uploaded to {push_folder(weights_folder(run, inputs), training.hub_model_id)}")
 
 
-def _write_down(job: Job) -> None:
-    write_text(job.run.path / "recipe.yaml", save_recipe(job.recipe))
-    nothing = job.prepared.train[:0]
-    learned = replace(job.prepared, held_out=nothing, dropped=nothing)
-    job.run.write_mask([asdict(row) for row in show_rows(learned, job.tokenizer, 3)])
+def recorder_of(run: RunContext, inputs: RunInputs) -> Witness:
+    """The recorder that keeps run.json and measures phases."""
+    return Witness(run.directory, inputs.recipe, run.device, inputs.rows, inputs.plan, run.processes)
 
 
-def _evaluate_base(job: Job, witness: Witness, model: Any, dtype: torch.dtype) -> list[str]:
-    job.watch.stage("evaluate base")
-    section = job.evaluation
-    with witness.phase("evaluate_base"):
-        witness.record.evaluation_base = evaluate(
-            model, job.tokenizer, job.prepared.held_out, section, dtype, job.processes
-        )
-        prompts = [example.prompt_ids for example in job.shown]
-        return generate_answers(model, job.tokenizer, prompts, section, dtype, job.processes)
+def learned_tokens_of(inputs: RunInputs) -> list[dict[str, Any]]:
+    """Three rows and what is learned in them, for mask.jsonl."""
+    nothing = inputs.rows.train[:0]
+    learned = replace(inputs.rows, held_out=nothing, dropped=nothing)
+    return [asdict(row) for row in show_rows(learned, inputs.tokenizer, 3)]
 
 
-def _train(job: Job, witness: Witness, model: Any, dtype: torch.dtype, base_answers: Sequence[str]) -> None:
-    training = in_micro_batches(shared_among(job.recipe.training, job.processes.count), job.plan.micro_batch)
+def evaluate_base(run: RunContext, inputs: RunInputs, model: TrainableModel, recorder: Witness) -> HeldOut:
+    """Measure the base on the held-out rows; its answers are kept to be shown with the tuned model's."""
+    run.observer.stage("evaluate base")
+    section = inputs.evaluation
+    prompts = [example.prompt_ids for example in inputs.shown]
+    arguments = (section, model.compute_dtype, run.processes)
+    with recorder.phase("evaluate_base"):
+        measured = evaluate(model.module, inputs.tokenizer, inputs.rows.held_out, *arguments)
+        recorder.record.evaluation_base = measured
+        answers = generate_answers(model.module, inputs.tokenizer, prompts, *arguments)
+    return HeldOut(rows=inputs.rows.held_out, section=section, shown=inputs.shown, base_answers=answers)
+
+
+def train_on_rows(
+    run: RunContext, inputs: RunInputs, model: TrainableModel, held_out: HeldOut | None, recorder: Witness
+) -> None:
+    """Train the model in place, as the plan splits the steps; the probe chooses the learning rate first if asked."""
+    training = in_micro_batches(shared_among(inputs.recipe.training, run.processes.count), inputs.plan.micro_batch)
     if training.learning_rate == "probe":
-        training = training.model_copy(update={"learning_rate": _probe(job, witness, model, dtype).learning_rate})
-    job.watch.stage("train")
-    before = sum(phase.seconds for phase in witness.record.phases.values())
-    with witness.phase("train"):
+        rate = probe_learning_rate(run, inputs, model, recorder).learning_rate
+        training = training.model_copy(update={"learning_rate": rate})
+    run.observer.stage("train")
+    seconds_before = sum(phase.seconds for phase in recorder.record.phases.values())
+    with recorder.phase("train"):
         result = train_model(
-            model,
-            job.tokenizer,
-            job.groups,
+            model.module,
+            inputs.tokenizer,
+            inputs.groups,
             training,
-            run=job.run,
-            device=job.device,
-            compute_dtype=dtype,
-            max_steps=job.plan.optimizer_steps,
-            observer=job.watch,
-            held_out=_held_out(job, base_answers),
-            eval_steps=job.recipe.evaluation.eval_steps,
-            step_memory=job.plan.step_memory,
-            checkpointing=job.checkpointing,
-            deadline=job.deadline,
-            processes=job.processes,
+            run=run.directory,
+            device=run.device,
+            compute_dtype=model.compute_dtype,
+            max_steps=inputs.plan.optimizer_steps,
+            observer=run.observer,
+            held_out=held_out if inputs.rows.held_out else None,
+            eval_steps=inputs.recipe.evaluation.eval_steps,
+            step_memory=inputs.plan.step_memory,
+            checkpointing=inputs.checkpointing,
+            deadline=run.deadline,
+            processes=run.processes,
         )
-    witness.phase_peak("train", result.peak_bytes)
-    witness.record.notes += result.notes
-    witness.record.train_loss, witness.record.skipped_steps = result.train_loss, result.skipped_steps
-    witness.record.tokens_per_second = result.tokens_per_second
-    witness.record.seconds_to_first_step = before + (result.seconds_to_first_step or 0.0)
+    recorder.phase_peak("train", result.peak_bytes)
+    record = recorder.record
+    record.notes += result.notes
+    record.train_loss = result.train_loss
+    record.skipped_steps = result.skipped_steps
+    record.tokens_per_second = result.tokens_per_second
+    record.seconds_to_first_step = seconds_before + (result.seconds_to_first_step or 0.0)
 
 
-def _held_out(job: Job, base_answers: Sequence[str]) -> HeldOut | None:
-    if not job.prepared.held_out:
-        return None
-    return HeldOut(job.prepared.held_out, job.evaluation, job.shown, base_answers)
-
-
-def _probe(job: Job, witness: Witness, model: Any, dtype: torch.dtype) -> Probe:
-    job.watch.stage("probe")
-    section, rows = job.evaluation, job.prepared.held_out
-    judge = Judge(job.recipe.method, rows, lambda r: evaluate(model, job.tokenizer, r, section, dtype))
-    with witness.phase("probe"):
-        found = probe_rates(
-            model,
-            job.tokenizer,
-            job.groups,
-            job.recipe.training,
+def probe_learning_rate(run: RunContext, inputs: RunInputs, model: TrainableModel, recorder: Witness) -> Probe:
+    """Try learning rates on a small part of the run; model and random numbers are then as before."""
+    run.observer.stage("probe")
+    section = inputs.evaluation
+    judge = Judge(
+        method=inputs.recipe.method,
+        held_out=inputs.rows.held_out,
+        evaluate=lambda rows: evaluate(model.module, inputs.tokenizer, rows, section, model.compute_dtype),
+    )
+    with recorder.phase("probe"):
+        probed = probe_rates(
+            model.module,
+            inputs.tokenizer,
+            inputs.groups,
+            inputs.recipe.training,
             judge,
-            run=job.run,
-            device=job.device,
-            compute_dtype=dtype,
-            max_steps=job.plan.optimizer_steps,
-            is_resumed=job.checkpointing.resumed is not None,
-            observer=job.watch,
-            step_memory=job.plan.step_memory,
-            deadline=job.deadline,
+            run=run.directory,
+            device=run.device,
+            compute_dtype=model.compute_dtype,
+            max_steps=inputs.plan.optimizer_steps,
+            is_resumed=inputs.checkpointing.resumed is not None,
+            observer=run.observer,
+            step_memory=inputs.plan.step_memory,
+            deadline=run.deadline,
         )
-    job.watch.note(found.in_words)
-    witness.record.notes.append(found.in_words)
-    witness.record.probe = asdict(found)
-    return found
+    run.observer.note(probed.in_words)
+    recorder.record.notes.append(probed.in_words)
+    recorder.record.probe = asdict(probed)
+    return probed
 
 
-def _evaluate_tuned(job: Job, witness: Witness, model: Any, dtype: torch.dtype, base_answers: Sequence[str]) -> None:
-    job.watch.stage("evaluate")
-    if job.recipe.method == "full":
-        model.to(dtype)  # what is saved is what is measured
-    with witness.phase("evaluate"):
-        tuned = evaluate(model, job.tokenizer, job.prepared.held_out, job.evaluation, dtype, job.processes)
-        shown = HeldOut(job.prepared.held_out, job.evaluation, job.shown, base_answers)
-        for sample in sample_answers(model, job.tokenizer, shown, dtype, job.processes):
-            job.run.append_sample(sample)
-    if tuned and witness.record.evaluation_base:
-        job.run.write_held_out(witness.record.evaluation_base, tuned)
-    witness.record.evaluation_tuned = tuned
-    witness.record.eval_loss = tuned.loss if tuned else None
+def evaluate_tuned(
+    run: RunContext, inputs: RunInputs, model: TrainableModel, held_out: HeldOut, recorder: Witness
+) -> None:
+    """Measure the tuned model as the base was measured, and write its answers with the base's."""
+    run.observer.stage("evaluate")
+    if inputs.recipe.method == "full":
+        model.module.to(model.compute_dtype)  # what is saved is what is measured
+    arguments = (held_out.section, model.compute_dtype, run.processes)
+    with recorder.phase("evaluate"):
+        measured = evaluate(model.module, inputs.tokenizer, held_out.rows, *arguments)
+        for sample in sample_answers(model.module, inputs.tokenizer, held_out, model.compute_dtype, run.processes):
+            run.directory.append_sample(sample)
+    record = recorder.record
+    if measured and record.evaluation_base:
+        run.directory.write_held_out(record.evaluation_base, measured)
+    record.evaluation_tuned = measured
+    record.eval_loss = measured.loss if measured else None
 
 
-def _save(job: Job, witness: Witness, model: Any) -> None:
-    job.watch.stage("save")
-    with witness.phase("save"):
-        trained = trained_parameters(model)  # which all processes ask for
-        if not job.processes.is_main:
+def save(run: RunContext, inputs: RunInputs, model: TrainableModel, recorder: Witness) -> None:
+    """Write what was trained: the adapter, or the whole model if every parameter was trained."""
+    run.observer.stage("save")
+    with recorder.phase("save"):
+        trained = trained_parameters(model.module)  # every process takes part
+        if not run.processes.is_main:
             return
-        with atomic_folder(job.weights) as folder:
-            if job.recipe.method == "full":
-                model.save_pretrained(folder)
+        with atomic_folder(weights_folder(run, inputs)) as folder:
+            if inputs.recipe.method == "full":
+                model.module.save_pretrained(folder)
             else:
-                save_adapter(model, folder, trained)
-            job.tokenizer.save_pretrained(folder)
-            write_note(folder, job.recipe, witness.record.rows["ledger"], witness.record.model)
-            write_text(folder / "README.md", model_card(witness.record.to_json()))  # PEFT's own is a form to fill in
+                save_adapter(model.module, folder, trained)
+            inputs.tokenizer.save_pretrained(folder)
+            write_note(folder, inputs.recipe, recorder.record.rows["ledger"], recorder.record.model)
+            write_text(folder / "README.md", model_card(recorder.record.to_json()))  # PEFT's own is a form to fill in
+
+
+def weights_folder(run: RunContext, inputs: RunInputs) -> Path:
+    """Where the trained weights of a run are written."""
+    return run.directory.full_model if inputs.recipe.method == "full" else run.directory.adapter
 
 
 @dataclass(frozen=True)
@@ -280,25 +290,27 @@ def probe(
     resolved = _as_recipe(recipe, overrides)
     with TemporaryDirectory() as folder:
         training = resolved.training.model_copy(update={"output_dir": folder})
-        job = prepare(resolved.model_copy(update={"training": training}), False, False, False, observer or Silent())
-        settings = dispatcher.torch_settings(job.device.torch_device)
-        with settings, Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
-            model, dtype = load_for_training(job, witness)
-            return _probe(job, witness, model, dtype)
+        resolved = resolved.model_copy(update={"training": training})
+        run = open_run(resolved, observer=observer or Silent())
+        inputs = prepare(resolved, run)
+        with dispatcher.torch_settings(run.device.torch_device), recorder_of(run, inputs) as recorder:
+            model = load(run, inputs, recorder)
+            return probe_learning_rate(run, inputs, model, recorder)
 
 
-def rehearse(recipe: Recipe, *, resume: bool = False, observer: Observer | None = None) -> RunRecord:
-    """The training of a run alone: nothing is measured on held-out rows, and only checkpoints are left.
+def train_without_evaluation(recipe: Recipe, *, resume: bool = False, observer: Observer | None = None) -> RunRecord:
+    """Only the training of a run: nothing is measured on held-out rows, and only checkpoints are written.
 
     Raises:
         InputError, CannotRunError, StoppedError: as `train`.
     """
-    job = prepare(recipe, False, resume, False, observer or Silent())
-    settings = dispatcher.torch_settings(job.device.torch_device)
-    with settings, job.run.held(), Witness(job.run, job.recipe, job.device, job.prepared, job.plan) as witness:
-        model, dtype = load_for_training(job, witness)
-        _train(job, witness, model, dtype, [])
-    return witness.record
+    run = open_run(recipe, on_existing="resume" if resume else "refuse", observer=observer or Silent())
+    inputs = prepare(recipe, run)
+    settings = dispatcher.torch_settings(run.device.torch_device)
+    with settings, run.directory.held(), recorder_of(run, inputs) as recorder:
+        model = load(run, inputs, recorder)
+        train_on_rows(run, inputs, model, None, recorder)
+    return recorder.record
 
 
 def demo(

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from nybble.errors import CannotRunError, InputError, NybbleError
-from nybble.pipeline import rehearse
+from nybble.pipeline import train_without_evaluation
 from nybble.recipe import Recipe, load_recipe, save_recipe
 from nybble.run.directory import read_lines
 from nybble.run.record import Observer, Silent
@@ -134,7 +134,7 @@ def _start(recipe: Recipe, out: Path, steps: int, resume: bool = False) -> Child
 def _train_in_child(recipe_file: str, resume: bool) -> int:
     """What a child process runs; the exit code."""
     try:
-        rehearse(load_recipe(recipe_file), resume=resume)
+        train_without_evaluation(load_recipe(recipe_file), resume=resume)
     except NybbleError as error:
         report_error(error)
         return error.exit_code

@@ -56,19 +56,20 @@ def load_in_shards(
         InputError: as `load_model`, in all processes alike.
     """
     dtype, _ = compute_dtype(recipe.quantization.bnb_4bit_compute_dtype, device)
-    made = None
+    model = None
+    description = None
     with processes.together():
         if processes.is_main:
-            made, found = load_model(source, recipe.method, recipe.model, recipe.quantization, device, on_host=True)
-            packing = _packing_of(made, recipe.quantization, found)
-            torch.manual_seed(recipe.training.seed)  # the adapters' first values
-            made = attach(made, recipe.lora, base_name)
-    report, packing = processes.gather((found, packing) if made is not None else None)[0]
-    if made is None:
-        made = meta_model(source.config, recipe.model_copy(update={"quantization": packing}), dtype)
-    n_shards, offload = shards_among(recipe.training, processes.count), recipe.training.fsdp_cpu_offload
-    shard(made, processes, device.torch_device, n_shards=n_shards, offload=offload)
-    return made, dtype, report
+            model, report = load_model(source, recipe.method, recipe.model, recipe.quantization, device, on_host=True)
+            description = (report, _packing_of(model, recipe.quantization, report))
+            torch.manual_seed(recipe.training.seed)  # of the adapters' first values
+            model = attach(model, recipe.lora, base_name)
+    report, packing = processes.gather(description)[0]
+    if model is None:
+        model = meta_model(source.config, recipe.model_copy(update={"quantization": packing}), dtype)
+    n_shards = shards_among(recipe.training, processes.count)
+    shard(model, processes, device.torch_device, n_shards=n_shards, offload=recipe.training.fsdp_cpu_offload)
+    return model, dtype, report
 
 
 def _packing_of(model: torch.nn.Module, section: QuantizationSection, report: LoadReport) -> QuantizationSection:
