@@ -10,45 +10,45 @@ import time
 import torch
 
 from nybble.diagnostics.checks import Check
-from nybble.diagnostics.measure import Measured
+from nybble.diagnostics.measure import CheckOutcome
 
 
-def _fine(_device: torch.device, _path: str) -> Measured:
+def _fine(_device: torch.device, _path: str) -> CheckOutcome:
     sys.stdout.write("libraries print on stdout\n")
-    return Measured(0.5, {"process": float(os.getpid())})
+    return CheckOutcome(0.5, {"process": float(os.getpid())})
 
 
-def _hang(_device: torch.device, path: str) -> Measured:
+def _hang(_device: torch.device, path: str) -> CheckOutcome:
     if path in ("", "native"):
         time.sleep(600)
-    return Measured(0.0)
+    return CheckOutcome(0.0)
 
 
-def _crash(_device: torch.device, _path: str) -> Measured:
+def _crash(_device: torch.device, _path: str) -> CheckOutcome:
     sys.stderr.write("Memory access fault by GPU node-1\n")
     sys.stderr.flush()
     os.kill(os.getpid(), signal.SIGSEGV)
-    return Measured(0.0)
+    return CheckOutcome(0.0)
 
 
-def _leave(_device: torch.device, _path: str) -> Measured:
+def _leave(_device: torch.device, _path: str) -> CheckOutcome:
     os._exit(7)
 
 
-def _nan(_device: torch.device, _path: str) -> Measured:
-    return Measured(float("nan"))
+def _nan(_device: torch.device, _path: str) -> CheckOutcome:
+    return CheckOutcome(float("nan"))
 
 
-def _raise(_device: torch.device, _path: str) -> Measured:
+def _raise(_device: torch.device, _path: str) -> CheckOutcome:
     raise RuntimeError("HIP error: invalid device function")
 
 
-def _full(_device: torch.device, _path: str) -> Measured:
+def _full(_device: torch.device, _path: str) -> CheckOutcome:
     raise torch.OutOfMemoryError("HIP out of memory")
 
 
-def _far(_device: torch.device, path: str) -> Measured:
-    return Measured(9.0 if path == "native" else 0.0)
+def _far(_device: torch.device, path: str) -> CheckOutcome:
+    return CheckOutcome(9.0 if path == "native" else 0.0)
 
 
 CHECKS = (

@@ -43,7 +43,7 @@ def test_a_fault_costs_its_process_and_no_other(planted: Run) -> None:
         ("hang", "it hung: no answer within 1 s", "export A=1", "a/b#1"),
         ("crash", "it crashed by signal SIGSEGV: Memory access fault by GPU node-1", "export B=1", "a/b#2"),
         ("leave", "it ended with code 7", "export C=1", ""),
-        ("nan", "the result is nan from the reference; 1 is allowed", "export D=1", ""),
+        ("nan", "the result differs from the reference by nan; 1 is allowed", "export D=1", ""),
         ("raise", "torch has no kernels for this GPU", "nybble doctor --quick", "pytorch/pytorch#164346"),
         ("full", "the device's memory is full", "amd-smi process", ""),
     ],
@@ -62,7 +62,7 @@ def test_a_fault_is_reported_with_cause_fix_and_thread(
 def test_a_broken_path_is_skipped_with_its_reason(planted: Run) -> None:
     choices = pick_backends(planted)
     assert choices["dequantize_4bit"].path == "torch"
-    assert choices["dequantize_4bit"].skipped == {"native": "the result is 9 from the reference; 1 is allowed"}
+    assert choices["dequantize_4bit"].skipped == {"native": "the result differs from the reference by 9; 1 is allowed"}
     assert choices["gemv_4bit"].path == "torch"
     assert "hung" in choices["gemv_4bit"].skipped["native"]
     assert row(planted, "ladder, wrong", "native").fix == "x --path dequantize_4bit=torch"

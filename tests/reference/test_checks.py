@@ -235,7 +235,7 @@ def test_a_kind_of_attention_that_torch_has_for_no_size_is_no_fault() -> None:
     run = Run(device={"type": "cpu"})
     _one(InThisProcess(), _describe(TABLE["torch's attention"], CPU), "efficient", run)  # type: ignore[arg-type]
     assert run.results == []
-    assert run.not_run == {"torch's attention (efficient)": "torch has no efficient attention here"}
+    assert run.not_run == {"torch's attention (efficient)": "torch has no efficient attention on this device"}
 
 
 def test_writing_past_the_end_is_seen(monkeypatch: Patch) -> None:

@@ -1,7 +1,7 @@
-"""What is wrong with this machine, what computes rightly on it, and which path each operator takes here.
+"""The doctor: known problems of this machine, checks that compute, and the backend that each operator uses here.
 
-Nothing here imports torch but the process that computes (`worker`) and what it runs: a broken driver or wheel is looked
-at from outside.
+Only the worker process and the checks that it runs import torch, so that a broken driver or wheel is examined from
+outside.
 """
 
 from nybble.diagnostics.backends import BackendChoice, choose_backends

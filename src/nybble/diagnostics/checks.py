@@ -1,4 +1,4 @@
-"""The table of computing checks: what computes, how far it may be from float64, and what to do when it is.
+"""The table of computing checks: what each computes, its tolerance against float64, and what to do about a failure.
 
 A new check is one entry. With an `operator` it runs once for each backend of that operator and decides whether
 the backend may be taken. Errors are in units of the result's type (`measure.apart`) unless the entry says otherwise;
@@ -13,30 +13,30 @@ from dataclasses import dataclass
 import torch
 
 from nybble.diagnostics import blocks, layers, operators, rates
-from nybble.diagnostics.measure import Measured, apart, normal
+from nybble.diagnostics.measure import CheckOutcome, apart, normal
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that is computed."""
+    """One check that computes something."""
 
     name: str
-    compute: Callable[[torch.device, str], Measured]  # device, path ("" without an operator)
-    tolerance: float | None = None  # None: measured only
+    compute: Callable[[torch.device, str], CheckOutcome]  # device, path ("" without an operator)
+    tolerance: float | None = None  # None if the check only measures
     symptom: str = ""
     fix: str = ""  # one command
     thread: str = ""
     operator: str = ""  # in TABLE of nybble.kernels.dispatch
     is_quick: bool = True
-    limit_seconds: float = 120.0  # the first run on a GPU compiles
+    limit_seconds: float = 120.0  # includes compilation, which the first run on a GPU needs
 
 
-def _first_kernel(device: torch.device, _path: str) -> Measured:
+def _first_kernel(device: torch.device, _path: str) -> CheckOutcome:
     x = normal(64, 64, seed=1)
-    return Measured(apart(x.to(device) @ x.to(device).t(), x.double() @ x.double().t()))
+    return CheckOutcome(apart(x.to(device) @ x.to(device).t(), x.double() @ x.double().t()))
 
 
-def _training(device: torch.device, path: str) -> Measured:
+def _training(device: torch.device, path: str) -> CheckOutcome:
     from nybble.diagnostics import trials  # transformers and PEFT take seconds to import
 
     return trials.training(device, path)
@@ -50,7 +50,7 @@ CHECKS = (
         "first kernel",
         _first_kernel,
         32,
-        "invalid device function; wrong numbers everywhere",
+        "invalid device function, or wrong results everywhere",
         "pip install --force-reinstall torch",
         "ROCm/legacy-rocm-build#6600",
     ),
@@ -65,7 +65,7 @@ CHECKS = (
         "4-bit decode",
         operators.decoding,
         8,
-        "answers are garbage; the base's loss is far too high",
+        "answers are garbage, and the loss of the base is far too high",
         _OTHER_PATH,
         "bitsandbytes-foundation/bitsandbytes#2087",
         "dequantize_4bit",
@@ -74,7 +74,7 @@ CHECKS = (
         "4-bit encode",
         operators.encoding,
         1e-6,
-        "a packed model is worse than it should be",
+        "packed models are worse than they should be",
         _OTHER_PATH,
         operator="quantize_4bit",
     ),
@@ -82,7 +82,7 @@ CHECKS = (
         "few-row product",
         operators.product_of_few_rows,
         16,
-        "garbage in generation alone",
+        "garbage in generation, but not in training",
         _OTHER_PATH,
         operator="gemv_4bit",
     ),
@@ -95,7 +95,7 @@ CHECKS = (
         "torch's attention",
         layers.attention,
         8,
-        "a loss too low to be true (the mask leaks), or NaN",
+        "an impossibly low loss because the mask leaks, or NaN",
         "nybble train .. --path sdpa=math",
         "pytorch/pytorch#189849",
         "sdpa",
@@ -104,7 +104,7 @@ CHECKS = (
         "attention of rows",
         blocks.attention_of_documents,
         8,
-        "a loss too low to be true: a row sees another, or what comes after",
+        "an impossibly low loss because a row attends to another row or to later tokens",
         _OTHER_PATH,
         operator="attend",
     ),
@@ -123,26 +123,26 @@ CHECKS = (
         "bitsandbytes",
         layers.bitsandbytes,
         8,
-        "garbage or NaN with bitsandbytes' own layers and optimizers; Nybble's do not use it",
+        "garbage or NaN in layers and optimizers of bitsandbytes, which Nybble's own layers do not use",
         'pip install -U "bitsandbytes>=0.50"',
         "bitsandbytes-foundation/bitsandbytes#2087",
     ),
-    # Times as long as copying as many bytes: 1.1 by native code, 6 by the path in torch.
+    # The time relative to a copy of as many bytes: 1.1 with native code, 6 with the torch backend.
     Check(
         "speed of decoding",
         rates.speed_of_decoding,
         4,
         "training is slow",
-        "pip install --force-reinstall --no-deps nybble  # where a C compiler is, and Triton for a GPU",
+        "pip install --force-reinstall --no-deps nybble  # with a C compiler, and with Triton for a GPU",
     ),
     Check("memory rate", rates.bandwidth),
     Check("product rate", rates.multiplication),
-    # The largest difference of a loss over the run, as a share of the first.
+    # The largest difference of a step's loss, as a share of the first loss.
     Check(
         "20 steps",
         _training,
         0.02,
-        "training gives other losses than it should",
+        "training gives wrong losses",
         _REPORT,
         is_quick=False,
         limit_seconds=300,

@@ -1,7 +1,7 @@
-"""Checks in a process of their own, with time limits: a hang or a crash becomes a row of the table.
+"""Run the checks in a child process with time limits, so that a hang or a crash becomes a row of the table.
 
-One process runs them one after another; where one hangs, dies or fails on a GPU, whose faults stay with a process, the
-next ones get a new process.
+One process runs the checks one after the other. After a check that hangs, crashes or fails on a GPU, whose faults
+persist in a process, a new process runs the rest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ START_SECONDS = 180.0
 
 @dataclass
 class Run:
-    """What the checks came to."""
+    """The results of the checks."""
 
     device: dict[str, Any] = field(default_factory=dict)
     facts: TorchFacts | None = None
@@ -29,9 +29,9 @@ class Run:
     results: list[Result] = field(default_factory=list)
     not_run: dict[str, str] = field(default_factory=dict)
     backends: dict[str, dict[str, str | None]] = field(default_factory=dict)  # operator -> backend -> why not
-    left_out: list[str] = field(default_factory=list)  # checks that were not wanted
-    is_whole: bool = False  # whether every wanted check was run
-    speeds: dict[str, dict[str, float]] = field(default_factory=dict)  # operator -> path -> per second
+    left_out: list[str] = field(default_factory=list)  # checks that `wanted` excluded
+    is_whole: bool = False  # whether every wanted check ran
+    speeds: dict[str, dict[str, float]] = field(default_factory=dict)  # operator -> backend -> flops per second
 
 
 def run_checks(
@@ -46,10 +46,10 @@ def run_checks(
 
     Args:
         device: "auto", "cpu", "cuda" or "hip".
-        wanted: whether a check, as the worker describes it, is to be run.
-        told: is called with the name of each check, how many are done, and of how many.
+        wanted: decides whether a check, as the worker describes it, runs.
+        told: a function that is called with the name of the next check, the number of finished checks, and the total.
         table: a module with CHECKS.
-        environment: variables that are set for the processes that compute, besides those of this process.
+        environment: variables that are set for the worker process in addition to those of this process.
     """
     run = Run()
     child = _start(table, device, environment)
@@ -85,26 +85,36 @@ def _start(table: str, device: str, environment: Mapping[str, str] | None) -> Ch
 
 
 def _one(child: Child, check: Mapping[str, Any], path: str, run: Run) -> bool:
-    """Run one check by one path; whether the process is fit for another."""
+    """Run one check with one backend; returns whether the process can run another check."""
     started = time.monotonic()
     try:
         answer = child.ask({"check": check["name"], "path": path}, check["limit_seconds"])
         is_fit = True
     except ChildError as error:
-        answer, is_fit = {"fault": str(error), "seconds": time.monotonic() - started}, False
-    name, operator = check["name"], check["operator"]
+        answer = {"fault": str(error), "seconds": time.monotonic() - started}
+        is_fit = False
+    name = check["name"]
+    operator = check["operator"]
     if "unavailable" in answer:
         run.not_run[f"{name} ({path})" if path else name] = answer["unavailable"]
         _judge(run, operator, path, answer["unavailable"])
         return True
-    apart, limit = answer.get("error"), check["tolerance"]
-    ok = "fault" not in answer and (limit is None or (apart is not None and apart <= limit))
+    max_error = answer.get("error")
+    tolerance = check["tolerance"]
+    ok = "fault" not in answer and (tolerance is None or (max_error is not None and max_error <= tolerance))
     result = Result(
-        name, ok, path, apart, limit, answer["seconds"], figures=answer.get("figures", {}), operator=operator
+        name=name,
+        ok=ok,
+        path=path,
+        max_error=max_error,
+        tolerance=tolerance,
+        seconds=answer["seconds"],
+        figures=answer.get("figures", {}),
+        operator=operator,
     )
     if not ok:
         cause, fix, thread = explain(answer["fault"]) if "fault" in answer else ("", "", "")
-        cause = cause or f"the result is {apart:.3g} from the reference; {limit:g} is allowed"
+        cause = cause or f"the result differs from the reference by {max_error:.3g}; {tolerance:g} is allowed"
         fix = fix or check["fix"].format(operator=operator)
         result = result.failed(check["symptom"], cause, fix, thread or check["thread"])
     run.results.append(result)

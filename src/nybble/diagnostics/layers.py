@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nybble.diagnostics.measure import Measured, UnavailableError, apart, dtypes_of, normal
+from nybble.diagnostics.measure import CheckOutcome, UnavailableError, apart, dtypes_of, normal
 from nybble.diagnostics.operators import decode_exactly
 from nybble.diagnostics.rates import products_per_second
 from nybble.nn import Linear4bit
@@ -28,7 +28,7 @@ _KINDS = {
 }
 
 
-def linear(device: torch.device, _path: str) -> Measured:
+def linear(device: torch.device, _path: str) -> CheckOutcome:
     """Check a packed linear layer: y and the gradient of x."""
     worst = 0.0
     for dtype in dtypes_of(device):
@@ -37,10 +37,10 @@ def linear(device: torch.device, _path: str) -> Measured:
         g = normal(48, 160, seed=3, dtype=dtype)
         results = with_gradients(layer, [x], g, device)
         worst = max(worst, apart_at_worst(results, [x.double() @ exact.t(), g.double() @ exact]))
-    return Measured(worst)
+    return CheckOutcome(worst)
 
 
-def lora_by_peft(device: torch.device, _path: str) -> Measured:
+def lora_by_peft(device: torch.device, _path: str) -> CheckOutcome:
     """Check PEFT's LoRA around a packed linear layer: y and the gradients of x, A and B."""
     from peft import LoraConfig, get_peft_model
 
@@ -66,10 +66,10 @@ def lora_by_peft(device: torch.device, _path: str) -> Measured:
         expected = [x64 @ w.t() + 2 * x64 @ a64.t() @ b64.t(), g64 @ w + inner @ a64]
         grads = [factor.grad.to(torch.bfloat16) for factor in factors]
         worst = max(worst, apart_at_worst([y, dx, *grads], [*expected, inner.t() @ x64, 2 * g64.t() @ (x64 @ a64.t())]))
-    return Measured(worst)
+    return CheckOutcome(worst)
 
 
-def attention(device: torch.device, path: str) -> Measured:
+def attention(device: torch.device, path: str) -> CheckOutcome:
     """Check one of torch's attention backends: y and the gradients of q, k and v at common head sizes."""
     errors = []
     tokens = 130  # not a multiple of any tile size
@@ -90,10 +90,10 @@ def attention(device: torch.device, path: str) -> Measured:
         errors.append(apart_at_worst(results, [exact.detach(), *map(gradient, wide)]))
     if not errors:
         raise UnavailableError(f"torch has no {path} attention on this device")
-    return Measured(max(errors))
+    return CheckOutcome(max(errors))
 
 
-def adamw(device: torch.device, _path: str) -> Measured:
+def adamw(device: torch.device, _path: str) -> CheckOutcome:
     """Check five steps of torch's fused AdamW: the parameters after them."""
     start = normal(1000, seed=1)
     grads = [normal(1000, seed=10 + i) for i in range(5)]
@@ -108,10 +108,10 @@ def adamw(device: torch.device, _path: str) -> Measured:
         m = 0.9 * m + 0.1 * grad.double()
         v = 0.999 * v + 0.001 * grad.double() ** 2
         w = w * (1 - 0.01 * 0.1) - 0.01 * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
-    return Measured(apart(parameter, w))
+    return CheckOutcome(apart(parameter, w))
 
 
-def narrow_products(device: torch.device, path: str) -> Measured:
+def narrow_products(device: torch.device, path: str) -> CheckOutcome:
     """Check the five matrix products of a LoRA at three ranks.
 
     If torch can choose between libraries, this also measures the speed of a square product.
@@ -127,7 +127,7 @@ def narrow_products(device: torch.device, path: str) -> Measured:
     finally:
         if before is not None:
             torch.backends.cuda.preferred_blas_library(before)
-    return Measured(worst, figures)
+    return CheckOutcome(worst, figures)
 
 
 def _narrow(device: torch.device, rank: int, dtype: torch.dtype) -> float:
@@ -141,7 +141,7 @@ def _narrow(device: torch.device, rank: int, dtype: torch.dtype) -> float:
     return max(apart(p.to(device) @ q.to(device), p.double() @ q.double()) for p, q in products)
 
 
-def casts(device: torch.device, _path: str) -> Measured:
+def casts(device: torch.device, _path: str) -> CheckOutcome:
     """Check rounding to 16 bits at and around all kinds of ties, and functions of 16-bit numbers."""
     worst = 0.0
     ties = (torch.arange(0x3F80, 0x4080, dtype=torch.int32) << 16)[:, None] + torch.tensor([0x7FFF, 0x8000, 0x8001])
@@ -152,10 +152,10 @@ def casts(device: torch.device, _path: str) -> Measured:
         x = normal(4096, seed=1, dtype=dtype)
         for function in (torch.exp, torch.sigmoid, torch.tanh):
             worst = max(worst, apart(function(x.to(device)), function(x.double())))
-    return Measured(worst)
+    return CheckOutcome(worst)
 
 
-def bitsandbytes(device: torch.device, _path: str) -> Measured:
+def bitsandbytes(device: torch.device, _path: str) -> CheckOutcome:
     """Check that bitsandbytes decodes its packed weights to what their bytes mean."""
     if find_spec("bitsandbytes") is None:
         raise UnavailableError("bitsandbytes is not installed, and nothing here needs it")
@@ -170,7 +170,7 @@ def bitsandbytes(device: torch.device, _path: str) -> Measured:
         worst = max(worst, apart(library.dequantize_4bit(packed, state), exact))
         far = (exact - weight.cpu().double()).abs().max().item() > 0.4 * weight.abs().max().item()
         worst = float("inf") if far else worst
-    return Measured(worst)
+    return CheckOutcome(worst)
 
 
 def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ class UnavailableError(Exception):
 
 
 @dataclass(frozen=True)
-class Measured:
+class CheckOutcome:
     """The outcome of a check."""
 
     error: float | None = None  # in the unit of the check's tolerance; None if nothing was compared

@@ -1,7 +1,7 @@
-"""Checks of the 4-bit operators, path by path, against the format's definition worked out here in float64.
+"""Check each backend of the 4-bit operators against the definition of the format, computed here in float64.
 
-The tables are made anew from what defines them (quantiles of the normal distribution; sign, exponent, fraction), so
-that a wrong table in the engine is seen too.
+The tables are derived here from their definitions (quantiles of the normal distribution; sign, exponent and fraction),
+so that a wrong table in the engine is detected too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from nybble.diagnostics.measure import Measured, UnavailableError, apart, normal
+from nybble.diagnostics.measure import CheckOutcome, UnavailableError, apart, normal
 from nybble.kernels import dispatcher
 from nybble.kernels.ops4bit.backend import Ops4bitBackend
 from nybble.quant import NESTED_BLOCK_SIZE, PackedWeight, encode, encode_searched
@@ -22,40 +22,44 @@ _GUARD = 64
 _GUARDED = 7.0
 
 
-def decoding(device: torch.device, path: str) -> Measured:
-    """Decode weights of odd and even sizes, both types, plain and nested scales, to every type."""
-    code, worst = _code_of("dequantize_4bit", path, device), 0.0
+def decoding(device: torch.device, path: str) -> CheckOutcome:
+    """Check decoding: odd and even sizes, both 4-bit types, plain and nested scales, and every output type."""
+    code = _code_of("dequantize_4bit", path, device)
+    worst = 0.0
     shapes = ((37, 53), (96, 160), (1, 8193))
     for seed, (shape, quant_type, nested) in enumerate(product(shapes, ("nf4", "fp4"), (False, True))):
         weight = encode(normal(*shape, seed=seed), quant_type, 64 << seed % 3, nested)
-        reference, there = decode_exactly(weight), weight.to(device)
+        reference = decode_exactly(weight)
+        on_device = weight.to(device)
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
             buffer = torch.full((weight.n_elements + 2 * _GUARD,), _GUARDED, dtype=dtype, device=device)
             out = buffer[_GUARD:-_GUARD].view(shape)
-            code.dequantize(there, out)
-            kept = bool((buffer[:_GUARD] == _GUARDED).all() and (buffer[-_GUARD:] == _GUARDED).all())
-            worst = max(worst, apart(out, reference) if kept else math.inf)
-    return Measured(worst)
+            code.dequantize(on_device, out)
+            is_intact = bool((buffer[:_GUARD] == _GUARDED).all() and (buffer[-_GUARD:] == _GUARDED).all())
+            worst = max(worst, apart(out, reference) if is_intact else math.inf)
+    return CheckOutcome(worst)
 
 
-def product_of_few_rows(device: torch.device, path: str) -> Measured:
-    """x W^T for 1, 3 and 8 rows, whole and broken words."""
-    code, worst = _code_of("gemv_4bit", path, device), 0.0
+def product_of_few_rows(device: torch.device, path: str) -> CheckOutcome:
+    """Check x W^T for 1, 3 and 8 rows, with widths that do and do not fill whole words."""
+    code = _code_of("gemv_4bit", path, device)
+    worst = 0.0
     for seed, (rows, k) in enumerate(product((1, 3, 8), (256, 250))):
         weight = encode(normal(75, k, seed=seed))
         exact = decode_exactly(weight)
         for dtype in (torch.float32, torch.bfloat16):
             x = normal(rows, k, seed=seed + 100, dtype=dtype)
             worst = max(worst, apart(code.multiply(x.to(device), weight.to(device)), x.double() @ exact.t()))
-    return Measured(worst)
+    return CheckOutcome(worst)
 
 
-def encoding(device: torch.device, path: str) -> Measured:
-    """Searched encodings: every code is the nearest to its weight, and no scale is worse than absmax.
+def encoding(device: torch.device, path: str) -> CheckOutcome:
+    """Check the scale search: every code is the nearest to its weight, and the result is no worse than with absmax.
 
     The error is the largest distance beyond the nearest value, as a share of the block's scale.
     """
-    code, worst = _code_of("quantize_4bit", path, device), 0.0
+    code = _code_of("quantize_4bit", path, device)
+    worst = 0.0
     cases = ((torch.float32, "nf4"), (torch.bfloat16, "nf4"), (torch.float16, "fp4"))
     for seed, (dtype, quant_type) in enumerate(cases):
         weight = normal(41, 77, seed=seed, dtype=dtype)
@@ -66,7 +70,7 @@ def encoding(device: torch.device, path: str) -> Measured:
         beyond = ((distance - nearest) / scales.abs().clamp(min=1e-30)).max().item()
         searched, usual = _squares(made, flat), _squares(encode(weight, quant_type), flat)
         worst = max(worst, beyond if searched <= usual else math.inf) if math.isfinite(beyond) else math.inf
-    return Measured(worst)
+    return CheckOutcome(worst)
 
 
 def decode_exactly(weight: PackedWeight) -> Tensor:
@@ -78,7 +82,7 @@ def decode_exactly(weight: PackedWeight) -> Tensor:
 
 
 def scales_exactly(weight: PackedWeight) -> Tensor:
-    """The blocks' scales in float64 on the CPU."""
+    """The scales of the blocks, `(n_blocks,) float64` on the CPU."""
     if weight.nested_absmax is None or weight.nested_offset is None:
         return weight.absmax.cpu().double()
     steps = weight.nested_absmax.cpu().double().repeat_interleave(NESTED_BLOCK_SIZE)[: weight.n_blocks]
@@ -87,21 +91,22 @@ def scales_exactly(weight: PackedWeight) -> Tensor:
 
 
 def nf4_values() -> list[float]:
-    """Quantiles of N(0, 1): 8 steps up from 1/2 and 7 down, evenly spaced in probability, over the largest."""
-    inverse, end = NormalDist().inv_cdf, 1 - (1 / 32 + 1 / 30) / 2
+    """The 16 NF4 values: quantiles of N(0, 1) divided by the largest; 8 steps up from 1/2 and 7 down, evenly spaced."""
+    inverse = NormalDist().inv_cdf
+    end = 1 - (1 / 32 + 1 / 30) / 2
     up = [inverse(0.5 + (end - 0.5) * i / 8) for i in range(1, 9)]
     down = [-inverse(0.5 + (end - 0.5) * i / 7) for i in range(7, 0, -1)]
     return [value / up[-1] for value in (*down, 0.0, *up)]
 
 
 def fp4_values() -> list[float]:
-    """A sign, two bits of exponent, one of fraction; the largest is 1."""
+    """The 16 FP4 values: a sign, two bits of exponent and one of fraction, scaled so that the largest is 1."""
     positive = [0.0, 0.0625, *(2.0 ** (4 - e) * (1 + m / 2) for e in (1, 2, 3) for m in (0, 1))]
     return [sign * value / 12 for sign in (1, -1) for value in positive]
 
 
 def dynamic_values() -> list[float]:
-    """The 8-bit table: a sign, a power of ten told by leading zeros, a linear fraction; then 0 and 1."""
+    """The 8-bit table of nested scales: a sign, a power of ten and a linear fraction; also 0 and 1."""
     sized = [(0.1 + 0.9 * (i + 0.5) / 2**e) * 10.0 ** (e - 6) for e in range(7) for i in range(2**e)]
     return sorted([0.0, 1.0, *sized, *(-value for value in sized)])
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import torch
 
-from nybble.diagnostics.measure import Measured, best_seconds, dtypes_of
+from nybble.diagnostics.measure import CheckOutcome, best_seconds, dtypes_of
 from nybble.kernels import dequantize
 from nybble.quant import PackedWeight
 
 
-def bandwidth(device: torch.device, _path: str) -> Measured:
+def bandwidth(device: torch.device, _path: str) -> CheckOutcome:
     """Measure the bytes per second that a copy reads and writes."""
-    return Measured(figures={"bytes_per_second": _copied_bytes_per_second(device)})
+    return CheckOutcome(figures={"bytes_per_second": _copied_bytes_per_second(device)})
 
 
-def multiplication(device: torch.device, _path: str) -> Measured:
+def multiplication(device: torch.device, _path: str) -> CheckOutcome:
     """Measure the floating-point operations per second of a square product in each type."""
     rates = {str(t).removeprefix("torch."): products_per_second(device, t) for t in dtypes_of(device)}
-    return Measured(figures={f"{name}_flops_per_second": rate for name, rate in rates.items()})
+    return CheckOutcome(figures={f"{name}_flops_per_second": rate for name, rate in rates.items()})
 
 
-def speed_of_decoding(device: torch.device, _path: str) -> Measured:
+def speed_of_decoding(device: torch.device, _path: str) -> CheckOutcome:
     """Measure how many times longer decoding takes than copying as many bytes, with the chosen backend."""
     size = 8192 if device.type == "cuda" else 4096
     generator = torch.Generator().manual_seed(0)
@@ -31,7 +31,7 @@ def speed_of_decoding(device: torch.device, _path: str) -> Measured:
     seconds = best_seconds(lambda: dequantize(weight, torch.bfloat16, out), device)
     moved = weight.n_bytes + out.numel() * 2
     longer = seconds * _copied_bytes_per_second(device) / moved
-    return Measured(longer, {"bytes_per_second": moved / seconds})
+    return CheckOutcome(longer, {"bytes_per_second": moved / seconds})
 
 
 def products_per_second(device: torch.device, dtype: torch.dtype) -> float:

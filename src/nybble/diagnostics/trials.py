@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.data import FlatBatch
-from nybble.diagnostics.measure import Measured
+from nybble.diagnostics.measure import CheckOutcome
 from nybble.diagnostics.operators import decode_exactly
 from nybble.hardware import detect_device
 from nybble.models import attach, find_model, load_model
@@ -25,7 +25,7 @@ _ROWS = 4
 _TOKENS = 24
 
 
-def training(device: torch.device, _path: str) -> Measured:
+def training(device: torch.device, _path: str) -> CheckOutcome:
     """Train a small Llama, packed and adapted as `nybble train` does.
 
     The error is the largest difference of a step's loss, as a share of the first loss. The reference decodes the packed
@@ -52,7 +52,7 @@ def training(device: torch.device, _path: str) -> Measured:
     if expected[-1] > 0.8 * expected[0]:
         raise RuntimeError(f"the reference does not learn: its loss goes from {expected[0]:.3f} to {expected[-1]:.3f}")
     differences = [abs(a - b) if a == a else float("inf") for a, b in zip(losses, expected, strict=True)]
-    return Measured(max(differences) / expected[0], {"first_loss": losses[0], "last_loss": losses[-1]})
+    return CheckOutcome(max(differences) / expected[0], {"first_loss": losses[0], "last_loss": losses[-1]})
 
 
 def _write_base(folder: Path) -> None:

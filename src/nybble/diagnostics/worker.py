@@ -1,7 +1,8 @@
-"""The process that computes: `python -m nybble.diagnostics.worker TABLE DEVICE`.
+"""The process that runs the checks: `python -m nybble.diagnostics.worker TABLE DEVICE`.
 
-Lines of JSON: first what is here and what can be checked, then for each request `{"check", "path"}` on stdin an answer.
-Whatever libraries print goes to stderr. A fault that ends this process ends nothing else.
+It prints lines of JSON: first the device, facts about torch and the list of checks, then one answer for each request
+`{"check", "path"}` on stdin. Everything that libraries print goes to stderr. A fault that ends this process does not
+affect the process that started it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from nybble.kernels import dispatcher
 def main() -> None:
     """Answer until stdin ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what else is printed must not come between the answers
+    os.dup2(2, 1)  # other output must not mix with the answers
     checks: Sequence[Check] = import_module(sys.argv[1]).CHECKS
     device = detect_device(sys.argv[2])
     here = device.torch_device
@@ -48,30 +49,30 @@ def main() -> None:
 
 
 def answer(check: Check, device: torch.device, path: str) -> dict[str, Any]:
-    """Run one check and say what came of it."""
+    """Run one check and return its outcome as plain data."""
     started = time.perf_counter()
-    told: dict[str, Any] = {}
+    outcome: dict[str, Any] = {}
     try:
-        measured = check.compute(device, path)
+        computed = check.compute(device, path)
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # a fault in a kernel is told here
-        told = {"error": measured.error, "figures": dict(measured.figures)}
+            torch.cuda.synchronize(device)  # a fault in a kernel is reported here
+        outcome = {"error": computed.error, "figures": dict(computed.figures)}
     except UnavailableError as error:
-        told = {"unavailable": str(error)}
-    except Exception as error:  # noqa: BLE001 - whatever fails is the answer
-        told = {"fault": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
-    return {**told, "seconds": time.perf_counter() - started}
+        outcome = {"unavailable": str(error)}
+    except Exception as error:  # noqa: BLE001 - every failure is an outcome
+        outcome = {"fault": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+    return {**outcome, "seconds": time.perf_counter() - started}
 
 
 def _describe(check: Check, device: torch.device) -> dict[str, Any]:
-    """What the asking side needs to know of a check. Where there is no choice, what runs is still to be right."""
+    """A check as the asking process needs to know it; without a choice of backends it still runs once."""
     paths = dispatcher.names(check.operator, device) if check.operator else ()
-    told = {name: value for name, value in vars(check).items() if name != "compute"}
-    return {**told, "paths": paths or [""], "operator": check.operator if paths else ""}
+    description = {name: value for name, value in vars(check).items() if name != "compute"}
+    return {**description, "paths": paths or [""], "operator": check.operator if paths else ""}
 
 
 def torch_facts() -> TorchFacts:
-    """What torch says of itself and of its devices."""
+    """What torch reports about itself and its devices."""
     sees = torch.cuda.is_available()
     devices = tuple(_gpu_facts(torch.device("cuda", i)) for i in range(torch.cuda.device_count())) if sees else ()
     maps = Path("/proc/self/maps")
