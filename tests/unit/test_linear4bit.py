@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from nybble.kernels import dispatcher
 from nybble.nn import Linear4bit
-from nybble.quant import QUANT_TYPES, SUFFIXES, decode, encode
+from nybble.nn.workspace import workspace
+from nybble.quant import QUANT_TYPES, SUFFIXES, PackedWeight, decode, encode
 
 N_IN, N_OUT = 96, 40
 
@@ -274,3 +277,36 @@ def test_a_few_rows_without_gradients_give_the_same_product(shape: tuple[int, ..
     with torch.no_grad():
         few = layer(x)
     torch.testing.assert_close(few, layer(x.requires_grad_()).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_packed_weight_travels_whole_to_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training and in generation the backend is given one and the same value, product after product."""
+    seen: list[PackedWeight] = []
+    layer = packed_layer()
+    x = torch.randn(12, N_IN, requires_grad=True)
+    for operator, function in (("dequantize_4bit", "dequantize"), ("gemv_4bit", "multiply")):
+        code = dispatcher.code(operator, torch.device("cpu"))
+        right = getattr(code, function)
+
+        def recording(*arguments: Any, right: Any = right) -> Any:
+            seen.extend(a for a in arguments if isinstance(a, PackedWeight))
+            return right(*arguments)
+
+        monkeypatch.setattr(code, function, recording)
+    layer(x).sum().backward()
+    with torch.no_grad():
+        layer(x)
+        layer(x[:1])
+    assert len(seen) == 4
+    assert all(weight is seen[0] for weight in seen)
+
+
+def test_memory_of_a_decoded_weight_that_is_taken_again_is_noticed() -> None:
+    layer = packed_layer()
+    (_, first), *_ = layer.decoded(torch.float32)
+    assert torch.equal(first, decode(layer.packed, torch.float32))
+    lent = layer.decoded(torch.float32)
+    next(lent)
+    workspace.take((2, 2), torch.empty(0), torch.float32)
+    with pytest.raises(RuntimeError, match="its memory was taken for something else"):
+        next(lent)

@@ -124,11 +124,14 @@ class Linear4bit(nn.Linear):
             yield slice(None), self.dequantize(dtype)
             return
         packed = self.packed
-        if not 0 < self.slice_elements < packed.n_elements:
-            yield slice(None), dequantize(packed, dtype, workspace.take(packed.shape, self.weight, dtype))
-            return
-        for rows, part in packed.slices(self.slice_elements):
+        is_whole = not 0 < self.slice_elements < packed.n_elements
+        parts = ((slice(None), packed),) if is_whole else packed.slices(self.slice_elements)
+        for rows, part in parts:
+            generation = workspace.generation + 1
+            # Nothing here refers to the numbers while others use them: they go before the next ones come.
             yield rows, dequantize(part, dtype, workspace.take(part.shape, self.weight, dtype))
+            if __debug__ and workspace.generation != generation:
+                raise RuntimeError("a decoded weight was in use when its memory was taken for something else")
 
     def projection(self) -> Projection:
         """What this layer computes, for blocks that do their own products."""

@@ -20,6 +20,7 @@ class Workspace(threading.local):
     _round = 0
 
     def __init__(self) -> None:
+        self.generation = 0  # how often `take` was called: whoever lends memory on can tell that it was taken again
         self._held: dict[tuple[torch.device, torch.dtype, type[Tensor]], Tensor] = {}
         self._held_in = Workspace._round
 
@@ -32,6 +33,7 @@ class Workspace(threading.local):
 
     def take(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
         """Contiguous memory of `shape` and `dtype` on the device of `like`; its content is left over from before."""
+        self.generation += 1
         if self._held_in != Workspace._round:
             self._held.clear()
             self._held_in = Workspace._round

@@ -41,12 +41,17 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, out: Tensor | None = No
         dtype: float32, float16 or bfloat16.
         out: contiguous memory for the result, of that shape, type and device.
     """
+    if out is not None and (out.shape != weight.shape or out.dtype != dtype or not out.is_contiguous()):
+        raise ValueError(f"out must be contiguous {weight.shape} {dtype}, got {tuple(out.shape)} {out.dtype}")
+    if is_eager(weight.packed) and weight.packed.device.type != "meta":
+        decoded = weight.packed.new_empty(weight.shape, dtype=dtype) if out is None else out
+        if is_eager(decoded):
+            _backend("dequantize_4bit", decoded.device).dequantize(weight, decoded)
+            return decoded
     arguments = (*_tensors(weight), weight.quant_type, weight.block_size)
     if out is None:
         result: Tensor = torch.ops.nybble.dequantize_4bit(*arguments, weight.shape, dtype)
         return result
-    if out.shape != weight.shape or out.dtype != dtype or not out.is_contiguous():
-        raise ValueError(f"out must be contiguous {weight.shape} {dtype}, got {tuple(out.shape)} {out.dtype}")
     torch.ops.nybble.dequantize_4bit_out(*arguments, out)
     return out
 
