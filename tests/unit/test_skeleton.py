@@ -10,9 +10,18 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from nybble.hardware import Device
-from nybble.models import attach, compute_dtype, decoder_layers, meta_model, recomputable_layers, set_recomputed
+from nybble.models import (
+    attach,
+    compute_dtype,
+    decoder_layers,
+    meta_model,
+    recomputable_layers,
+    recompute_by,
+    set_recomputed,
+)
 from nybble.models.skeleton import linears_to_pack, model_without_weights
 from nybble.nn import Linear4bit
+from nybble.nn.lora_projection import projection_of
 from nybble.planning import make_plan, named_profile
 from nybble.recipe import load_recipe
 
@@ -30,8 +39,23 @@ def test_decoder_layers_are_those_that_transformers_can_recompute(kind: str) -> 
     layers = decoder_layers(model)
     assert len(layers) == 3
     assert recomputable_layers(model) == layers
-    set_recomputed(layers, 2, lambda forward, *arguments: forward(*arguments))
+    set_recomputed(layers, 2)
     assert [bool(layer.gradient_checkpointing) for layer in layers] == [True, True, False]
+
+
+def test_transformers_runs_a_recomputed_layer_by_our_function() -> None:
+    model = AutoModelForCausalLM.from_config(config_of()).train()
+    layers = recomputable_layers(model)
+    ran = []
+
+    def counted(forward: Any, *arguments: Any) -> Any:
+        ran.append(forward)
+        return forward(*arguments)
+
+    set_recomputed(layers, 2)
+    recompute_by(layers, counted)
+    model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False)
+    assert len(ran) == 2
 
 
 def test_adapters_leave_the_decoder_layers_as_they_are() -> None:
@@ -55,6 +79,14 @@ def test_the_head_and_what_is_skipped_are_not_packed(tied: bool) -> None:
     planned = meta_model(config_of(tie_word_embeddings=tied), recipe, torch.bfloat16).get_base_model()
     names = [name for name, module in planned.named_modules() if isinstance(module, Linear4bit)]
     assert [name.removesuffix(".base_layer") for name in names] == packed
+
+
+def test_what_transformers_keeps_in_float32_is_not_packed() -> None:
+    model = model_without_weights(config_of())
+    model._keep_in_fp32_modules = ["down_proj"]
+    packed, left = linears_to_pack(model, [])
+    assert {name.rpartition(".")[2] for name in left} == {"down_proj", "lm_head"}
+    assert len(packed) == 3 * 6
 
 
 @pytest.mark.parametrize(
@@ -82,3 +114,11 @@ def test_a_plan_computes_in_the_type_that_the_run_computes_in(
     monkeypatch.setattr("nybble.planning.extrapolate.meta_model", recorded)
     make_plan(recipe, config_of(), profile)
     assert set(seen) == {compute_dtype(wanted, device)[0]} == {dtype}
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
+def test_a_linear_with_a_hook_is_not_fused(kind: str) -> None:
+    linear = torch.nn.Linear(4, 4).requires_grad_(False)
+    assert projection_of(linear) is not None
+    getattr(linear, f"register_{kind}_hook")(lambda *_: None)
+    assert projection_of(linear) is None

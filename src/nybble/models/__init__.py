@@ -34,6 +34,7 @@ from nybble.models.skeleton import (
     compute_dtype,
     decoder_layers,
     recomputable_layers,
+    recompute_by,
     set_recomputed,
 )
 from nybble.models.source import ModelSource, find_folder, find_model, read_config
@@ -87,6 +88,7 @@ __all__ = [
     "read_adapter",
     "read_config",
     "recomputable_layers",
+    "recompute_by",
     "register",
     "save_adapter",
     "save_whole",

@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from nybble.models.blocks import blocks_of
-from nybble.models.skeleton import base_of, decoder_layers
+from nybble.models.skeleton import base_of, decoder_layers, recompute_by
 from nybble.nn import Linear4bit
 from nybble.nn.lean import HostEmbedding, HostStore
 from nybble.nn.recompute import recomputed
@@ -76,8 +76,8 @@ class MemorySavers:
             self._switch(wanted)
 
     def _switch(self, names: frozenset[str]) -> None:
+        recompute_by(self._layers, self._store.recomputed if "inputs" in names else recomputed)
         for layer in self._layers:
-            layer._gradient_checkpointing_func = self._store.recomputed if "inputs" in names else recomputed
             layer.mlp.nybble_tiles = "tiles" in names
         for linear in self._linears:
             size = linear.in_features * linear.out_features

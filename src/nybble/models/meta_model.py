@@ -61,15 +61,13 @@ def materialize(model: nn.Module) -> None:
     """Give every tensor of a model on the meta device memory filled with zeros; a shared tensor gets it once."""
     filled: dict[int, Tensor] = {}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in filled:
-                    zeros = torch.zeros(parameter.shape, dtype=parameter.dtype)
-                    filled[id(parameter)] = nn.Parameter(zeros, requires_grad=parameter.requires_grad)
-                module._parameters[name] = filled[id(parameter)]  # type: ignore[assignment]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = filled.setdefault(id(buffer), torch.zeros(buffer.shape, dtype=buffer.dtype))
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(parameter) not in filled:
+                zeros = torch.zeros(parameter.shape, dtype=parameter.dtype)
+                filled[id(parameter)] = nn.Parameter(zeros, requires_grad=parameter.requires_grad)
+            setattr(module, name, filled[id(parameter)])
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            setattr(module, name, filled.setdefault(id(buffer), torch.zeros(buffer.shape, dtype=buffer.dtype)))
 
 
 def _pack(model: Any, section: QuantizationSection, dtype: torch.dtype) -> None:

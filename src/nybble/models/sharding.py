@@ -116,17 +116,16 @@ def _receive(unit: list[nn.Module], processes: Processes, device: torch.device) 
         return there
 
     for module in (inner for outer in unit for inner in outer.modules()):
-        for name, parameter in module._parameters.items():
-            if parameter is None or isinstance(parameter, DTensor):
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if isinstance(parameter, DTensor):
                 continue
             if id(parameter) not in made:
                 made[id(parameter)] = nn.Parameter(received(parameter), requires_grad=parameter.requires_grad)
-            module._parameters[name] = made[id(parameter)]
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                if id(buffer) not in made:
-                    made[id(buffer)] = received(buffer)
-                module._buffers[name] = made[id(buffer)]
+            setattr(module, name, made[id(parameter)])
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+            if id(buffer) not in made:
+                made[id(buffer)] = received(buffer)
+            setattr(module, name, made[id(buffer)])
 
 
 def is_sharded(model: Any) -> bool:

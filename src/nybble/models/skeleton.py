@@ -92,18 +92,16 @@ def recomputable_layers(model: Any) -> list[nn.Module]:
     return [layer for layer in decoder_layers(model) if isinstance(layer, GradientCheckpointingLayer)]
 
 
-def set_recomputed(layers: Sequence[nn.Module], depth: int, function: Callable[..., Any] | None = None) -> None:
-    """Let the first `depth` of `layers` be recomputed in the backward pass, and no others.
-
-    Args:
-        layers: what `recomputable_layers` returned.
-        depth: how many of them.
-        function: what runs a recomputed layer, called with the layer's forward and its arguments; None: as before.
-    """
+def set_recomputed(layers: Sequence[nn.Module], depth: int) -> None:
+    """Let the first `depth` of `layers` be recomputed in the backward pass, and no others."""
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number < depth  # type: ignore[assignment]
-        if function is not None:
-            layer._gradient_checkpointing_func = function  # type: ignore[assignment]
+
+
+def recompute_by(layers: Sequence[nn.Module], function: Callable[..., Any]) -> None:
+    """Let `function` run those of `layers` that are recomputed, called with the layer's forward and its arguments."""
+    for layer in layers:
+        layer._gradient_checkpointing_func = function  # type: ignore[assignment]
 
 
 def linears_to_pack(model: Any, skip_modules: Iterable[str]) -> tuple[list[str], list[str]]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from nybble.data import FlatBatch, PadBatch
 from nybble.data.batches import Group
-from nybble.models import MemorySavers, blocks_of, decoder_layers, recomputable_layers, set_recomputed
+from nybble.models import MemorySavers, blocks_of, decoder_layers, recomputable_layers, recompute_by, set_recomputed
 from nybble.models.lora_linear import share_seeds
 from nybble.nn.dropout_seed import DropoutSeeds
 from nybble.nn.recompute import recomputed, recomputing
@@ -104,8 +104,10 @@ def run_steps(
     """
     share_seeds(model, DropoutSeeds(0, 0))
     model.train()
-    has_savers = savers is not None and bool(savers.available)
-    set_recomputed(recomputable_layers(model), n_recomputed, None if has_savers else recomputed)
+    layers = recomputable_layers(model)
+    set_recomputed(layers, n_recomputed)
+    if savers is None or not savers.available:
+        recompute_by(layers, recomputed)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     done = []
@@ -134,7 +136,9 @@ def stepper(model: Any, batch: dict[str, Any], dtype: torch.dtype, n_recomputed:
     """A function that runs a step over `batch` on real tensors, to be timed; nothing is counted."""
     share_seeds(model, DropoutSeeds(0, 0))
     model.train()
-    set_recomputed(recomputable_layers(model), n_recomputed, recomputed)
+    layers = recomputable_layers(model)
+    set_recomputed(layers, n_recomputed)
+    recompute_by(layers, recomputed)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nybble.errors import RecipeError
 from nybble.hardware import Device, free_bytes, used_bytes
-from nybble.models import MEMORY_SAVERS, MemorySavers, recomputable_layers, set_recomputed
+from nybble.models import MEMORY_SAVERS, MemorySavers, recomputable_layers, recompute_by, set_recomputed
 from nybble.nn.recompute import recomputed
 from nybble.recipe import StepMemory, TrainingSection
 
@@ -56,7 +56,7 @@ class Recomputation:
         self.depth = 0  # layers recomputed in the batch that was prepared last
         self.deepest = 0  # in any so far
         self.taken: set[str] = set()  # memory savers, in any so far
-        set_recomputed(self._layers, 0, recomputed)
+        recompute_by(self._layers, recomputed)
 
     def prepare(self, n_tokens: int) -> int:
         """Set the layers for a batch of so many tokens; returns how many will be recomputed."""
