@@ -20,7 +20,7 @@ from torch import nn
 from nybble.models.blocks import blocks_of
 from nybble.models.skeleton import base_of, decoder_layers, recompute_by
 from nybble.nn import Linear4bit
-from nybble.nn.lean import HostEmbedding, HostStore
+from nybble.nn.host_memory import HostEmbedding, HostStore
 from nybble.nn.recompute import recomputed
 from nybble.nn.workspace import workspace
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from nybble.kernels import attention  # noqa: F401 - defines the operators that are counted
-from nybble.nn.lean import on_host
+from nybble.nn.host_memory import on_host
 from nybble.nn.workspace import workspace
 
 HOST = "host"  # memory on the host is counted separately, outside the device's total

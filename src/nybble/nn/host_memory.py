@@ -1,10 +1,10 @@
-"""For devices on which even full recomputation does not fit: what can wait lies on the host.
+"""Keeping on the host what can wait, for devices on which even full recomputation does not fit.
 
-    layer inputs        copied to pinned host memory while the next layer computes, fetched one layer ahead of the
-                        backward pass (two lie on the device at a time)
+    layer inputs        copied to pinned host memory while the next layer computes, and fetched one layer ahead of the
+                        backward pass (two are on the device at a time)
     embedding table     on the host; only the rows of a batch go to the device (exact)
 
-Nothing that is learned changes. On devices that share their memory with the host there is nothing to gain.
+What is learned does not change. On devices that share their memory with the host nothing is gained.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _state = _State()
 
 
 def on_host() -> bool:
-    """Whether what this thread allocates now is host memory: where tensors are only counted, all devices look alike."""
+    """True if what this thread allocates now is host memory: for tensors that are only counted, all devices look alike."""
     return _state.active
 
 
@@ -43,7 +43,7 @@ def _host_side() -> Iterator[None]:
 
 
 class HostStore:
-    """Layer inputs of one micro-step, in the order of the forward pass; the backward pass takes them from the end."""
+    """The layer inputs of one micro-step in the order of the forward pass; the backward pass reads them from the end."""
 
     def __init__(self) -> None:
         self._kept: list[Tensor] = []  # on the host
@@ -51,12 +51,12 @@ class HostStore:
         self._stream: Any = None  # of the copies; None on a CPU
 
     def clear(self) -> None:
-        """Forget what a pass that failed has left."""
+        """Drop what a failed pass has left."""
         self._kept.clear()
         self._coming.clear()
 
     def recomputed(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """As `nybble.nn.recompute.recomputed`, its arguments kept on the host."""
+        """As `nybble.nn.recompute.recomputed`, with the arguments kept on the host."""
         with saved_tensors_hooks(self._put, self._get):
             return recomputed(function, *arguments)
 
@@ -106,20 +106,20 @@ class HostStore:
 
 
 class HostEmbedding:
-    """The forward of an embedding whose table stays on the host."""
+    """The forward method of an embedding whose table stays on the host."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
-        """Moves the table to the host, pinned where there is a GPU; moving the model leaves it there."""
+        """Move the table to the host, pinned if there is a GPU; moving the model later leaves it there."""
         device = embedding.weight.device
         table = embedding.weight.data.to("cpu")
         embedding.weight.data = table.pin_memory() if device.type == "cuda" else table
         embedding._apply = _stays.__get__(embedding)  # type: ignore[method-assign]
 
     def __call__(self, embedding: nn.Embedding, ids: Tensor) -> Tensor:
-        """The rows of `ids`, on the device of `ids`; asks the device for the ids, the one wait of a micro-step."""
+        """The rows of `ids` on the device of `ids`; reading the ids is the one wait for the device in a micro-step."""
         return nn.functional.embedding(ids.to("cpu"), embedding.weight).to(ids.device, non_blocking=True)
 
 
 def _stays(module: nn.Module, _function: Callable[..., Any], _recurse: bool = True) -> nn.Module:
-    """In place of `Module._apply`, by which a model moves between devices."""
+    """A replacement for `Module._apply`, by which a model moves between devices."""
     return module
