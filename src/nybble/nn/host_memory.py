@@ -29,7 +29,7 @@ _state = _State()
 
 
 def on_host() -> bool:
-    """True if what this thread allocates now is host memory: for tensors that are only counted, all devices look alike."""
+    """True while this thread allocates host memory; tensors that are only counted do not show their device."""
     return _state.active
 
 
@@ -43,7 +43,7 @@ def _host_side() -> Iterator[None]:
 
 
 class HostStore:
-    """The layer inputs of one micro-step in the order of the forward pass; the backward pass reads them from the end."""
+    """The layer inputs of one micro-step in forward order; the backward pass reads them from the end."""
 
     def __init__(self) -> None:
         self._kept: list[Tensor] = []  # on the host
