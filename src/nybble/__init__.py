@@ -24,7 +24,7 @@ _HOMES = {
     "probe": "nybble.pipeline",
     "quantize": "nybble.models.four_bit_folder",
     "report": "nybble.pipeline",
-    "resume_check": "nybble.resume_check",
+    "resume_check": "nybble.interruptions",
     "train": "nybble.pipeline",
     "NybbleConfig": "nybble.models",
     "register": "nybble.models",

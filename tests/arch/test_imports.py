@@ -72,6 +72,11 @@ def test_every_public_name_can_be_imported(name: str) -> None:
     assert getattr(nybble, name) is not None
 
 
+def test_no_public_name_is_hidden_by_a_module_of_the_same_name() -> None:
+    modules = {path.stem for path in Path(nybble.__file__).parent.iterdir()}
+    assert sorted(modules & set(nybble.__all__)) == []
+
+
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'nybble' has no attribute 'nonsense'"):
         _ = nybble.nonsense

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nybble.comparison.arms import ArmPlan, arms_of_methods, arms_of_recipes, check_folder
-from nybble.comparison.child import Ending, is_done, run_trial
+from nybble.comparison.child import TrialEnding, is_done, run_trial
 from nybble.comparison.figures import collect
 from nybble.comparison.verdict import verdict
 from nybble.errors import InputError, RecipeError, StoppedError
@@ -210,7 +210,10 @@ def test_without_held_out_rows_only_costs_are_told(tmp_path: Path) -> None:
 def test_arms_that_crashed_or_do_not_fit_are_told_and_the_others_kept(tmp_path: Path) -> None:
     plans = methods(tmp_path, "qlora", "lora", "full")
     write_run(plans[0], LOSSES)
-    endings = {plans[1].trials[0].run_dir: Ending(1, "boom"), plans[2].trials[0].run_dir: Ending(3, "needs 128 GB")}
+    endings = {
+        plans[1].trials[0].run_dir: TrialEnding(1, "boom"),
+        plans[2].trials[0].run_dir: TrialEnding(3, "needs 128 GB"),
+    }
     found = collect(tmp_path, plans, endings)
     assert [arm.status for arm in found.arms] == ["done", "failed", "does not fit"]
     assert [arm.measured for arm in found.arms] == [True, False, False]

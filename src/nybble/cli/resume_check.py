@@ -26,7 +26,7 @@ def resume_check(
 
     quiet_libraries()
     from nybble.cli.progress import Live
-    from nybble.resume_check import resume_check as check
+    from nybble.interruptions import resume_check as check
 
     live = Live()
     try:

@@ -21,7 +21,7 @@ _STOPPED = (4, 130)  # `nybble train` ended by a signal
 
 
 @dataclass(frozen=True)
-class Ending:
+class TrialEnding:
     """How a trial ended."""
 
     code: int  # exit code of `nybble train`; negative: the signal that killed it
@@ -35,7 +35,7 @@ def is_done(trial: Trial) -> bool:
     return (trial.run_dir / "run.json").is_file() and read_record(trial.run_dir)["status"] == "done"
 
 
-def run_trial(trial: Trial, log: Path, watch: Observer) -> Ending:
+def run_trial(trial: Trial, log: Path, watch: Observer) -> TrialEnding:
     """Train, or resume a training that was interrupted. What the process prints goes to `log` and to `watch`.
 
     Raises:
@@ -54,9 +54,9 @@ def run_trial(trial: Trial, log: Path, watch: Observer) -> Ending:
     if ended.code in _STOPPED:
         raise StoppedError(f"stopped in {trial.run_dir.name} and saved; the same command again resumes there")
     if ended.code == 0:
-        return Ending(ended.code, None)
+        return TrialEnding(ended.code, None)
     predicted = predict(trial.recipe) if ended.code == _DOES_NOT_FIT else None
-    return Ending(ended.code, ended.reason, type(ended.error or NybbleError()).__name__, predicted)
+    return TrialEnding(ended.code, ended.reason, type(ended.error or NybbleError()).__name__, predicted)
 
 
 def predict(recipe: Recipe) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from nybble.comparison.arms import ArmPlan, Trial
-from nybble.comparison.child import Ending
+from nybble.comparison.child import TrialEnding
 from nybble.intervals import Interval, Sums, interval
 from nybble.run.directory import RunDirectory, read_lines, read_record
 
@@ -86,7 +86,7 @@ class _Judged:
     right: Sums | None
 
 
-def collect(folder: Path, plans: Sequence[ArmPlan], endings: Mapping[Path, Ending]) -> Comparison:
+def collect(folder: Path, plans: Sequence[ArmPlan], endings: Mapping[Path, TrialEnding]) -> Comparison:
     """The comparison as it is on disk; `endings` belong to the runs that ended in this process."""
     arms, judged = [], {}
     for plan in plans:
@@ -117,7 +117,7 @@ def _judged(trial: Trial, record: Mapping[str, Any]) -> _Judged | None:
 
 
 def _arm(
-    plan: ArmPlan, done: Mapping[Trial, dict[str, Any]], judged: Sequence[_Judged], endings: Mapping[Path, Ending]
+    plan: ArmPlan, done: Mapping[Trial, dict[str, Any]], judged: Sequence[_Judged], endings: Mapping[Path, TrialEnding]
 ) -> Arm:
     ended = [endings[trial.run_dir] for trial in plan.trials if trial.run_dir in endings]
     failure = next((ending for ending in ended if ending.code != 0), None)

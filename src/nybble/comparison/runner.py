@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble.comparison.arms import METHODS, ArmPlan, arms_of_methods, arms_of_recipes, check_folder
-from nybble.comparison.child import Ending, is_done, run_trial
+from nybble.comparison.child import TrialEnding, is_done, run_trial
 from nybble.comparison.figures import Comparison, collect
 from nybble.comparison.verdict import verdict
 from nybble.errors import InputError, error_class
@@ -53,7 +53,7 @@ def compare(
         shutil.rmtree(folder)
     check_folder(folder, plans)
     (folder / "recipes").mkdir(parents=True, exist_ok=True)
-    endings: dict[Path, Ending] = {}
+    endings: dict[Path, TrialEnding] = {}
     _write(folder, plans, endings)
     for plan in plans:
         for trial in plan.trials:
@@ -87,7 +87,7 @@ def _plan(
     return folder, arms_of_methods(first, methods or METHODS, seeds, folder)
 
 
-def _write(folder: Path, plans: Sequence[ArmPlan], endings: Mapping[Path, Ending]) -> Comparison:
+def _write(folder: Path, plans: Sequence[ArmPlan], endings: Mapping[Path, TrialEnding]) -> Comparison:
     found = collect(folder, plans, endings)
     found = replace(found, verdict=verdict(found))
     write_text(folder / "comparison.json", f"{to_json(found.to_json(), indent=2)}\n")
@@ -95,7 +95,7 @@ def _write(folder: Path, plans: Sequence[ArmPlan], endings: Mapping[Path, Ending
     return found
 
 
-def _refuse(endings: Sequence[Ending]) -> None:
+def _refuse(endings: Sequence[TrialEnding]) -> None:
     """Raise, because no arm gave a figure. The reason of the first arm is usually the reason of all."""
     first = endings[0]
     raise error_class(first.error_class)(f"no arm could be run; the first: {first.error}")

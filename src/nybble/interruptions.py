@@ -126,7 +126,7 @@ def _start(recipe: Recipe, out: Path, steps: int, resume: bool = False) -> Child
     )
     file = out.with_suffix(".yaml")
     write_text(file, save_recipe(recipe))
-    arguments = ["-m", "nybble.resume_check", str(file), *(["resume"] if resume else [])]
+    arguments = ["-m", "nybble.interruptions", str(file), *(["resume"] if resume else [])]
     variable = "CUBLAS_WORKSPACE_CONFIG"  # cuBLAS reads it when it is loaded
     return Child(arguments, environment={variable: os.environ.get(variable, ":4096:8")})
 
