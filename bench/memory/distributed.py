@@ -101,7 +101,7 @@ class Trained:
 
     def run(self, processes: Processes) -> dict[str, Any]:
         """What was alive at the highest moment in each process, and what was planned."""
-        settings = {"model": self.model, "per_device_train_batch_size": processes.count * self.rows, "device": "cpu"}
+        settings = {"model": self.model, "per_device_train_batch_size": self.rows, "device": "cpu"}
         settings |= {"max_length": self.length, "gradient_checkpointing": self.depth, "report_to": "none"}
         settings |= {"distributed": "fsdp", "fsdp_shards": self.shards}
         recipe = for_shards(load_recipe(None, settings))
@@ -184,7 +184,8 @@ def held_here(n_layers: int) -> dict[str, Any]:
 def table() -> dict[str, Any]:
     """70B at 8 rows of 512 tokens a step: what each card would take and send, and how fast a step would be."""
     found: dict[str, Any] = {}
-    settings = {"model": "llama-2-70b", "distributed": "fsdp", "per_device_train_batch_size": 8, "max_length": 512}
+    settings = {"model": "llama-2-70b", "distributed": "fsdp", "max_length": 512}
+    settings |= {"per_device_train_batch_size": 8, "train_batch_size": 8}
     recipe = load_recipe(None, settings)
     config = find_config(recipe.model)[0]
     for size, rates in CARDS.items():

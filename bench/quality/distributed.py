@@ -46,6 +46,7 @@ def start(count: int, data: Path, out: Path, *more: str, machines: int = 1) -> l
         "max_length": 128,
         "chat_template": "inst",
         "per_device_train_batch_size": 4,
+        "train_batch_size": 4,  # the same steps on any number of processes
         "max_steps": STEPS,
         "eval_fraction": 0,
         "learning_rate": 0.002,

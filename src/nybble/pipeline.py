@@ -21,7 +21,7 @@ from nybble.kernels import dispatcher
 from nybble.loading import TrainableModel, load
 from nybble.models import find_tokenizer, push_folder, save_adapter, trained_parameters, write_note
 from nybble.preparation import RunInputs, check_directory_is_shared, open_run, prepare
-from nybble.recipe import Recipe, in_micro_batches, load_recipe, refusal, save_recipe, shared_among, within_context
+from nybble.recipe import Recipe, for_one_process, in_micro_batches, load_recipe, refusal, save_recipe, within_context
 from nybble.reporting import model_card, rewrite_report, write_report
 from nybble.run.context import OnExisting, RunContext
 from nybble.run.record import Observer, RunRecord, Silent
@@ -139,7 +139,8 @@ def train_on_rows(
     run: RunContext, inputs: RunInputs, model: TrainableModel, held_out: HeldOut | None, recorder: Witness
 ) -> None:
     """Train the model in place, as the plan splits the steps; the probe chooses the learning rate first if asked."""
-    training = in_micro_batches(shared_among(inputs.recipe.training, run.processes.count), inputs.plan.micro_batch)
+    share = for_one_process(inputs.recipe.training, run.processes.count)
+    training = in_micro_batches(share, inputs.plan.micro_batch)
     if training.learning_rate == "probe":
         rate = probe_learning_rate(run, inputs, model, recorder).learning_rate
         training = training.model_copy(update={"learning_rate": rate})
@@ -186,7 +187,7 @@ def probe_learning_rate(run: RunContext, inputs: RunInputs, model: TrainableMode
             model.module,
             inputs.tokenizer,
             inputs.groups,
-            inputs.recipe.training,
+            for_one_process(inputs.recipe.training, run.processes.count),
             judge,
             run=run.directory,
             device=run.device,

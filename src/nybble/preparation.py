@@ -19,7 +19,7 @@ from nybble.errors import InputError, RecipeError
 from nybble.hardware import detect_device
 from nybble.models import ModelSource, find_model, for_shards, hash_of, load_tokenizer, shards_among
 from nybble.planning import Batches, among, plan_training, profile_of, share_of
-from nybble.recipe import EvaluationSection, Plan, Recipe, shared_among, step_rows, within_context
+from nybble.recipe import EvaluationSection, Plan, Recipe, for_one_process, rows_per_step, step_in_words, within_context
 from nybble.run.context import OnExisting, RunContext
 from nybble.run.directory import RunDirectory
 from nybble.run.processes import Processes
@@ -121,9 +121,10 @@ def fit_to_processes(recipe: Recipe, processes: Processes) -> Recipe:
     """The recipe as this number of processes can follow it.
 
     Raises:
-        RecipeError: a step's rows cannot be shared evenly, or a setting works only in one process or unsharded.
+        RecipeError: train_batch_size cannot be divided among the processes, or a setting works only in one process or
+            unsharded.
     """
-    shared_among(recipe.training, processes.count)
+    for_one_process(recipe.training, processes.count)
     shards_among(recipe.training, processes.count)
     if processes.are_many and recipe.training.learning_rate == "probe":
         raise RecipeError(
@@ -184,11 +185,17 @@ def _prepare(recipe: Recipe, run: RunContext, *, force: bool) -> RunInputs:
         checkpoint.micro_batch if checkpoint else None,
         shards_among(recipe.training, count),
     )
-    plan = replace(plan, rows=len(packs or rows.train), rows_per_step=step_rows(recipe.training))
+    plan = replace(
+        plan,
+        rows=len(packs or rows.train),
+        rows_per_step=rows_per_step(recipe.training, count),
+        step_rule=step_in_words(recipe.training, count),
+    )
     for line in (*plan.lines(), *plan.notes):
         note(line)
 
-    identity = partial(identify, recipe, source.folder, tokenizer, rows, hash_of(recipe.quantization))
+    hasher = hash_of(recipe.quantization)
+    identity = partial(identify, recipe, source.folder, tokenizer, rows, hasher, n_processes=count)
     return RunInputs(
         recipe=recipe,
         source=source,

@@ -112,7 +112,10 @@ def test_only_damaged_checkpoints_are_no_beginning(world: World, stopped: Callab
         ({"learning_rate": 2e-2}, r"training.learning_rate \(was 0.01, is 0.02\)"),
         ({"r": 4}, r"lora.r \(was 16, is 4\)"),
         ({"seed": 1}, r"training.seed \(was 42, is 1\)"),
-        ({"gradient_accumulation_steps": 4}, r"rows a step \(was 6, is 8\)"),
+        (
+            {"gradient_accumulation_steps": 4},
+            r"rows per step \(was 6, is 8; of all processes .*--train_batch_size 6 keeps it\)",
+        ),
         ({"rows": "a"}, "the rows"),
         ({"template": True}, "the tokenizer"),
         ({"weights": True}, "the base weights"),

@@ -180,6 +180,7 @@ def words(tiny_llama: Callable[..., Path], tmp_path: Path) -> list[object]:
         "eval_fraction": 0,
         "num_train_epochs": 2,
         "per_device_train_batch_size": 4,
+        "train_batch_size": 4,  # the same steps on any number of processes
         "compute_dtype": "float32",
         "learning_rate": 0.01,
         "logging_steps": 1,

@@ -104,7 +104,7 @@ def test_what_does_not_work_in_shards_is_said(
 
 
 WRONG: dict[str, tuple[list[object], dict[int, list[object]], str]] = {
-    "batch": (["--per_device_train_batch_size", 3], {}, "the 3 rows of a step .* cannot be shared by 2 processes"),
+    "batch": (["--train_batch_size", 3], {}, "train_batch_size 3 cannot be divided among 2 processes"),
     "recipes": ([], {1: ["--learning_rate", 0.5]}, "setting training.learning_rate is 0.01 in process 0 and 0.5"),
     "groups": (["--distributed", "fsdp", "--fsdp_shards", 3], {}, "2 processes do not divide into groups of that size"),
     "probe": (["--learning_rate", "probe"], {}, "probe works in one process"),
@@ -122,10 +122,10 @@ def test_what_one_process_refuses_all_refuse(launch: Launch, words: list[object]
 
 def test_versions_must_be_the_same(launch: Launch, words: list[object], tmp_path: Path) -> None:
     def other_version(rank: int) -> None:
-        from nybble import job
+        from nybble import preparation
 
-        found = job.software_versions()
-        job.software_versions = lambda: {**found, "torch": f"2.{rank}"}  # type: ignore[attr-defined]
+        found = preparation.software_versions()
+        preparation.software_versions = lambda: {**found, "torch": f"2.{rank}"}  # type: ignore[attr-defined]
 
     outcome = launch(2, [*words, "--output_dir", tmp_path / "run"], setup=other_version)
     assert outcome.codes == (2, 2)
@@ -148,9 +148,9 @@ def test_rows_must_be_the_same(launch: Launch, words: list[object], tmp_path: Pa
 
 def test_the_folder_must_be_shared(launch: Launch, words: list[object], tmp_path: Path) -> None:
     def elsewhere(rank: int) -> None:
-        from nybble import job
+        from nybble import preparation
 
-        job._SECONDS_TO_APPEAR = 0
+        preparation._SECONDS_UNTIL_VISIBLE = 0
         (tmp_path / str(rank)).mkdir()
         os.chdir(tmp_path / str(rank))
 

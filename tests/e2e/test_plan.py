@@ -161,7 +161,7 @@ def test_a_run_keeps_predicted_beside_measured(
 
 def test_what_processes_take_and_send(nybble: Callable[..., Any], tiny_llama: Callable[..., Path]) -> None:
     def planned(*words: object) -> Any:
-        settings = ("--model", tiny_llama(), "--per_device_train_batch_size", 4, "--max_length", 32, "--device", "cpu")
+        settings = ("--model", tiny_llama(), "--train_batch_size", 4, "--max_length", 32, "--device", "cpu")
         outcome = nybble("plan", *settings, *words, "--json")
         assert outcome.code == 0, outcome.err
         return outcome.json
@@ -182,7 +182,11 @@ def test_what_processes_take_and_send(nybble: Callable[..., Any], tiny_llama: Ca
     # At the highest moment, in a backward pass: a layer, the next as it comes, gradients as they are sent.
     assert parts["gathered"] == pytest.approx(2 * layer + adapters, rel=0.01)
     assert fsdp["sent_bytes_per_step"] == pytest.approx(sent, rel=0.01)
-    assert fsdp["plan"]["rows_per_step"] == 2
+    assert fsdp["plan"]["rows_per_step"] == 4
+    assert fsdp["plan"]["step_rule"] == "4 rows per step, fixed by train_batch_size: 2 rows x 1 x 2 processes"
+    added = planned("--processes", 2, "--train_batch_size", "none")
+    assert added["plan"]["rows_per_step"] == 8
+    assert added["plan"]["step_rule"].startswith("8 rows per step: per_device_train_batch_size 4 x ")
     groups = planned("--processes", 4, "--distributed", "fsdp", "--fsdp_shards", 2)
     mine = {p["name"]: p["parts"] for p in groups["plan"]["phases"]}["steady step"]
     assert mine["weights"] == whole["weights"] // 2
@@ -198,7 +202,7 @@ def test_what_processes_take_and_send(nybble: Callable[..., Any], tiny_llama: Ca
     assert slow["step_seconds"] == pytest.approx(slow["sent_bytes_per_step"] / 1000)
     assert slow["efficiency"] < 0.01
     assert fast["efficiency"] == 1.0
-    for wrong in ((3,), (4, "--distributed", "fsdp", "--fsdp_shards", 3)):
+    for wrong in ((3, "--train_batch_size", 4), (4, "--distributed", "fsdp", "--fsdp_shards", 3)):
         assert nybble("plan", "--model", tiny_llama(), "--processes", *wrong).code == 2
 
 

@@ -51,7 +51,7 @@ def test_several_processes_learn_what_one_does(
 ) -> None:
     words = [*words, "--model", tiny_llama(tied=tied)]  # embeddings and head: one weight, or units of their own
     # Masks of dropout follow the micro-batches: one process takes them in the same size.
-    alone = ("--per_device_train_batch_size", 4 // count, "--gradient_accumulation_steps", count) if split else ()
+    alone = ("--per_device_train_batch_size", 4 // count) if split else ()
     assert launch(1, [*words, *split, *alone, "--output_dir", tmp_path / "one"]).codes == (0,)
     outcome = launch(count, [*words, *split, "--output_dir", tmp_path / "many"])
     assert outcome.codes == (0,) * count, outcome.err
@@ -64,6 +64,39 @@ def test_several_processes_learn_what_one_does(
     assert outcome.err[1:] == ("",) * (count - 1)  # the others are silent
     if split in (("--distributed", "fsdp"), GROUPS):
         _check_shares(tmp_path / "many", count)
+
+
+def test_without_train_batch_size_each_process_adds_its_rows_to_a_step(
+    launch: Launch, words: list[object], tmp_path: Path
+) -> None:
+    """As in transformers: rows of a step are per_device_train_batch_size x gradient_accumulation_steps x processes."""
+    words = [*words, "--train_batch_size", "none", "--lora_dropout", 0.2, "--per_device_train_batch_size", 2]
+    assert launch(1, [*words, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "one"]).codes == (0,)
+    outcome = launch(2, [*words, "--output_dir", tmp_path / "many"])
+    assert outcome.codes == (0, 0), outcome.err
+    said = "4 rows per step: per_device_train_batch_size 2 x gradient_accumulation_steps 1 x 2 processes"
+    assert said in outcome.err[0]
+    record = json.loads((tmp_path / "many" / "run.json").read_text())
+    assert (record["plan"]["rows_per_step"], record["plan"]["step_rule"]) == (4, said)
+    (expected, log), (found, log_of_many) = _left(tmp_path / "one"), _left(tmp_path / "many")
+    assert len(log) == 2 * 6  # two epochs of 23 rows
+    assert [e["tokens"] for e in log_of_many] == [e["tokens"] for e in log]
+    assert [e["loss"] for e in log_of_many] == pytest.approx([e["loss"] for e in log], rel=1e-5)
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).abs().max() < 1e-4, name
+
+
+def test_another_number_of_processes_resumes_only_the_same_steps(
+    launch: Launch, words: list[object], tmp_path: Path
+) -> None:
+    words = [*words, "--train_batch_size", "none", "--per_device_train_batch_size", 2, "--output_dir", tmp_path / "run"]
+    assert launch(2, [*words, "--max_steps", 5]).codes == (0, 0)
+    refused = launch(1, [*words, "--max_steps", 5, "--resume"])
+    assert refused.codes == (2,)
+    assert "rows per step (was 4, is 2; of all processes together, --train_batch_size 4 keeps it)" in refused.lines[0]
+    resumed = launch(1, [*words, "--max_steps", 5, "--resume", "--train_batch_size", 4])
+    assert resumed.codes == (0,), resumed.err
+    assert "4 rows per step, fixed by train_batch_size: 2 rows x 2 x 1 process" in resumed.err[0]
 
 
 def _check_shares(run: Path, count: int) -> None:

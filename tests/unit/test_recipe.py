@@ -322,6 +322,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
     if "init_lora_weights" in content.get("lora", {}):  # starts plain LoRA on a 4-bit base
         content["method"] = "qlora"
         content["lora"].pop("use_dora", None)
+    if content["training"].get("train_batch_size"):  # the accumulation follows from it
+        content["training"].pop("gradient_accumulation_steps", None)
     if content["training"].get("fsdp_cpu_offload") or content["training"].get("fsdp_shards"):
         content["training"]["distributed"] = "fsdp"
     return Recipe.model_validate(content)

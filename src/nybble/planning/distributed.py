@@ -26,7 +26,7 @@ from nybble.planning.devices import Links, Profile, named_profile, profile_of
 from nybble.planning.phases import Batches
 from nybble.planning.planner import find_config, make_plan, read_batches
 from nybble.planning.sharded_memory import Sizes
-from nybble.recipe import Plan, Recipe, in_micro_batches, load_recipe, shared_among
+from nybble.recipe import Plan, Recipe, for_one_process, in_micro_batches, load_recipe, rows_per_step, step_in_words
 from nybble.units import format_bytes, format_seconds, parse_bytes
 
 _HOST_LINK = 25e9  # bytes a second between host and device: PCIe 4.0 x16, less what its protocol takes; assumed
@@ -82,7 +82,7 @@ def plan_processes(
     receives as much, e.g. "12GB"; by default it is what is known of the device, all being in one machine.
 
     Raises:
-        InputError: as `plan`; or `n` processes cannot share the rows of a step, or the rate is not one.
+        InputError: as `plan`; or train_batch_size cannot be divided among `n` processes, or the rate is not one.
     """
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     config, _ = find_config(resolved.model)
@@ -102,8 +102,8 @@ def _here(device: Device, n: int) -> Profile:
 
 
 def share_of(recipe: Recipe, n: int) -> Recipe:
-    """The recipe with one process's share of the rows of a step."""
-    return recipe.model_copy(update={"training": shared_among(recipe.training, n)})
+    """The recipe of one of `n` processes, with its rows of a step."""
+    return recipe.model_copy(update={"training": for_one_process(recipe.training, n)})
 
 
 def among(batches: Batches, n: int) -> Batches:
@@ -115,7 +115,7 @@ def plan_shared(recipe: Recipe, config: Any, profile: Profile, n: int, batches: 
     """What a step of `recipe` takes in each of `n` processes on devices like `profile`; `batches` are its share.
 
     Raises:
-        RecipeError: `n` processes cannot share the rows of a step.
+        RecipeError: train_batch_size cannot be divided among `n` processes.
     """
     share = share_of(recipe, n)
     dtype, _notes = compute_dtype(recipe.quantization.bnb_4bit_compute_dtype, profile)
@@ -124,6 +124,7 @@ def plan_shared(recipe: Recipe, config: Any, profile: Profile, n: int, batches: 
     in_shards = n_shards > 1
     whole = make_plan(share, config, profile, batches)
     made = make_plan(share, config, profile, batches, n_shards=n_shards) if in_shards else whole
+    made = replace(made, rows_per_step=rows_per_step(recipe.training, n), step_rule=step_in_words(recipe.training, n))
     split = in_micro_batches(share.training, made.micro_batch).gradient_accumulation_steps
     sent = sent_bytes(sizes, n, split if in_shards else 0, n_shards)
     fetched = _fetched_bytes(sizes, n_shards, split) if in_shards and recipe.training.fsdp_cpu_offload else 0

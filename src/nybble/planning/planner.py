@@ -49,7 +49,7 @@ from nybble.planning.search import (
     plan_levels,
 )
 from nybble.planning.shapes import config_of, known_shape, not_known
-from nybble.recipe import ModelSection, Plan, Recipe, load_recipe
+from nybble.recipe import ModelSection, Plan, Recipe, for_one_process, load_recipe, step_in_words
 
 
 def plan(
@@ -76,10 +76,12 @@ def plan(
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit and resolved.data.max_length > limit:
         resolved = changed(resolved, "data", max_length=limit)
+    step_rule = step_in_words(resolved.training, n_processes=1)
+    resolved = resolved.model_copy(update={"training": for_one_process(resolved.training, n_processes=1)})
     device = named_profile(profile) if profile else profile_of(detect_device(resolved.model.device))
     batches, why_not = read_batches(resolved)
     result = _search(resolved, config, device, batches)
-    made = replace(result.plan(), rungs=plan_levels(result.chosen))
+    made = replace(result.plan(), rungs=plan_levels(result.chosen), step_rule=step_rule)
     if largest:
         made = replace(
             made,

@@ -1,6 +1,6 @@
 """Recipes: the schema (one definition per setting), reading them, and the plan that is made from one."""
 
-from nybble.recipe.batches import in_micro_batches, shared_among, step_rows
+from nybble.recipe.batches import for_one_process, in_micro_batches, rows_per_step, step_in_words
 from nybble.recipe.catalogue import SECTIONS, Setting, all_settings, path_of
 from nybble.recipe.load import (
     first_fault,
@@ -45,14 +45,15 @@ __all__ = [
     "TrainingSection",
     "all_settings",
     "first_fault",
+    "for_one_process",
     "in_micro_batches",
     "json_schema",
     "load_recipe",
     "path_of",
     "refusal",
+    "rows_per_step",
     "save_recipe",
-    "shared_among",
-    "step_rows",
+    "step_in_words",
     "stored_recipe",
     "within_context",
 ]

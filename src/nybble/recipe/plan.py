@@ -101,7 +101,7 @@ class Plan:
     """What a run will do and take, which follows from recipe, model, rows and device."""
 
     rows: int
-    rows_per_step: int
+    rows_per_step: int  # over all micro-batches and processes
     optimizer_steps: int
     gradient_checkpointing: str  # auto, never or always
     device: dict[str, Any] = field(default_factory=dict)  # name, rates, and whether they are estimates
@@ -125,6 +125,7 @@ class Plan:
     largest_length: int | None = None  # tokens; only on request
     largest_model: tuple[str, int] | None = None  # known shape and its peak in bytes; only on request
     step_memory: StepMemory | None = None
+    step_rule: str = ""  # where rows_per_step comes from, in words
     notes: tuple[str, ...] = ()
 
     @property
@@ -141,8 +142,8 @@ class Plan:
         found = [p.peak_bytes if on_cpu else p.live_bytes for p in self.phases if p.name in _PHASES.get(phase, ())]
         return max(found, default=None)
 
-    def lines(self) -> tuple[str, str, str]:
-        """The plan in three lines."""
+    def lines(self) -> tuple[str, ...]:
+        """The plan in a few lines."""
         worst = max(self.phases, key=lambda phase: phase.peak_bytes)
         parts = sorted(worst.parts.items(), key=lambda item: -item[1])
         verdict = "fits" if self.fits else "does not fit"
@@ -159,6 +160,7 @@ class Plan:
             f"of it {', '.join(f'{name} {format_bytes(n)}' for name, n in parts[:4])}",
             f"{self.micro_batch} rows at a time, {recomputed}{further}; {self.flops_per_step / 1e12:.3g} TFLOP a step, "
             f"{format_seconds(self.step_seconds)} at {rate / 1e12:.3g} TFLOP/s{estimate}",
+            *([self.step_rule] if self.step_rule else []),
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -255,14 +255,30 @@ class TrainingSection(Section):
     )
     per_device_train_batch_size: int = setting(
         4,
-        "Rows of one micro-batch on each device.",
+        "Rows of one micro-batch on each device. A step has per_device_train_batch_size x gradient_accumulation_steps "
+        "rows on each device, unless train_batch_size is set.",
         unit="rows",
         aliases=("micro_batch_size", "batch_size"),
         ge=1,
         neutral=True,
     )
     gradient_accumulation_steps: int = setting(
-        1, "Micro-batches of one optimizer step.", unit="micro-batches", aliases=("grad_accum",), ge=1, neutral=True
+        1,
+        "Micro-batches of one optimizer step on each device; with train_batch_size it follows from that.",
+        unit="micro-batches",
+        aliases=("grad_accum",),
+        ge=1,
+        neutral=True,
+    )
+    train_batch_size: int | None = setting(
+        None,
+        "Rows of one optimizer step on all devices together, for the same steps on any number of devices. Each device "
+        "then takes its part in micro-batches of at most per_device_train_batch_size rows.",
+        unit="rows",
+        unset="per_device_train_batch_size x gradient_accumulation_steps x devices",
+        aliases=("global_batch_size",),
+        ge=1,
+        neutral=True,
     )
     learning_rate: Rate = setting(
         2e-4,
@@ -430,6 +446,8 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         training, lora = self.training, self.lora
+        if training.train_batch_size is not None and training.gradient_accumulation_steps != 1:
+            raise ValueError("gradient_accumulation_steps follows from train_batch_size; remove one of them")
         if training.push_to_hub and not training.hub_model_id:
             raise ValueError("push_to_hub needs hub_model_id; name the repository, e.g. --hub_model_id you/adapter")
         if training.fsdp_cpu_offload and training.distributed != "fsdp":

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from nybble.data import Prepared
-from nybble.recipe import Recipe, all_settings, step_rows
+from nybble.recipe import Recipe, all_settings, rows_per_step
 
+_ROWS = "rows per step"
 _CONTENT = {"base": "the base weights", "tokenizer": "the tokenizer", "rows": "the rows"}
 
 
@@ -39,11 +40,20 @@ class Identity:
         there = there if isinstance(there, dict) else {}
         here: dict[str, Any] = json.loads(json.dumps(self.settings))  # as a file gives it back: no tuples
         changed = [name for name in {**here, **there} if here.get(name) != there.get(name)]
-        return found + [f"{name} (was {there.get(name)!r}, is {here.get(name)!r})" for name in changed]
+        for name in changed:
+            was, now = there.get(name), here.get(name)
+            way = f"; of all processes together, --train_batch_size {was} keeps it" if name == _ROWS else ""
+            found.append(f"{name} (was {was!r}, is {now!r}{way})")
+        return found
 
 
 def identify(
-    recipe: Recipe, base: Path, tokenizer: Any, prepared: Prepared, hash_of: Callable[[Path], str]
+    recipe: Recipe,
+    base: Path,
+    tokenizer: Any,
+    prepared: Prepared,
+    hash_of: Callable[[Path], str],
+    n_processes: int = 1,
 ) -> Identity:
     """The identity of a training.
 
@@ -53,22 +63,23 @@ def identify(
         tokenizer: as it will be used, with its template.
         prepared: the rows.
         hash_of: SHA-256 of a file.
+        n_processes: processes that train.
     """
     return Identity(
         base=_digest(sorted(hash_of(file) for file in base.glob("*.safetensors"))),
         tokenizer=_tokenizer(tokenizer),
         rows=_rows(prepared),
-        settings=_settings(recipe),
+        settings=_settings(recipe, n_processes),
     )
 
 
-def _settings(recipe: Recipe) -> dict[str, Any]:
+def _settings(recipe: Recipe, n_processes: int) -> dict[str, Any]:
     found = {}
     values = recipe.model_dump(mode="json")
     for item in all_settings():
         if not item.is_neutral:
             found[item.path] = values[item.section][item.name] if item.section else values[item.name]
-    found["rows a step"] = step_rows(recipe.training)  # how they are split is neutral
+    found[_ROWS] = rows_per_step(recipe.training, n_processes)  # how they are split is neutral
     return found
 
 
