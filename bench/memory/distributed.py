@@ -177,21 +177,21 @@ def held_here(n_layers: int) -> dict[str, Any]:
         "layers": config.num_hidden_layers,
         "packed_bytes_whole": packed,
         "processes": figures,
-        "planned_bytes": sizes.whole // 2,
+        "planned_bytes": sizes.all_bytes // 2,
     }
 
 
-def table() -> dict[str, Any]:
+def table(cards: dict[int, str], counts: tuple[int, ...]) -> dict[str, Any]:
     """70B at 8 rows of 512 tokens a step: what each card would take and send, and how fast a step would be."""
     found: dict[str, Any] = {}
     settings = {"model": "llama-2-70b", "distributed": "fsdp", "max_length": 512}
     settings |= {"per_device_train_batch_size": 8, "train_batch_size": 8}
     recipe = load_recipe(None, settings)
     config = find_config(recipe.model)[0]
-    for size, rates in CARDS.items():
+    for size, rates in cards.items():
         profile = replace(PROFILES[rates], memory_bytes=int(size * 1e9))
         one = plan_shared(recipe, config, profile, 1)
-        for n in (1, 2, 4, 8):
+        for n in counts:
             made = plan_shared(recipe, config, profile, n)
             speed = one.step_seconds / made.step_seconds / n if one.plan.fits else None
             found[f"{n} x {size} GB"] = {
@@ -218,7 +218,7 @@ def measure(asked: Namespace) -> dict[str, Any]:
         counts = (2,) if asked.tiny else (2, 4)
         grid = (small_models(asked.data), asked.cases)
         return {f"{count} processes": fresh(MODULE, "live_here", *grid, processes=count) for count in counts}
-    return table()
+    return table({48: CARDS[48]}, (1,)) if asked.tiny else table(CARDS, (1, 2, 4, 8))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,15 +84,17 @@ def nybble_arm(case: Case, base: Path, rows: Path, folder: Path, clock: Clock) -
     """`nybble.train`, which is the same call in every version."""
     import nybble
 
+    out = folder / case.arm
+    shutil.rmtree(out, ignore_errors=True)  # of the turn before
     settings = {
         "model_name_or_path": base, "dataset_name": rows, "method": case.method, "r": case.r,
         "lora_alpha": case.r, "lora_dropout": case.dropout, "target_modules": case.targets, "loss_on": "all",
         "max_length": case.max_length, "per_device_train_batch_size": case.batch, "num_train_epochs": 1,
-        "eval_fraction": 0, "n_samples": 0, "output_dir": folder / case.arm, "logging_steps": 1, "save_steps": 10_000,
+        "eval_fraction": 0, "n_samples": 0, "output_dir": out, "logging_steps": 1, "save_steps": 10_000,
         "gradient_checkpointing": case.recompute, "report_to": "none", "device": "cpu",
     }  # fmt: skip
     words = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    record = nybble.train(nybble.load_recipe(None, words), overwrite=True, observer=clock)
+    record = nybble.train(nybble.load_recipe(None, words), observer=clock)
     return clock.tokens, record.train_loss
 
 
