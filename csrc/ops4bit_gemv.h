@@ -1,7 +1,7 @@
 /* x W^T for a few rows of x, straight from the codes, with AVX-512; chosen at run time.
 
 128 codes lie in a register, 8 to a lane; each shift brings up the next of every lane (or, of bfloat16, of both
-halves of it), whose values a permutation looks up for all rows of x. `widen` in ops4bit.c lays x in that order.
+halves of it), whose values a permutation looks up for all rows of x. `widen_inputs` in ops4bit.c lays x in that order.
 Sums are float32. In bfloat16 the values are rounded (see `Tables`), once for all weights; scales are not. */
 
 #pragma once

@@ -36,7 +36,7 @@ def attend(
     """Causal attention within each document, `(T, heads, width)` contiguous; can be differentiated once.
 
     Args:
-        q, k, v: of one type and device; any strides, the last of which is 1 for the fast paths.
+        q, k, v: of one type and device; any strides, the last of which is 1 for the fast backends.
         lengths: tokens of each document, in order.
         scale: of the scores.
         window: how many tokens a token sees, itself among them; all before it by default.

@@ -1,6 +1,6 @@
 """Attention in plain torch, forward and backward, a block of queries at a time: any device, window and cap on scores.
 
-It is what the faster paths must equal. Sums are in float32 (float64 for float64), whatever the type of the tensors;
+It is what the faster backends must equal. Sums are in float32 (float64 for float64), whatever the type of the tensors;
 no more than `_HELD` scores exist at once, and the backward makes them again from the logarithms of their sums.
 """
 

@@ -1,7 +1,7 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 """The Triton kernels, one source for HIP and CUDA: `gpu` launches them, `nybble.quant` says what each must give.
 
-All arithmetic is IEEE float32, one rounding an operation, so that the bytes are those of every other path: launches
+All arithmetic is IEEE float32, one rounding an operation, so that the bytes are those of every other backend: launches
 and ahead-of-time compilation both switch the fusing of products with sums off (`OPTIONS`), and divisions are `div_rn`,
 correctly rounded on both vendors. Sums whose order is part of the format are added two at a time.
 
