@@ -1,4 +1,4 @@
-"""Whether an operator may be left out: its backend is then called directly, without the 40 us that torch takes between."""
+"""Whether an operator may be left out: its backend is called directly, without the 40 us that torch takes between."""
 
 from __future__ import annotations
 
