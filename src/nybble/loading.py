@@ -28,7 +28,7 @@ from nybble.models import (
 from nybble.preparation import RunInputs, trains_in_shards
 from nybble.run.context import RunContext
 from nybble.storage.atomic import atomic_folder
-from nybble.training import Witness, stop_at
+from nybble.training import RunRecorder, stop_at
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TrainableModel:
     compute_dtype: torch.dtype  # of its arithmetic
 
 
-def load(run: RunContext, inputs: RunInputs, recorder: Witness) -> TrainableModel:
+def load(run: RunContext, inputs: RunInputs, recorder: RunRecorder) -> TrainableModel:
     """Load the model of a run; how it was loaded goes into the run's record.
 
     Raises:
@@ -57,7 +57,7 @@ def load(run: RunContext, inputs: RunInputs, recorder: Witness) -> TrainableMode
     return model
 
 
-def _load_whole(run: RunContext, inputs: RunInputs, recorder: Witness) -> TrainableModel:
+def _load_whole(run: RunContext, inputs: RunInputs, recorder: RunRecorder) -> TrainableModel:
     recipe = inputs.recipe
     section = recipe.model
     source = inputs.source
@@ -79,7 +79,7 @@ def _load_whole(run: RunContext, inputs: RunInputs, recorder: Witness) -> Traina
     return TrainableModel(module, getattr(torch, report.compute_dtype))
 
 
-def _load_sharded(run: RunContext, inputs: RunInputs, recorder: Witness) -> TrainableModel:
+def _load_sharded(run: RunContext, inputs: RunInputs, recorder: RunRecorder) -> TrainableModel:
     with recorder.phase("load"):
         module, dtype, report = load_in_shards(
             inputs.source, inputs.recipe, run.device, base_name=inputs.source.name, processes=run.processes
@@ -93,7 +93,7 @@ def _load_sharded(run: RunContext, inputs: RunInputs, recorder: Witness) -> Trai
 
 
 def _record_loading(
-    run: RunContext, inputs: RunInputs, recorder: Witness, report: LoadReport, device: torch.device
+    run: RunContext, inputs: RunInputs, recorder: RunRecorder, report: LoadReport, device: torch.device
 ) -> None:
     record = recorder.record
     record.model |= {**asdict(report), "fingerprint": inputs.source.fingerprint}
@@ -112,7 +112,7 @@ def _record_loading(
         )
 
 
-def _calibrate(run: RunContext, inputs: RunInputs, recorder: Witness, module: Any) -> Starts:
+def _calibrate(run: RunContext, inputs: RunInputs, recorder: RunRecorder, module: Any) -> Starts:
     """Pack the base again, fitted to the rows. It is saved in the run, because loading would not give it again."""
     section = inputs.recipe.quantization
     rows = inputs.rows.calibration_rows(section.calibration_rows)

@@ -31,7 +31,7 @@ from nybble.training import (
     HeldOut,
     Judge,
     Probe,
-    Witness,
+    RunRecorder,
     evaluate,
     generate_answers,
     probe_rates,
@@ -87,7 +87,7 @@ def train(
 
 
 @contextmanager
-def written(run: RunContext, inputs: RunInputs) -> Iterator[Witness]:
+def written(run: RunContext, inputs: RunInputs) -> Iterator[RunRecorder]:
     """Create the run's directory and keep its record during the block; then write the report, and upload if asked."""
     directory = run.directory
     starts_over = run.resumes and inputs.checkpointing.resumed is None
@@ -110,9 +110,9 @@ def written(run: RunContext, inputs: RunInputs) -> Iterator[Witness]:
         run.observer.note(f"uploaded to {push_folder(weights_folder(run, inputs), training.hub_model_id)}")
 
 
-def recorder_of(run: RunContext, inputs: RunInputs) -> Witness:
+def recorder_of(run: RunContext, inputs: RunInputs) -> RunRecorder:
     """The recorder that keeps run.json and measures phases."""
-    return Witness(run.directory, inputs.recipe, run.device, inputs.rows, inputs.plan, run.processes)
+    return RunRecorder(run.directory, inputs.recipe, run.device, inputs.rows, inputs.plan, run.processes)
 
 
 def learned_tokens_of(inputs: RunInputs) -> list[dict[str, Any]]:
@@ -122,7 +122,7 @@ def learned_tokens_of(inputs: RunInputs) -> list[dict[str, Any]]:
     return [asdict(row) for row in show_rows(learned, inputs.tokenizer, 3)]
 
 
-def evaluate_base(run: RunContext, inputs: RunInputs, model: TrainableModel, recorder: Witness) -> HeldOut:
+def evaluate_base(run: RunContext, inputs: RunInputs, model: TrainableModel, recorder: RunRecorder) -> HeldOut:
     """Measure the base on the held-out rows; its answers are kept to be shown with the tuned model's."""
     run.observer.stage("evaluate base")
     section = inputs.evaluation
@@ -136,7 +136,7 @@ def evaluate_base(run: RunContext, inputs: RunInputs, model: TrainableModel, rec
 
 
 def train_on_rows(
-    run: RunContext, inputs: RunInputs, model: TrainableModel, held_out: HeldOut | None, recorder: Witness
+    run: RunContext, inputs: RunInputs, model: TrainableModel, held_out: HeldOut | None, recorder: RunRecorder
 ) -> None:
     """Train the model in place, as the plan splits the steps; the probe chooses the learning rate first if asked."""
     share = for_one_process(inputs.recipe.training, run.processes.count)
@@ -173,7 +173,7 @@ def train_on_rows(
     record.seconds_to_first_step = seconds_before + (result.seconds_to_first_step or 0.0)
 
 
-def probe_learning_rate(run: RunContext, inputs: RunInputs, model: TrainableModel, recorder: Witness) -> Probe:
+def probe_learning_rate(run: RunContext, inputs: RunInputs, model: TrainableModel, recorder: RunRecorder) -> Probe:
     """Try learning rates on a small part of the run; model and random numbers are then as before."""
     run.observer.stage("probe")
     section = inputs.evaluation
@@ -205,7 +205,7 @@ def probe_learning_rate(run: RunContext, inputs: RunInputs, model: TrainableMode
 
 
 def evaluate_tuned(
-    run: RunContext, inputs: RunInputs, model: TrainableModel, held_out: HeldOut, recorder: Witness
+    run: RunContext, inputs: RunInputs, model: TrainableModel, held_out: HeldOut, recorder: RunRecorder
 ) -> None:
     """Measure the tuned model as the base was measured, and write its answers with the base's."""
     run.observer.stage("evaluate")
@@ -223,7 +223,7 @@ def evaluate_tuned(
     record.eval_loss = measured.loss if measured else None
 
 
-def save(run: RunContext, inputs: RunInputs, model: TrainableModel, recorder: Witness) -> None:
+def save(run: RunContext, inputs: RunInputs, model: TrainableModel, recorder: RunRecorder) -> None:
     """Write what was trained: the adapter, or the whole model if every parameter was trained."""
     run.observer.stage("save")
     with recorder.phase("save"):

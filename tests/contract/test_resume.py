@@ -236,3 +236,20 @@ def test_the_order_that_is_noted_is_the_order_that_is_drawn(
     for epoch in range(2):
         order = torch.tensor(drawn[14 * epoch : 14 * (epoch + 1)])
         assert hashlib.sha256(order.numpy().tobytes()).hexdigest() == order_sha256(14, made.recipe.training.seed, epoch)
+
+
+def test_a_checkpoint_in_another_format_is_refused_with_the_version_that_reads_it(
+    world: World, stopped: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = stopped(world(), tmp_path / "out")
+    folder = out / "checkpoints" / "checkpoint-1.2"
+    state = json.loads((folder / "state.json").read_text())
+    del state["format"]
+    state["versions"]["nybble"] = "0.1.0"
+    content = json.dumps(state).encode()
+    (folder / "state.json").write_bytes(content)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"checkpoint-1.2 was written by nybble 0.1.0 in a format .* --overwrite"):
+        world().train(out, resume=True)

@@ -382,7 +382,7 @@ class TrainingSection(Section):
     seed: int = setting(42, "Seed of the row order, the adapters and dropout.", ge=0)
     report_to: str = setting(
         "auto",
-        "Trackers, by their names in transformers, separated by commas; auto takes tensorboard if it is installed.",
+        "Trackers, by their names in accelerate, separated by commas; auto takes tensorboard if it is installed.",
         neutral=True,
     )
     run_name: str | None = setting(None, "Name of the run in the trackers.", unset="none", neutral=True)

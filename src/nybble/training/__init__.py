@@ -14,7 +14,7 @@ from nybble.training.fingerprint import identify
 from nybble.training.loop import Training, train
 from nybble.training.lr_probe import Judge, Probe, probe_rates
 from nybble.training.optim import check_optimizer_and_schedule
-from nybble.training.run_recorder import Witness, software_versions
+from nybble.training.run_recorder import RunRecorder, software_versions
 from nybble.training.trackers import tracker_names
 
 __all__ = [
@@ -22,9 +22,9 @@ __all__ = [
     "HeldOut",
     "Judge",
     "Probe",
+    "RunRecorder",
     "TrainResult",
     "Training",
-    "Witness",
     "build",
     "check_optimizer_and_schedule",
     "checkpointing",

@@ -1,9 +1,10 @@
-"""How many decoder layers are computed again in the backward pass: as many as memory forces, batch by batch.
+"""Activation checkpointing: how many decoder layers are recomputed in the backward pass, batch by batch.
 
-Training without recomputation costs 4 FLOP a weight and token under frozen weights, with all of it 6 (Chen et al.
-2016), so a layer is only recomputed where its activations do not fit. What a batch takes at each level says the plan.
-The first layers are recomputed: their turn in the backward pass comes last, when the activations of the others are
-gone. Where all of them are not enough, further levels go down the savers of `nybble.models.memory_savers`.
+With frozen weights, training costs 4 FLOP a weight and token without recomputation and 6 with all of it (Chen et al.
+2016), so a layer is recomputed only where its activations do not fit. The plan says how much memory a batch takes at
+each level. The first layers are recomputed first: their turn in the backward pass comes last, when the activations of
+the others have been freed. Where recomputing every layer is not enough, further levels apply the savers of
+`nybble.models.memory_savers`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from nybble.nn.recompute import recomputed
 from nybble.recipe import StepMemory, TrainingSection
 
 _SMALL_SHARE = 0.1  # trained parameters below this share: gradients are copied so that a batch can be repeated
-_SHARE = 0.95  # of the room that is filled: the allocator's pieces do not fit each other perfectly
+_SHARE = 0.95  # of the available memory that is used: the allocator's blocks do not fit each other perfectly
 
 
 class Recomputation:
-    """Switches recomputation of a model's decoder layers, and what lies below it, batch by batch."""
+    """Decides for each batch how many decoder layers are recomputed and which memory savers are on."""
 
     def __init__(
         self,
@@ -47,7 +48,6 @@ class Recomputation:
         self._shallowest = shallowest
         self._always = always
         self._level = 0
-        # Walking over a model's modules takes as long as a small layer: once will do.
         n_trained, n_all = (
             sum(p.numel() for p in model.parameters() if p.requires_grad or not only_trained)
             for only_trained in (True, False)
@@ -59,7 +59,7 @@ class Recomputation:
         recompute_by(self._layers, recomputed)
 
     def prepare(self, n_tokens: int) -> int:
-        """Set the layers for a batch of so many tokens; returns how many will be recomputed."""
+        """Set the layers for a batch of `n_tokens`; returns how many will be recomputed."""
         if self._memory is None or self._room is None:
             self._set(len(self._layers))
         else:
@@ -67,18 +67,18 @@ class Recomputation:
         return self.depth
 
     def deepen(self, n_tokens: int) -> bool:
-        """After a batch ran out of memory: give it and later ones less room; False where nothing is left to give."""
+        """Go at least one level deeper after a batch ran out of memory; False if this was the deepest already."""
         if self._memory is None or self._room is None or self._level == self._memory.n_levels - 1:
             return False
         before = self._level
         self._room.limit_to(_SHARE * self._memory.above_base(n_tokens, before))
-        # The curve may be flat: at least one level more each time.
+        # Two levels may take the same memory, so the next level is not always a deeper one.
         self._set(max(before + 1, self._memory.level_for(n_tokens, self._room.bytes_now())))
         return True
 
     @property
     def in_words(self) -> str | None:
-        """What was done so far."""
+        """A note on what has been recomputed so far, if anything."""
         if not self.deepest:
             return None
         further = "".join(f"; {words}" for saver, words in MEMORY_SAVERS.items() if saver in self.taken)
@@ -114,10 +114,10 @@ class SavedGradients:
 
 
 class Room:
-    """Bytes that training may take beyond what is there before it begins."""
+    """The bytes that training may take beyond what is in use before it begins."""
 
     def __init__(self, device: torch.device, budget_bytes: int | None, n_beside: int = 1) -> None:
-        """`n_beside`: processes, this one among them, that take of the device's memory alike."""
+        """`n_beside`: the number of processes, including this one, that share the device's memory."""
         self._device = device
         self._n_beside = n_beside
         self._before = used_bytes(device)
@@ -125,22 +125,22 @@ class Room:
         self._limit = float("inf")
 
     def bytes_now(self) -> float:
-        """What is free now, with what training has taken itself."""
+        """The free bytes, plus those that training itself has taken."""
         own = used_bytes(self._device) - self._before
         return min(_SHARE * min(self._most, free_bytes(self._device) // self._n_beside + own), self._limit)
 
     def limit_to(self, n_bytes: float) -> None:
-        """Never more than this."""
+        """Return at most `n_bytes` from now on."""
         self._limit = min(self._limit, n_bytes)
 
 
 def recomputation_for(
     model: nn.Module, section: TrainingSection, device: Device, memory: StepMemory | None, n_beside: int = 1
 ) -> Recomputation | None:
-    """What decides how many layers of `model` are recomputed, in one of `n_beside` processes; None where none ever is.
+    """The recomputation that a recipe asks for, in one of `n_beside` processes; None if it asks for none.
 
     Raises:
-        RecipeError: `lean: always`, and the model has nothing to be lean with.
+        RecipeError: `lean: always`, and no memory saver works on this model.
     """
     layers = recomputable_layers(model)
     savers = MemorySavers(model)

@@ -1,7 +1,8 @@
-"""Held-out figures: loss a learned token, and exact match where rows carry an answer.
+"""Evaluation on held-out rows: the loss per learned token, and exact match where rows carry an answer.
 
-Several processes share the batches, which are those that one process would make, so that all figures are the same.
-Each computes as many: weights in shards are gathered by all at once, so one that has none left repeats the last.
+Several processes share the batches that one process would make, so the figures do not depend on their number. Each
+process computes equally many batches, because sharded weights are gathered by all of them at once: a process that has
+none left repeats the last one.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class HeldOut:
 
 
 def device_of(model: Any) -> torch.device:
-    """Where a model computes; its first parameter, the embedding table, may wait on the host."""
+    """The device where a model computes; its first parameter, the embedding table, may be on the host."""
     *_, last = model.parameters()
     device: torch.device = last.device
     return device
@@ -43,7 +44,7 @@ def device_of(model: Any) -> torch.device:
 
 @contextmanager
 def evaluation_mode(model: Any, compute_dtype: torch.dtype) -> Iterator[None]:
-    """No gradients, no dropout, the arithmetic of the training step; the training mode is put back afterwards."""
+    """Turn off gradients and dropout and compute as a training step does; restore the training mode afterwards."""
     was_training = model.training
     device = device_of(model)
     model.eval()
@@ -64,7 +65,7 @@ def evaluate(
 ) -> Evaluation | None:
     """Loss over all learned tokens of `examples`, each token weighing the same; exact match where rows allow.
 
-    None where there are no examples. All `processes` ask together, and each is given all of it.
+    None if there are no examples. Every process must call it, and each receives the whole result.
     """
     if not examples:
         return None
@@ -101,7 +102,7 @@ def generate_answers(
 ) -> list[str]:
     """Greedy answers to prompts given as token ids, without special tokens and surrounding space.
 
-    All `processes` ask together, and each is given all of them.
+    Every process must call it, and each receives all answers.
     """
     with evaluation_mode(model, compute_dtype):
         return _generate(model, tokenizer, prompts, section, processes)
@@ -116,7 +117,7 @@ def sample_answers(
     *,
     step: int | None = None,
 ) -> list[Sample]:
-    """The rows that are shown, each with the answers of the base and of `model` as it is now, after `step`."""
+    """The rows that are shown, each with the answers of the base and of `model` after `step`."""
     prompts = [example.prompt_ids for example in held_out.shown]
     tuned = generate_answers(model, tokenizer, prompts, held_out.section, compute_dtype, processes)
     return [
@@ -132,16 +133,16 @@ def held_out_loss(
     compute_dtype: torch.dtype,
     processes: Processes = Processes(),  # noqa: B008 - a value
 ) -> float:
-    """The loss a learned token over the held-out rows, without answers; they take longer to generate."""
+    """The loss per learned token over the held-out rows; no answers are generated, which would take longer."""
     rows = [replace(example, answer=None) for example in held_out.rows]
     measured = evaluate(model, tokenizer, rows, held_out.section, compute_dtype, processes)
     return measured.loss if measured else math.nan
 
 
 def stop_at(model: Any, tokens: Sequence[int]) -> None:
-    """Let generation stop at `tokens` too: what ends a turn in the rows need not be the model's own end token.
+    """Let generation also stop at `tokens`: the token that ends a turn in the rows may differ from the model's own.
 
-    It is part of the model's generation config, so a model that is saved whole stops there as well.
+    They become part of the model's generation config, so a model that is saved whole stops there as well.
     """
     config = model.generation_config
     own = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
@@ -149,12 +150,12 @@ def stop_at(model: Any, tokens: Sequence[int]) -> None:
 
 
 def batches_for(model: Any, tokenizer: Any) -> FlatBatch | PadBatch:
-    """How rows become a batch of `model`."""
+    """The function that makes a batch of rows for `model`: without padding where its blocks allow it."""
     return FlatBatch() if blocks_of(model).flattened else PadBatch(tokenizer.pad_token_id)
 
 
 def _alike(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Numbers of rows in batches of like length: what is computed does not depend on it, the padding does."""
+    """The numbers of the rows in batches of similar length, which need little padding; no result depends on it."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
 

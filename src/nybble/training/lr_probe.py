@@ -1,9 +1,10 @@
-"""The learning-rate probe: small runs from one start, judged by held-out loss.
+"""The learning-rate probe: short runs from the same start, judged by their held-out loss.
 
-The rate moves the result more than method, rank or initialisation do, and each kind of training has its own. A branch
-is the run in small: as many steps as the budget allows, with the run's own schedule shrunk to them. Of the rates that
-cannot be told from the best (95 %, over the same rows), the lowest is taken: short runs favour high rates. Nothing of
-a branch stays: weights go back to the start, and the run then is what it would be with that rate given.
+The rate matters more for the result than method, rank or initialisation, and each kind of training has its own. A
+branch is the run in small: as many steps as the budget allows, with the run's own schedule shortened to them. Of the
+rates that are as good as the best (95 %, over the same rows) the probe chooses the lowest, because short runs favour
+high rates. Nothing of a branch stays: the weights are restored, and the run is the one that the rate, given in the
+recipe, would have brought about.
 """
 
 from __future__ import annotations
@@ -39,15 +40,15 @@ _LEAST_STEPS = 3
 
 @dataclass(frozen=True)
 class Branch:
-    """One rate, tried."""
+    """One rate and how well it did."""
 
     learning_rate: float
-    loss: float | None  # on the held-out rows used, nats a learned token; None: no longer a number
+    loss: float | None  # on the held-out rows used, nats a learned token; None: not finite
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a probe found; `probe` in run.json, and probe.json."""
+    """The result of a probe; `probe` in run.json, and probe.json."""
 
     learning_rate: float
     branches: tuple[Branch, ...]
@@ -58,7 +59,7 @@ class Probe:
 
     @property
     def in_words(self) -> str:
-        """The curve and what it cost."""
+        """The rate, the loss of each branch, and what the probe cost."""
         curve = ", ".join(
             f"{b.learning_rate:g}: {'diverged' if b.loss is None else f'{b.loss:.4f}'}" for b in self.branches
         )
@@ -76,7 +77,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Judge:
-    """What decides between rates."""
+    """Decides between rates."""
 
     method: str
     held_out: Sequence[Example]
@@ -84,7 +85,7 @@ class Judge:
 
     @property
     def rates(self) -> Sequence[float]:
-        """What is tried: all parameters learn best at about a tenth of the adapters' rate."""
+        """The rates to try: training all parameters works best at about a tenth of the rate of adapters."""
         return tuple(rate / 10 for rate in _RATES) if self.method == "full" else _RATES
 
 
@@ -119,7 +120,7 @@ def probe_rates(
 
     Raises:
         RecipeError: the run is too short to probe, or nothing is held out.
-        InputError: the loss is no number at any rate.
+        InputError: the loss is not finite at any rate.
     """
     observer = observer or Silent()
     kept = run.path / "probe.json"
@@ -221,4 +222,4 @@ def _lowest_of_the_best(branches: Sequence[Branch], judged: Sequence[Sums | None
         apart = interval([sums.minus(best)])
         if sums is best or (apart is not None and apart.within_noise):
             return branch.learning_rate
-    raise AssertionError("the best is among them")
+    raise AssertionError("the best rate is one of the branches")

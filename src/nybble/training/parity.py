@@ -1,7 +1,8 @@
-"""The first steps beside the plain path: transformers' and PEFT's own code on padded rows, in plain torch.
+"""The first steps compared with the plain path: transformers' and PEFT's own code on padded rows, in plain torch.
 
-Both compute loss and gradients of the same weights on the same rows, without dropout (whose masks differ by design),
-before the step itself runs. A fast path that computes something else on this machine is found before it is trained on.
+Both paths compute loss and gradients of the same weights on the same rows, without dropout (whose masks differ by
+design), before the step itself runs. So a fast path that computes something else on this machine is noticed before
+anything is trained with it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _ALLOWED = {torch.float32: (1e-5, 1e-3), torch.bfloat16: (2e-2, 1e-1), torch.flo
 
 @dataclass(frozen=True)
 class Parity:
-    """How far the paths are apart on one micro-batch."""
+    """The difference of the two paths on one micro-batch."""
 
     loss: float
     plain_loss: float
@@ -38,7 +39,7 @@ class Parity:
 
 
 def compare(model: Any, inputs: dict[str, Any], n_learned: Tensor, dtype: torch.dtype) -> Parity:
-    """Loss and gradients of a flattened micro-batch on both paths, computed in `dtype`; nothing is kept."""
+    """Compare loss and gradients of a flattened micro-batch on both paths, computed in `dtype`."""
     weights = [p for p in model.parameters() if p.requires_grad]
     with _without_dropout(model):
         loss, ours = _gradients(model, weights, inputs, n_learned, dtype)
@@ -50,10 +51,10 @@ def compare(model: Any, inputs: dict[str, Any], n_learned: Tensor, dtype: torch.
 
 
 def check(parity: Parity, step: int, dtype: torch.dtype) -> None:
-    """Stop where the paths are too far apart.
+    """Refuse to train where the paths differ by more than rounding.
 
     Raises:
-        CannotRunError: they are.
+        CannotRunError: they differ.
     """
     loss_allowed, gradient_allowed = _ALLOWED[dtype]
     if parity.loss_difference <= loss_allowed and parity.gradient_difference <= gradient_allowed:
@@ -67,7 +68,7 @@ def check(parity: Parity, step: int, dtype: torch.dtype) -> None:
 
 @contextmanager
 def plain_path(model: nn.Module) -> Iterator[None]:
-    """Within: modules run the forward of their class, and adapters PEFT's."""
+    """Within this context, modules run the forward pass of their class, and adapters that of PEFT."""
     from nybble.models.lora_linear import LoraLinear
 
     ours = {m: m.__dict__.pop("forward") for m in model.modules() if _is_ours(m)}

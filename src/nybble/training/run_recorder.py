@@ -1,4 +1,4 @@
-"""The witness of a run: run.json, kept true from the first moment to the last."""
+"""The recorder of a run: it writes run.json from the first moment to the last."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from nybble.run.record import Phase, RunRecord
 _LIBRARIES = ("nybble", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "bitsandbytes")
 
 
-class Witness:
-    """Measures phases and writes run.json after each. Of several processes each measures, and the highest counts."""
+class RunRecorder:
+    """Measures the phases of a run and writes run.json after each; of several processes the highest peak counts."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Witness:
             how = recipe.training.distributed
             self.record.processes = {"count": processes.count, "distributed": how, "peak_bytes": self._peaks}
 
-    def __enter__(self) -> Witness:
+    def __enter__(self) -> RunRecorder:
         self.write()
         return self
 
@@ -76,7 +76,7 @@ class Witness:
             self.write()
 
     def write(self) -> None:
-        """Put the present state on disk."""
+        """Write run.json as it is now."""
         record = self.record
         record.seconds = time.monotonic() - self._started
         record.peak_bytes = max((phase.measured_bytes for phase in record.phases.values()), default=None)
@@ -86,7 +86,7 @@ class Witness:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Measure memory and time of the block, in which all processes are."""
+        """Measure memory and time of the block, which all processes run."""
         self._began |= name == "train"
         memory = PeakMemory(self._device)
         started = time.monotonic()

@@ -1,8 +1,8 @@
 """Nested state as JSON and tensors, so that no checkpoint needs a pickle.
 
-Optimizers, schedulers and generators keep dicts, lists, numbers and tensors. What JSON cannot say is wrapped in an
-object of one key: `$tensor` (its name among the tensors), `$tuple`, `$dict` (pairs, where keys are no text), `$float`
-(not finite). Python writes floats so that reading gives the same bits.
+Optimizers, schedules and generators consist of dicts, lists, numbers and tensors. A value that JSON does not have is
+wrapped in an object with one key: `$tensor` (its name among the tensors), `$tuple`, `$dict` (pairs, for keys that are
+not strings) or `$float` (not finite). Python writes floats so that reading them gives the same bits.
 """
 
 from __future__ import annotations

@@ -1,0 +1,170 @@
+"""Parts of the training loop by themselves: optimizers by name, the order of rows, trackers, the objective."""
+
+from __future__ import annotations
+
+import time
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from nybble.data import Groups, PadBatch
+from nybble.data.encode import Example
+from nybble.errors import CannotRunError, RecipeError
+from nybble.hardware import detect_device
+from nybble.recipe import TrainingSection
+from nybble.training.dataloader import StepLoader, epoch_order
+from nybble.training.objective import next_token_loss
+from nybble.training.optim import (
+    check_optimizer_and_schedule,
+    create_optimizer,
+    create_schedule,
+    learning_rate_of,
+    parameter_groups,
+    step_schedule,
+)
+from nybble.training.stopping import Stops
+from nybble.training.trackers import start_trackers, tracker_names
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 4)
+        self.linear = nn.Linear(4, 4)
+        self.input_layernorm = nn.Linear(4, 4)  # by its name alone
+        self.other = nn.LayerNorm(4)
+
+
+def test_the_groups_of_an_optimizer_are_those_of_transformers() -> None:
+    from transformers import Trainer
+
+    model = Tiny()
+    model.linear.weight.requires_grad_(False)
+    decayed, others = parameter_groups(model, 0.1)
+    names = Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
+    expected = [p for name, p in model.named_parameters() if name in names and p.requires_grad]
+    assert [id(p) for p in decayed["params"]] == [id(p) for p in expected]
+    assert len(decayed["params"]) + len(others["params"]) == sum(p.requires_grad for p in model.parameters())
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("adamw_torch", "AdamW"), ("adafactor", "Adafactor"), ("sgd", "SGD"), ("rmsprop", "RMSprop")]
+)
+def test_an_optimizer_is_made_by_its_name(name: str, kind: str, tmp_path: Path) -> None:
+    section = TrainingSection(optim=name, output_dir=str(tmp_path / "run"), learning_rate=0.5, adam_beta1=0.8)
+    optimizer = create_optimizer(Tiny(), section, detect_device("cpu"))
+    assert type(optimizer).__name__ == kind
+    assert learning_rate_of(optimizer) == 0.5
+    assert name != "adamw_torch" or optimizer.param_groups[0]["betas"] == (0.8, 0.999)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["linear", "reduce_lr_on_plateau"])
+def test_a_schedule_warms_up_and_one_that_follows_a_metric_stays(name: str) -> None:
+    section = TrainingSection(lr_scheduler_type=name, warmup_ratio=0.25)
+    optimizer = torch.optim.SGD(Tiny().parameters(), lr=1.0)
+    schedule = create_schedule(optimizer, section, 8)
+    rates = []
+    for _ in range(8):
+        rates.append(learning_rate_of(optimizer))
+        optimizer.step()
+        step_schedule(schedule)
+    linear = [0, 1 / 2, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
+    assert rates == ([1.0] * 8 if name == "reduce_lr_on_plateau" else pytest.approx(linear))
+
+
+def test_an_optimizer_that_updates_within_the_backward_pass_is_refused() -> None:
+    with pytest.raises(RecipeError, match="adalomo updates weights within the backward pass"):
+        check_optimizer_and_schedule(TrainingSection(optim="adalomo"))
+
+
+def test_the_order_is_that_of_accelerates_sampler() -> None:
+    from accelerate.data_loader import SeedableRandomSampler
+
+    for epoch in (0, 1, 5):
+        sampler = SeedableRandomSampler(range(14), generator=torch.Generator(), data_seed=3)
+        sampler.set_epoch(epoch)
+        assert epoch_order(14, 3, epoch).tolist() == list(sampler)
+
+
+def test_the_cursor_counts_the_groups_that_are_done() -> None:
+    rows = Groups([Example([5, 6], [5, 6], 1, 1, 0, (2,), 0, 0, False, number) for number in range(14)])
+    section = TrainingSection(per_device_train_batch_size=2, gradient_accumulation_steps=3)
+    loader = StepLoader(rows, PadBatch(0), section)
+    assert [len(loader.micro_batches_of(step)) for step in range(4)] == [3, 3, 1, 3]
+    places = [(step, done, loader.cursor(step, done)) for step, done in ((0, 2), (2, 0), (2, 1), (3, 0))]
+    assert [(c["epoch"], c["groups"]) for _, _, c in places] == [(0, 4), (0, 12), (0, 14), (1, 0)]
+
+
+def test_trackers_are_told_numbers_and_the_names_of_project_and_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from accelerate import tracking
+
+    told: list[Any] = []
+
+    class Fake(tracking.GeneralTracker):
+        name = "wandb"
+        requires_logging_directory = False
+
+        def __init__(self, project: str, **named: str) -> None:
+            super().__init__(_blank=True)
+            told.append((project, named))
+
+        def store_init_configuration(self, values: dict[str, Any]) -> None:
+            told.append(values["learning_rate"])
+
+        def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+            told.append((values, step))
+
+        def finish(self) -> None:
+            told.append("finished")
+
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Fake)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [tracking.LoggerType.WANDB])
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    section = TrainingSection(report_to="wandb", run_name="first", learning_rate=0.5)
+    trackers = start_trackers(section, tmp_path, None)
+    trackers.log({"train/loss": 1.5, "train/grad_norm": None}, 3)
+    trackers.finish()
+    assert told == [("mine", {"name": "first"}), 0.5, ({"train/loss": 1.5}, 3), "finished"]
+    with pytest.raises(CannotRunError, match="report_to: 'mlflow' is not installed; installed: wandb"):
+        tracker_names(TrainingSection(report_to="mlflow"))
+
+
+class MeanOnly(nn.Module):
+    """A model that divides its loss by its own tokens, as some of transformers do."""
+
+    accepts_loss_kwargs = False
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor, use_cache: bool) -> Any:
+        assert use_cache is False
+        chosen = labels[..., 1:] != -100
+        return types.SimpleNamespace(loss=input_ids[..., 1:][chosen].float().mean())
+
+
+def test_a_loss_that_is_a_mean_weighs_by_learned_tokens() -> None:
+    batches = [
+        {"input_ids": torch.tensor([[9, 1, 2, 3]]), "labels": torch.tensor([[9, 1, 2, 3]])},
+        {"input_ids": torch.tensor([[9, 8]]), "labels": torch.tensor([[9, 8]])},
+    ]
+    shares = [next_token_loss(MeanOnly(), batch, torch.tensor(4.0)) for batch in batches]
+    assert sum(shares).item() == (1 + 2 + 3 + 8) / 4
+
+
+def test_the_time_limit_leaves_room_for_two_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    stops = Stops(120.0, lambda: 4.0)
+    asked = []
+    for _ in range(4):
+        now[0] += 3.0
+        asked.append(stops.within_step())
+    assert asked == [False, False, True, True]  # at 109: 109 + 3 + 2 * 4 >= 120
+    assert stops.reason == "max_seconds"
+    assert stops.after_step()
