@@ -77,7 +77,7 @@ def _plan(
     if not recipes and not overrides:
         raise InputError("no recipe given; e.g. nybble compare recipe.yaml --methods qlora,lora,full")
     if seeds < 1:
-        raise InputError(f"--seeds {seeds}: at least 1 is needed")
+        raise InputError(f"--seeds {seeds}: at least 1 is needed; give a larger number")
     if len(recipes) > 1 and methods:
         raise InputError(f"--methods needs one recipe, {len(recipes)} were given; remove it to compare the recipes")
     first = load_recipe(recipes[0] if recipes else None, overrides)
