@@ -8,6 +8,9 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub at import: no test may reach the network
+# Tensors here are tiny. On cores that are shared, two threads that wait for each other are a hundred times slower; read
+# by torch at import, in the processes that tests start as well.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
 import string
@@ -22,7 +25,6 @@ import torch
 
 from nybble.kernels import dispatcher
 
-# Tensors here are tiny. On cores that are shared, two threads that wait for each other are a hundred times slower.
 torch.set_num_threads(1)
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
