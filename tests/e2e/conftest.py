@@ -6,16 +6,21 @@ import json
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from nybble import subprocesses
 from nybble.cli.main import run as run_nybble
 
 _SECONDS = 120  # until a process that does not end fails its test
@@ -52,12 +57,45 @@ def nybble(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 
 @pytest.fixture(autouse=True)
 def _cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: Callable[[Path], AbstractContextManager[None]]
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    machine: Callable[[Path], AbstractContextManager[None]],
 ) -> Iterator[None]:
     """A cache of each test's own that knows this machine."""
-    monkeypatch.setenv("NYBBLE_CACHE", str(tmp_path / "cache"))
-    with machine(tmp_path / "cache"):
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("NYBBLE_CACHE", str(cache))
+    with machine(cache):
         yield
+
+
+@pytest.fixture(scope="session")
+def _forking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A program that does what `python` does, in a process forked from one that has imported the libraries."""
+    if not hasattr(os, "pidfd_open"):
+        yield Path(sys.executable)
+        return
+    source, program = Path(__file__).parents[1] / "forking", tmp_path_factory.mktemp("forking") / "python"
+    with tempfile.TemporaryDirectory(prefix="nybble-") as folder:  # a socket's path may be no longer than 107 bytes
+        path = f"{folder}/socket"
+        names = f"SOCKET, PYTHON = {path!r}, {sys.executable!r}\n"
+        program.write_text(f"#!{sys.executable} -IS\n{names}{(source / 'client.py').read_text()}")
+        program.chmod(0o755)
+        with subprocess.Popen(
+            [sys.executable, source / "server.py", path], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+        ) as server:
+            while not Path(path).exists():
+                assert server.poll() is None
+                time.sleep(0.01)
+            yield program
+            assert server.stdin is not None
+            server.stdin.close()
+
+
+@pytest.fixture(autouse=True)
+def _children_are_forked(request: pytest.FixtureRequest, _forking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreters that Nybble starts take no seconds to import; those of tests marked `fresh` are new ones."""
+    if not request.node.get_closest_marker("fresh"):
+        monkeypatch.setattr(subprocesses, "sys", SimpleNamespace(executable=str(_forking)))
 
 
 @pytest.fixture

@@ -77,6 +77,7 @@ def test_methods_side_by_side_and_on_from_where_it_stopped(
     assert nybble("report", out).code == 0
 
 
+@pytest.mark.fresh
 def test_two_recipes_without_held_out_rows(nybble: Callable[..., Any], recipe_file: Path, tmp_path: Path) -> None:
     other = tmp_path / "dora.yaml"
     other.write_text(json.dumps({**json.loads(recipe_file.read_text()), "use_dora": True}))

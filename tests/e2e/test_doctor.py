@@ -33,6 +33,7 @@ def untimed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("untimed")
+@pytest.mark.fresh
 def test_it_passes_here_with_every_check(nybble: Callable[..., Any]) -> None:
     done = nybble("doctor", "--json", "--device", "cpu")
     report = done.json

@@ -116,6 +116,7 @@ def test_rows_in_the_wrong_order_are_found_out(
     assert "mean KL" in (tmp_path / "model.gguf.UNVERIFIED").read_text()
 
 
+@pytest.mark.fresh
 def test_settings_and_vocabulary_are_in_the_file(nybble: Callable[..., Any], models: Any, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     assert nybble("export", models("llama"), "--gguf", file).code == 0

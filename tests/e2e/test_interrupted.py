@@ -106,6 +106,7 @@ def test_resume_before_the_first_checkpoint_begins_anew(
     assert [json.loads(line)["step"] for line in (out / "events.jsonl").read_text().splitlines()] == [1, 2]
 
 
+@pytest.mark.fresh
 def test_a_run_can_be_checked_on_the_users_machine(
     nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
 ) -> None:
