@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 WORKERS ?= logical
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: install demo test test-all check check-c sanitize fix bench bench-step chaos faults fuzz kernel-code docs
+.PHONY: install demo test test-all test-oldest check check-c sanitize fix bench bench-step chaos faults fuzz kernel-code docs
 
 install: .venv/.installed
 
@@ -28,6 +28,15 @@ test: install
 # And the long matrix: compilation for every target, kills, refused writes, launchers
 test-all: install
 	$(PYTEST) --all
+
+# The seams to other libraries on the oldest versions that pyproject.toml allows, in an environment of its own
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal tests/contract
+
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt $(wildcard csrc/*.[ch])
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[dev]'
+	touch $@
 
 check: install
 	$(BIN)/ruff check .

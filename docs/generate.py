@@ -1,4 +1,4 @@
-"""Write the derived pages of docs/guide: settings, the recipe schema, the doctor, errors. `--check` only compares."""
+"""Write the derived pages of docs: architecture, settings, recipe schema, doctor, errors. `--check` only compares."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from architecture_page import architecture_page
 
 from nybble.diagnostics import driver, wheels
 from nybble.diagnostics.checks import CHECKS
@@ -159,6 +160,7 @@ def settings_page() -> str:
 def main() -> int:
     """Write or, with --check, compare; 1 if a file is out of date."""
     wanted = {
+        GUIDE.parent / "architecture.md": architecture_page(),
         GUIDE / "settings.md": settings_page(),
         GUIDE / "doctor.md": doctor_page(),
         GUIDE / "errors.md": errors_page(),
