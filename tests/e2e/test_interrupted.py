@@ -102,7 +102,7 @@ def test_resume_before_the_first_checkpoint_begins_anew(
     shutil.rmtree(out / "adapter")
     done = nybble(*words(base, rows_file, out, max_steps=2), "--resume")
     assert done.code == 0, done.err
-    assert "no checkpoint was written yet: the run begins anew" in done.err
+    assert "no checkpoint found; starting from step 0" in done.err
     assert [json.loads(line)["step"] for line in (out / "events.jsonl").read_text().splitlines()] == [1, 2]
 
 
