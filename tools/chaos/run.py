@@ -33,7 +33,7 @@ import torch
 from safetensors.torch import load_file
 
 from bench.harness import witness
-from nybble import bundled, job, pipeline
+from nybble import bundled, pipeline, preparation
 from nybble.cli.process import quiet_libraries
 from nybble.recipe import load_recipe
 from nybble.run.record import Silent
@@ -189,8 +189,9 @@ def plan_once(settings: dict[str, Any], folder: Path) -> None:
     """Compute one plan and let every run use it."""
     torch.set_num_threads(1)  # OpenMP's threads are not there after a fork, and its loops would wait for them
     recipe = load_recipe(None, {**settings, "output_dir": str(folder / "plan")})
-    made = job.prepare(recipe, False, False, False, Silent()).plan
-    job.plan_training = lambda *_: made
+    run = preparation.open_run(recipe, observer=Silent())
+    made = preparation.prepare(recipe, run).plan
+    preparation.plan_training = lambda *_: made
 
 
 def everything(out: Path) -> dict[str, Any]:
