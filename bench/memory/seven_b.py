@@ -1,6 +1,6 @@
 """A Llama-2-7B of random weights: made and packed one layer at a time, then one short forward and backward pass.
 
-Shows that the packed linears take 4.127 bits a weight, that the host never holds the 16-bit model, and that the
+Shows that the packed linears take 4.127 bits per weight, that the host never holds the 16-bit model, and that the
 parameter table is Llama-2's. About 10 minutes on two cores.
 """
 

@@ -108,7 +108,7 @@ def _record_loading(
         run.observer.note(note)
     if report.bits_per_weight is not None:
         run.observer.note(
-            f"{report.n_packed} linears in {report.bits_per_weight:.3f} bits a weight ({report.packed_bytes:,} bytes)"
+            f"{report.n_packed} linears in {report.bits_per_weight:.3f} bits per weight ({report.packed_bytes:,} bytes)"
         )
 
 

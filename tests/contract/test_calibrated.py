@@ -45,7 +45,7 @@ def plain(folder: Path) -> Any:
 
 
 def divergence(model: Any, reference: Any, windows: Tensor) -> float:
-    """Mean KL of the model's predictions from the 16-bit model's, nats a token."""
+    """Mean KL of the model's predictions from the 16-bit model's, nats per token."""
     with torch.no_grad():
         p, q = (torch.log_softmax(m(windows).logits.float(), -1) for m in (reference, model))
     return float((p.exp() * (p - q)).sum(-1).mean())

@@ -36,7 +36,7 @@ def verdict(found: Comparison) -> str:
 def _on_loss(found: Comparison, judged: Sequence[Arm]) -> list[str]:
     best, *others = judged
     rows = f"On {format_count(found.n_held_out)} held-out rows"
-    words = [f"{rows}, {best.name} has the lowest loss, {format_number(best.eval_loss)} nats a token."]
+    words = [f"{rows}, {best.name} has the lowest loss, {format_number(best.eval_loss)} nats per token."]
     even = [best]
     for arm in others:
         apart = _apart(found.differences, arm.name, best.name)

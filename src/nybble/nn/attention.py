@@ -1,4 +1,4 @@
-"""Attention over rows that lie behind each other in one sequence, each blind to the others."""
+"""Attention over rows that follow one another in one sequence; no row sees the others."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from nybble.kernels.pointwise import ops as pointwise
 
 @dataclass(frozen=True)
 class Span:
-    """What a token may look at, and how scores are made."""
+    """Which tokens a token may see, and how scores are computed."""
 
     scale: float
-    window: int | None = None  # tokens, itself counted; None: all before it
-    softcap: float = 0.0  # 0: none
+    window: int | None = None  # number of tokens that a token sees, itself included; None: all tokens before it
+    softcap: float = 0.0  # cap on the scores; 0: no cap
 
 
 def attend_rows(
@@ -44,10 +44,10 @@ def attend_cached(
     scale: float,
     remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """`(n, heads * width)`, each token seeing all that `remember` gives for its key and value; no gradients.
+    """`(n, heads * width)`; each token sees all that `remember` returns for its key and value. No gradients.
 
-    `remember` takes keys and values `(n, kv_heads, 1, width)` and returns them with those before, `(n, kv_heads,
-    tokens, width)`: a cache's `update`.
+    `remember` takes keys and values `(n, kv_heads, 1, width)`, and returns them together with the earlier ones,
+    `(n, kv_heads, tokens, width)`, as a cache's `update` does.
     """
     turn = pointwise.direct(q, k).rope
     keys, values = remember(turn(k, *position, False).unsqueeze(2), v.unsqueeze(2))

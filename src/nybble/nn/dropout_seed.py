@@ -1,4 +1,4 @@
-"""Seeds of dropout: a function of the run's seed, the micro-step and the layer, so that nothing has to be remembered.
+"""Seeds of dropout: a function of the run's seed, the micro-step and the layer, so that no state has to be stored.
 
 A resumed run, a recomputed layer and another device draw the same mask.
 """
@@ -14,13 +14,13 @@ _MASK = (1 << 64) - 1
 
 @dataclass
 class DropoutSeeds:
-    """Shared by the layers of a model; the training loop moves `micro_step` on."""
+    """The seeds that the layers of a model share; the training loop advances `micro_step`."""
 
     seed: int = 0
-    micro_step: int | None = None  # None: outside a training loop of ours, each call draws from torch's generator
+    micro_step: int | None = None  # None: outside Nybble's loop, where each call draws from torch's generator
 
     def of(self, place: int) -> int:
-        """The seed of the dropout of layer number `place`, 32 bits."""
+        """The seed of the dropout in layer number `place`, 32 bits."""
         if self.micro_step is None:
             return int(torch.randint(1 << 32, (), device="cpu"))
         mixed = 0

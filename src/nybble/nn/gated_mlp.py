@@ -2,9 +2,10 @@
 
     h = act(x Wg^T) * (x Wu^T)        y = h Wd^T
 
-Kept for the backward pass: gate, up and, where an adapter needs it, x. h is computed again; the gradients of gate and
-up take the place of gate and up, and h that of its own gradient, so that the backward pass needs one array more than
-was kept. While a layer is recomputed, y is not: nothing keeps it (Chen et al. 2016 recompute it, 22 % of a layer).
+The forward pass keeps gate, up and, where an adapter needs it, x for the backward pass, which computes h again. The
+gradients of gate and up overwrite gate and up, and h overwrites its own gradient, so that the backward pass needs only
+one array more than was kept. While a layer is recomputed, y is not computed, because no operator keeps it (Chen et al.
+2016 recompute it, 22 % of a layer).
 """
 
 from __future__ import annotations
@@ -31,22 +32,22 @@ from nybble.nn.recompute import recomputing
 
 @dataclass(frozen=True)
 class GatedMlp:
-    """What the block computes; the projections share a compute type."""
+    """What the block computes; its projections share a compute type."""
 
-    inputs: tuple[Projection, ...]  # gate and up, or one with gate and up below each other (Phi-3)
+    inputs: tuple[Projection, ...]  # gate and up, or one projection with the rows of both (Phi-3)
     down: Projection
-    activation: str  # of `nybble.kernels.pointwise.torch.gated`
-    output_is_kept: bool  # whether what follows keeps y (a norm behind the block)
-    tile_rows: int = 0  # above 0: so many rows at a time, of which nothing but x is kept
-    takes_x: bool = False  # nobody else has x, so that in tiles its gradient may take its place
+    activation: str  # the name of an activation, as `nybble.kernels.pointwise.torch.gated` takes it
+    output_is_kept: bool  # whether the layer that follows keeps y (a norm after the block)
+    tile_rows: int = 0  # above 0: rows that are computed at a time, of which only x is kept
+    takes_x: bool = False  # no other code uses x, so that in tiles its gradient may overwrite it
 
     @property
     def projections(self) -> tuple[Projection, ...]:
-        """All of them, in the order of use."""
+        """All projections, in the order in which they are used."""
         return (*self.inputs, self.down)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """`(..., hidden)` to the same, in the type of x."""
+        """`(..., hidden)` to `(..., hidden)`, in the type of x."""
         flat = x.reshape(-1, x.shape[-1]).to(self.down.dtype)
         adapters = [p.adapter for p in self.projections if p.adapter is not None]
         with without_autocast(x, self.down.dtype):
@@ -102,7 +103,7 @@ class _GatedMlp(torch.autograd.Function):
 
 
 class _TiledMlp(torch.autograd.Function):
-    """The block some rows at a time: keeps x alone, and computes gate and up again in the backward pass."""
+    """The block, computed some rows at a time: it keeps only x, and computes gate and up again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, block: GatedMlp, *masters: Tensor) -> Tensor:
@@ -131,14 +132,14 @@ class _TiledMlp(torch.autograd.Function):
 
 
 def _tiles(x: Tensor, block: GatedMlp) -> Iterator[tuple[slice, GatedMlp]]:
-    """Rows of x, and the block with its dropout moved on to them: the masks are those of the whole."""
+    """Pieces of the rows of x, and the block with its dropout moved to each: the masks are those of the whole."""
     for first in range(0, len(x), block.tile_rows):
         inputs = tuple(p.from_row(first) for p in block.inputs)
         yield slice(first, first + block.tile_rows), replace(block, inputs=inputs, down=block.down.from_row(first))
 
 
 def _forward(x: Tensor, block: GatedMlp, needs_y: bool) -> tuple[Tensor, Tensor, Tensor, list[LoraSaved | None]]:
-    """y (or what stands for it where nobody needs it), gate, up, and what each adapter's backward needs."""
+    """y (or a stand-in where y is not needed), gate, up, and what the backward pass of each adapter needs."""
     gate, up, kept = _gate_and_up(x, block.inputs)
     if needs_y:
         y, kept_down = product(pointwise.gated(gate, up, block.activation), block.down)
@@ -153,8 +154,8 @@ def _backward(
     grad: Tensor,
     x: Tensor | None,
     block: GatedMlp,
-    gate: Tensor,  # turns into its gradient
-    up: Tensor,  # turns into its gradient
+    gate: Tensor,  # overwritten by its gradient
+    up: Tensor,  # overwritten by its gradient
     kept: Sequence[LoraSaved | None],
     needs_dx: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
@@ -162,7 +163,7 @@ def _backward(
     h = input_gradient(grad, block.down, None)
     behind: list[Tensor] = []
     if block.down.adapter and kept[-1]:
-        # The adapter's part of dh must be there before dh turns into h, and dA needs that h.
+        # dh must include the adapter's part before h overwrites it, and dA needs that h.
         product_of = pointwise.gated(gate, up, block.activation)
         behind += adapter_gradients(grad, product_of, block.down.adapter, kept[-1], h)
         del product_of

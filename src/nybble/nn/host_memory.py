@@ -1,10 +1,10 @@
-"""Keeping on the host what can wait, for devices on which even full recomputation does not fit.
+"""Tensors that wait on the host, for devices on which even full recomputation does not fit.
 
     layer inputs        copied to pinned host memory while the next layer computes, and fetched one layer ahead of the
                         backward pass (two are on the device at a time)
-    embedding table     on the host; only the rows of a batch go to the device (exact)
+    embedding table     on the host; only the rows of a batch are copied to the device (exact)
 
-What is learned does not change. On devices that share their memory with the host nothing is gained.
+What is learned does not change. On devices that share their memory with the host, this saves no memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _state = _State()
 
 
 def on_host() -> bool:
-    """True while this thread allocates host memory; tensors that are only counted do not show their device."""
+    """True while this thread allocates host memory; tensors without data do not show which device they stand for."""
     return _state.active
 
 
@@ -46,17 +46,17 @@ class HostStore:
     """The layer inputs of one micro-step in forward order; the backward pass reads them from the end."""
 
     def __init__(self) -> None:
-        self._kept: list[Tensor] = []  # on the host
-        self._coming: dict[int, tuple[Tensor, Any]] = {}  # place -> on its way, and what marks its arrival
-        self._stream: Any = None  # of the copies; None on a CPU
+        self._kept: list[Tensor] = []  # the layer inputs that wait on the host
+        self._coming: dict[int, tuple[Tensor, Any]] = {}  # place -> input being copied, and the event of its arrival
+        self._stream: Any = None  # the stream on which the copies run; None on a CPU
 
     def clear(self) -> None:
-        """Drop what a failed pass has left."""
+        """Drop the layer inputs that a failed pass has left behind."""
         self._kept.clear()
         self._coming.clear()
 
     def recomputed(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """As `nybble.nn.recompute.recomputed`, with the arguments kept on the host."""
+        """Do as `nybble.nn.recompute.recomputed` does, but keep the arguments on the host."""
         with saved_tensors_hooks(self._put, self._get):
             return recomputed(function, *arguments)
 
@@ -109,14 +109,14 @@ class HostEmbedding:
     """The forward method of an embedding whose table stays on the host."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
-        """Move the table to the host, pinned if there is a GPU; moving the model later leaves it there."""
+        """Move the table to the host, pinned if there is a GPU; the table stays there when the model is moved later."""
         device = embedding.weight.device
         table = embedding.weight.data.to("cpu")
         embedding.weight.data = table.pin_memory() if device.type == "cuda" else table
         embedding._apply = _stays.__get__(embedding)  # type: ignore[method-assign]
 
     def __call__(self, embedding: nn.Embedding, ids: Tensor) -> Tensor:
-        """The rows of `ids` on the device of `ids`; reading the ids is the one wait for the device in a micro-step."""
+        """The rows of `ids` on the device of `ids`. Reading the ids is the one wait for the device in a micro-step."""
         return nn.functional.embedding(ids.to("cpu"), embedding.weight).to(ids.device, non_blocking=True)
 
 

@@ -2,7 +2,7 @@
 
     y = x W^T + b        dL/dx = dL/dy W
 
-W is decoded to the compute type for each product and dropped again: nothing but x's gradient path and the packed bytes
+W is decoded to the compute type for each product and then dropped: only the gradient path of x and the packed bytes
 outlive the forward pass (Dettmers et al. 2023, section 3). The weight never gets a gradient.
 """
 
@@ -25,10 +25,10 @@ _SCALES = ("absmax", "nested_absmax", "nested_offset")
 class Linear4bit(nn.Linear):
     """`nn.Linear` over a `PackedWeight`.
 
-    `weight` holds the packed bytes, `(n / 2, 1) uint8`, and the scales are buffers beside it, all plain tensors: a
-    module moves, shards and counts like any other. In a state dict they carry bitsandbytes' keys. Until `set_packed`
-    is called the layer is an empty shell on the meta device. A few rows without gradients, as in generation, are
-    multiplied without writing the decoded weight.
+    `weight` holds the packed bytes, `(n / 2, 1) uint8`, and the scales are buffers of the same module. All are plain
+    tensors: the module can be moved, sharded and counted like any other. In a state dict they have bitsandbytes' keys.
+    Until `set_packed` is called, the layer is an empty shell on the meta device. A few rows without gradients, as in
+    generation, are multiplied without writing the decoded weight.
     """
 
     absmax: Tensor
@@ -45,17 +45,17 @@ class Linear4bit(nn.Linear):
         self.quant_type = "nf4"
         self.block_size = 64
         self.source_dtype = compute_dtype
-        self.slice_elements = 0  # above 0: products decode about so many weights at a time
+        self.slice_elements = 0  # above 0: products decode about this many weights at a time
         self._packed: PackedWeight | None = None
         self.weight.requires_grad_(False)
         for name in _SCALES:
             self.register_buffer(name, None)
 
     def set_packed(self, packed: PackedWeight) -> None:
-        """Take over `packed` as the weight.
+        """Use `packed` as the weight of this layer.
 
         Raises:
-            ValueError: its shape is not this layer's.
+            ValueError: the shape of `packed` is not that of this layer.
         """
         if packed.shape != (self.out_features, self.in_features):
             raise ValueError(f"shape {packed.shape} does not fit the layer's {(self.out_features, self.in_features)}")
@@ -70,12 +70,12 @@ class Linear4bit(nn.Linear):
 
     @property
     def packed(self) -> PackedWeight:
-        """The weight as a value; shares memory with the layer."""
-        # Scales that are a parameter come and go with their shards: nothing is kept of them.
+        """The weight as a `PackedWeight` that shares memory with the layer."""
+        # Scales that are a parameter change when their shards are gathered, so no reference to them is stored.
         weight, absmax, kept = self._parameters["weight"], self._buffers.get("absmax"), self._packed
         if weight is None or absmax is None or not is_eager(weight, absmax):
             return self._value()
-        # One token needs it of every layer: made anew only where the layer has other memory.
+        # Each token needs this of every layer, so it is built again only where the layer's memory has changed.
         if kept is None or kept.absmax is not absmax or kept.packed.data_ptr() != weight.data_ptr():
             kept = self._packed = self._value()
         return kept
@@ -98,9 +98,9 @@ class Linear4bit(nn.Linear):
         return self.absmax is not None
 
     def scales_as_parameter(self) -> None:
-        """Hold the scales as a frozen parameter beside the codes, as what shards parameters alone needs it.
+        """Hold the scales as a frozen parameter next to the codes, for code that shards only parameters.
 
-        Under double quantization the scales' own, 4 bytes for 16,384 weights, stay a buffer.
+        Under double quantization the scales of the scales, 4 bytes for 16,384 weights, stay a buffer.
         """
         absmax = self._buffers.pop("absmax")
         if absmax is not None:
@@ -112,15 +112,15 @@ class Linear4bit(nn.Linear):
         return self.weight
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight as numbers, `(out_features, in_features)` in `dtype` (default: the compute type)."""
+        """The decoded weight, `(out_features, in_features)` in `dtype` (default: the compute type)."""
         return dequantize(self.packed, dtype or self.compute_dtype)
 
     def decoded(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in `dtype`, some of its rows at a time: which, and they, good until the next of this thread.
+        """The weight in `dtype`, some rows at a time: which rows, and their values, valid until the thread's next use.
 
-        All at once, unless `slice_elements` says otherwise. The memory is used again.
+        All rows come at once, unless `slice_elements` is set. The memory is reused.
         """
-        if torch.compiler.is_compiling():  # traced code gets memory of its own
+        if torch.compiler.is_compiling():  # traced code allocates memory of its own
             yield slice(None), self.dequantize(dtype)
             return
         packed = self.packed
@@ -128,13 +128,13 @@ class Linear4bit(nn.Linear):
         parts = ((slice(None), packed),) if is_whole else packed.slices(self.slice_elements)
         for rows, part in parts:
             generation = workspace.generation + 1
-            # Nothing here refers to the numbers while others use them: they go before the next ones come.
+            # Nothing here refers to the values while the caller uses them, so they are freed before the next ones come.
             yield rows, dequantize(part, dtype, workspace.take(part.shape, self.weight, dtype))
             if __debug__ and workspace.generation != generation:
                 raise RuntimeError("a decoded weight was in use when its memory was taken for something else")
 
     def projection(self) -> Projection:
-        """What this layer computes, for blocks that do their own products."""
+        """The projection that this layer computes, for blocks that do their own products."""
         return Projection(self, self.compute_dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Linear's name
@@ -142,7 +142,7 @@ class Linear4bit(nn.Linear):
         return project(input, (self.projection(),))[0]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear4bit:
-        """`.to()` and its kin move the scales and never round them: other scales would be other weights."""
+        """`.to()` and similar calls move the scales but never round them: other scales would give other weights."""
         scales = {name: getattr(self, name) for name in _SCALES}
         self._packed = None
         super()._apply(fn, recurse)
@@ -183,6 +183,6 @@ class Linear4bit(nn.Linear):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        # The scales travel under bitsandbytes' keys, not as buffers.
+        # The scales are saved under bitsandbytes' keys, not as buffers.
         own = {f"{prefix}{name}" for name in _SCALES}
         missing_keys[:] = [key for key in missing_keys if key not in own]

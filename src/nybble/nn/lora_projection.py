@@ -1,12 +1,13 @@
-"""Products with frozen weights and their adapters, with a backward of our own.
+"""Products with frozen weights and their adapters, with a backward pass of their own.
 
     y  = x W^T + bias + s drop(x) A^T B^T
     dx = dy W + drop'(s dy B A)        dA = (s dy B)^T drop(x)        dB = dy^T (s drop(x) A^T)
 
-(LoRA: Hu et al. 2021; on a 4-bit base: Dettmers et al. 2023.) W is decoded into reused memory for each product, the
-adapter is added to the product's own output, and of the activations only x is kept, once for all products that share
-it, and only where an adapter needs it. Dropout is a hash of a seed and the place, computed again in the backward
-pass, so no mask is stored. Adapters' gradients have the type of their masters; sums over tokens are float32.
+(LoRA: Hu et al. 2021; on a 4-bit base: Dettmers et al. 2023.) W is decoded into reused memory for each product, and
+the adapter is added to the product's own output. Of the activations only x is kept, once for all products that share
+it, and only where an adapter needs it. Dropout is a hash of a seed and the element's place, and is computed again in
+the backward pass, so no mask is stored. The adapters' gradients have the type of their masters; sums over tokens are
+float32.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from nybble.kernels.pointwise import ops as pointwise
 from nybble.kernels.pointwise.torch import seed_from
 from nybble.nn.workspace import workspace
 
-FEW_ROWS = 4  # as generation has them, with weights of 16 bits
+FEW_ROWS = 4  # rows up to which `multiply_dense` handles 16-bit weights, as in generation
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One LoRA adapter, as it is applied now."""
+    """One LoRA adapter with the settings that apply now."""
 
-    a: Tensor  # (r, in_features), the master
+    a: Tensor  # the master weight, (r, in_features)
     b: Tensor  # (out_features, r)
     scaling: float
     dropout: float  # probability; 0 outside training
-    seed: int  # of this dropout
+    seed: int  # the seed of this adapter's dropout
 
 
 @dataclass(frozen=True)
@@ -45,23 +46,23 @@ class Projection:
     """A linear layer with frozen weights, and the adapter on it."""
 
     layer: nn.Linear
-    dtype: torch.dtype  # of the products
+    dtype: torch.dtype  # the type that the products are computed in
     adapter: Adapter | None = None
 
     @property
     def has_trained_bias(self) -> bool:
-        """Whether the bias gets a gradient; `project` then adds it, `product` does not."""
+        """Whether the bias gets a gradient; then `project` adds the bias, and `product` does not."""
         return self.layer.bias is not None and self.layer.bias.requires_grad
 
     def from_row(self, first: int) -> Projection:
-        """The same for a piece of x that begins at row `first`: the dropout is that of the whole."""
+        """The projection for a piece of x that begins at row `first`: the dropout is that of the whole."""
         if self.adapter is None or not self.adapter.dropout:
             return self
         seed = seed_from(self.adapter.seed, first * self.layer.in_features)
         return replace(self, adapter=replace(self.adapter, seed=seed))
 
     def weights(self) -> Iterator[tuple[slice, Tensor]]:
-        """W, some of its rows at a time, mostly all: which, and they, good until the next of this thread."""
+        """W, some rows at a time, usually all: which rows, and their values, valid until the thread's next use."""
         decoded = getattr(self.layer, "decoded", None)
         if decoded:
             yield from decoded(self.dtype)
@@ -72,7 +73,7 @@ class Projection:
 def projection_of(module: nn.Module) -> Projection | None:
     """What `module` computes, if it is a frozen linear with at most one plain LoRA adapter; else None.
 
-    A layer of ours says so itself, in a method `projection`. A layer with hooks must be called, not read.
+    A layer of Nybble describes itself in a method `projection`. A layer with hooks must be called, not read.
     """
     if module._forward_hooks or module._forward_pre_hooks:
         return None
@@ -104,9 +105,9 @@ def project(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
 
 
 def without_autocast(x: Tensor, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Autocast would cast again what is in the compute type already.
+    """A context without autocast, which would cast again what is already in the compute type.
 
-    Where it casts to that type it may stay: leaving it takes longer than all else that one token needs of a layer.
+    Autocast to that same type may stay on: leaving it takes longer than all else that one token needs of a layer.
     """
     kind = x.device.type
     if not torch.is_grad_enabled() and (not torch.is_autocast_enabled(kind) or torch.get_autocast_dtype(kind) == dtype):
@@ -116,22 +117,22 @@ def without_autocast(x: Tensor, dtype: torch.dtype) -> AbstractContextManager[No
 
 @dataclass(frozen=True)
 class LoraSaved:
-    """What the backward of an adapter needs besides x."""
+    """What the backward pass of an adapter needs besides x."""
 
-    a: Tensor  # in the compute type
+    a: Tensor  # A in the compute type
     b: Tensor
     xa: Tensor  # drop(x) A^T, (n, r)
 
 
 def product(x: Tensor, p: Projection, generating: bool = False) -> tuple[Tensor, LoraSaved | None]:
-    """y of x `(n, in_features)`, and what its backward needs; `generating`: without gradients."""
+    """y of x `(n, in_features)`, and what its backward pass needs; `generating`: without gradients."""
     layer, adapter = p.layer, p.adapter
     y = _few_rows(x, p) if generating else None
     if y is None:
         y = _times_transposed(x, p)
     else:
         adapter = None
-    bias = layer._parameters["bias"]  # torch's own way to it takes longer than a token has
+    bias = layer._parameters["bias"]  # torch's attribute lookup takes too long for a single token
     if bias is not None and (generating or not bias.requires_grad):
         y += bias.to(y.dtype)
     if adapter is None:
@@ -150,12 +151,12 @@ def _times_transposed(x: Tensor, p: Projection) -> Tensor:
         else:
             y = x.new_empty(len(x), p.layer.out_features) if y is None else y
             torch.mm(x, weight.t(), out=y[:, chosen])
-        del weight  # before the next slice comes
+        del weight  # frees the memory before the next slice comes
     return cast(Tensor, y)
 
 
 def _few_rows(x: Tensor, p: Projection) -> Tensor | None:
-    """The base's part and the adapter's where a way without decoding is faster; no gradients."""
+    """The products of the base and the adapter, where a backend is faster without decoding W; no gradients."""
     layer, adapter, rows = p.layer, p.adapter, x.shape[0]
     packed, low_rank = getattr(layer, "packed", None), None
     if adapter is not None and adapter.dropout:
@@ -169,7 +170,7 @@ def _few_rows(x: Tensor, p: Projection) -> Tensor | None:
 
 
 def saved_for_backward(x: Tensor, adapter: Adapter) -> LoraSaved:
-    """What the backward of `adapter` needs, made of its input."""
+    """What the backward pass of `adapter` needs, computed from its input."""
     a, b = adapter.a.to(x.dtype), adapter.b.to(x.dtype)
     spare = -len(a) % _rank_multiple(x.device.type)
     if spare:
@@ -178,7 +179,7 @@ def saved_for_backward(x: Tensor, adapter: Adapter) -> LoraSaved:
 
 
 def input_gradient(grad: Tensor, p: Projection, into: Tensor | None) -> Tensor:
-    """dy W, added to `into` where that is given; the base's part of dx."""
+    """dy W, added to `into` if that is given: the part of dx that comes from the base."""
     for chosen, weight in p.weights():
         part = grad[:, chosen]
         into = part @ weight if into is None else into.addmm_(part, weight)
@@ -189,7 +190,7 @@ def input_gradient(grad: Tensor, p: Projection, into: Tensor | None) -> Tensor:
 def adapter_gradients(
     grad: Tensor, x: Tensor, adapter: Adapter, kept: LoraSaved, dx: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """dA and dB in the masters' type; the adapter's part is added to `dx` where that is given."""
+    """dA and dB in the type of the masters; the adapter's part of dx is added to `dx` if that is given."""
     dxa = (grad @ kept.b).mul_(adapter.scaling)
     db = _wide_product(grad.t(), kept.xa, adapter.b.dtype).mul_(adapter.scaling)
     da = _wide_product(dxa.t(), _dropped(x, adapter), adapter.a.dtype)
@@ -245,7 +246,7 @@ def _dropped(x: Tensor, adapter: Adapter) -> Tensor:
 
 
 def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a b in `dtype`, without a rounding in between where the device's library can."""
+    """a b in `dtype`, without an intermediate rounding where the device's library can do that."""
     if a.dtype != dtype == torch.float32 and type(a) is Tensor and _widens(a.device.type, a.dtype):
         return torch.mm(a, b, out_dtype=dtype)
     return (a @ b).to(dtype)
@@ -253,7 +254,7 @@ def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 @cache
 def _rank_multiple(kind: str) -> int:
-    """What the rank of an adapter is filled up to with zeros, which changes no result.
+    """The rank to which an adapter is filled up with zeros, which changes no result.
 
     hipBLASLt reads past narrow products on RDNA4 and ends the process (rocm-libraries PR 8909).
     """

@@ -1,9 +1,9 @@
 """The loss of the next token without the logits of a batch.
 
-Only rows whose next token is learned go through the output head, some at a time; their logits lie in reused memory and
-turn into their own gradient there, of which the gradient of the hidden states is made at once. So the head costs two
-products for a learned row and none for the others, and no logits outlive their piece. Sums are float32 and stay on the
-device.
+Only rows whose next token is learned go through the output head, some rows at a time. Their logits are in reused
+memory, where their own gradient overwrites them, and the gradient of the hidden states is computed from it at once. So
+the head costs two products for each learned row and none for the others, and no logits outlive their piece. Sums are
+float32 and stay on the device.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from torch import Tensor
 from nybble.kernels.pointwise import ops as pointwise
 from nybble.nn.workspace import workspace
 
-_PIECE_BYTES = 1 << 26  # of logits at a time
-_LEAST_ROWS, _MOST_ROWS = 256, 1024  # a product with so many is as fast as a larger one
+_PIECE_BYTES = 1 << 26  # bytes of logits that are computed at a time
+_LEAST_ROWS, _MOST_ROWS = 256, 1024  # rows in a product; one of this size is as fast as a larger one
 
 
 @dataclass(frozen=True)
 class Head:
-    """The output head; a trained one (tied or not) gets its gradient, a frozen one costs nothing."""
+    """The output head; a trained one (tied or not) gets its gradient, a frozen one needs none."""
 
     weight: Tensor  # (vocabulary, hidden)
     bias: Tensor | None  # (vocabulary,), frozen
-    softcap: float  # logits become c tanh(logits / c); 0: none
+    softcap: float  # logits become c tanh(logits / c); 0: no cap
 
 
 def next_token_loss(
     hidden: Tensor,  # (n, hidden): the states of the learned rows
     targets: Tensor,  # (n,) int64: their next tokens
     head: Head,
-    n_items: Tensor | int,  # what the sum is divided by: learned tokens of the whole step
+    n_items: Tensor | int,  # the divisor of the sum: the learned tokens of the whole step
 ) -> Tensor:
     """-sum log p(target) / n_items, a float32 scalar on the device."""
     dtype = hidden.dtype
@@ -48,7 +48,7 @@ def next_token_loss(
 
 
 def token_losses(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
-    """-log p(target) of each learned row, `(n,) float32`; without gradients, for evaluation."""
+    """-log p(target) of each learned row, `(n,) float32`; for evaluation, without gradients."""
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -59,11 +59,11 @@ def token_losses(hidden: Tensor, targets: Tensor, head: Head) -> Tensor:
 
 
 def _pieces(hidden: Tensor, low: Tensor, targets: Tensor, head: Head) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Some rows at a time: which, their logits, which have become their own gradient, and their losses."""
+    """For some rows at a time: which rows, their logits, which their own gradient has overwritten, and their losses."""
     vocabulary = len(low)
     most = min(_MOST_ROWS, max(_LEAST_ROWS, _PIECE_BYTES // (vocabulary * hidden.element_size())))
     n_pieces = math.ceil(len(hidden) / most) or 1
-    step = math.ceil(len(hidden) / n_pieces / 16) * 16 or 1  # alike: a small last one would read the head for little
+    step = math.ceil(len(hidden) / n_pieces / 16) * 16 or 1  # equal pieces: a small one would read all of the head
     for first in range(0, len(hidden), step):
         chosen = slice(first, first + step)
         piece = hidden[chosen]
@@ -76,7 +76,7 @@ def _pieces(hidden: Tensor, low: Tensor, targets: Tensor, head: Head) -> Iterato
 
 
 def _back_through(d_logits: Tensor, weight: Tensor, out: Tensor) -> None:
-    """The gradient of the hidden states; of up to 1,024 rows oneDNN makes its transpose in 0.85 of the time."""
+    """The gradient of the hidden states; oneDNN computes its transpose in 0.85 of the time for up to 1,024 rows."""
     if out.device.type == "cpu" and out.dtype == torch.bfloat16:
         out.copy_(torch.mm(weight.t(), d_logits.t()).t())
     else:

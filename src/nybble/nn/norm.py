@@ -1,4 +1,4 @@
-"""RMS norm with a frozen weight: keeps its input and one number a row."""
+"""RMS norm with a frozen weight; it keeps its input and one number per row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nybble.kernels.pointwise import ops as pointwise
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
-    """`(..., width)` normalised, in the type of x, as `nybble.kernels.pointwise.torch` says; none for the weight."""
+    """`(..., width)` normalised as `nybble.kernels.pointwise.torch` does, in the type of x; the weight is frozen."""
     flat = x.reshape(-1, x.shape[-1])
     if not torch.is_grad_enabled():
         return pointwise.direct(flat).rms_norm(flat, weight, eps, unit_offset)[0].view(x.shape)

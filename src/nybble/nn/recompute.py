@@ -1,4 +1,4 @@
-"""Recomputation of decoder layers: torch's own checkpointing, told what nobody keeps."""
+"""Recomputation of decoder layers by torch's own checkpointing; a layer can ask whether it is being recomputed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def recomputing() -> bool:
 
 
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`, of which only the arguments are kept; the rest is computed again when it is needed."""
+    """`function(*arguments)`, of which only the arguments are kept; the rest is computed again in the backward pass."""
     return checkpoint(function, *arguments, use_reentrant=False, context_fn=_contexts)
 
 

@@ -1,4 +1,4 @@
-"""Encode and decode in plain torch: the definition of correct. Never optimised; faster paths are tested against it.
+"""Encode and decode in plain torch: the reference. It is never optimised; faster backends are tested against it.
 
 Bit-identical to bitsandbytes 0.50: scale = largest magnitude of the block, code = nearest value (the lower one at an
 exact midpoint), decoded as `code * absmax` in float32 with one rounding to the target type.
@@ -13,8 +13,8 @@ from nybble.quant.codebooks import BLOCK_SIZES, codebook, dynamic_codebook
 from nybble.quant.packed import NESTED_BLOCK_SIZE, PackedWeight
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_PIECE = 1 << 22  # weights encoded at a time: whole blocks of every size; bounds the float32 copies to 0.1 GB
-_TINY = 1e-38  # an all-zero block is divided by this, not by zero
+_PIECE = 1 << 22  # weights encoded at a time: a multiple of every block size; it bounds the float32 copies to 0.1 GB
+_TINY = 1e-38  # the divisor for a block of zeros, in place of zero
 
 
 def encode(
@@ -26,7 +26,7 @@ def encode(
     """Quantize a weight to 4 bits.
 
     Raises:
-        ValueError: block size or type not supported, or a weight that is not finite.
+        ValueError: the block size or type is not supported, or the weight is not finite.
     """
     check_weight(weight, block_size)
     pieces = [_encode_piece(part, quant_type, block_size) for part in weight.detach().reshape(-1).split(_PIECE)]
@@ -36,10 +36,10 @@ def encode(
 
 
 def check_weight(weight: Tensor, block_size: int) -> None:
-    """Refuse what cannot be packed.
+    """Check that the weight can be packed.
 
     Raises:
-        ValueError: with what was seen and what is allowed.
+        ValueError: it cannot; the message says what was given and what is allowed.
     """
     if weight.dtype not in _FLOATS:
         raise ValueError(f"can pack float32, float16 and bfloat16, got {weight.dtype}")
@@ -47,13 +47,13 @@ def check_weight(weight: Tensor, block_size: int) -> None:
         raise ValueError(f"block size must be one of {BLOCK_SIZES}, got {block_size}")
     if weight.numel() == 0:
         raise ValueError(f"a weight of shape {tuple(weight.shape)} has nothing to pack")
-    # One pass without a copy; NaN is smallest and largest at once.
+    # One pass without a copy; with a NaN, both the minimum and the maximum are NaN.
     if not torch.isfinite(torch.stack(torch.aminmax(weight))).all():
         raise ValueError(f"{int((~torch.isfinite(weight)).sum())} of {weight.numel()} values are NaN or infinite")
 
 
 def decode(weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight as numbers, `weight.shape` in `dtype` (default: the type it had before packing)."""
+    """The decoded weight, `weight.shape` in `dtype` (default: the type that it had before packing)."""
     device = weight.packed.device
     nibbles = torch.stack([weight.packed.view(-1) >> 4, weight.packed.view(-1) & 0xF], dim=1).view(-1)
     values = codebook(weight.quant_type).to(device)[nibbles[: weight.n_elements].int()]
@@ -62,7 +62,7 @@ def decode(weight: PackedWeight, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def decode_absmax(weight: PackedWeight) -> Tensor:
-    """The blocks' scales, `(n_blocks,) float32`; product and offset round separately."""
+    """The scales of the blocks, `(n_blocks,) float32`; product and offset are rounded separately."""
     if weight.nested_absmax is None or weight.nested_offset is None:
         return weight.absmax
     values = dynamic_codebook().to(weight.absmax.device)[weight.absmax.view(-1).int()]
@@ -71,7 +71,7 @@ def decode_absmax(weight: PackedWeight) -> Tensor:
 
 
 def _encode_piece(flat: Tensor, quant_type: str, block_size: int) -> tuple[Tensor, Tensor]:
-    """Packed bytes and scales of a run of whole blocks (the last may be short)."""
+    """Packed bytes and scales of a sequence of whole blocks (the last may be shorter)."""
     scaled, absmax = _scale(flat.float(), block_size)
     if scaled.numel() % 2:
         scaled = torch.nn.functional.pad(scaled, (0, 1))
@@ -80,7 +80,7 @@ def _encode_piece(flat: Tensor, quant_type: str, block_size: int) -> tuple[Tenso
 
 
 def _scale(flat: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """Values in [-1, 1] and the scale of each block; a last, shorter block divides where full ones multiply."""
+    """Values in [-1, 1] and the scale of each block; full blocks are multiplied by 1 / scale, short ones divided."""
     full = flat.numel() - flat.numel() % block_size
     blocks = flat[:full].view(-1, block_size)
     absmax = blocks.abs().amax(dim=1) if full else flat.new_empty(0)
@@ -112,8 +112,8 @@ def _encode_8bit(values: Tensor) -> tuple[Tensor, Tensor]:
     """Codes of the 8-bit table and the scale of each run of 256, `(n,) uint8` and `(ceil(n / 256),) float32`.
 
     bitsandbytes on a CPU looks codes up by the value rounded to 65,536 steps over [-1, 1]; about one code in 700 is
-    then the second nearest. Its GPU kernel takes the nearest. Here the CPU's bytes are made on every device, so that
-    one weight has one encoding.
+    then the second nearest. Its GPU kernel takes the nearest. This function gives the CPU's bytes on every device, so
+    that one weight has one encoding.
     """
     runs = torch.nn.functional.pad(values, (0, -values.numel() % NESTED_BLOCK_SIZE)).view(-1, NESTED_BLOCK_SIZE)
     absmax = runs.abs().amax(dim=1)

@@ -1,4 +1,4 @@
-"""bitsandbytes' safetensors keys, there and back.
+"""Conversion of packed weights to and from bitsandbytes' safetensors keys.
 
 A packed weight `W` is stored as
 
@@ -9,7 +9,7 @@ A packed weight `W` is stored as
     W.nested_quant_map             (256,) float32, under double quantization
     W.quant_state.bitsandbytes__nf4    uint8: JSON of type, block sizes, dtype, shape, offset
 
-Tables are written for other readers and checked on reading: values other than ours would decode to something else.
+Tables are written for other readers, and checked on reading: weights with another table would be decoded wrongly.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nybble.quant.codebooks import QUANT_TYPES, codebook, dynamic_codebook
 from nybble.quant.packed import NESTED_BLOCK_SIZE, PackedWeight
 
 STATE_PREFIX = "quant_state.bitsandbytes__"
-# Suffixes of one weight's tensors, "" being the codes themselves.
+# Suffixes of the tensors of one weight; "" stands for the codes themselves.
 SUFFIXES = (
     "absmax", "quant_map", "nested_absmax", "nested_quant_map", *(STATE_PREFIX + name for name in QUANT_TYPES)
 )  # fmt: skip
@@ -37,9 +37,9 @@ _MAX_STATE_BYTES = 4096  # a state is about 200 bytes of JSON
 
 
 def to_bnb(weight: PackedWeight) -> dict[str, Tensor]:
-    """Suffix -> tensor, without the codes (which are `weight.packed` under the weight's own name).
+    """Suffix -> tensor, without the codes, which are `weight.packed` and are stored under the weight's own name.
 
-    Tables are copied for each weight: writers of safetensors refuse tensors that share memory.
+    Tables are copied for each weight, because writers of safetensors refuse tensors that share memory.
     """
     device = weight.packed.device
     state: dict[str, Any] = {
@@ -67,7 +67,7 @@ def from_bnb(packed: Tensor, tensors: Mapping[str, Tensor], shape: tuple[int, ..
     Args:
         packed: the codes, any uint8 shape.
         tensors: companions by suffix.
-        shape: the shape that the layer expects; checked when given.
+        shape: the shape that the layer expects; it is checked if given.
 
     Raises:
         ValueError: a companion is missing, of the wrong size, or holds another table.
@@ -112,10 +112,10 @@ def from_bnb(packed: Tensor, tensors: Mapping[str, Tensor], shape: tuple[int, ..
 
 
 def stored_shape(encoded: Tensor) -> tuple[int, ...]:
-    """The shape of a weight before it was packed, by its `quant_state` alone.
+    """The shape of a weight before it was packed, read from its `quant_state` alone.
 
     Raises:
-        ValueError: that is none.
+        ValueError: it is not a valid quant state.
     """
     return tuple(_read_state(encoded)["shape"])
 
@@ -132,7 +132,7 @@ def _read_state(encoded: Tensor) -> dict[str, Any]:
     if type(state["blocksize"]) is not int or not 0 < state["blocksize"] <= _MOST_ELEMENTS:
         raise ValueError(f"blocksize must be a positive number, got {shown(state['blocksize'])}")
     offset = state.get("nested_offset", 0.0)
-    if type(offset) not in (int, float) or not abs(offset) <= _MOST_OFFSET:  # NaN is none either
+    if type(offset) not in (int, float) or not abs(offset) <= _MOST_OFFSET:  # NaN is refused as well
         raise ValueError(f"nested_offset must be a finite number, got {shown(offset)}")
     if not isinstance(state["dtype"], str) or state["dtype"] not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {shown(state['dtype'])}")

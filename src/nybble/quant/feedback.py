@@ -1,14 +1,15 @@
-"""Codes that make up for each other's errors, calibrated on what a layer is really given.
+"""Codes whose errors compensate each other, calibrated on the real inputs of a layer.
 
 With inputs x of second moments H = E[x x^T] a layer's squared output error is tr(D H D^T), D = W - Q. Scales are those
 of `nybble.quant.search`, fixed first (nested and decoded, so that double quantization costs nothing), then
 
-1. columns are rounded one after the other, the most active first, and each error is fed to the columns that are still
-   free (GPTQ, Frantar et al. 2022, arXiv 2210.17323, on the NF4 grid);
-2. all columns are gone through again `SWEEPS` times: each takes the grid value that is best given all others
+1. columns are rounded one after another, the most active first, and each error is spread over the columns that have
+   not been rounded yet (GPTQ, Frantar et al. 2022, arXiv 2210.17323, on the NF4 grid);
+2. all columns are visited again `SWEEPS` times: each takes the grid value that is best given all others
    (coordinate descent: the error can only fall).
 
-A row of the weight for which that is not better than nearest rounding keeps the latter. Same bytes, same decoder.
+A row of the weight for which this is not better than nearest rounding uses nearest rounding. The number of bytes and
+the decoder are the same.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from nybble.quant.blockwise import decode, decode_absmax
 from nybble.quant.codebooks import codebook
 from nybble.quant.packed import PackedWeight
 
-DAMPING = 0.01  # of the mean moment, added to the diagonal: inputs that hardly occur must not rule
+DAMPING = 0.01  # share of the mean moment that is added to the diagonal, so that rare inputs do not dominate
 SWEEPS = 2
-_COLUMNS = 128  # columns rounded before their errors are spread by one matrix product
+_COLUMNS = 128  # columns that are rounded before their errors are spread by one matrix product
 
 
 def encode_calibrated(
@@ -40,7 +41,7 @@ def encode_calibrated(
     """Quantize a weight to 4 bits with error feedback.
 
     Raises:
-        ValueError: block size or type not supported, a weight that is not finite, or moments of another size.
+        ValueError: the block size or type is not supported, the weight is not finite, or the moments have another size.
     """
     if moments.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(f"a weight of shape {tuple(weight.shape)} does not go with moments {tuple(moments.shape)}")
@@ -60,7 +61,7 @@ def encode_calibrated(
 
 
 def damp(moments: Tensor) -> Tensor | None:
-    """Moments made positive definite, `(in, in) float32`; None if nothing was ever seen, or nothing finite."""
+    """Moments that are positive definite, `(in, in) float32`; None if all are zero or any is not finite."""
     mean = moments.diagonal().mean()
     if not torch.isfinite(moments).all() or mean <= 0:
         return None
@@ -72,7 +73,7 @@ def damp(moments: Tensor) -> Tensor | None:
 
 
 class _Grid:
-    """The values that each weight may take; everything here is transposed, `(in, out)`."""
+    """The values that each weight may have; all tensors here are transposed, `(in, out)`."""
 
     def __init__(self, quant_type: str, scales: Tensor) -> None:
         self.values = codebook(quant_type).sort().values.to(scales.device)

@@ -1,4 +1,4 @@
-"""A packed weight: what a 4-bit tensor is, apart from how it is made or read.
+"""A packed weight: the contents of a 4-bit tensor, however it was made or read.
 
 Layout (bitsandbytes'): the weight is read as one row of numbers; consecutive runs of `block_size` share a scale; two
 codes share a byte, the first in the high nibble. Scales are `absmax` in float32, or under double quantization codes of
@@ -35,7 +35,7 @@ class PackedWeight:
     shape: tuple[int, ...]
     block_size: int
     quant_type: str  # "nf4" or "fp4"
-    dtype: torch.dtype  # of the weight before packing; what a reader decodes to by default
+    dtype: torch.dtype  # the type of the weight before packing; readers decode to it by default
     nested_absmax: Tensor | None = None  # (ceil(n_blocks / 256),) float32
     nested_offset: Tensor | None = None  # () float32
 
@@ -61,12 +61,12 @@ class PackedWeight:
 
     @property
     def n_elements(self) -> int:
-        """Weights."""
+        """The number of weights."""
         return prod(self.shape)
 
     @property
     def n_blocks(self) -> int:
-        """Runs of `block_size` weights, the last perhaps shorter."""
+        """The number of blocks of `block_size` weights, the last of which may be shorter."""
         return -(-self.n_elements // self.block_size)
 
     @property
@@ -80,13 +80,13 @@ class PackedWeight:
         return sum(t.numel() * t.element_size() for t in self._tensors().values())
 
     def slices(self, n_elements: int) -> Iterator[tuple[slice, PackedWeight]]:
-        """The weight some rows at a time, of about `n_elements` weights: which rows, and they; sharing memory.
+        """The weight in slices of rows of about `n_elements` weights: which rows, and the slice, which shares memory.
 
-        Of a matrix. A slice ends where a byte, a block and a run of nested scales end.
+        The weight must be a matrix. A slice ends where a byte, a block and a group of nested scales end.
         """
         n_rows, width = self.shape
         run = self.block_size * (NESTED_BLOCK_SIZE if self.is_nested else 1)
-        unit = run // gcd(run, width)  # rows that are whole runs
+        unit = run // gcd(run, width)  # the smallest number of rows that holds whole groups
         step = max(1, n_elements // (unit * width)) * unit
         for first in range(0, n_rows, step):
             rows = slice(first, min(first + step, n_rows))

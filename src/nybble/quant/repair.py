@@ -1,4 +1,4 @@
-"""The low-rank matrix that makes up best for what 4 bits lost: a start for LoRA's factors.
+"""The low-rank matrix that best compensates for the quantization error: a start for LoRA's factors.
 
 With D = W - Q and second moments H of the inputs, B A of rank r minimises tr((D - B A) H (D - B A)^T): for any root
 H = L L^T that is the truncated singular value decomposition of D L, taken back by L^-1 (QERA, Zhang et al. 2024,
@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 
 _OVERSAMPLED = 16  # directions beyond r that the randomised decomposition follows
-_ITERATIONS = 6  # of its subspace; singular values of quantization errors fall slowly
+_ITERATIONS = 6  # power iterations of its subspace; singular values of quantization errors decrease slowly
 
 
 def low_rank(difference: Tensor, moments: Tensor | None, rank: int) -> tuple[Tensor, Tensor]:
     """A `(rank, in) float32` and B `(out, rank) float32` with B A close to `difference`, `(out, in)`.
 
     Args:
-        difference: what is to be made up for, float32.
+        difference: the error to compensate for, float32.
         moments: positive definite `(in, in) float32`, or None for the plain Frobenius norm.
-        rank: at most the smaller side is used, the rest is zero.
+        rank: at most the smaller side is used; the rest is zero.
     """
     root = None if moments is None else torch.linalg.cholesky(moments)
     target = difference if root is None else difference @ root
     n = min(rank, *target.shape)
     devices = [target.device] if target.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # the same factors for the same weight, and the run's own seed untouched
+    with torch.random.fork_rng(devices):  # repeatable factors; the run's own generator does not change
         torch.manual_seed(0)
         u, s, v = torch.svd_lowrank(target, q=min(n + _OVERSAMPLED, *target.shape), niter=_ITERATIONS)
     share = s[:n].sqrt()

@@ -1,15 +1,15 @@
-"""Scales of least squared error: better codes in the same bytes, without data.
+"""Scales of least squared error: better codes in the same number of bytes, without data.
 
 absmax scaling is what costs NF4 its accuracy, not its 16 values. For each block the scale may be any number that the
 format can hold, of either sign (the table is not symmetric, so a block may fit better upside down):
 
     scale = argmin over a in {+-f_k * absmax} of sum (w - a * nearest(w / a))^2            (`search_scales`)
 
-Under double quantization the scale becomes one of 256 values; of the seven around the wanted one the best is taken by
-the same measure (`nested_codes`), and the 4-bit codes are chosen last, against the scale as a reader will decode it
+Under double quantization the scale becomes one of 256 values; of the seven around the wanted one, the best is chosen
+by the same measure (`nested_codes`). The 4-bit codes are chosen last, against the scale as a reader will decode it
 (`nearest_codes`). Relative RMS error, blocks of 64: 0.0920 -> 0.0831 on N(0,1), 0.1050 -> 0.0970 on Student's t, 5 d.f.
 
-The order of every float32 operation is part of the definition, so that faster paths make the same bytes: squares are
+The order of every float32 operation is part of the definition, so that faster backends give the same bytes: squares are
 summed in 16 lanes (element i to lane i mod 16, in order), lanes are then added in halves (0 + 8, .., then 0 + 4, ..).
 A short last block is filled up with zeros.
 """
@@ -28,16 +28,16 @@ from nybble.quant.packed import NESTED_BLOCK_SIZE, PackedWeight
 
 FACTORS = tuple(k / 25 for k in range(10, 29))  # 0.40 .. 1.12: small ones serve blocks of thousands with outliers
 NEIGHBOURS = 3  # nested codes tried on either side of the nearest
-TINY = 1e-38  # stands in for a scale of zero where something is divided by it
+TINY = 1e-38  # replaces a scale of zero in divisions
 _LANES = 16
-_PIECE = 1 << 20  # weights at a time: bounds the float32 copies
+_PIECE = 1 << 20  # weights handled at a time: bounds the float32 copies
 
 
 class Steps(Protocol):
-    """The three loops over all weights: `TORCH_STEPS` is one implementation, kernels are others."""
+    """The three loops over all weights: `TORCH_STEPS` is one implementation, the kernels are others."""
 
     def search_scales(self, flat: Tensor, quant_type: str, block_size: int, signed: bool) -> Tensor:
-        """See the function of this name."""
+        """Do what the function `search_scales` of this module does."""
 
     def nested_codes(
         self,
@@ -48,10 +48,10 @@ class Steps(Protocol):
         nested_absmax: Tensor,
         nested_offset: Tensor,
     ) -> Tensor:
-        """See the function of this name."""
+        """Do what the function `nested_codes` of this module does."""
 
     def nearest_codes(self, flat: Tensor, quant_type: str, block_size: int, scales: Tensor) -> Tensor:
-        """See the function of this name."""
+        """Do what the function `nearest_codes` of this module does."""
 
 
 def encode_searched(
@@ -65,7 +65,7 @@ def encode_searched(
     """Quantize a weight to 4 bits with searched scales.
 
     Raises:
-        ValueError: block size or type not supported, or a weight that is not finite.
+        ValueError: the block size or type is not supported, or the weight is not finite.
     """
     check_weight(weight, block_size)
     loops = steps or TORCH_STEPS
@@ -100,7 +100,7 @@ def search_scales(flat: Tensor, quant_type: str, block_size: int, signed: bool) 
 
 
 def nest_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale of each run of 256 scales, `(ceil(n_blocks / 256),) float32`, and the offset taken off first, `()`."""
+    """The scale of every 256 scales, `(ceil(n_blocks / 256),) float32`, and the offset subtracted first, `()`."""
     offset = scales.double().mean().float()
     runs = torch.nn.functional.pad(scales - offset, (0, -scales.numel() % NESTED_BLOCK_SIZE))
     return runs.view(-1, NESTED_BLOCK_SIZE).abs().amax(dim=1), offset
@@ -168,7 +168,7 @@ def _error(blocks: Tensor, scales: Tensor, quant_type: str) -> Tensor:
 
 
 def _rank(blocks: Tensor, scales: Tensor, quant_type: str) -> Tensor:
-    """Place of the nearest value in ascending order, the lower one at an exact midpoint."""
+    """The index of the nearest value in ascending order, the lower one at an exact midpoint."""
     ascending = codebook(quant_type)[_order(quant_type).int()]
     midpoints = ((ascending[:-1] + ascending[1:]) / 2).to(blocks.device)
     divisor = torch.where(scales.abs() < TINY, torch.full_like(scales, TINY), scales)
@@ -176,12 +176,12 @@ def _rank(blocks: Tensor, scales: Tensor, quant_type: str) -> Tensor:
 
 
 def _order(quant_type: str) -> Tensor:
-    """Codes in ascending order of their values."""
+    """The codes in the ascending order of their values."""
     return torch.argsort(codebook(quant_type), stable=True).to(torch.uint8)
 
 
 def _pieces(flat: Tensor, block_size: int) -> list[Tensor]:
-    """Runs of whole blocks in float32, `(blocks, block_size)`, the last filled up with zeros."""
+    """Pieces of whole blocks in float32, `(blocks, block_size)`; the last block is filled up with zeros."""
     per_piece = max(1, _PIECE // block_size) * block_size
     filled = [torch.nn.functional.pad(part, (0, -part.numel() % block_size)) for part in flat.split(per_piece)]
     return [part.float().view(-1, block_size) for part in filled]
