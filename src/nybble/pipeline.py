@@ -335,7 +335,7 @@ def demo(
 
 
 def report(run_dir: Path | str) -> Path:
-    """Write report.html, report.md and report.json of a run or comparison anew from what lies on disk."""
+    """Write report.html, report.md and report.json of a run or comparison again from its files."""
     return rewrite_report(Path(run_dir))
 
 

@@ -155,7 +155,7 @@ def test_stock_transformers_loads_our_folder(pair: Pair) -> None:
 def test_we_load_the_folder_of_bitsandbytes(pair: Pair) -> None:
     model, report = load(pair.theirs_folder)
     assert report.n_packed == 14
-    assert "its own format is kept" in " ".join(report.notes)
+    assert "its format stays as it is" in " ".join(report.notes)
     assert_same_logits(model, pair.theirs)
 
 
@@ -255,7 +255,7 @@ def test_packed_folder_is_refused_by_methods_that_need_16_bits(
     method: str, tiny_llama: Factory, tmp_path: Path
 ) -> None:
     pack(tiny_llama()).save_pretrained(tmp_path)
-    with pytest.raises(RecipeError, match=f"stored in 4 bits, method '{method}' needs 16"):
+    with pytest.raises(RecipeError, match=f"stored in 4 bits, but method '{method}' needs 16 bits"):
         load(tmp_path, method)
 
 

@@ -29,7 +29,6 @@ from nybble.models.meta_model import config_with_layers, materialize, meta_model
 from nybble.models.quantizer import NybbleConfig, register
 from nybble.models.sharding import full_tensors, held_bytes, is_sharded, shard, shard_like, shards_among, tables
 from nybble.models.skeleton import (
-    CausalLM,
     base_of,
     compute_dtype,
     decoder_layers,
@@ -49,7 +48,6 @@ __all__ = [
     "Artifact",
     "BaseWeights",
     "Calibration",
-    "CausalLM",
     "LoadReport",
     "MemorySavers",
     "ModelSource",

@@ -104,7 +104,7 @@ def find_artifact(name: str, overrides: Mapping[str, Any] | None = None) -> Arti
     if (folder / "run.json").is_file():
         return _of_run(name, folder, overrides)
     if not folder.exists() and (folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-        raise InputError(f"{name} does not exist: no run directory, adapter folder or model folder; give one of them")
+        raise InputError(f"{name} does not exist; give a run directory, an adapter folder or a model folder")
     on = load_recipe(None, overrides).model
     if (folder / "adapter_config.json").is_file():
         return _of_adapter(name, folder, on)
@@ -127,7 +127,7 @@ def check_original(tuned: Artifact, source: ModelSource) -> None:
     if tuned.fingerprint and source.fingerprint != tuned.fingerprint:
         raise ModelError(
             f"{tuned.name} was trained on a model of fingerprint {tuned.fingerprint[:12]}, {source.name} has "
-            f"{source.fingerprint[:12]}: another model; name the right one with --model_name_or_path"
+            f"{source.fingerprint[:12]}; it is another model; set --model_name_or_path to the right one"
         )
 
 
@@ -161,13 +161,13 @@ def _of_run(name: str, folder: Path, overrides: Mapping[str, Any] | None) -> Art
     recipe = load_recipe(folder / "recipe.yaml", overrides) if overrides else trained
     if recipe.model.trust_remote_code and not load_recipe(None, overrides).model.trust_remote_code:
         raise ModelError(
-            f"{name}: its model runs Python code that it brings along, and a run may be somebody else's; read that "
-            "code, then say --trust_remote_code"
+            f"{name}: its model runs Python code of its own, and another person may have made the run; read that "
+            "code, then set --trust_remote_code"
         )
     is_adapter = recipe.method != "full"
     weights = run.adapter if is_adapter else run.full_model
     if not weights.is_dir():
-        raise InputError(f"{name} holds no trained weights yet ({weights.name}/); wait for the run, or --resume it")
+        raise InputError(f"{name} contains no trained weights yet ({weights.name}/); wait for the run, or --resume it")
     if not isinstance(record["rows"].get("ledger"), dict):
         raise InputError(f"{folder}/run.json: damaged (no ledger); give another run")
     note = _note(folder / "run.json", record["rows"]["ledger"])
@@ -191,7 +191,9 @@ def _of_adapter(name: str, folder: Path, on: ModelSection) -> Artifact:
     named = read_settings(folder).base_model_name_or_path
     base = on.model_name_or_path or named
     if not base:
-        raise ModelError(f"{folder}/adapter_config.json names no base model (base_model_name_or_path); fill it in")
+        raise ModelError(
+            f"{folder}/adapter_config.json does not name the base model; set base_model_name_or_path there"
+        )
     section = on.model_copy(update={"model_name_or_path": base})
     return _noted(name, folder, section, section, "qlora", is_adapter=True)
 

@@ -110,16 +110,20 @@ def weight_files(folder: Path) -> list[Path]:
         return [whole]
     if not index.is_file():
         if any(path for ending in ("bin", "pt", "pth", "ckpt", "pkl") for path in folder.glob(f"*.{ending}")):
-            raise ModelError(f"{folder} holds weights only as pickle, which can run code; convert it to safetensors")
-        raise ModelError(f"{folder} holds no model.safetensors and no index of several; give a folder with weights")
+            raise ModelError(
+                f"{folder} contains weights only as pickle files, which can run code; convert them to safetensors"
+            )
+        raise ModelError(
+            f"{folder} contains neither model.safetensors nor an index of several files; give a folder with weights"
+        )
     names = read_object(index, ModelError, _AGAIN, _MOST_HEADER_BYTES).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ModelError(f"{index}: not a safetensors index (weight_map); {_AGAIN}")
     needed = sorted(set(names.values()))
     for name in needed:
         if as_path(name, ModelError).name != name or not name.endswith(".safetensors"):
-            why = "a pickle can run code" if not name.endswith(".safetensors") else "it lies outside the folder"
-            raise ModelError(f"{index}: names {shown(name)}; allowed are .safetensors files beside it ({why})")
+            why = "a pickle can run code" if not name.endswith(".safetensors") else "it is outside the folder"
+            raise ModelError(f"{index}: names {shown(name)}; allowed are .safetensors files in its folder ({why})")
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise ModelError(
@@ -142,12 +146,12 @@ def check_fits(folder: Path, config: Any, tensors: Sequence[StoredTensor]) -> No
             f"{folder}/config.json: {n_layers:,} layers (num_hidden_layers), {len(tensors):,} tensors in the files; "
             f"{_AGAIN}"
         )
-    what = f"{folder}/config.json: no model can be built of it"
+    what = f"{folder}/config.json: no model can be built from it"
     with library_faults(what, ModelError, _AGAIN):
         model = model_without_weights(config)
         needed = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     n_bytes = sum(tensor.n_bytes for tensor in tensors)
     if needed > _PARAMETERS_A_BYTE * n_bytes + _SMALL:
         raise ModelError(
-            f"{folder}/config.json: describes {needed:,} parameters, the files hold {n_bytes:,} bytes; {_AGAIN}"
+            f"{folder}/config.json: describes {needed:,} parameters, but the files contain {n_bytes:,} bytes; {_AGAIN}"
         )

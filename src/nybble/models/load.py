@@ -67,9 +67,9 @@ def load_model(
     started = time.monotonic()
     dtype, notes = compute_dtype(quantization.bnb_4bit_compute_dtype, device)
     if source.is_4bit and method != "qlora":
-        raise RecipeError(f"{source.name} is stored in 4 bits, method {method!r} needs 16; use --method qlora")
+        raise RecipeError(f"{source.name} is stored in 4 bits, but method {method!r} needs 16 bits; use --method qlora")
     if source.is_4bit:
-        notes.append("the base is stored in 4 bits: its own format is kept")
+        notes.append("the base is stored in 4 bits: its format stays as it is")
     kept = _Kept(source, quantization, dtype) if method == "qlora" and not source.is_4bit else None
     if kept is not None and kept.folder is not None:
         notes.append("the packed base is taken from the cache")

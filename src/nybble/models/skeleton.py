@@ -8,32 +8,13 @@ describes the model that is trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
 
 from nybble.nn import Linear4bit
-
-
-class CausalLM(Protocol):
-    """The members of transformers' causal language models that are used here; a PEFT model passes them on."""
-
-    config: Any
-    __call__: Callable[..., Any]
-
-    def modules(self) -> Iterator[nn.Module]:
-        """Every module, the model itself first."""
-
-    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Every module with its dotted name."""
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding table."""
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The head that makes logits; None where the model has none."""
 
 
 class ComputeDevice(Protocol):

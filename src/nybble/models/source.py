@@ -63,10 +63,10 @@ def find_model(section: ModelSection) -> ModelSource:
     """
     name = section.model_name_or_path
     if not name:
-        raise ModelError("no model given; set --model_name_or_path to a folder or a hub id")
+        raise ModelError("no model is given; set --model_name_or_path to a folder or a hub id")
     folder = find_folder(name, section.model_revision, with_code=section.trust_remote_code)
     if (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder} holds an adapter, which names a base elsewhere; give the folder of the base itself")
+        raise ModelError(f"{folder} contains an adapter without its base model; give the folder of the base model")
     config = read_config(folder, section.trust_remote_code)
     if (folder / "generation_config.json").is_file():
         read_numbers(folder / "generation_config.json")
@@ -78,7 +78,7 @@ def find_model(section: ModelSection) -> ModelSource:
         quantization = quantization.to_dict()
     if quantization and not quantization.get("load_in_4bit"):
         method = quantization.get("quant_method")
-        raise ModelError(f"{folder}: stored as {method!r}; give the 16-bit model, or one in bitsandbytes' 4 bits")
+        raise ModelError(f"{folder}: stored as {method!r}; give the 16-bit model, or one in bitsandbytes' 4-bit format")
     # A local folder is named by its full path: an adapter must find its base from any working directory.
     return ModelSource(str(folder.resolve()) if Path(name).is_dir() else name, folder, config, quantization)
 
@@ -96,7 +96,7 @@ def find_folder(name: str, revision: str | None = None, *, with_weights: bool = 
     if path.exists():
         raise ModelError(f"{name} is a file; give the folder that holds config.json")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ModelError(f"model folder {name!r} does not exist; give one that does, or a hub id")
+        raise ModelError(f"model folder {name!r} does not exist; give a folder that exists, or a hub id")
     return _download(name, revision, [*_FILES, *([_WEIGHTS] * with_weights), *(["*.py"] * with_code)])
 
 
@@ -107,12 +107,13 @@ def _download(name: str, revision: str | None, files: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except HFValidationError as error:
-        raise ModelError(f"{name!r} is neither a folder here nor a hub id") from error
+        raise ModelError(f"{name!r} is neither a folder on this machine nor a hub id") from error
     except RepositoryNotFoundError as error:
-        raise ModelError(f"{name!r}: no folder here, and no such model on the hub (or it is private)") from error
+        raise ModelError(f"{name!r} is neither a folder on this machine nor a hub id that you can access") from error
     except (LocalEntryNotFoundError, OSError) as error:
         raise CannotRunError(
-            f"{name!r} is no folder here, and the hub cannot be reached; give a local folder, or connect"
+            f"{name!r} is not a folder on this machine, and the hub cannot be reached; give a local folder, or connect "
+            "to the network"
         ) from error
 
 
@@ -127,15 +128,17 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
 
     file = folder / "config.json"
     if not file.is_file():
-        raise ModelError(f"{folder} holds no config.json, so it is no model folder; give one that does")
+        raise ModelError(f"{folder} contains no config.json, so it is not a model folder; give one that contains it")
     content = read_numbers(file)
     if content.get("transformers_weights"):
-        raise ModelError(f"{file}: names a file of weights of its own; allowed is model.safetensors: rename that file")
+        raise ModelError(
+            f"{file}: transformers_weights names a file; only model.safetensors is allowed; rename that file"
+        )
     kind, has_code = content.get("model_type"), bool(content.get("auto_map"))
     is_known = isinstance(kind, str) and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if has_code and not is_known and not trust_remote_code:
         raise ModelError(
-            f"{folder}: a {shown(kind)} model runs Python code that it brings along (auto_map); read it, then say "
+            f"{folder}: a {shown(kind)} model runs Python code of its own (auto_map); read that code, then set "
             "--trust_remote_code, or give a model that transformers knows"
         )
     with library_faults(f"{file} cannot be used", ModelError, "give the folder of a causal language model"):

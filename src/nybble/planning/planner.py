@@ -218,7 +218,7 @@ def find_config(model: ModelSection) -> tuple[Any, str | None]:
     """
     name = model.model_name_or_path
     if not name:
-        raise ModelError("no model given; set --model_name_or_path to a folder, a hub id or a known shape")
+        raise ModelError("no model is given; set --model_name_or_path to a folder, a hub id or a known shape")
     shape = None if Path(name).expanduser().exists() else known_shape(name)
     if shape is not None:
         return config_of(shape), f"{name}: the known shape {shape}"

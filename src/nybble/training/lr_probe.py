@@ -43,7 +43,7 @@ class Branch:
     """One rate and how well it did."""
 
     learning_rate: float
-    loss: float | None  # on the held-out rows used, nats a learned token; None: not finite
+    loss: float | None  # on the held-out rows used, in nats per learned token; None: not finite
 
 
 @dataclass(frozen=True)
