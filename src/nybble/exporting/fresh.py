@@ -10,7 +10,7 @@ from nybble.subprocesses import Child
 
 
 def run_fresh(script: str, subject: Path, *files: Path, device: str = "cpu") -> dict[str, Any]:
-    """Run `script`, which lies beside this file, on `subject` and `files`; return the JSON object that it prints.
+    """Run `script`, which is next to this file, on `subject` and `files`; return the JSON object that it prints.
 
     Raises:
         CannotRunError: the process ran out of memory, or a library is missing.

@@ -70,7 +70,7 @@ class Choice:
     """The backend of an operator, and why no faster one."""
 
     backend: str
-    reason: str | None = None  # in words; None for the fastest
+    reason: str | None = None  # in words; None for the fastest backend
 
 
 def _always() -> None:

@@ -1,7 +1,7 @@
 """What a step takes at any level, extrapolated from a few traced layers.
 
-Levels 0 to n recompute so many of the n decoder layers. The levels beyond recompute all of them and apply the savers of
-`nybble.models.memory_savers`, one more at each level.
+Levels 0 to n recompute that many of the n decoder layers. The levels beyond recompute all of them and apply the savers
+of `nybble.models.memory_savers`, one more at each level.
 
 Decoder layers are alike, so at a given place of a step (a layer's forward pass, the loss, a layer's backward pass) the
 bytes alive are a linear function of the number of recomputed layers before it and of those that keep everything. Three
@@ -37,7 +37,7 @@ from nybble.planning.traced_step import (
 )
 from nybble.recipe import Recipe
 
-_FEW = 4  # up to so many layers are traced as they are
+_FEW = 4  # up to this number of layers, a model is traced as it is
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TracedModel:
     rounding: int = 1  # of the device's allocator, bytes
     shares_memory: bool = False  # the device, with the host
     n_processes: int = 1  # that share the model, in shards
-    host_embedding: bool = False  # the embedding table lies on the host: a saver of its own, for all batches
+    host_embedding: bool = False  # the embedding table is on the host: a saver of its own, for all batches
     traces: dict[Any, StepCost] = field(default_factory=dict, repr=False, compare=False)  # of whole models
 
     def of(self, **changes: Any) -> TracedModel:
@@ -83,7 +83,7 @@ class TracedModel:
 
     @property
     def table_bytes(self) -> int:
-        """Bytes of the embedding table if it lies on the host, else 0."""
+        """Bytes of the embedding table if it is on the host, else 0."""
         text = self.config.get_text_config()
         return text.vocab_size * text.hidden_size * self.dtype.itemsize if self.host_embedding else 0
 

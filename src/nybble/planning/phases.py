@@ -179,7 +179,7 @@ class Forecast:
 
     @property
     def beside_a_step(self) -> int:
-        """Bytes of the copy from which a checkpoint is written during training, if it lies in the device's memory."""
+        """Bytes of the copy from which a checkpoint is written during training, if it is in the device's memory."""
         return self._copied if not self.steps or self.steps > self.setting.recipe.training.save_steps else 0
 
     @property

@@ -69,7 +69,7 @@ def plan(
         largest: find the largest `max_length` and the largest known model that fit, too.
 
     Raises:
-        InputError: a setting, the model or the device's name is wrong. A run that does not fit is no error: see `fits`.
+        InputError: a setting, the model or the device's name is wrong. A run that does not fit is valid: see `fits`.
     """
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
     config, note = find_config(resolved.model)

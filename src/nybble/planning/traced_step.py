@@ -70,7 +70,7 @@ class StepCost:
 
 
 def adopt(live: MemoryTracer, model: Any, savers: MemorySavers | None = None) -> None:
-    """Count the tensors of `model` as weights or adapters, and those that lie on the host as host memory."""
+    """Count the tensors of `model` as weights or adapters, and those that are on the host as host memory."""
     live.adopt([*model.parameters(), *model.buffers()], "weights")
     # A tied or packed tensor counts once; adapters are what PEFT added.
     live.adopt([p for name, p in model.named_parameters() if "lora_" in name], "adapters")

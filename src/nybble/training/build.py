@@ -40,11 +40,11 @@ class TrainResult:
 
     train_loss: float  # mean over all steps that were not skipped
     steps: int
-    tokens: int  # since this start
-    seconds: float  # since this start
+    tokens: int  # tokens trained on since this start
+    seconds: float  # seconds since this start
     seconds_to_first_step: float | None  # from the start of training, loading not counted
     peak_bytes: int
-    skipped_steps: int = 0  # whose loss or gradient was bad
+    skipped_steps: int = 0  # steps with a loss or gradient that was bad
     notes: tuple[str, ...] = ()  # for people
 
     @property
@@ -83,10 +83,10 @@ def build(
         device: where `model` computes.
         compute_dtype: of the arithmetic.
         max_steps: optimizer steps in all.
-        observer: is told of steps and notes.
+        observer: receives steps and notes.
         objective: what is minimised.
         held_out: rows that are evaluated every `eval_steps`.
-        eval_steps: 0: never.
+        eval_steps: steps between evaluations; 0 means no evaluation during training.
         step_memory: what a step takes at each depth of recomputation; None: every layer is recomputed.
         checkpointing: None: no checkpoints are written.
         deadline: by the monotonic clock; the training saves and stops before.
@@ -246,7 +246,7 @@ def _check_for_early_stop(t: Training) -> None:
 
 
 def _notes(t: Training) -> Iterator[str]:
-    """What people should know of the steps."""
+    """The notes on the steps, for people."""
     if t.parities:
         loss = max(parity.loss_difference for parity in t.parities)
         gradient = max(parity.gradient_difference for parity in t.parities)

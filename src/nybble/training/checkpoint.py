@@ -84,11 +84,11 @@ class Checkpointing:
     recipe: dict[str, Any]
     parents: tuple[Path, ...]  # by preference
     resumed: Resumed | None = None
-    damaged: tuple[Path, ...] = ()  # skipped
+    damaged: tuple[Path, ...] = ()  # newer checkpoints that are damaged and were skipped
 
 
 def folders_of(run_dir: Path, section: TrainingSection) -> tuple[Path, ...]:
-    """Where the checkpoints of a run lie, by preference."""
+    """The folders of a run's checkpoints, by preference."""
     own = RunDirectory(run_dir).checkpoints
     return (own, Path(section.spare_dir).expanduser() / run_dir.absolute().name) if section.spare_dir else (own,)
 

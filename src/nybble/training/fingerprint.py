@@ -1,7 +1,7 @@
-"""What a training is: if any of it changed, a resumed run would be another one.
+"""The identity of a training: if any part of it changed, a resumed run would be another training.
 
-Weights, tokenizer and rows count by content, wherever they lie now; settings count by value, but for those that the
-schema calls neutral (where it runs, what it may take, what it tells).
+Weights, tokenizer and rows count by content, wherever they are stored; settings count by value, except those that the
+schema calls neutral (the device, the budgets, what is reported).
 """
 
 from __future__ import annotations

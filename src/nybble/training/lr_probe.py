@@ -115,7 +115,7 @@ def probe_rates(
         run: takes probe.json.
         max_steps: of the run; a branch has a small share of them.
         is_resumed: the run continues from a checkpoint.
-        observer: is told how far the probe is.
+        observer: receives the progress of the probe.
         parts: as `build` takes them, e.g. `device` and `compute_dtype`.
 
     Raises:

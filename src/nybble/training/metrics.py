@@ -1,4 +1,4 @@
-"""What a training says of itself while it runs: lines of events.jsonl, the observer and the trackers."""
+"""The figures that a training reports while it runs: lines of events.jsonl, the observer and the trackers."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from nybble.data import IGNORED
 Objective = Callable[[Any, dict[str, Any], Tensor], Tensor]
 """`objective(model, inputs, n_learned)` -> this micro-batch's share of the step's loss, a scalar with a graph.
 
-`inputs` lie on the device; `n_learned`, float32, is the number of learned tokens in the whole step.
+`inputs` are on the device; `n_learned`, float32, is the number of learned tokens in the whole step.
 """
 
 

@@ -15,7 +15,7 @@ _RUN_NAME = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "swanlab"
 
 
 class Trackers:
-    """The trackers of one run; each is told of every logged step."""
+    """The trackers of one run; each receives every logged step."""
 
     def __init__(self, started: Sequence[Any] = ()) -> None:
         self._started = started
@@ -53,8 +53,8 @@ def tracker_names(section: TrainingSection) -> list[str]:
 def start_trackers(section: TrainingSection, run_path: Path, resumed_step: int | None) -> Trackers:
     """Start the trackers of a run whose folder is `run_path`.
 
-    The project is named by the variable `WANDB_PROJECT`, `TRACKIO_PROJECT` and so on, and else "nybble". What
-    tensorboard was told of steps behind `resumed_step` is dropped: the resumed run does them again.
+    The variable `WANDB_PROJECT`, `TRACKIO_PROJECT` and so on names the project, which is else "nybble". The steps after
+    `resumed_step` that tensorboard has already are dropped: the resumed run does them again.
     """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 

@@ -50,5 +50,5 @@ def _derive_in_torch(inputs: Tensors, grad: Tensor, settings: Settings) -> Tenso
     return out, *reference.backward(grad, (q, k, v, out, sums), settings)
 
 
-# Behind all others: it takes everything.
+# The last backend: it takes all inputs.
 TORCH = AttentionBackend("torch", lambda: None, lambda _q, _settings: True, by_operator, _derive_in_torch)

@@ -1,7 +1,7 @@
 """Attention in native code, forward and backward: bfloat16 on processors with AVX512-BF16; see `csrc/attention.c`.
 
-Heads of documents are tasks that the threads take one by one, the longest documents first. What is summed for a head
-lies on one thread in one order, so that results have the same bits whatever the number of threads.
+Each head of a document is a task; the threads take tasks one by one, the longest documents first. The sums of a head
+are computed on one thread in one order, so that results have the same bits whatever the number of threads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nybble.kernels.attention.torch import Settings
 __all__ = ["NATIVE", "backward", "forward", "takes", "unavailable"]
 
 _WORTH = 1 << 22  # multiplications that a thread should have (20 us)
-_ALL = 2**62  # a window of no end
+_ALL = 2**62  # a window without end
 _Size = ctypes.c_int64
 
 
@@ -43,7 +43,7 @@ class _Attention(ctypes.Structure):
 
 @cache
 def unavailable() -> str | None:
-    """Why this backend cannot be taken, in words; None if it can be tried."""
+    """Why this backend cannot be used, in words; None if it can be tried."""
     missing = library.unavailable()
     if missing:
         return missing

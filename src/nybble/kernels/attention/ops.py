@@ -1,4 +1,4 @@
-"""Attention over documents that lie one after another in a flattened batch; never a mask of T x T.
+"""Attention over documents that follow one another in a flattened batch; there is never a mask of T x T.
 
 `attend` takes the first backend of the device that passed its self-test and takes these arguments (see
 `nybble.kernels.dispatch`). The operators `nybble::attend` and `nybble::attend_backward` are the backends whose backward

@@ -29,7 +29,7 @@ class Settings(NamedTuple):
 class _Block(NamedTuple):
     rows: slice  # of the flattened batch: the queries
     keys: slice  # the tokens that any of them sees
-    hidden: Tensor  # (queries, keys) bool: not seen
+    hidden: Tensor  # (queries, keys) bool: True where the query must not see the key
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:

@@ -226,7 +226,7 @@ _views: WeakKeyDictionary[PackedWeight, tuple[tuple[int, int], _View]] = WeakKey
 
 def _packed(weight: PackedWeight) -> _View:
     """The library's view of a packed weight, and what must live as long as it is used; made once."""
-    where = (weight.packed.data_ptr(), weight.absmax.data_ptr())  # memory may be taken away and given anew
+    where = (weight.packed.data_ptr(), weight.absmax.data_ptr())  # memory may be freed and allocated again
     kept = _views.get(weight)
     if kept is None or kept[0] != where:
         kept = _views[weight] = (where, _view(weight))

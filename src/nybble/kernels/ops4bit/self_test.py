@@ -1,7 +1,7 @@
 """Self-tests of the 4-bit operators: whether a backend gives the numbers of the torch backend on a device.
 
-Small weights with a short last block are encoded, decoded and multiplied: a backend is only taken where it has been
-seen to work. Each function names what differs, or returns None.
+Small weights with a short last block are encoded, decoded and multiplied: a backend is used only where this test has
+passed. Each function names what differs, or returns None.
 """
 
 from __future__ import annotations

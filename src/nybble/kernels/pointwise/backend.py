@@ -41,4 +41,4 @@ class PointwiseBackend(Protocol):
         """x turned to its positions, or back."""
 
     def decode_attention(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Attention of one token to the cached ones; k and v may lie in strides."""
+        """Attention of one token to the cached ones; k and v may have strides."""

@@ -179,7 +179,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor, softcap: float) -> Tensor:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    """`pointwise.torch.rope`; x may lie in strides."""
+    """`pointwise.torch.rope`; x may have strides."""
     out, cos, sin = x.new_empty(x.shape), _readable(cos), _readable(sin.to(cos.dtype))
     pointers = (x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr())
     shape = (x.shape[1], x.shape[2], cos.shape[-1], x.stride(0), x.stride(1))
@@ -189,7 +189,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """`pointwise.torch.decode_attention`; keys and values may lie in strides, the last of which is 1."""
+    """`pointwise.torch.decode_attention`; keys and values may have strides, the last of which is 1."""
     (n, heads, width), (kv_heads, tokens) = q.shape, k.shape[1:3]
     out, scores = torch.empty_like(q), q.new_empty(n * heads * tokens, dtype=torch.float32)
     k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))

@@ -78,7 +78,7 @@ def dropout_add_(total: Tensor, x: Tensor, p: float, seed: int) -> None:
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, softcap: float) -> Tensor:
-    """`pointwise.torch.cross_entropy_`; the loss is no number where a label is not the place of a logit."""
+    """`pointwise.torch.cross_entropy_`; the loss is NaN where a label is not the index of a logit."""
     n, width = logits.shape
     losses = logits.new_empty(n, dtype=torch.float32)
     pointers = (as_bits(logits), labels.contiguous(), losses)
@@ -96,7 +96,7 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    """`pointwise.torch.rope`; x may lie in strides."""
+    """`pointwise.torch.rope`; x may have strides."""
     n, heads, width = x.shape
     rotated, out = cos.shape[-1], x.new_empty(x.shape)
     pairs, rest = _power(rotated // 2), _power(width - rotated) if width > rotated else 0
@@ -131,7 +131,7 @@ def _signed(number: int) -> int:
 
 
 def _shape(numbers: int, device: torch.device) -> dict[str, object]:
-    """Tile and waves for a program that goes through so many numbers, and the compiler's options."""
+    """Tile and waves for a program that handles this many numbers, and the compiler's options."""
     least = kernels.PER_THREAD * wave_of(device)
     tile = min(max(_power(numbers), least), kernels.TILE)
     return {"tile": tile, "num_warps": tile // least, **OPTIONS}
