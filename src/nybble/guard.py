@@ -48,7 +48,7 @@ def read_object(file: Path, fault: type[InputError], advice: str, most_bytes: in
     except OSError as error:
         raise fault(f"{file}: cannot be read ({error.strerror or error}); {advice}") from error
     except ValueError as error:
-        raise fault(f"{file}: is damaged ({error}); {advice}") from error
+        raise fault(f"{file} is damaged ({error}); {advice}") from error
 
 
 def parse_object(text: bytes | str) -> dict[str, Any]:

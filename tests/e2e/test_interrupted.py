@@ -39,8 +39,10 @@ def test_a_second_signal_ends_at_once_and_leaves_the_last_checkpoint_whole(
     command = [sys.executable, "-m", "nybble", *words(tiny_llama(), rows_file, out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     has_checkpoints(out)
+    process.send_signal(signal.SIGSTOP)  # or it might end between the two signals
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGCONT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert err.splitlines()[-1] == "nybble: stopped at once; the last checkpoint is whole"

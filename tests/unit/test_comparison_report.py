@@ -151,7 +151,7 @@ def test_rows_without_a_figure_are_left_out() -> None:
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"arms": [{}], "verdict": "x"}', '{"arms": [], "verdict": 3}'])
 def test_a_damaged_comparison_is_refused_in_words(tmp_path: Path, content: str) -> None:
     (tmp_path / "comparison.json").write_text(content)
-    with pytest.raises(InputError, match=r"comparison\.json: is damaged"):
+    with pytest.raises(InputError, match=r"comparison\.json is damaged"):
         rewrite_report(tmp_path)
 
 

@@ -159,7 +159,7 @@ def test_markdown_holds_no_markup_of_others() -> None:
 def test_a_record_of_another_kind_is_refused(tmp_path: Path) -> None:
     for content in ({}, {"status": 3}, {"status": "done", "recipe": [], "versions": {}}):
         (tmp_path / "run.json").write_text(json.dumps(content))
-        with pytest.raises(InputError, match=r"run.json: damaged \(no "):
+        with pytest.raises(InputError, match=r"run.json is damaged \(no "):
             read_record(tmp_path)
 
 

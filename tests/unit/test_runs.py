@@ -182,7 +182,7 @@ def test_a_folder_without_record_is_no_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b'{"recipe": {', b"\xff\xfe", b"[]", b'{"status": "done"}', b"null"])
 def test_a_damaged_record_is_named(run: RunDirectory, content: bytes) -> None:
     (run.path / "run.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"run.json: damaged \(") as caught:
+    with pytest.raises(InputError, match=r"run.json is damaged \(") as caught:
         read_record(run.path)
     assert "\n" not in str(caught.value)
 

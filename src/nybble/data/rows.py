@@ -188,7 +188,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     with file:
         batches = file.iter_batches(batch_size=1024)
         while True:
-            with library_faults(f"{path}: is damaged", RowsError, advice):
+            with library_faults(f"{path} is damaged", RowsError, advice):
                 batch = next(batches, None)
                 rows = batch.to_pylist() if batch is not None else []
             if batch is None:

@@ -169,7 +169,7 @@ def _of_run(name: str, folder: Path, overrides: Mapping[str, Any] | None) -> Art
     if not weights.is_dir():
         raise InputError(f"{name} contains no trained weights yet ({weights.name}/); wait for the run, or --resume it")
     if not isinstance(record["rows"].get("ledger"), dict):
-        raise InputError(f"{folder}/run.json: damaged (no ledger); give another run")
+        raise InputError(f"{folder}/run.json is damaged (no ledger); give another run")
     note = _note(folder / "run.json", record["rows"]["ledger"])
     base = str(weights) if not is_adapter else str(run.base) if run.base.is_dir() else None
     return Artifact(
@@ -202,7 +202,7 @@ def _note(file: Path, content: Any) -> _Note:
     try:
         return _Note.model_validate(content)
     except ValidationError as error:
-        raise ModelError(f"{file}: damaged ({first_fault(error)}); repair or remove it") from error
+        raise ModelError(f"{file} is damaged ({first_fault(error)}); repair or remove it") from error
 
 
 def _noted(

@@ -55,7 +55,7 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], int]:
     from safetensors import safe_open
 
     # The library checks types, shapes, offsets, overlaps and the length of the file.
-    with library_faults(f"{file}: damaged or cut short", ModelError, _AGAIN), safe_open(file, framework="numpy"):
+    with library_faults(f"{file} is damaged or cut short", ModelError, _AGAIN), safe_open(file, framework="numpy"):
         pass
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -64,7 +64,7 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], int]:
         try:
             found = parse_object(stream.read(length))
         except ValueError as error:
-            raise ModelError(f"{file}: damaged (header: {error}); {_AGAIN}") from error
+            raise ModelError(f"{file} is damaged (header: {error}); {_AGAIN}") from error
     found.pop("__metadata__", None)
     return {
         name: StoredTensor(facts["dtype"], tuple(facts["shape"]), *facts["data_offsets"])

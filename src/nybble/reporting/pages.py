@@ -65,7 +65,7 @@ def of_record(file: Path) -> Iterator[None]:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, TemplateError) as error:
         what = f"it lacks {error}" if isinstance(error, KeyError) else "a value has the wrong type"
-        raise InputError(f"{file}: is damaged ({what}); give another folder") from error
+        raise InputError(f"{file} is damaged ({what}); give another folder") from error
 
 
 def rows_page(source: str, ledger: Mapping[str, Any], rows: Sequence[Any]) -> str:

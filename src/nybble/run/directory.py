@@ -300,7 +300,7 @@ def read_record(path: Path | str) -> dict[str, Any]:
     texts = {"status", "started"}
     missing = sorted(name for name in needed if not isinstance(record.get(name), str if name in texts else dict))
     if missing:
-        raise InputError(f"{file}: damaged (no {', '.join(missing)}); give another run")
+        raise InputError(f"{file} is damaged (no {', '.join(missing)}); give another run")
     return record
 
 
