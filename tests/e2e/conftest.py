@@ -23,7 +23,7 @@ import torch
 from nybble import subprocesses
 from nybble.cli.main import run as run_nybble
 
-_SECONDS = 120  # until a process that does not end fails its test
+_SECONDS = 300  # until a process that does not end fails its test
 ROWS = 23  # of which steps of 4 leave 3 in the last, which neither 2 nor 4 processes share evenly
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
 

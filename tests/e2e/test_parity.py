@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ import torch
 from nybble.kernels.pointwise import ops as pointwise
 
 SETTINGS = {"max_steps": 4, "parity_steps": 3, "lora_dropout": 0.1, "n_samples": 0, "eval_fraction": 0}
+# Relative differences of loss and gradients.
+ALLOWED = {"float32": (1e-6, 1e-5), "bfloat16": (2e-2, 1e-1)}
 
 
 @pytest.fixture
@@ -23,12 +27,23 @@ def flags(tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path) -> l
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["qlora", "lora", "full"])
 def test_paths_agree(nybble: Callable[..., Any], flags: list[object], method: str, dtype: str) -> None:
-    done = nybble("train", *flags, "--method", method, "--compute_dtype", dtype)
+    done = nybble("train", *flags, "--method", method, "--compute_dtype", dtype, "--json")
     assert done.code == 0, done.err
+    told = re.search(r"(\d+) micro-steps beside the plain path: loss within (\S+), gradients within (\S+)", done.err)
+    assert told is not None, done.err
+    assert told[0] in done.json["notes"]
+    loss, gradient = float(told[2]), float(told[3])
+    loss_allowed, gradient_allowed = ALLOWED[dtype]
+    assert (
+        int(told[1])
+        == SETTINGS["parity_steps"] * done.json["plan"]["rows_per_step"] // done.json["plan"]["micro_batch"]
+    )
+    assert loss <= loss_allowed
+    assert 0 < gradient <= gradient_allowed  # two paths that round differently, and not one of them twice
 
 
 def test_a_wrong_path_stops_before_it_is_trained_on(
-    nybble: Callable[..., Any], flags: list[object], monkeypatch: pytest.MonkeyPatch
+    nybble: Callable[..., Any], flags: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = pointwise.rms_norm_backward
     monkeypatch.setattr(pointwise, "rms_norm_backward", lambda *args: -right(*args))
@@ -36,6 +51,9 @@ def test_a_wrong_path_stops_before_it_is_trained_on(
     assert done.code == 3
     assert "step 1: the fast path gives loss" in done.err
     assert "% apart" in done.err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert not (tmp_path / "run" / "events.jsonl").exists()
 
 
 def test_comparing_changes_nothing(nybble: Callable[..., Any], flags: list[object], tmp_path: Path) -> None:

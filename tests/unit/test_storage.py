@@ -63,6 +63,23 @@ def test_an_existing_folder_is_replaced_if_asked_for(tmp_path: Path, replace: bo
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_folder_that_cannot_be_replaced_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("old")
+    rename = Path.rename
+
+    def refusing(path: Path, target: Path) -> Path:
+        if path.suffix == ".partial":
+            raise OSError(28, "No space left on device")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refusing)
+    with pytest.raises(OSError, match="No space"), atomic_folder(tmp_path / "a"):
+        pass
+    assert (tmp_path / "a" / "x").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_only_left_overs_of_one_destination_are_removed(tmp_path: Path) -> None:
     for name in (".a.7.partial", ".ab.7.partial", ".a.b.7.partial", ".a.7.tmp"):
         (tmp_path / name).mkdir()

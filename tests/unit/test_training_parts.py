@@ -24,7 +24,6 @@ from nybble.training.optim import (
     create_schedule,
     learning_rate_of,
     parameter_groups,
-    step_schedule,
 )
 from nybble.training.stopping import Stops
 from nybble.training.trackers import start_trackers, tracker_names
@@ -64,18 +63,21 @@ def test_an_optimizer_is_made_by_its_name(name: str, kind: str, tmp_path: Path) 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["linear", "reduce_lr_on_plateau"])
-def test_a_schedule_warms_up_and_one_that_follows_a_metric_stays(name: str) -> None:
-    section = TrainingSection(lr_scheduler_type=name, warmup_ratio=0.25)
+def test_a_schedule_warms_up_and_decays() -> None:
     optimizer = torch.optim.SGD(Tiny().parameters(), lr=1.0)
-    schedule = create_schedule(optimizer, section, 8)
+    schedule = create_schedule(optimizer, TrainingSection(lr_scheduler_type="linear", warmup_ratio=0.25), 8)
     rates = []
     for _ in range(8):
         rates.append(learning_rate_of(optimizer))
         optimizer.step()
-        step_schedule(schedule)
-    linear = [0, 1 / 2, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
-    assert rates == ([1.0] * 8 if name == "reduce_lr_on_plateau" else pytest.approx(linear))
+        schedule.step()
+    assert rates == pytest.approx([0, 1 / 2, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+
+
+@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
+def test_a_schedule_that_follows_an_evaluation_is_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match=f"lr_scheduler_type: {name} follows the loss of regular evaluations"):
+        check_optimizer_and_schedule(TrainingSection(lr_scheduler_type=name))
 
 
 def test_an_optimizer_that_updates_within_the_backward_pass_is_refused() -> None:

@@ -62,7 +62,12 @@ def atomic_folder(folder: Path, *, replace: bool = True) -> Iterator[Path]:
         if replace and folder.exists():
             folder.rename(old)
         if not folder.exists():
-            partial.rename(folder)
+            try:
+                partial.rename(folder)
+            except OSError:
+                if old.exists():
+                    old.rename(folder)
+                raise
             _sync(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -34,7 +34,7 @@ from nybble.training.evaluate import HeldOut, held_out_loss, sample_answers
 from nybble.training.guards import BadStep, NonFiniteGuard
 from nybble.training.metrics import Metrics
 from nybble.training.objective import Objective
-from nybble.training.optim import learning_rate_of, step_schedule
+from nybble.training.optim import learning_rate_of
 from nybble.training.parity import Parity, check, compare
 from nybble.training.state import TrainState
 from nybble.training.stopping import Stops
@@ -105,7 +105,7 @@ def train(t: Training) -> None:
             t.model.zero_grad(set_to_none=True)  # the update then changes no weight and no moment
         learning_rate = learning_rate_of(state.optimizer)
         if update(t):
-            step_schedule(state.schedule)
+            state.schedule.step()
         t.model.zero_grad(set_to_none=True)
         state.finish_step(n_tokens, is_skipped=is_skipped)
         t.metrics.first_step_is_done()

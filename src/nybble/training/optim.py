@@ -34,7 +34,10 @@ _LIBRARIES = {
 }
 _IN_BACKWARD = ("lomo", "adalomo")  # they update weights within the backward pass, before a step can be judged
 _WITHOUT_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-_BY_METRIC = ("ReduceLROnPlateau", "GreedyLR")
+_BY_METRIC = (
+    "reduce_lr_on_plateau",
+    "greedy",
+)  # they follow a loss on held-out rows, which the loop does not give them
 
 
 def check_optimizer_and_schedule(section: TrainingSection) -> None:
@@ -48,7 +51,8 @@ def check_optimizer_and_schedule(section: TrainingSection) -> None:
     from transformers.training_args import OptimizerNames
 
     _check_name("optim", section.optim, [name.value for name in OptimizerNames if name.value not in _IN_BACKWARD])
-    _check_name("lr_scheduler_type", section.lr_scheduler_type, [name.value for name in SchedulerType])
+    schedules = [name.value for name in SchedulerType if name.value not in _BY_METRIC]
+    _check_name("lr_scheduler_type", section.lr_scheduler_type, schedules)
     for word in sorted(_LIBRARIES, key=len, reverse=True):
         module, command = _LIBRARIES[word]
         if word in section.optim:
@@ -111,12 +115,6 @@ def create_schedule(optimizer: Any, section: TrainingSection, max_steps: int) ->
     )
 
 
-def step_schedule(schedule: Any) -> None:
-    """Move a schedule on by one step; those that follow a metric stay where they are, since they are given none."""
-    if type(schedule).__name__ not in _BY_METRIC:
-        schedule.step()
-
-
 def learning_rate_of(optimizer: Any) -> float:
     """The rate of the next update."""
     return float(optimizer.param_groups[0]["lr"])
@@ -136,6 +134,11 @@ def _check_name(setting: str, value: str, allowed: list[str]) -> None:
         raise RecipeError(
             f"training.{setting}: {value} updates weights within the backward pass, where no step can be judged, "
             "clipped or accumulated; choose another, e.g. adamw_torch_fused"
+        )
+    if value in _BY_METRIC:
+        raise RecipeError(
+            f"training.{setting}: {value} follows the loss of regular evaluations, which are not given to it; "
+            "choose another, e.g. cosine"
         )
     if value not in allowed:
         near = difflib.get_close_matches(value, allowed, n=1)
