@@ -34,10 +34,8 @@ _LIBRARIES = {
 }
 _IN_BACKWARD = ("lomo", "adalomo")  # they update weights within the backward pass, before a step can be judged
 _WITHOUT_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-_BY_METRIC = (
-    "reduce_lr_on_plateau",
-    "greedy",
-)  # they follow a loss on held-out rows, which the loop does not give them
+# They follow the loss of regular evaluations, which the loop does not give them.
+_BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 
 
 def check_optimizer_and_schedule(section: TrainingSection) -> None:
