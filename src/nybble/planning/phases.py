@@ -127,8 +127,19 @@ class Forecast:
 
     def level_for(self, curve: StepAtLevels, budget_bytes: int) -> int | None:
         """The first level at which a step stays within the budget; None if it does at none."""
+        if not self.leaves_room(curve, budget_bytes):
+            return None
         room = budget_bytes - self.beside_a_step
         return next((n for n in self.levels if self.total(curve.steady(n).peak) <= room), None)
+
+    def leaves_room(self, curve: StepAtLevels, budget_bytes: int) -> bool:
+        """Whether weights and optimizer state alone stay within the budget.
+
+        They are the same at every level and for every split of a batch; where they do not, no other is worth tracing.
+        """
+        rest = curve.steady(self.levels[0]).rest
+        always = {part: rest.get(part, 0) for part in ("weights", "adapters", "optimizer")}
+        return self.total(Peak(sum(always.values()), always)) <= budget_bytes - self.beside_a_step
 
     @cached_property
     def levels(self) -> Sequence[int]:

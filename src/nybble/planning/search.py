@@ -81,6 +81,8 @@ def choose(forecast: Forecast, budget_bytes: int, n_parts: int | None = None) ->
 def _fastest(forecast: Forecast, budget_bytes: int, n_parts: int | None) -> ChosenSettings:
     size = forecast.setting.recipe.training.per_device_train_batch_size
     parts = [n_parts] if n_parts else [n for n in range(1, size + 1) if size % n == 0][: _SPLITS + 1]
+    if not forecast.leaves_room(forecast.average, budget_bytes):
+        parts = parts[-1:]
     found: list[ChosenSettings] = []
     for n in parts:
         found.append(_at(forecast, n, budget_bytes))
