@@ -108,9 +108,9 @@ def test_resume_before_the_first_checkpoint_begins_anew(
     assert [json.loads(line)["step"] for line in (out / "events.jsonl").read_text().splitlines()] == [1, 2]
 
 
-@pytest.mark.fresh
+@pytest.mark.parametrize("children", ["forked", pytest.param("new", marks=[pytest.mark.fresh, pytest.mark.nightly])])
 def test_a_run_can_be_checked_on_the_users_machine(
-    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path, children: str
 ) -> None:
     out = tmp_path / "run"
     assert nybble(*words(tiny_llama(), rows_file, out, max_steps=2, gradient_accumulation_steps=4)).code == 0

@@ -23,6 +23,7 @@ Launch = Callable[..., Any]
 _SECONDS = 120  # until what does not end fails its test
 
 
+@pytest.mark.nightly
 def test_two_machines_begin_anew_by_torchrun(words: list[object], free_port: Callable[[], int], tmp_path: Path) -> None:
     """Each launcher counts its own restarts, and their store outlives a start: neither may keep them from meeting."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -23,7 +23,7 @@ def words(base: Path, rows: Path, *more: object) -> list[object]:
     return [word for name, value in (flags | fixed).items() for word in (f"--{name}", value)] + list(more)
 
 
-@pytest.mark.parametrize("method", ["qlora", "full"])
+@pytest.mark.parametrize("method", ["qlora", pytest.param("full", marks=pytest.mark.nightly)])
 def test_a_probed_run_is_the_run_with_that_rate(
     nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path, method: str
 ) -> None:

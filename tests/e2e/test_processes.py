@@ -31,13 +31,13 @@ def _left(run: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
 @pytest.mark.parametrize(
     ("count", "split", "tied"),
     [
-        (4, (), False),
+        pytest.param(4, (), False, marks=pytest.mark.nightly),
         (2, ("--lora_dropout", 0.2), False),
-        (2, ("--distributed", "fsdp"), False),
+        pytest.param(2, ("--distributed", "fsdp"), False, marks=pytest.mark.nightly),
         (2, ("--distributed", "fsdp"), True),
-        (2, OFFLOADED, False),
+        pytest.param(2, OFFLOADED, False, marks=pytest.mark.nightly),
         (4, GROUPS, True),
-        (2, ("--init_lora_weights", "loftq"), False),
+        pytest.param(2, ("--init_lora_weights", "loftq"), False, marks=pytest.mark.nightly),
     ],
 )
 def test_several_processes_learn_what_one_does(
@@ -109,8 +109,15 @@ def _check_shares(run: Path, count: int) -> None:
     assert planned["weights"] + planned["adapters"] == pytest.approx(max(held), rel=0.05)
 
 
-@pytest.mark.parametrize("depth", ["never", "always"])
-@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+@pytest.mark.parametrize(
+    ("tied", "depth"),
+    [
+        (False, "never"),
+        (True, "always"),
+        pytest.param(False, "always", marks=pytest.mark.nightly),
+        pytest.param(True, "never", marks=pytest.mark.nightly),
+    ],
+)
 def test_each_process_of_a_run_in_shards_takes_what_was_planned(
     launch: Launch,
     words: list[object],
@@ -158,8 +165,11 @@ def test_each_process_of_a_run_in_shards_takes_what_was_planned(
 
 @pytest.mark.parametrize(
     ("count", "how"),
-    [(2, ("--distributed", "fsdp")), (2, OFFLOADED), (4, GROUPS)],
-    ids=["shards", "offloaded", "groups"],
+    [
+        pytest.param(2, ("--distributed", "fsdp"), id="shards"),
+        pytest.param(2, OFFLOADED, id="offloaded", marks=pytest.mark.nightly),
+        pytest.param(4, GROUPS, id="groups", marks=pytest.mark.nightly),
+    ],
 )
 def test_a_run_of_which_a_process_was_killed_goes_on_to_the_same_bits(
     launch: Launch, words: list[object], tmp_path: Path, count: int, how: tuple[object, ...]
@@ -208,7 +218,7 @@ def _tensors(run: Path) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in found.items() if " generators." not in name}
 
 
-@pytest.mark.parametrize("distributed", ["ddp", "fsdp"])
+@pytest.mark.parametrize("distributed", [pytest.param("ddp", marks=pytest.mark.nightly), "fsdp"])
 def test_held_out_rows_are_shared_and_each_counts_once(
     launch: Launch, words: list[object], tmp_path: Path, distributed: str
 ) -> None:
