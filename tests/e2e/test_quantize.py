@@ -35,7 +35,7 @@ def test_the_checkpoint_trains_like_the_model_it_came_from(
     assert first == second
 
 
-def check_checkpoint(packed: Path, base: Path, told: dict[str, Any]) -> None:
+def check_checkpoint(packed: Path, base: Path, outcome: dict[str, Any]) -> None:
     """What lies there decodes to weights near those of the base; everything else is the base's own."""
     config = json.loads((packed / "config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["load_in_4bit"], config["bnb_4bit_quant_type"]) == (
@@ -44,13 +44,13 @@ def check_checkpoint(packed: Path, base: Path, told: dict[str, Any]) -> None:
         "nf4",
     )
     stored, weights = load_file(packed / "model.safetensors"), load_file(base / "model.safetensors")
-    assert told["file_bytes"] == (packed / "model.safetensors").stat().st_size
-    assert told["bits_per_weight"] < 4.6
+    assert outcome["file_bytes"] == (packed / "model.safetensors").stat().st_size
+    assert outcome["bits_per_weight"] < 4.6
     linears = [name for name in weights if f"{name}.absmax" in stored]
-    assert len(linears) == told["n_packed"]
+    assert len(linears) == outcome["n_packed"]
     for name, weight in weights.items():
         if name not in linears:
-            assert torch.equal(stored[name].float(), weight.float()), name
+            assert torch.equal(stored[name], weight.to(stored[name].dtype)), name
             continue
         parts = {key.removeprefix(f"{name}."): stored[key] for key in stored if key.startswith(f"{name}.")}
         decoded = decode(from_bnb(stored[name], parts, tuple(weight.shape)), torch.float32)
