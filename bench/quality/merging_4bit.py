@@ -14,24 +14,22 @@ from typing import Any
 import nybble
 from bench.harness import Option, print_table, run
 from bench.quality.merging import ENCODERS, UNLIMITED, cases
-from nybble.exporting import Reference, merging
-from nybble.run.record import Silent
+from nybble.exporting import merging
 
 
 def six_ways(run: Path, folder: Path) -> list[dict[str, Any]]:
     """Both bases of a run with its adapter, packed by every encoder."""
-    job = merging._prepare(run, folder / "out", None, "4bit", None, UNLIMITED, Silent())
-    prepared, _ = merging._rows(job)
     found = []
-    with Reference(prepared.held_out, job.recipe.evaluation.max_new_tokens, job.tuned.stop_tokens) as reference:
-        asked = merging._ask_adapter(job, reference)
+    usual = merging.ENCODER
+    try:
         for encoder in ENCODERS:
             merging.ENCODER = encoder
-            written = merging._Written(job, *asked)
-            for target in job.bases:
-                measured = written.make(target, reference, prepared)
-                found.append({"base": target, "encoder": encoder, "gap": measured.loss_gap, "kl": measured.mean_kl})
-            written.discard()
+            merged = nybble.merge(run, folder / f"merged-{encoder}", into="4bit", limits=UNLIMITED)
+            for way in merged["candidates"]:
+                figures = {"gap": way["loss_gap"], "kl": way["mean_kl"]}
+                found.append({"base": way["target"], "encoder": encoder, **figures})
+    finally:
+        merging.ENCODER = usual
     return found
 
 
