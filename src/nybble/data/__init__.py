@@ -1,7 +1,7 @@
 """Rows: read them, detect their shape, label the tokens to learn, count them, and build batches."""
 
 from nybble.data.batches import FlatBatch, Groups, PadBatch, pack_rows, packs_of
-from nybble.data.encode import IGNORED, Example, encode_chat, encode_follow_up, encode_prompt, question_form
+from nybble.data.encode import Example, encode_chat, encode_follow_up, encode_prompt, question_form
 from nybble.data.ledger import Ledger
 from nybble.data.prepare import Prepared, examine_rows, prepare_rows, rows_cache
 from nybble.data.rows import Rows, read_rows
@@ -9,7 +9,7 @@ from nybble.data.shapes import Turn
 from nybble.data.show import ShownRow, Stretch, show_rows
 from nybble.data.store import Examples
 from nybble.data.templates import render_chat
-from nybble.data.tokens import adds_bos
+from nybble.data.tokens import IGNORED, adds_bos
 
 __all__ = [
     "IGNORED",

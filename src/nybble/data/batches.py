@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nybble.data.encode import IGNORED, Example
+from nybble.data.encode import Example
 from nybble.data.store import Examples
+from nybble.data.tokens import IGNORED
 from nybble.recipe import DataSection
 
-Group = Sequence[dict[str, list[int]]]  # rows that always enter the same batch
+Group = Sequence[dict[str, Any]]  # rows that always enter the same batch: input_ids, labels and, of a tree, segments
 NOTHING: Group = ({"input_ids": [0], "labels": [IGNORED]},)  # a row without any token to learn
 
 
@@ -106,7 +107,7 @@ class Groups(Sequence[Group]):
 
     def __getitem__(self, index: Any) -> Any:
         chosen = (self._examples[place] for place in self._places(index))
-        return [{"input_ids": example.input_ids, "labels": example.labels} for example in chosen]
+        return [{"input_ids": e.input_ids, "labels": e.labels, "segments": e.segments} for e in chosen]
 
 
 def packs_of(examples: Examples, section: DataSection) -> list[list[int]] | None:

@@ -20,16 +20,16 @@ from typing import Any
 from nybble.data.rendered import CHAT_FORMATS
 from nybble.data.shapes import Form, Piece, Turn, alpaca_prompt, answers_of, as_first_unit, exchanges, prompt_form_of
 from nybble.data.templates import render_chat
-from nybble.data.tokens import MARKS, adds_bos, mark, spelled, stop_ids, tokenize, unmark
+from nybble.data.tokens import IGNORED, MARKS, adds_bos, mark, spelled, stop_ids, tokenize, unmark
+from nybble.data.tree import Segments, path_before
 from nybble.errors import RowsError
 
-IGNORED = -100  # the label that torch's cross-entropy skips
 _MOST_SEARCHED = 1000  # answers of one row; locating each renders all turns before it, and 1,000 take about 20 s
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training example: a tokenized row, or a part of one."""
+    """One training example: a tokenized row, a part of one, or a tree of contexts (see `nybble.data.tree`)."""
 
     input_ids: list[int]
     labels: list[int]  # token id where learned, else -100; not shifted
@@ -42,6 +42,7 @@ class Example:
     is_truncated: bool
     row: int = 0  # row number, from 1
     answer: str | None = None  # the reference answer, if the row has one
+    segments: Segments = ()  # of a tree
 
     @property
     def n_trained(self) -> int:
@@ -51,7 +52,7 @@ class Example:
     @property
     def prompt_ids(self) -> list[int]:
         """The tokens before the last answer."""
-        return self.input_ids[: self.last_answer_start]
+        return path_before(self.input_ids, self.segments, self.last_answer_start)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from nybble.data.encode import IGNORED, Example
+from nybble.data.encode import Example
 from nybble.data.prepare import Prepared
-from nybble.data.tokens import control_ids
+from nybble.data.tokens import IGNORED, control_ids
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ that is not learned is stored as its complement (`~id`, which is negative), so a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, overload
 
@@ -15,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
 
-from nybble.data.encode import IGNORED, EncodedRow, Example, key_of
+from nybble.data.encode import EncodedRow, Example, key_of
+from nybble.data.tokens import IGNORED
 
 _COPIED = ("row", "answer", "n_answers", "n_stops", "n_cut_stops", "n_empty", "last_answer_start", "is_truncated")
 _SCHEMA = pa.schema(
@@ -30,6 +32,7 @@ _SCHEMA = pa.schema(
         "n_empty": pa.int32(),
         "last_answer_start": pa.int32(),
         "is_truncated": pa.bool_(),
+        "segments": pa.list_(pa.int32()),  # length and parent of each in turn
         # Columns for the ledger: first those of the example, then those of its row.
         "length": pa.int32(),
         "n_trained": pa.int32(),
@@ -50,6 +53,7 @@ def to_records(rows: Iterable[EncodedRow]) -> pa.RecordBatch:
             ids = np.array(example.input_ids, dtype=np.int32)
             learned = np.array(example.labels, dtype=np.int32) != IGNORED
             record = {name: getattr(example, name) for name in (*_COPIED, "stop_tokens")}
+            record["segments"] = list(chain.from_iterable(example.segments))
             record |= {"tokens": np.where(learned, ids, ~ids), "length": len(ids), "key": key_of(example.input_ids)}
             record |= {"n_trained": int(learned[1:].sum()), "row_length": row.length, "row_turns": row.n_turns}
             records.append(record | {"row_key": row.key, "row_form": row.prompt_form})
@@ -98,10 +102,12 @@ class Examples(Sequence[Example]):
         batch = self._batches[number]
         record = place - int(self._ends[number]) + batch.num_rows
         tokens = batch.column("tokens")[record].values.to_numpy()
+        pairs = batch.column("segments")[record].values.to_numpy().reshape(-1, 2).tolist()
         return Example(
             input_ids=np.where(tokens < 0, ~tokens, tokens).tolist(),
             labels=np.where(tokens < 0, IGNORED, tokens).tolist(),
             stop_tokens=tuple(batch.column("stop_tokens")[record].as_py()),
+            segments=tuple((length, parent) for length, parent in pairs),
             **{name: batch.column(name)[record].as_py() for name in _COPIED},
         )
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+IGNORED = -100  # the label that torch's cross-entropy skips
 MARKS = range(0xF0000, 0xFFFFE)  # private-use characters: templates pass them through and never trim them
 
 
