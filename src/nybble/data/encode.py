@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
+from nybble.data.adapt import adapt_to_template
 from nybble.data.rendered import CHAT_FORMATS
 from nybble.data.shapes import Form, Piece, Turn, alpaca_prompt, answers_of, as_first_unit, exchanges, prompt_form_of
 from nybble.data.templates import render_chat
@@ -180,7 +180,7 @@ def _encode_pieces(pieces: list[Piece], tokenizer: Any) -> _Spans:
 
 
 def _encode_turns(turns: list[Turn], tokenizer: Any, loss_on: str, where: str) -> _Spans:
-    turns = _adapt_to_template(turns, tokenizer, where)
+    turns = adapt_to_template(turns, tokenizer, where)
     contents, sign = mark([turn.content for turn in turns], tokenizer)
     turns = [replace(turn, content=content) for turn, content in zip(turns, contents, strict=True)]
     marked = _render(turns, tokenizer, where)
@@ -200,7 +200,7 @@ def _encode_turns(turns: list[Turn], tokenizer: Any, loss_on: str, where: str) -
         # The turn ends with its last special token; line breaks that a template adds after it are not learned.
         if inside:
             spans.answers.append((inside[0], (stops[-1] if stops else inside[-1]) + 1, bool(stops)))
-    if spans.answers and not spans.answers[-1][2]:
+    if spans.answers and turns[-1].learn and not spans.answers[-1][2]:
         first, end, _stop = spans.answers[-1]
         spans.ids = [*ids[:end], tokenizer.eos_token_id]  # the template writes no end token, so add one
         spans.answers[-1] = (first, end + 1, True)
@@ -215,6 +215,7 @@ def _answer_borders(turns: list[Turn], text: str, tokenizer: Any, loss_on: str, 
     answers = [k for k, turn in enumerate(turns) if turn.role == "assistant"]
     if loss_on == "last_answer":
         answers = answers[-1:]
+    answers = [k for k in answers if turns[k].learn]
     borders = list(_search(turns, answers, text, tokenizer, where))
     if None not in borders:
         return [border for border in borders if border is not None]
@@ -325,34 +326,17 @@ def _find_border(turns: list[Turn], k: int, text: str, tokenizer: Any, where: st
 
 def _render(turns: list[Turn], tokenizer: Any, where: str, asks: bool = False) -> str:
     tools = json.loads(turns[0].content) if turns and turns[0].role == "tools" else None
-    messages: list[dict[str, Any]] = [
-        {"role": turn.role, "content": turn.content} | ({"tool_calls": json.loads(turn.calls)} if turn.calls else {})
-        for turn in turns
-        if turn.role != "tools"
-    ]
+    messages = [_message(turn) for turn in turns if turn.role != "tools"]
     return render_chat(tokenizer, messages, where, tools, asks)
 
 
-def _adapt_to_template(turns: list[Turn], tokenizer: Any, where: str) -> list[Turn]:
-    """The turns with only those roles that the tokenizer's template supports: it would silently omit the others.
-
-    If the template does not support tools, they become part of the system text; if it has no tool role, a tool's
-    result becomes a user turn.
-    """
-    template = str(tokenizer.chat_template)
-    if any(turn.calls for turn in turns) and "tool_calls" not in template:
-        raise RowsError(
-            f"{where}: the chat template does not support tool_calls; write the calls into the content, or set "
-            "--chat_template to one that does"
-        )
-    if not re.search(r"""['"](tool|ipython)['"]""", template):
-        turns = [replace(turn, role="user") if turn.role == "tool" else turn for turn in turns]
-    if turns[0].role == "tools" and not re.search(r"\btools\b", template):
-        system = f"These functions may be called, as a JSON object with name and arguments:\n{turns[0].content}"
-        has_system = turns[1].role == "system"
-        rest = turns[2:] if has_system else turns[1:]
-        return [Turn("system", f"{turns[1].content}\n\n{system}" if has_system else system), *rest]
-    return turns
+def _message(turn: Turn) -> dict[str, Any]:
+    """The turn as chat templates expect it; a key is only there if the turn has something to say under it."""
+    message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+    if turn.calls:
+        message["tool_calls"] = json.loads(turn.calls)
+    words = {"reasoning_content": turn.reasoning, "name": turn.name, "tool_call_id": turn.tool_call_id}
+    return message | {key: text for key, text in words.items() if text}
 
 
 def encode_prompt(question: str, tokenizer: Any, form: str, system: str = "") -> list[int]:

@@ -38,6 +38,10 @@ class Turn:
     role: str  # "system", "user", "assistant", "tool", or "tools" (the functions that may be called, as a JSON list)
     content: str
     calls: str = ""  # the calls that an assistant makes, as a JSON list
+    reasoning: str = ""  # what an assistant thinks before it answers
+    name: str = ""  # of the speaker, or of the function whose result a tool turn is
+    tool_call_id: str = ""  # the id of the call whose result a tool turn is
+    learn: bool = True  # whether the loss may count this turn; only an assistant's turns are learned
 
 
 Form = Sequence[Piece | Turn]
@@ -62,6 +66,9 @@ _BEFORE = {
     "tool": ("assistant", "tool"),
 }
 _MOST_CHARACTERS = 2_000_000  # longer than any context; tokenizing more takes gigabytes and minutes
+# Message keys that hold an assistant's reasoning; several in one message must agree.
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+_FLAG_KEYS = ("weight", "train", "loss_mask")  # message keys that say whether a turn is learned
 _COLUMNS = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
@@ -253,7 +260,44 @@ def _turn(message: Any, role_key: str, content_key: str, where: str) -> Turn:
     if not isinstance(content, str):
         raise RowsError(f"{where}: {content_key} is of type {type(content).__name__}, not text; repair the row")
     check_text(content, where)
-    return Turn(role, content, json.dumps(calls, ensure_ascii=False) if calls else "")
+    return Turn(
+        role=role,
+        content=content,
+        calls=json.dumps(calls, ensure_ascii=False) if calls else "",
+        reasoning=_reasoning(message, where),
+        name=_word(message, "name", where),
+        tool_call_id=_word(message, "tool_call_id", where),
+        learn=all(_flag(message[key], f"{where}: {key}") for key in _FLAG_KEYS if message.get(key) is not None),
+    )
+
+
+def _reasoning(message: Mapping[str, Any], where: str) -> str:
+    found = {text: key for key in _REASONING_KEYS if (text := _word(message, key, where))}
+    if len(found) > 1:
+        raise RowsError(f"{where}: {' and '.join(found.values())} hold different texts; keep one of them")
+    return next(iter(found), "")
+
+
+def _word(message: Mapping[str, Any], key: str, where: str) -> str:
+    """The text under `key`, or "" if the message has none."""
+    value = message.get(key)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise RowsError(f"{where}: {key} is of type {type(value).__name__}, not text; repair the row")
+    check_text(value, where)
+    return value
+
+
+def _flag(value: Any, where: str) -> bool:
+    """Whether a turn with this flag is learned.
+
+    Raises:
+        RowsError: the flag is neither 0 nor 1.
+    """
+    if value in (0, 1):
+        return bool(value)
+    raise RowsError(f"{where} is {shown(value)}; allowed are 0 and false (not learned) and 1 and true (learned)")
 
 
 def _text_part(part: Any, where: str) -> str:
