@@ -121,8 +121,167 @@ def test_a_folder_gives_the_rows_of_its_files_in_order_of_name(tmp_path: Path) -
     write_lines(tmp_path / "b.jsonl", [{"text": "2"}])
     write_parquet(tmp_path / "a.parquet", [{"text": "1"}])
     (tmp_path / "README.md").write_text("not rows")
-    (tmp_path / "c.txt").write_text("3")
-    assert [row["text"] for row in rows_in(str(tmp_path))] == ["1", "2", "3"]
+    assert [row["text"] for row in rows_in(str(tmp_path))] == ["1", "2"]
+
+
+def test_text_and_metadata_beside_rows_are_named_and_not_read(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write_lines(tmp_path / "data" / "b.jsonl", [{"text": "2"}])
+    (tmp_path / "data" / "ideas.txt").write_text("buy milk")
+    (tmp_path / "LICENSE.txt").write_text("do what you want")
+    (tmp_path / "dataset_infos.json").write_text('{"default": {"description": "x"}}')
+    found = read_rows(str(tmp_path))
+    assert [row for _, row in found] == [{"text": "2"}]
+    assert found.files_not_read == ("LICENSE.txt", "data/ideas.txt", "dataset_infos.json")
+
+
+def test_a_folder_of_text_gives_its_text(tmp_path: Path) -> None:
+    for name, text in (("a.txt", "one"), ("b.txt", "two\n\nthree"), ("requirements.txt", "torch")):
+        (tmp_path / name).write_text(text)
+    found = read_rows(str(tmp_path))
+    assert [row for _, row in found] == [{"text": "one"}, {"text": "two"}, {"text": "three"}]
+    assert found.files_not_read == ("requirements.txt",)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[..., Path]:
+    """`saved(train=rows, test=rows)`: the folder that `save_to_disk` writes; `saved(rows)` is a single data set."""
+    from datasets import Dataset, DatasetDict
+
+    def save(rows: list[dict[str, Any]] | None = None, **splits: list[dict[str, Any]]) -> Path:
+        made = Dataset.from_list(rows) if rows else DatasetDict({k: Dataset.from_list(v) for k, v in splits.items()})
+        made.save_to_disk(tmp_path / "saved", **({"num_shards": min(3, len(rows))} if rows else {}))
+        return tmp_path / "saved"
+
+    return save
+
+
+def test_what_save_to_disk_wrote_is_read_in_order(saved: Callable[..., Path]) -> None:
+    rows = [{"text": str(number)} for number in range(7)]
+    folder = saved(rows)
+    assert rows_in(str(folder)) == rows
+    assert rows_in(str(folder), limit=2) == rows[:2]
+    with pytest.raises(RowsError, match="has no split 'test'; it was saved as one data set"):
+        read_rows(str(folder), "test")
+
+
+def test_the_splits_of_save_to_disk_are_read(saved: Callable[..., Path]) -> None:
+    folder = saved(train=[{"text": "a"}], dev=[{"text": "b"}], long=[{"text": "c"}])
+    found = {name: rows_in(str(folder), split=name) for name in ("train", "validation", "dev", "long")}
+    assert found == {
+        "train": [{"text": "a"}],
+        "validation": [{"text": "b"}],
+        "dev": [{"text": "b"}],
+        "long": [{"text": "c"}],
+    }
+    with pytest.raises(RowsError, match="has no split 'test'; it has: train, dev, long"):
+        read_rows(str(folder), "test")
+
+
+@pytest.mark.parametrize("state", ["{}", "[", '{"_data_files": [{"filename": "../x.arrow"}]}', '{"_data_files": [3]}'])
+def test_a_damaged_folder_of_save_to_disk_is_refused(saved: Callable[..., Path], state: str) -> None:
+    folder = saved([{"text": "a"}])
+    (folder / "state.json").write_text(state)
+    (folder.parent / "x.arrow").write_bytes(next(folder.glob("*.arrow")).read_bytes())
+    assert refusal(folder)
+
+
+NESTED: list[dict[str, Any]] = [
+    {"calls": [{"name": "move", "arguments": {"x": 1, "y": [None, 2]}}], "kind": "a"},
+    {"calls": [{"name": "paint", "arguments": {"colour": "red"}}, {"name": "stop", "arguments": {}}], "kind": None},
+    {"calls": [], "kind": "b"},
+    {"calls": [{"name": "ask", "arguments": {"deep": {"one": {"q": "?"}}}, "default": None}], "kind": "c"},
+    {"calls": [{"name": "ask", "arguments": {"deep": {"two": [{"r": 1}, {"s": 2}]}}, "default": None}], "kind": "d"},
+]
+
+
+def write_arrow_file(file: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+
+    table = pa.Table.from_pylist(rows)
+    with pa.ipc.new_file(str(file), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+
+
+def write_arrow_stream(file: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+
+    table = pa.Table.from_pylist(rows)
+    with pa.ipc.new_stream(str(file), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_arrow_file, write_arrow_stream])
+def test_keys_that_arrow_added_are_gone(tmp_path: Path, write: Callable[[Path, Any], None]) -> None:
+    rows = [{**row, "calls": [{k: v for k, v in c.items() if k != "default"} for c in row["calls"]]} for row in NESTED]
+    write(tmp_path / "r.parquet", rows)
+    assert rows_in(str(tmp_path / "r.parquet")) == rows
+
+
+def test_nulls_that_somebody_wrote_stay(tmp_path: Path) -> None:
+    rows = [{"calls": [{"default": None, "enum": ["a", None]}], "more": None, "only": "x"}]
+    write_parquet(tmp_path / "r.parquet", rows)
+    write_lines(tmp_path / "r.jsonl", NESTED)
+    assert rows_in(str(tmp_path / "r.parquet")) == rows
+    assert rows_in(str(tmp_path / "r.jsonl")) == NESTED
+
+
+def test_rows_of_datasets_lose_the_keys_that_arrow_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = [{"m": [{"a": 1}]}, {"m": [{"b": "x"}]}]
+    for made in (datasets.Dataset.from_list(rows), datasets.Dataset.from_list(rows).to_iterable_dataset()):
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_args, made=made, **_options: made)
+        assert rows_in("some/rows") == rows
+        assert rows_in("some/rows", limit=1) == rows[:1]
+
+
+@pytest.mark.parametrize("write", [write_lines, write_json, write_parquet, write_arrow_stream])
+@pytest.mark.parametrize("name", ["r.txt", "r.csv", "r.json", "r.jsonl", "r.parquet", "r.ndjson", "rows"])
+def test_the_content_tells_what_a_file_is(tmp_path: Path, name: str, write: Callable[[Path, Any], None]) -> None:
+    write(tmp_path / name, ROWS)
+    assert rows_in(str(tmp_path / name)) == ROWS
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:1]])
+def test_a_list_on_one_line_is_read_by_any_name(tmp_path: Path, rows: list[dict[str, str]]) -> None:
+    for name in ("r.txt", "r.jsonl", "r.json"):
+        (tmp_path / name).write_text(json.dumps(rows))
+        assert rows_in(str(tmp_path / name)) == rows
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[INST] Q [/INST] A",
+        "{{ bos_token }}\nx",
+        "[1] A footnote",
+        '["a", "b"]',
+        "[\nan open bracket",
+        "{\n  x = 1;\n}",
+    ],
+)
+def test_text_that_begins_with_a_bracket_is_text(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r.txt").write_text(text)
+    assert rows_in(str(tmp_path / "r.txt")) == [{"text": text}]
+
+
+@pytest.mark.parametrize(("name", "mark"), [("r.csv", ";"), ("r.csv", "\t"), ("r.tsv", "\t"), ("r.csv", ",")])
+def test_columns_may_be_separated_in_other_ways(tmp_path: Path, name: str, mark: str) -> None:
+    (tmp_path / name).write_text(f'prompt{mark}completion\nWhy?{mark}"a{mark}b"\n')
+    assert rows_in(str(tmp_path / name)) == [{"prompt": "Why?", "completion": f"a{mark}b"}]
+
+
+def test_rows_that_cannot_be_read_are_yielded_as_errors(tmp_path: Path) -> None:
+    file = tmp_path / "r.jsonl"
+    file.write_text('{"text"\n{"text": "a"}\n[1]\n{"text": "\\ud83d"}\n{"text": "b"}\n')
+    found = list(read_rows(str(file), on_bad_row="skip"))
+    assert [row for _, row in found if isinstance(row, dict)] == [{"text": "a"}, {"text": "b"}]
+    faults = [str(row) for _, row in found if not isinstance(row, dict)]
+    assert [fault.removeprefix(str(file)).split(":")[0] for fault in faults] == [" line 1", " row 3", " row 4"]
+    file.write_text("{x\nx\n")
+    with pytest.raises(RowsError, match="none of its 2 rows can be read, the first because"):
+        read_rows(str(file), on_bad_row="skip")
 
 
 def test_a_limit_keeps_the_first_rows(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from typing import Any
 from pyarrow import RecordBatch
 
 from nybble.data.encode import EncodedRow, encode_row
+from nybble.data.files import Row
 from nybble.data.rows import Placed, Rows
 from nybble.data.shapes import Turn, to_form
 from nybble.data.store import Examples, map_records, to_records, write_records
@@ -77,7 +78,9 @@ class Encoder:
         before, rows = chunk
         return to_records(self._encode(number, *placed) for number, placed in enumerate(rows, start=before + 1))
 
-    def _encode(self, number: int, where: str, row: dict[str, Any]) -> EncodedRow:
+    def _encode(self, number: int, where: str, row: Row | RowsError) -> EncodedRow:
+        if isinstance(row, RowsError):
+            raise row
         data = self.data
         has_template = bool(self.tokenizer.chat_template)
         form = to_form(row, self.shape, data, where, has_template)

@@ -1,13 +1,11 @@
-"""Read rows from parquet, json, jsonl, csv or text files, from folders of them, or from a hub id.
+"""Read rows from a file (`files.py`), from a folder of files or of `save_to_disk`, or from a hub id.
 
 The rows are never all in memory: `read_rows` iterates over them once to check, count and hash them, and callers iterate
-again. Only a `.json` file with one list is held in memory as a whole, as text. JSON and CSV are parsed here rather than
-by `datasets`, so that an error names the file and the line.
+again.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import re
@@ -17,24 +15,24 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from nybble.data.files import EXTENSIONS, Row, read_file, rows_of_batch
 from nybble.errors import CannotRunError, RowsError
-from nybble.guard import as_path, brief, library_faults
+from nybble.guard import as_path, brief, read_object
 
-Row = dict[str, Any]
-Placed = tuple[str, Row]  # the row's place as messages name it ("FILE row 3"), and the row
+# The row's place as messages name it ("FILE row 3"), and the row or, under `on_bad_row: skip`, why it is skipped.
+Placed = tuple[str, Row | RowsError]
 
-_DECODER = json.JSONDecoder()
-_SPACE = re.compile(r"[ \t\n\r]*")
-
-MOST_ROW_CHARACTERS = 16 << 20  # limit for one row as JSON or CSV; parsing it takes up to 25 times as much memory
 # Split -> words in the names of its files; files without any of these words belong to "train".
 _SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+# Files that describe a data set: those of `datasets` and of the hub, and text files that begin with these words.
+_METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json"}
+_DESCRIPTIONS = {"readme", "license", "licence", "notice", "citation", "requirements", "changelog", "authors"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,7 @@ class Rows:
     n_bytes: int  # size of all rows as JSON
     n_rows: int
     read: Callable[[], Iterator[Placed]]
+    files_not_read: tuple[str, ...] = ()  # files of the folder that hold no rows, as paths inside it
 
     def __iter__(self) -> Iterator[Placed]:
         return self.read()
@@ -55,14 +54,21 @@ class Rows:
         return self.n_rows
 
 
-def read_rows(name: str, split: str = "train", limit: int | None = None, config: str | None = None) -> Rows:
+def read_rows(
+    name: str,
+    split: str = "train",
+    limit: int | None = None,
+    config: str | None = None,
+    on_bad_row: str = "stop",
+) -> Rows:
     """Read and check the rows of one split.
 
     Args:
-        name: a file, a folder of files, or a hub id.
+        name: a file, a folder of files, a folder that `save_to_disk` wrote, or a hub id.
         split: the split to read; a single file is one split, whatever its name.
         limit: read at most this many rows.
         config: the configuration of the hub's data set, if it has several.
+        on_bad_row: "stop" raises at the first row that cannot be read; "skip" yields its error in its place.
 
     Raises:
         RowsError: the rows are missing, empty or malformed, or a folder has no such split.
@@ -71,39 +77,69 @@ def read_rows(name: str, split: str = "train", limit: int | None = None, config:
     if not name:
         raise RowsError("no rows given; set --dataset_name to a parquet, json, jsonl, csv or text file, or a hub id")
     path = as_path(name, RowsError)
+    not_read: list[Path] = []
     if path.is_file():
         files = [path]
     elif path.is_dir():
-        files = _files_of(path, split)
-    elif path.is_absolute() or path.suffix.lower() in _READERS or name.startswith((".", "~")) or name.count("/") > 1:
+        files = _saved_files(path, split)
+        if not files:
+            files, not_read = _files_of(path, split)
+    elif path.is_absolute() or path.suffix.lower() in EXTENSIONS or name.startswith((".", "~")) or name.count("/") > 1:
         raise RowsError(f"rows file {name!r} does not exist; give a file, a folder of files, or a hub id")
     else:
-        return _examine(name, partial(_read_hub, name, _load_hub(name, split, limit, config), limit))
-    return _examine(name, partial(_read_files, files, limit))
+        read = partial(_read_hub, name, _load_hub(name, split, limit, config), limit)
+        return _examine(name, partial(_checked, read, on_bad_row == "skip"))
+    read = partial(_read_files, files, limit)
+    named = tuple(str(file.relative_to(path)) for file in not_read)
+    return _examine(name, partial(_checked, read, on_bad_row == "skip"), named)
 
 
-def _examine(source: str, read: Callable[[], Iterator[Placed]]) -> Rows:
+def _examine(source: str, read: Callable[[], Iterator[Placed]], files_not_read: tuple[str, ...] = ()) -> Rows:
     digest = hashlib.sha256()
     first: Row | None = None
+    fault: RowsError | None = None
     n_rows = 0
     n_bytes = 0
     for where, row in read():
-        if not isinstance(row, dict):
-            raise RowsError(
-                f"{where}: is of type {type(row).__name__}, but a row must be an object with columns; repair the file"
-            )
-        for value in row.values():
-            if isinstance(value, str):
-                check_text(value, where)
-        content = _content(row, where)
+        if isinstance(row, RowsError):
+            fault = fault or row
+            content = b""
+        else:
+            content = _content(row, where)
+            first = row if first is None else first
         digest.update(content)
         digest.update(b"\n")
-        first = row if first is None else first
         n_rows += 1
         n_bytes += len(content)
     if first is None:
+        if fault is not None:
+            raise RowsError(f"{source}: none of its {n_rows:,} rows can be read, the first because: {fault}")
         raise RowsError(f"{source} contains no rows; give a file that contains rows")
-    return Rows(source, first, digest.hexdigest(), n_bytes, n_rows, read)
+    return Rows(source, first, digest.hexdigest(), n_bytes, n_rows, read, files_not_read)
+
+
+def _checked(read: Callable[[], Iterator[tuple[str, Any]]], skips: bool) -> Iterator[Placed]:
+    """Yield the rows; one that is no usable object is raised or, if `skips`, yielded as its error."""
+    for where, found in read():
+        try:
+            yield where, _check_row(found, where)
+        except RowsError as error:
+            if not skips:
+                raise
+            yield where, error
+
+
+def _check_row(found: Any, where: str) -> Row:
+    if isinstance(found, RowsError):
+        raise found
+    if not isinstance(found, dict):
+        raise RowsError(
+            f"{where}: is of type {type(found).__name__}, but a row must be an object with columns; repair the file"
+        )
+    for value in found.values():
+        if isinstance(value, str):
+            check_text(value, where)
+    return found
 
 
 def _content(row: Row, where: str) -> bytes:
@@ -126,202 +162,83 @@ def check_text(text: str, where: str) -> None:
         raise RowsError(f"{where}: character {error.start} is an unpaired surrogate; repair the text") from error
 
 
-def _files_of(folder: Path, split: str) -> list[Path]:
-    """The files below `folder` that belong to `split`, according to the words in their paths."""
-    wanted = next((name for name, words in _SPLITS.items() if split in words), split)
+def _files_of(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
+    """The files below `folder` that belong to `split`, according to the words in their paths, and those without rows.
+
+    Files that describe a data set are no rows, and neither are text files beside files of other kinds.
+    """
+    found = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.suffix.lower() in EXTENSIONS
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+    kinds = {file: EXTENSIONS[file.suffix.lower()] for file in found if not _is_description(file)}
+    if set(kinds.values()) != {"text"}:
+        kinds = {file: kind for file, kind in kinds.items() if kind != "text"}
     files_by_split: dict[str, list[Path]] = {}
-    for file in sorted(folder.rglob("*")):
-        inner = file.relative_to(folder)
-        if file.suffix.lower() in _READERS and not any(part.startswith(".") for part in inner.parts):
-            words = set(re.split(r"[^a-z0-9]+", str(inner.with_suffix("")).lower()))
-            named = (name for name, split_words in _SPLITS.items() if not words.isdisjoint(split_words))
-            files_by_split.setdefault(next(named, "train"), []).append(file)
+    for file in kinds:
+        inner = file.relative_to(folder).with_suffix("")
+        words = set(re.split(r"[^a-z0-9]+", str(inner).lower()))
+        named = (name for name, split_words in _SPLITS.items() if not words.isdisjoint(split_words))
+        files_by_split.setdefault(next(named, "train"), []).append(file)
     if not files_by_split:
-        raise RowsError(f"{folder} contains no files with rows; allowed extensions: {', '.join(_READERS)}")
+        raise RowsError(f"{folder} contains no files with rows; allowed extensions: {', '.join(EXTENSIONS)}")
+    wanted = _split_name(split)
     if wanted not in files_by_split:
         splits = ", ".join(files_by_split)
         raise RowsError(f"{folder} has no split {split!r}; according to its file names it has: {splits}")
-    return files_by_split[wanted]
+    return files_by_split[wanted], [file for file in found if file not in kinds]
 
 
-def _read_files(files: list[Path], limit: int | None) -> Iterator[Placed]:
-    return islice((placed for file in files for placed in _read_file(file)), limit)
+def _is_description(file: Path) -> bool:
+    is_text = EXTENSIONS[file.suffix.lower()] == "text"
+    return file.name in _METADATA or (is_text and re.split(r"[^a-z]", file.stem.lower())[0] in _DESCRIPTIONS)
 
 
-def _read_file(path: Path) -> Iterator[Placed]:
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise RowsError(f"{path}: extension {path.suffix!r} is not supported; allowed: {', '.join(_READERS)}")
-    try:
-        for number, row in enumerate(reader(path), start=1):
-            yield f"{path} row {number}", row
-    except OSError as error:
-        raise RowsError(f"{path}: cannot be read ({error.strerror or error}); give a readable file") from error
-    except UnicodeDecodeError as error:
-        line, byte = _undecodable(path)
-        raise RowsError(f"{path} line {line}: byte {byte} is not UTF-8; convert the file to UTF-8") from error
+def _split_name(split: str) -> str:
+    return next((name for name, words in _SPLITS.items() if split in words), split)
 
 
-def _undecodable(path: Path) -> tuple[int, int]:
-    """The line, and the offset in bytes, where the file stops being UTF-8.
-
-    A decoder reports its offset within the chunk that it was given, not within the file.
-    """
-    line = 0
-    before = 0
-    with path.open("rb") as stream:
-        for line, content in enumerate(stream, start=1):
-            try:
-                content.decode()
-            except UnicodeDecodeError as error:
-                return line, before + error.start
-            before += len(content)
-    return line, before
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    from pyarrow import parquet
-
-    advice = "give a complete parquet file"
-    with library_faults(f"{path}: is not a parquet file", RowsError, advice):
-        file = parquet.ParquetFile(path, memory_map=True)
-    with file:
-        batches = file.iter_batches(batch_size=1024)
-        while True:
-            with library_faults(f"{path} is damaged", RowsError, advice):
-                batch = next(batches, None)
-                rows = batch.to_pylist() if batch is not None else []
-            if batch is None:
-                return
-            yield from rows
+def _saved_files(folder: Path, split: str) -> list[Path]:
+    """The files of a split in a folder that `save_to_disk` of `datasets` wrote; none for any other folder."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = _state(folder / "dataset_dict.json").get("splits")
+        names = [name for name in splits if isinstance(name, str)] if isinstance(splits, list) else []
+        found = next((name for name in names if name == split), None)
+        found = found or next((name for name in names if _split_name(name) == _split_name(split)), None)
+        if found is None:
+            raise RowsError(f"{folder} has no split {split!r}; it has: {', '.join(names) or 'none'}")
+        return _data_files(folder / found)
+    if not (folder / "state.json").is_file():
+        return []
+    if split not in ("train", _state(folder / "state.json").get("_split")):
+        raise RowsError(
+            f"{folder} has no split {split!r}; it was saved as one data set; remove the setting of the split"
+        )
+    return _data_files(folder)
 
 
-def _read_json(path: Path) -> Iterator[Row]:
-    """Read a file that holds a list of rows, one row, or one row per line."""
-    with path.open(encoding="utf-8-sig", newline="\n") as stream:
-        opening = next((line.strip() for line in _lines(stream, path) if line.strip()), "")
-    if not opening.startswith("[") and not _is_one_row(opening):
-        yield from _read_jsonl(path)
-        return
-    yield from _members(path.read_text(encoding="utf-8-sig"), path)
+def _data_files(folder: Path) -> list[Path]:
+    state = _state(folder / "state.json")
+    entries = state.get("_data_files")
+    entries = entries if isinstance(entries, list) else []
+    names = [str(entry.get("filename")) for entry in entries if isinstance(entry, dict)]
+    files = [folder / name for name in names if Path(name).name == name and (folder / name).is_file()]
+    if not files or len(files) < len(names) or state.get("_indices_data_files"):
+        raise RowsError(
+            f"{folder}: is a folder of save_to_disk that is not complete or too old; save the rows again, e.g. with "
+            "to_parquet"
+        )
+    return files
 
 
-def _members(text: str, path: Path) -> Iterator[Row]:
-    """Yield the rows of a list, or the one row, parsed one at a time: parsed JSON takes many times its text's size."""
-    at = _skip_space(text, 0)
-    if text.startswith("[", at):
-        at = _skip_space(text, at + 1)
-        is_open = not text.startswith("]", at)
-        while is_open:
-            row, at = _parse_json(text, at, path)
-            yield row
-            at = _skip_space(text, at)
-            is_open = text.startswith(",", at)
-            at = _skip_space(text, at + 1) if is_open else at
-        is_whole = text.startswith("]", at)
-        at += 1
-    else:
-        row, at = _parse_json(text, at, path)
-        is_whole = True
-        yield row
-    if not is_whole or _skip_space(text, at) < len(text):
-        line = text.count("\n", 0, at) + 1
-        raise RowsError(f"{path} line {line}: is not valid JSON (expected ',' or the end); repair the file")
+def _state(file: Path) -> dict[str, Any]:
+    return read_object(file, RowsError, "save the data set again")
 
 
-def _skip_space(text: str, start: int) -> int:
-    match = _SPACE.match(text, start)
-    return match.end() if match else start
-
-
-def _parse_json(text: str, start: int, path: Path) -> tuple[Any, int]:
-    try:
-        return _DECODER.raw_decode(text, start)
-    except json.JSONDecodeError as error:
-        raise RowsError(f"{path} line {error.lineno}: is not valid JSON ({error.msg}); repair the file") from error
-    except (ValueError, RecursionError) as error:  # a number or a nesting beyond Python's limits
-        raise RowsError(f"{path}: contains JSON that cannot be read ({brief(error)}); repair the file") from error
-
-
-def _is_one_row(opening: str) -> bool:
-    """Whether a file's first line only begins an object, which a later line completes."""
-    return opening == "{" or (opening.startswith("{") and opening.endswith((",", "[", "{", ":")))
-
-
-def _lines(stream: TextIO, path: Path) -> Iterator[str]:
-    """Yield the lines of a file and refuse a line above the limit.
-
-    Raises:
-        RowsError: a line has more than `MOST_ROW_CHARACTERS`.
-    """
-    number = 0
-    while line := stream.readline(MOST_ROW_CHARACTERS + 1):
-        number += 1
-        if len(line) > MOST_ROW_CHARACTERS:
-            raise RowsError(
-                f"{path} line {number}: has more than {MOST_ROW_CHARACTERS:,} characters, the limit for one row; "
-                "write one row per line"
-            )
-        yield line
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    # Only "\n" ends a line: JSON allows the other separators inside strings.
-    with path.open(encoding="utf-8-sig", newline="\n") as stream:
-        for number, line in enumerate(_lines(stream, path), start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise RowsError(
-                        f"{path} line {number}: is not valid JSON ({error.msg}); repair the line"
-                    ) from error
-                except (ValueError, RecursionError) as error:
-                    raise RowsError(
-                        f"{path} line {number}: contains JSON that cannot be read ({brief(error)}); repair the line"
-                    ) from error
-                yield row
-
-
-def _read_csv(path: Path) -> Iterator[Row]:
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        former = csv.field_size_limit(MOST_ROW_CHARACTERS)  # the module's limit (131,072) is restored below
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise RowsError(
-                        f"{path} line {reader.line_num}: has different columns from the first line; "
-                        "quote values that contain commas"
-                    )
-                yield row
-        except csv.Error as error:
-            raise RowsError(f"{path} line {reader.line_num}: is not valid CSV ({error}); repair the line") from error
-        finally:
-            csv.field_size_limit(former)
-
-
-def _read_text(path: Path) -> Iterator[Row]:
-    """Yield each paragraph as a row; blank lines separate paragraphs."""
-    with path.open(encoding="utf-8-sig", newline="\n") as stream:
-        lines: list[str] = []
-        for line in stream:
-            if line.strip("\r\n"):
-                lines.append(line.replace("\r\n", "\n"))
-            elif text := "".join(lines).strip():
-                yield {"text": text}
-                lines = []
-        if text := "".join(lines).strip():
-            yield {"text": text}
-
-
-_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".parquet": _read_parquet,
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".txt": _read_text,
-}
+def _read_files(files: list[Path], limit: int | None) -> Iterator[tuple[str, Any]]:
+    return islice((placed for file in files for placed in read_file(file)), limit)
 
 
 @contextmanager
@@ -348,7 +265,9 @@ def _load_hub(name: str, split: str, limit: int | None, config: str | None) -> A
         return load_dataset(name, config, split=split, streaming=limit is not None)
 
 
-def _read_hub(name: str, rows: Any, limit: int | None) -> Iterator[Placed]:
+def _read_hub(name: str, rows: Any, limit: int | None) -> Iterator[tuple[str, Any]]:
     with _fetching(name):
-        for number, row in enumerate(islice(rows, limit), start=1):
+        tables = (rows if limit is None else rows.take(limit)).with_format("arrow").iter(batch_size=1024)
+        batches = (batch for table in tables for batch in table.to_batches())
+        for number, row in enumerate((row for batch in batches for row in rows_of_batch(batch)), start=1):
             yield f"{name} row {number}", row

@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from nybble.data.files import Row
 from nybble.data.rendered import find_answers, with_system, without_stop
-from nybble.data.rows import Row, Rows, check_text
+from nybble.data.rows import Rows, check_text
 from nybble.errors import RowsError
 from nybble.guard import brief, clipped, shown
 from nybble.recipe import DataSection
