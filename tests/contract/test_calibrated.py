@@ -13,7 +13,7 @@ from torch import Tensor
 from nybble.errors import RecipeError
 from nybble.hardware import detect_device
 from nybble.models import Calibration, ModelSource, attach, calibrate, find_model, load_model, save_adapter, save_whole
-from nybble.models.adapters import targets
+from nybble.models.targets import adapted_linears
 from nybble.nn import Linear4bit
 from nybble.recipe import LoraSection, ModelSection, QuantizationSection
 
@@ -104,7 +104,7 @@ def test_stock_peft_over_bitsandbytes_is_the_same_function(init: str, tiny_llama
 
 def test_only_the_adapters_targets_are_repaired(tiny_llama: Factory) -> None:
     model, done, _, lora = calibrated(tiny_llama(), "search", "loftq", target_modules=("q_proj", "v_proj"))
-    assert set(done.starts) == set(targets(model, lora))
+    assert set(done.starts) == set(adapted_linears(model, lora))
     assert len(done.starts) == 4
 
 

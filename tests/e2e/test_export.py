@@ -171,6 +171,29 @@ def test_the_adapter_alone_has_the_places_and_the_scale(
     assert torch.equal(tensors["blk.0.attn_q.weight.lora_b"], halves.transpose(1, 2).reshape(64, 4))
 
 
+def test_adapters_of_unequal_rank_and_alpha_have_one_alpha_in_the_file(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    flags = {"model_name_or_path": tiny_llama(), "dataset_name": rows_file, "output_dir": tmp_path / "run", "r": 4}
+    flags |= {"rank_pattern": "{down_proj: 2}", "alpha_pattern": "{up_proj: 6}", "layers_to_transform": 1}
+    flags |= {"gradient_checkpointing": "always", "max_steps": 2, "device": "cpu", "report_to": "none"}
+    assert nybble("train", *(word for name, value in flags.items() for word in (f"--{name}", value))).code == 0
+    file = tmp_path / "adapter.gguf"
+    assert nybble("export", tmp_path / "run", "--gguf", file, "--gguf_type", "adapter").code == 0
+    reader = gguf.GGUFReader(file)
+    tensors = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    assert all(name.startswith("blk.1.") for name in tensors)
+    stored = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    alpha = reader.fields["adapter.lora.alpha"].contents()
+    for part, name, scale in (("ffn_down", "down_proj", 32 / 2), ("ffn_up", "up_proj", 6 / 4)):
+        a, b = (stored[f"base_model.model.model.layers.1.mlp.{name}.lora_{which}.weight"] for which in "AB")
+        there = tensors[f"blk.1.{part}.weight.lora_b"] @ tensors[f"blk.1.{part}.weight.lora_a"]
+        torch.testing.assert_close(there * alpha / len(a), scale * b @ a)
+        assert b.any()
+
+
 def go(template: str, system: str, prompt: str, response: str) -> str:
     """What Ollama makes of one exchange."""
     text = re.sub(r"{{ if .System }}(.*?){{ end }}", r"\1" if system else "", template, flags=re.DOTALL)

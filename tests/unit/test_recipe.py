@@ -18,8 +18,9 @@ from nybble.recipe.setting import Bytes
 
 SETTINGS = all_settings()
 SECTIONS = sorted({item.section for item in SETTINGS if item.section})
-NOT_ALONE = ("push_to_hub", "fsdp_cpu_offload", "fsdp_shards")  # settings that need another
-ALIASES = [(item, alias) for item in SETTINGS for alias in item.aliases]
+NOT_ALONE = ("push_to_hub", "fsdp_cpu_offload", "fsdp_shards", "layers_pattern")  # settings that need another
+ALIASES = [(item, alias) for item in SETTINGS for alias in item.aliases if item.name not in NOT_ALONE]
+MODULES = st.text("abc_.019", min_size=1)  # names of modules
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 LIMITS = ("ge", "gt", "le", "lt")
 
@@ -50,7 +51,11 @@ def other_value(item: Setting) -> Any:
         return 7 + (item.default or 8)
     if kind in (float, float | None) or isinstance(item.default, float):
         return 0.125
-    return ["one", "two"] if get_origin(kind) is tuple else "other"
+    if item.is_mapping:
+        return {"one": 7, ".*two": 8}
+    if get_origin(kind) is tuple:
+        return ["one", "two"] if item.values == "NAMES" else [0, 2]
+    return "other"
 
 
 def written(tmp_path: Path, content: str | dict[str, Any]) -> Path:
@@ -296,10 +301,12 @@ def values(kind: Any, limits: dict[str, float]) -> st.SearchStrategy[Any]:
     if get_origin(kind) in (Union, types.UnionType):
         return st.one_of([values(one, limits) for one in get_args(kind)])
     if get_origin(kind) is Annotated:
-        own = get_args(kind)[1].metadata
+        own = getattr(get_args(kind)[1], "metadata", ())
         return values(get_args(kind)[0], {k: getattr(m, k) for m in own for k in LIMITS if hasattr(m, k)})
     if get_origin(kind) is tuple:
-        return st.lists(st.text(), max_size=3)
+        return st.lists(values(get_args(kind)[0], {}), max_size=3)
+    if get_origin(kind) is dict:
+        return st.dictionaries(MODULES, values(get_args(kind)[1], {}), max_size=3)
     if kind is float:
         low, high = limits.get("ge", limits.get("gt", -1e300)), limits.get("le", limits.get("lt", 1e300))
         return st.floats(low, high, exclude_min="gt" in limits, exclude_max="lt" in limits, allow_nan=False)
@@ -314,6 +321,11 @@ def recipes(draw: st.DrawFn) -> Recipe:
         item.path: draw(values(field_of(item).annotation, {"ge": 1} if item.is_size else limits_of(item)))
         for item in chosen
     }
+    given_values |= {
+        item.path: draw(MODULES | st.lists(MODULES, max_size=3))
+        for item in chosen
+        if item.name in ("target_modules", "exclude_modules")
+    }
     content: dict[str, Any] = {"training": {"hub_model_id": "me/" + draw(st.text())}}
     for path, value in given_values.items():
         section, _, name = path.rpartition(".")
@@ -326,6 +338,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
         content["training"].pop("gradient_accumulation_steps", None)
     if content["training"].get("fsdp_cpu_offload") or content["training"].get("fsdp_shards"):
         content["training"]["distributed"] = "fsdp"
+    content.get("lora", {}).pop("layers_pattern", None)
     return Recipe.model_validate(content)
 
 

@@ -1,6 +1,6 @@
 """Adds an adapter to its base, W + s B A, in float32 and one tensor at a time, into shards that transformers reads.
 
-    LoRA      W' = W + s B A,   s = alpha / r   (rank-stabilised: alpha / sqrt(r))
+    LoRA      W' = W + s B A,   s = alpha / r   (rank-stabilised: alpha / sqrt(r)), which may differ between layers
     DoRA      W' = m (W + s B A) / |W + s B A|   by rows (Liu et al. 2024, arXiv 2402.09353, equation 5)
 
 At most the tensors of one shard, in the dtype they are written in, and one float32 tensor are in memory.
@@ -23,7 +23,7 @@ from nybble.storage.shards import plan_shards
 SHARD_BYTES = 1_000_000_000
 _FACTORS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 # Settings of PEFT's LoRA adapters that this arithmetic does not support.
-_UNKNOWN = ("alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias")
+_UNKNOWN = ("modules_to_save", "fan_in_fan_out", "lora_bias")
 
 
 class AdapterDelta:
@@ -38,16 +38,13 @@ class AdapterDelta:
         files = read_adapter(folder)
         settings = files.settings
         unknown = [name for name in _UNKNOWN if getattr(settings, name)] + settings.unknown
-        ranks = files.ranks()
-        if any(rank != settings.r for rank in ranks.values()):
-            unknown.append("rank_pattern")
         if unknown:
             raise ModelError(
                 f"{folder}: a LoRA adapter with {', '.join(unknown)[:200]} cannot be merged; LoRA, rsLoRA and DoRA can"
             )
         self.folder = folder
-        self.r, self.is_dora = settings.r, settings.use_dora
-        self.scaling = settings.lora_alpha / (settings.r ** (0.5 if settings.use_rslora else 1))
+        self.is_dora = settings.use_dora
+        self.ranks, self.scalings = files.ranks(), files.scalings()
 
     def __enter__(self) -> AdapterDelta:
         from safetensors import safe_open
@@ -91,7 +88,7 @@ class AdapterDelta:
                 f"{self.folder}: {module} is {b.shape[0]} x {a.shape[1]} in the adapter and "
                 f"{' x '.join(map(str, weight.shape))} in the base: the adapter belongs to another base"
             )
-        merged = torch.addmm(weight.float(), b, a, alpha=self.scaling)
+        merged = torch.addmm(weight.float(), b, a, alpha=self.scalings[module])
         magnitude = f"{PREFIX}{module}.{_FACTORS[2]}"
         if magnitude in self._keys:
             length = self._file.get_tensor(magnitude).float().view(-1)

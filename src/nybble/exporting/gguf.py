@@ -98,13 +98,16 @@ def write_adapter_gguf(source: ModelSource, folder: Path, file: Path) -> None:
         writer = gguf.GGUFWriter(file, architecture)
         writer.add_type("adapter")
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        # llama.cpp multiplies by alpha / r; this alpha gives the scale of the training.
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, delta.scaling * delta.r)
-        for module in delta.modules():
+        # llama.cpp multiplies by alpha / r, with one alpha for all layers; B makes up for what a layer's own would be.
+        modules = delta.modules()
+        alpha = delta.scalings[modules[0]] * delta.ranks[modules[0]]
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        for module in modules:
             place = names.get_name(module)
             if place is None:
                 raise ModelError(f"{folder}: GGUF has no place for {module}")
             a, b = delta.factors(module)
+            b *= delta.scalings[module] * delta.ranks[module] / alpha
             writer.add_tensor(f"{place}.weight.lora_a", a.numpy())
             writer.add_tensor(f"{place}.weight.lora_b", _ordered(b, f"{module}.weight", config).numpy())
         writer.write_header_to_file()

@@ -32,11 +32,13 @@ from nybble.models.skeleton import (
     base_of,
     compute_dtype,
     decoder_layers,
+    model_without_weights,
     recomputable_layers,
     recompute_by,
     set_recomputed,
 )
 from nybble.models.source import ModelSource, find_folder, find_model, read_config
+from nybble.models.targets import adapted_linears, same_in_every_layer
 from nybble.models.tokenizer import find_tokenizer, load_tokenizer
 from nybble.models.upload import push_folder
 
@@ -54,6 +56,7 @@ __all__ = [
     "NybbleConfig",
     "Starts",
     "SwapReport",
+    "adapted_linears",
     "add_adapter",
     "attach",
     "base_of",
@@ -80,6 +83,7 @@ __all__ = [
     "load_tokenizer",
     "materialize",
     "meta_model",
+    "model_without_weights",
     "needs_calibration",
     "push_folder",
     "put_weights_back",
@@ -88,6 +92,7 @@ __all__ = [
     "recomputable_layers",
     "recompute_by",
     "register",
+    "same_in_every_layer",
     "save_adapter",
     "save_whole",
     "set_recomputed",

@@ -1,23 +1,25 @@
-"""An adapter's two files, read as data: nothing in them is imported, matched as a pattern or trusted unchecked.
+"""An adapter's two files, read as data: nothing in them is imported or trusted unchecked.
 
 PEFT would take names of modules as regular expressions, ranks as sizes to allocate and a Megatron section as a module
-to import. So its config is rebuilt here from the tensors themselves, and PEFT is given that one.
+to import. So its config is rebuilt here from the tensors themselves, and PEFT is given that one. The keys of
+`alpha_pattern` alone must be matched; those are taken only where matching them cannot take long.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 from torch import nn
 
 from nybble.errors import ModelError
 from nybble.guard import check_links, read_object, shown
 from nybble.models.folder_checks import StoredTensor, read_header
-from nybble.recipe import first_fault
+from nybble.recipe import check_pattern, first_fault
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -31,6 +33,9 @@ _OF_TRAINING = {
     "ensure_weight_tying",
 }
 _Name = Annotated[str, StringConstraints(pattern=r"^[\w.]{1,200}$")]  # a pattern is refused: PEFT would match it as one
+# What a regular expression may be made of, so that matching a name with it takes no longer than reading the name often.
+_PATTERN = re.compile(r"[\w.^$|()\[\]*+?\\-]{1,200}")
+_MOST_REPETITIONS = 3
 
 
 class Settings(BaseModel):
@@ -48,7 +53,18 @@ class Settings(BaseModel):
     lora_bias: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[_Name] | None = None
-    alpha_pattern: dict[_Name, float] | None = None
+    alpha_pattern: dict[str, float] | None = None
+
+    @field_validator("alpha_pattern")
+    @classmethod
+    def _patterns(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for pattern in value or ():
+            repeats_a_group = re.search(r"\)[*+?]", pattern) is not None
+            is_short = _PATTERN.fullmatch(pattern) and len(re.findall(r"[*+?]", pattern)) <= _MOST_REPETITIONS
+            if repeats_a_group or not is_short:
+                raise ValueError(f"matching {shown(pattern)} could take long; replace it by the names of the layers")
+            check_pattern(pattern)
+        return value
 
     @property
     def unknown(self) -> list[str]:
@@ -86,6 +102,20 @@ class AdapterFiles:
             raise ModelError(f"{self.folder}/{WEIGHTS} holds no LoRA factors; {_ADVICE}")
         return found
 
+    def alphas(self) -> dict[str, float]:
+        """`lora_alpha` of each adapted module."""
+        from peft.utils.other import get_pattern_key
+
+        settings = self.settings
+        patterns = settings.alpha_pattern or {}
+        return {m: patterns.get(get_pattern_key(list(patterns), m), settings.lora_alpha) for m in self.ranks()}
+
+    def scalings(self) -> dict[str, float]:
+        """What the product of the factors of each adapted module is multiplied by."""
+        root = 0.5 if self.settings.use_rslora else 1
+        alphas = self.alphas()
+        return {module: alphas[module] / rank**root for module, rank in self.ranks().items()}
+
     def to_peft(self, model: nn.Module) -> Any:
         """PEFT's config for putting the adapter on `model`.
 
@@ -107,7 +137,10 @@ class AdapterFiles:
             inference_mode=True,
             target_modules=list(ranks),
             rank_pattern={module: rank for module, rank in ranks.items() if rank != settings.r},
-            **settings.model_dump(exclude={"peft_type", *(settings.model_extra or {})}, exclude_none=True),
+            alpha_pattern={m: alpha for m, alpha in self.alphas().items() if alpha != settings.lora_alpha},
+            **settings.model_dump(
+                exclude={"peft_type", "alpha_pattern", *(settings.model_extra or {})}, exclude_none=True
+            ),
         )
 
     def _check_size(self, module: str, layer: nn.Module | None) -> None:

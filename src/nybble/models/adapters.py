@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nybble.errors import ModelError, RecipeError
+from nybble.errors import ModelError
 from nybble.guard import brief
 from nybble.models.adapter_files import read_adapter
 from nybble.models.sharding import full_tensors, shard_like
+from nybble.models.targets import lora_config
 from nybble.nn import Linear4bit
 from nybble.recipe import LoraSection
 
@@ -35,26 +36,13 @@ def attach(
         starts: for some linears, A `(r, in)` and B `(out, r)` to start from; the others start as PEFT starts them.
 
     Raises:
-        RecipeError: a target name matches no linear layer.
+        RecipeError: a name, a number of a layer or a pattern matches nothing.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
     from nybble.models.lora_linear import use_our_layer
 
-    targets: str | list[str] = lora.target_modules if isinstance(lora.target_modules, str) else [*lora.target_modules]
-    if targets != "all-linear":
-        targets = [targets] if isinstance(targets, str) else targets
-        _check_targets(model, targets)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.r,
-        # PEFT's field is an int; a fractional alpha is legal in its arithmetic and in the file.
-        lora_alpha=int(lora.lora_alpha) if float(lora.lora_alpha).is_integer() else lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=targets,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-    )
+    config = lora_config(model, lora)
     use_our_layer(config)
     adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base_name
@@ -64,16 +52,6 @@ def attach(
             layer.lora_A["default"].weight.copy_(a)
             layer.lora_B["default"].weight.copy_(b)
     return _unmergeable(adapted)
-
-
-def targets(model: nn.Module, lora: LoraSection) -> list[str]:
-    """Names of the packed linears that `attach` puts an adapter on."""
-    names = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
-    wanted = lora.target_modules
-    if wanted == "all-linear":
-        return names
-    endings = [wanted] if isinstance(wanted, str) else list(wanted)
-    return [name for name in names if any(name == end or name.endswith(f".{end}") for end in endings)]
 
 
 def load_adapter(model: nn.Module, folder: Path) -> Any:
@@ -180,13 +158,3 @@ def _by_file_name(model: Any) -> dict[str, Tensor]:
     if not isinstance(model, PeftModel):
         return trained
     return dict(get_peft_model_state_dict(model, state_dict=trained, save_embedding_layers=False))
-
-
-def _check_targets(model: nn.Module, targets: list[str]) -> None:
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            known = sorted({name.rpartition(".")[2] for name in names})
-            raise RecipeError(
-                f"lora.target_modules: {target!r} matches no linear layer; this model has {', '.join(known)}"
-            )

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from nybble.errors import ModelError, RecipeError
 from nybble.kernels import dequantize, dispatcher, quantize
-from nybble.models.adapters import targets
 from nybble.models.skeleton import decoder_layers
 from nybble.models.source import ModelSource
+from nybble.models.targets import AdapterSize, adapted_linears
 from nybble.nn import Linear4bit
 from nybble.quant import PackedWeight, damp, encode_calibrated, low_rank
 from nybble.recipe import LoraSection, QuantizationSection
@@ -76,7 +76,7 @@ def calibrate(
         raise ModelError(
             f"{type(model).__name__} has no list of {count} decoder layers to calibrate; use encoder: search"
         )
-    job = _Job(quantization, lora, set(targets(model, lora)) if lora.init_lora_weights != "default" else set())
+    job = _Job(quantization, lora, adapted_linears(model, lora) if lora.init_lora_weights != "default" else {})
     done = Calibration()
     stream = None
     if job.needs_moments:
@@ -99,17 +99,11 @@ def calibrate(
 class _Job:
     quantization: QuantizationSection
     lora: LoraSection
-    repaired: set[str]  # names of the linears whose adapters are started
+    repaired: dict[str, AdapterSize]  # the linears whose adapters are started
 
     @property
     def needs_moments(self) -> bool:
         return self.quantization.encoder == "calibrated" or self.lora.init_lora_weights == "qera"
-
-    @property
-    def scaling(self) -> float:
-        """The factor that PEFT multiplies B A by."""
-        r = self.lora.r
-        return self.lora.lora_alpha / (r**0.5 if self.lora.use_rslora else r)
 
 
 def _pack_layer(
@@ -129,12 +123,13 @@ def _pack_layer(
     moments = stream.gather(layer, plain) if stream else {}
     for name, linear in plain.items():
         module, full_name = packed[name], f"{prefix}.{name}"
-        made, start = _fit(weights.pop(name).float(), moments.get(name), job, full_name in job.repaired)
+        adapter = job.repaired.get(full_name)
+        made, start = _fit(weights.pop(name).float(), moments.get(name), job, adapter.r if adapter else None)
         module.set_packed(replace(made, dtype=module.source_dtype))
         linear.weight.data = module.dequantize()
-        if start is not None:
+        if start is not None and adapter is not None:
             a, b = start
-            root = job.scaling**0.5
+            root = adapter.scaling**0.5
             done.starts[full_name] = (a / root, b / root)
             linear.weight.data += (b @ a).to(linear.weight.dtype)
     if stream:
@@ -152,9 +147,9 @@ def _as_linear(module: Linear4bit, weight: Tensor) -> nn.Linear:
 
 
 def _fit(
-    weight: Tensor, moments: Tensor | None, job: _Job, repair: bool
+    weight: Tensor, moments: Tensor | None, job: _Job, r: int | None
 ) -> tuple[PackedWeight, tuple[Tensor, Tensor] | None]:
-    """The packed weight, and the factors of an adapter that compensates for its loss."""
+    """The packed weight, and with a rank the factors of an adapter that compensates for its loss."""
     section, init = job.quantization, job.lora.init_lora_weights
 
     def pack(wanted: Tensor) -> PackedWeight:
@@ -165,16 +160,16 @@ def _fit(
             )
         return quantize(wanted, *form, "absmax" if section.encoder == "absmax" else "search", section.signed_scales)
 
-    if not repair:
+    if r is None:
         return pack(weight), None
     if init == "pissa":
-        a, b = low_rank(weight, None, job.lora.r)
+        a, b = low_rank(weight, None, r)
         return pack(weight - b @ a), (a, b)
     damped = damp(moments) if init == "qera" and moments is not None else None
     held = torch.zeros_like(weight)
     for _ in range(ALTERNATIONS):
         made = pack(weight - held)
-        a, b = low_rank(weight - dequantize(made, torch.float32), damped, job.lora.r)
+        a, b = low_rank(weight - dequantize(made, torch.float32), damped, r)
         held = b @ a
     return made, (a, b)
 

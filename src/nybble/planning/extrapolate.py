@@ -20,7 +20,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nybble.data.batches import filled
-from nybble.models import MemorySavers, blocks_of, config_with_layers, count_parameters, materialize, meta_model
+from nybble.models import (
+    MemorySavers,
+    blocks_of,
+    config_with_layers,
+    count_parameters,
+    materialize,
+    meta_model,
+    model_without_weights,
+    same_in_every_layer,
+)
 from nybble.nn.workspace import workspace
 from nybble.planning.memory_tracer import MemoryTracer, Peak
 from nybble.planning.sharded_memory import Shards, Sizes
@@ -93,14 +102,30 @@ class TracedModel:
 
     @cached_property
     def _small(self) -> tuple[Any, MemorySavers]:
-        model = meta_model(config_with_layers(self.config, 1), self.recipe, self.dtype)
+        model = self._model(1)
         return model, MemorySavers(model)
+
+    @cached_property
+    def _alike(self) -> tuple[Recipe, bool]:
+        """The recipe with the adapters of the largest layer on every layer, and whether its own are that anyway."""
+        if self.recipe.method == "full":
+            return self.recipe, True
+        config = config_with_layers(self.config, self.n_layers)
+        whole = model_without_weights(config, trust_remote_code=self.recipe.model.trust_remote_code)
+        lora, are_alike = same_in_every_layer(whole, self.recipe.lora)
+        return self.recipe.model_copy(update={"lora": lora}), are_alike
+
+    def _model(self, n_layers: int) -> Any:
+        """The model with so many of its layers, on the meta device."""
+        recipe = self.recipe if n_layers == self.n_layers else self._alike[0]
+        return meta_model(config_with_layers(self.config, n_layers), recipe, self.dtype)
 
     @cached_property
     def parameters(self) -> tuple[int, int]:
         """Trainable and all parameters of the whole model."""
-        few = (meta_model(config_with_layers(self.config, n), self.recipe, self.dtype) for n in (2, 3))
-        (t2, a2), (t3, a3) = (count_parameters(model) for model in few)
+        if not self._alike[1]:
+            return count_parameters(self._model(self.n_layers))
+        (t2, a2), (t3, a3) = (count_parameters(self._model(n)) for n in (2, 3))
         return t2 + (self.n_layers - 2) * (t3 - t2), a2 + (self.n_layers - 2) * (a3 - a2)
 
     @cached_property
@@ -108,7 +133,7 @@ class TracedModel:
         """What one of several processes holds and gathers; None where each holds the whole model."""
         if self.n_processes == 1:
             return None
-        sizes = Sizes.of(self.config, self.recipe, self.dtype)
+        sizes = Sizes.of(self.config, self._alike[0], self.dtype)
         return Shards(self.n_processes, sizes, self.recipe.training.fsdp_cpu_offload)
 
     def here(self, work: StepCost) -> StepCost:
@@ -149,7 +174,7 @@ class TracedModel:
         return self.traces[rows, n_layers]
 
     def _run(self, n_layers: int, rows: BatchShape, work: Callable[..., Any], begin: Reused = ()) -> Any:
-        model = meta_model(config_with_layers(self.config, n_layers), self.recipe, self.dtype)
+        model = self._model(n_layers)
         batch = batch_of(model, rows)
         with FakeTensorMode(), reusing(begin):
             materialize(model)

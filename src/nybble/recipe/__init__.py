@@ -27,6 +27,7 @@ from nybble.recipe.schema import (
     Recipe,
     TrainingSection,
 )
+from nybble.recipe.setting import check_pattern, is_name
 
 __all__ = [
     "SECTIONS",
@@ -44,9 +45,11 @@ __all__ = [
     "StepMemory",
     "TrainingSection",
     "all_settings",
+    "check_pattern",
     "first_fault",
     "for_one_process",
     "in_micro_batches",
+    "is_name",
     "json_schema",
     "load_recipe",
     "path_of",

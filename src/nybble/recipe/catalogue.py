@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -38,7 +38,7 @@ class Setting:
 
     section: str  # "" for `method`
     name: str
-    default: Any
+    default: Any = field(hash=False)  # may be a mapping
     unset: str  # what happens by default, where the default is None or empty
     values: str  # what may be given: "nf4|fp4", "NUMBER", "TOKENS", "SIZE", ...
     unit: str
@@ -47,6 +47,7 @@ class Setting:
     is_text: bool
     is_size: bool  # in bytes
     is_neutral: bool  # a resumed run may change it
+    is_mapping: bool = False  # `{name: value}`
 
     @property
     def path(self) -> str:
@@ -56,7 +57,7 @@ class Setting:
     @property
     def default_text(self) -> str:
         """The default as a person would write it, with its unit."""
-        if self.unset and self.default in (None, "", ()):
+        if self.unset and self.default in (None, "", (), {}):
             return self.unset
         if self.is_size and self.default is not None:
             return exact_size(self.default)
@@ -82,9 +83,9 @@ SECTIONS = {
 def all_settings() -> tuple[Setting, ...]:
     """Every setting, in the order of the schema."""
     found = _settings_of(Recipe, "")
-    for name, field in Recipe.model_fields.items():
-        if isinstance(field.default, Section):
-            found += _settings_of(type(field.default), name)
+    for name, inner in Recipe.model_fields.items():
+        if isinstance(inner.default, Section):
+            found += _settings_of(type(inner.default), name)
     return tuple(found)
 
 
@@ -143,6 +144,7 @@ def _describe(section: str, name: str, field: FieldInfo, annotation: Any) -> Set
         is_text=is_size or str in kinds or all(isinstance(kind, str) for kind in kinds),
         is_size=is_size,
         is_neutral=extra["neutral"],
+        is_mapping=any(get_origin(kind) is dict for kind in kinds),
     )
 
 
@@ -161,6 +163,11 @@ def _word_for(kind: Any, unit: str) -> str:
     """How the values of a type, or a value itself, are written in help and docs."""
     if kind in (int, float):
         return unit.upper() or ("INTEGER" if kind is int else "NUMBER")
+    origin = get_origin(kind)
+    if origin is dict:
+        return "{NAME: NUMBER}"
+    if origin is tuple and kind not in _WORDS:
+        return "NUMBERS"
     return _WORDS.get(kind, str(kind))
 
 

@@ -148,13 +148,16 @@ def _check_secrets(values: Mapping[str, Mapping[str, Any]]) -> None:
 
 def _flat(content: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
     sections = {name for name, field in Recipe.model_fields.items() if isinstance(field.default, Section)}
+    mappings = {
+        spelling for item in all_settings() if item.is_mapping for spelling in (item.name, item.path, *item.aliases)
+    }
     for name, value in content.items():
         key = name if isinstance(name, str) else shown(name)
         if key in sections and isinstance(value, dict):
             yield from ((f"{key}.{inner if isinstance(inner, str) else shown(inner)}", v) for inner, v in value.items())
         elif key in sections and value is None:
             continue
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and key not in mappings:
             raise RecipeError(f"{where}: unknown section {shown(key)}; allowed: {', '.join(sorted(sections))}")
         else:
             yield key, value

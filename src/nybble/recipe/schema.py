@@ -11,7 +11,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from nybble.recipe.setting import Bytes, BytesOrGiB, Rate, Section, Tokens, setting, split_names
+from nybble.recipe.setting import (
+    Bytes,
+    BytesOrGiB,
+    Rate,
+    Section,
+    Tokens,
+    check_pattern,
+    is_name,
+    setting,
+    split_names,
+    split_numbers,
+)
 
 
 class ModelSection(Section):
@@ -117,10 +128,42 @@ class LoraSection(Section):
     r: int = setting(16, "Rank of the adapters.", aliases=("lora_r", "lora_rank", "rank"), ge=1, le=4096)
     lora_alpha: float = setting(32, "Scale of the adapters: their output is multiplied by lora_alpha / r.", gt=0)
     lora_dropout: float = setting(0.0, "Dropout probability on the input of the adapters.", ge=0, lt=1)
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=4096)]] = setting(
+        {},
+        "Ranks of single linear layers that differ from r, as {down_proj: 32}. A key is the end of a layer's name or a "
+        "regular expression; the first one that matches counts.",
+        unset="r everywhere",
+        aliases=("lora_rank_pattern",),
+    )
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = setting(
+        {},
+        "Values of lora_alpha for single linear layers, as {down_proj: 64}; keys are those of rank_pattern.",
+        unset="lora_alpha everywhere",
+        aliases=("lora_alpha_pattern",),
+    )
     target_modules: str | tuple[str, ...] = setting(
         "all-linear",
-        "Names of the linear layers that get an adapter, separated by commas, or all-linear.",
+        "The linear layers that get an adapter: the ends of their names, separated by commas, or all-linear, or one "
+        "regular expression that matches whole names, as .*layers\\.[0-7]\\..*_proj.",
         aliases=("lora_target_modules", "lora_target", "lora_modules"),
+    )
+    exclude_modules: str | tuple[str, ...] = setting(
+        (),
+        "Linear layers that get no adapter although target_modules names them, in the same form.",
+        unset="none",
+        aliases=("lora_exclude_modules",),
+    )
+    layers_to_transform: tuple[Annotated[int, Field(ge=0)], ...] = setting(
+        (),
+        "Numbers of the decoder layers that get adapters, from 0, separated by commas.",
+        unset="all of them",
+        aliases=("lora_layers_to_transform", "peft_layers_to_transform"),
+    )
+    layers_pattern: tuple[str, ...] = setting(
+        (),
+        "Names of the list of layers that layers_to_transform counts, where a model has several.",
+        unset="any list of layers",
+        aliases=("lora_layers_pattern", "peft_layers_pattern"),
     )
     init_lora_weights: Literal["default", "loftq", "qera", "pissa"] = setting(
         "default",
@@ -132,12 +175,53 @@ class LoraSection(Section):
     use_rslora: bool = setting(False, "Scale the adapters by lora_alpha / sqrt(r) instead (rsLoRA).")
     use_dora: bool = setting(False, "Learn the magnitudes of the weights separately from their directions (DoRA).")
 
-    @field_validator("target_modules", mode="before")
+    @field_validator("target_modules", "exclude_modules", mode="before")
     @classmethod
-    def _names(cls, value: Any) -> Any:
-        if isinstance(value, str) and "," in value:
-            return split_names(value)
+    def _names_or_pattern(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            names = split_names(value)
+            if len(names) != 1 and all(is_name(name) for name in names):
+                return names
         return "all-linear" if value in ("all", "all_linear") else value
+
+    @field_validator("target_modules", "exclude_modules")
+    @classmethod
+    def _usable(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if isinstance(value, str):
+            check_pattern(value)
+        for name in value if isinstance(value, tuple) else ():
+            if not is_name(name):
+                raise ValueError(f"{name!r} is not the end of a name; give a regular expression alone, not in a list")
+        return value
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for pattern in value:
+            check_pattern(pattern)
+        return value
+
+    @field_validator("layers_pattern", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        return split_names(value) if isinstance(value, str) else value
+
+    @field_validator("layers_to_transform", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        return split_numbers(value)
+
+    @model_validator(mode="after")
+    def _layers_are_counted(self) -> LoraSection:
+        targets = self.target_modules
+        if self.layers_pattern and not self.layers_to_transform:
+            raise ValueError("layers_pattern says which layers layers_to_transform counts; set that too, or remove it")
+        if self.layers_to_transform and isinstance(targets, str) and targets != "all-linear" and not is_name(targets):
+            raise ValueError(
+                f"target_modules {targets!r} is a regular expression, to which layers_to_transform does not apply; "
+                "write the numbers of the layers into it, or give names"
+            )
+        return self
 
 
 class DataSection(Section):

@@ -6,6 +6,7 @@ A size is read here, once: a recipe says `8GiB` or `7.5GB`, the rest of the prog
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -43,6 +44,31 @@ def setting(
 def split_names(text: str) -> tuple[str, ...]:
     """`"q_proj, v_proj" -> ("q_proj", "v_proj")`."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def split_numbers(value: Any) -> Any:
+    """`"0, 2" -> (0, 2)` and `3 -> (3,)`; anything else, such as a list, as it is."""
+    if isinstance(value, str):
+        parts = split_names(value)
+        return tuple(int(part) if part.isdecimal() else part for part in parts)
+    return (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def is_name(text: str) -> bool:
+    """Whether `text` is a module's name or the end of one; anything else is a regular expression."""
+    return re.fullmatch(r"[\w.-]+", text) is not None
+
+
+def check_pattern(text: str) -> None:
+    """Check that `text` is a regular expression.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise ValueError(f"{text!r} is not a regular expression ({error}); escape what is meant literally") from error
 
 
 def _reader_of_sizes(bare_unit: str) -> Callable[[Any], int]:

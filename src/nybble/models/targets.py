@@ -1,0 +1,191 @@
+"""Which linear layers get an adapter, and of which rank and scale: PEFT's own rules, applied to names alone.
+
+PEFT matches `target_modules` and its companions while it changes a model. A plan and a calibration need the answer
+before that, and a name that matches nothing is refused here instead of being passed over.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from nybble.errors import RecipeError
+from nybble.models.skeleton import base_of, decoder_layers
+from nybble.recipe import LoraSection, is_name
+
+
+@dataclass(frozen=True)
+class AdapterSize:
+    """The rank of one adapter, and what PEFT multiplies its output by."""
+
+    r: int
+    scaling: float
+
+
+def lora_config(model: nn.Module, lora: LoraSection) -> Any:
+    """PEFT's config of the adapters that `lora` asks for on `model`, which has none yet.
+
+    Raises:
+        RecipeError: a name, a number of a layer or a pattern matches nothing.
+    """
+    found = _matched(model, lora)
+    return _config(model, lora, _plain(lora.rank_pattern, found), _plain(lora.alpha_pattern, found))
+
+
+def adapted_linears(model: nn.Module, lora: LoraSection) -> dict[str, AdapterSize]:
+    """The linear layers of `model`, which has no adapters yet, that get an adapter.
+
+    Raises:
+        RecipeError: as `lora_config`.
+    """
+    sizes = {}
+    for name in _matched(model, lora):
+        r = lora.rank_pattern.get(_key(lora.rank_pattern, name), lora.r)
+        alpha = lora.alpha_pattern.get(_key(lora.alpha_pattern, name), lora.lora_alpha)
+        sizes[name] = AdapterSize(r, alpha / (r**0.5 if lora.use_rslora else r))
+    return sizes
+
+
+def same_in_every_layer(model: nn.Module, lora: LoraSection) -> tuple[LoraSection, bool]:
+    """Settings that give every decoder layer the largest adapters that any of them has, and whether all have those.
+
+    A plan traces a few layers for many, so it needs layers that are alike.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    inside = [f"{names[id(layer)]}." for layer in decoder_layers(model)]
+    largest: dict[str, int] = {}
+    counted: dict[str, list[int]] = {}
+    for name, size in adapted_linears(model, lora).items():
+        prefix = next((prefix for prefix in inside if name.startswith(prefix)), "")
+        end = name.removeprefix(prefix)
+        largest[end] = max(size.r, largest.get(end, 0))
+        if prefix:
+            counted.setdefault(end, []).append(size.r)
+    are_alike = all(len(ranks) == len(inside) and len(set(ranks)) == 1 for ranks in counted.values())
+    changes = {
+        "target_modules": tuple(largest),
+        "rank_pattern": {end: r for end, r in largest.items() if r != lora.r},
+        "alpha_pattern": {},
+        "exclude_modules": (),
+        "layers_to_transform": (),
+        "layers_pattern": (),
+    }
+    return lora.model_copy(update=changes), are_alike
+
+
+def _config(model: nn.Module, lora: LoraSection, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> Any:
+    from peft import LoraConfig
+
+    targets: str | list[str] = _listed(lora.target_modules)
+    if targets == "all-linear" and lora.layers_to_transform:  # PEFT counts layers only where it has names
+        targets = sorted({name.rpartition(".")[2] for name in _linears(model) if name != _head(model)})
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        # PEFT's field is an int; a fractional alpha is legal in its arithmetic and in the file.
+        lora_alpha=_whole(lora.lora_alpha),
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets,
+        exclude_modules=_listed(lora.exclude_modules) or None,
+        layers_to_transform=list(lora.layers_to_transform) or None,
+        layers_pattern=list(lora.layers_pattern) or None,
+        rank_pattern=dict(ranks),
+        alpha_pattern={key: _whole(alpha) for key, alpha in alphas.items()},
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+    )
+
+
+def _matched(model: nn.Module, lora: LoraSection) -> list[str]:
+    """The names of the linear layers that PEFT would put an adapter on."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    linears = _linears(model)
+    _check_names("target_modules", lora.target_modules, linears)
+    _check_names("exclude_modules", lora.exclude_modules, linears)
+    n_layers = len(decoder_layers(model))
+    beyond = [number for number in lora.layers_to_transform if number >= n_layers]
+    if beyond:
+        raise RecipeError(
+            f"lora.layers_to_transform: {beyond[0]}, but this model has {n_layers} decoder layers, 0 to {n_layers - 1}"
+        )
+    config = _config(model, lora, {}, {})
+    if config.target_modules == "all-linear":
+        config.target_modules = {name for name in linears if name != _head(model)}
+    found = [name for name in linears if check_target_module_exists(config, name)]
+    if not found:
+        raise RecipeError(
+            "lora: target_modules, exclude_modules and layers_to_transform together leave no linear layer; change one"
+        )
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(lora, setting):
+            if not any(_key((pattern,), name) == pattern for name in found):
+                raise RecipeError(f"lora.{setting}: {pattern!r} matches none of the adapted layers{_such_as(found)}")
+    return found
+
+
+def _linears(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def _head(model: nn.Module) -> str | None:
+    """The name of the output head, which all-linear leaves out."""
+    base = base_of(model)
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _listed(names: str | tuple[str, ...]) -> Any:
+    """Names as PEFT takes them: a list; a regular expression and all-linear as they are."""
+    return names if isinstance(names, str) and (names == "all-linear" or not is_name(names)) else _names(names)
+
+
+def _names(names: str | tuple[str, ...]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _check_names(setting: str, wanted: str | tuple[str, ...], linears: list[str]) -> None:
+    if wanted == "all-linear":
+        return
+    listed = _listed(wanted)
+    if isinstance(listed, str):
+        if not any(re.fullmatch(listed, name) for name in linears):
+            raise RecipeError(
+                f"lora.{setting}: {listed!r} matches no linear layer{_such_as(linears)}; a regular expression must "
+                "match the whole name"
+            )
+        return
+    for end in listed:
+        if not any(name == end or name.endswith(f".{end}") for name in linears):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
+            raise RecipeError(f"lora.{setting}: {end!r} matches no linear layer; this model has {known}")
+
+
+def _such_as(names: Iterable[str]) -> str:
+    return f", such as {next(iter(names), 'none')}"
+
+
+def _key(patterns: Iterable[str], name: str) -> str:
+    """The first pattern that matches a name as PEFT matches it, or the name itself."""
+    from peft.utils.other import get_pattern_key
+
+    return str(get_pattern_key(list(patterns), name))
+
+
+def _plain(patterns: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The same patterns; where one is a regular expression, the names that they match.
+
+    A saved adapter is read by others, and a reader should not have to run a stranger's regular expressions.
+    """
+    if all(is_name(pattern) for pattern in patterns):
+        return dict(patterns)
+    keys = {name: _key(patterns, name) for name in names}
+    return {name: patterns[key] for name, key in keys.items() if key in patterns}
+
+
+def _whole(alpha: float) -> float:
+    return int(alpha) if float(alpha).is_integer() else alpha
