@@ -158,7 +158,6 @@ def train_on_rows(
             max_steps=inputs.plan.optimizer_steps,
             observer=run.observer,
             held_out=held_out if inputs.rows.held_out else None,
-            eval_steps=inputs.recipe.evaluation.eval_steps,
             step_memory=inputs.plan.step_memory,
             checkpointing=inputs.checkpointing,
             deadline=run.deadline,
@@ -169,6 +168,7 @@ def train_on_rows(
     record.notes += result.notes
     record.train_loss = result.train_loss
     record.skipped_steps = result.skipped_steps
+    record.best = result.best
     record.tokens_per_second = result.tokens_per_second
     record.seconds_to_first_step = seconds_before + (result.seconds_to_first_step or 0.0)
 

@@ -28,6 +28,7 @@ from nybble.storage.atomic import sha256_of
 from nybble.storage.checkpoints import list_checkpoints
 from nybble.training import (
     Checkpointing,
+    check_best_step,
     check_optimizer_and_schedule,
     checkpointing,
     find_checkpoint,
@@ -99,6 +100,7 @@ def open_run(
             writes=processes.is_main,
         )
         check_optimizer_and_schedule(recipe.training)
+        check_best_step(recipe.evaluation, recipe.training)
         tracker_names(recipe.training)
         device = detect_device(recipe.model.device)
     limit = recipe.training.max_seconds
@@ -173,6 +175,7 @@ def _prepare(recipe: Recipe, run: RunContext, *, force: bool) -> RunInputs:
     rows = prepare_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed, cache, run.observer)
     for line in rows.ledger.in_words:
         note(line)
+    check_best_step(recipe.evaluation, recipe.training, rows)
     packs = packs_of(rows.train, recipe.data)
 
     run.observer.stage("plan")

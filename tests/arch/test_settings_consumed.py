@@ -65,8 +65,8 @@ def settings_read(source: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def everything_read() -> set[str]:
-    computes = SOURCE / "recipe" / "batches.py"  # the rows of a step: computes with settings, and defines none
-    files = [file for file in SOURCE.rglob("*.py") if SOURCE / "recipe" not in file.parents or file == computes]
+    computing = [SOURCE / "recipe" / name for name in ("batches.py", "pace.py")]  # with settings; they define none
+    files = [file for file in SOURCE.rglob("*.py") if SOURCE / "recipe" not in file.parents or file in computing]
     return {path for file in files for path in settings_read(file.read_text(encoding="utf-8"))}
 
 

@@ -25,7 +25,7 @@ from nybble.run.directory import RunDirectory
 from nybble.run.record import Silent
 from nybble.storage.atomic import sha256_of
 from nybble.storage.checkpoints import list_checkpoints, verify
-from nybble.training import checkpointing, find_checkpoint, folders_of, identify, train_model
+from nybble.training import HeldOut, checkpointing, find_checkpoint, folders_of, identify, train_model
 from nybble.training.stopping import Stops
 
 # 14 rows by 2 x 3: three steps an epoch, the last of them of one micro-batch; seven steps end within the third epoch.
@@ -56,7 +56,11 @@ class World:
     def note(self, text: str) -> None:
         self.said.append(text)
 
-    def train(self, out: Path, *, resume: bool = False, force: bool = False, **changes: Any) -> Any:
+    model: Any = None  # the latest that was trained
+
+    def train(
+        self, out: Path, *, resume: bool = False, force: bool = False, held_out: bool = False, **changes: Any
+    ) -> Any:
         recipe = self.recipe.model_copy(update={"training": self.recipe.training.model_copy(update=changes)})
         section, device = recipe.training, detect_device("cpu")
         random.seed(len(str(out)) + resume)  # what was drawn before a training must not count
@@ -77,6 +81,8 @@ class World:
             torch.manual_seed(99)
         else:
             torch.manual_seed(4)
+        self.model = model
+        rows = HeldOut([self.prepared.train[0]], recipe.evaluation)
         return train_model(
             model,
             self.tokenizer,
@@ -88,6 +94,7 @@ class World:
             max_steps=section.max_steps,
             observer=Watch(self.note),
             checkpointing=saving,
+            held_out=rows if held_out else None,
             deadline=time.monotonic() + section.max_seconds if section.max_seconds else None,
         )
 

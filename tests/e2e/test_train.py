@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from nybble.storage.checkpoints import list_checkpoints
 
 FAST = ("--learning_rate", "1e-2", "--max_steps", "12", "--logging_steps", "4", "--max_new_tokens", "8")
 
@@ -104,16 +107,65 @@ def test_resumed_equals_straight(
     assert steps == sorted(set(steps))
 
 
-def test_a_nan_stops_says_where_and_keeps_the_record(
-    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (
+            ("--learning_rate", "1e30", "--max_grad_norm", "0", "--method", "full"),
+            "the (loss|gradient) is not a number",
+        ),
+        (("--learning_rate", "1e30"), "the (loss|gradient) is not a number"),
+        (("--grad_spike", "1.01", "--max_steps", "60"), r"the gradient's norm is \S+, \d times the usual"),
+    ],
+)
+def test_a_bad_batch_stops_at_its_step_and_says_where(
+    nybble: Callable[..., Any],
+    tiny_llama: Callable[..., Path],
+    rows_file: Path,
+    tmp_path: Path,
+    flags: tuple[str, ...],
+    why: str,
 ) -> None:
     out = tmp_path / "run"
-    flags = ("--learning_rate", "1e30", "--logging_steps", "1", "--max_grad_norm", "0", "--method", "full")
-    done = nybble(*train_words(tiny_llama(), rows_file, out, *flags))
+    more = ("--save_steps", "1", "--save_total_limit", "99", "--logging_steps", "1", *flags)
+    done = nybble(*train_words(tiny_llama(), rows_file, out, *more))
     assert done.code == 2
-    assert "not a number at step" in done.err.splitlines()[-1]
+    told = re.fullmatch(
+        rf"nybble: {why} at step (\d+) \(rows [\d, ]+\); .*; (there is no|continue from) .*",
+        done.err.splitlines()[-1],
+    )
+    assert told, done.err
+    step = int(told[told.lastindex - 1])
+    events = [json.loads(line)["step"] for line in (out / "events.jsonl").read_text().splitlines()]
+    assert events == list(range(1, step))
+    saved = list_checkpoints([out / "checkpoints"])
+    assert [path.name for path in saved[:1]] == ([f"checkpoint-{step - 1}"] if "continue from" in told[0] else [])
     assert json.loads((out / "run.json").read_text())["status"] == "failed"
-    assert (out / "events.jsonl").read_text()
+
+
+def test_the_best_evaluation_ends_the_training_and_is_what_is_saved(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    out, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
+    recipe.write_text("load_best_model_at_end: true\nearly_stopping_patience: 2\neval_steps: 5\nwarmup_steps: 1\n")
+    words = train_words(tiny_llama(), rows_file, out, "--learning_rate", "5e-2", "--max_steps", "200", "--json")
+    done = nybble(words[0], recipe, *words[1:])
+    assert done.code == 0, done.err
+    best = done.json["best"]
+    assert best["metric"] == "eval_loss"
+    assert done.json["eval_loss"] == pytest.approx(best["value"], abs=1e-4)
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    measured = {event["step"]: event["eval_loss"] for event in events if event["eval_loss"] is not None}
+    assert best == {
+        "step": min(measured, key=measured.__getitem__),
+        "metric": "eval_loss",
+        "value": min(measured.values()),
+    }
+    assert max(measured) == best["step"] + 10 < 200
+    stored = out / "checkpoints" / f"checkpoint-{best['step']}" / "adapter_model.safetensors"
+    kept, saved = load_file(stored), load_file(out / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(kept[name], saved[name]) for name in saved)
+    assert any(note.startswith(f"stopped early at step {max(measured)} of 200, best") for note in done.json["notes"])
 
 
 def test_a_signal_saves_and_resume_goes_on(tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from nybble.errors import InputError, RecipeError
 from nybble.recipe import Recipe, Setting, all_settings, json_schema, load_recipe, save_recipe
-from nybble.recipe.setting import Bytes
+from nybble.recipe.setting import Bytes, Steps, StepsOrNone
 
 SETTINGS = all_settings()
 SECTIONS = sorted({item.section for item in SETTINGS if item.section})
@@ -43,8 +43,14 @@ def other_value(item: Setting) -> Any:
     kind = field_of(item).annotation
     if item.is_size:
         return "123456789B"
+    if get_origin(kind) is Union and get_origin(get_args(kind)[0]) is Literal:
+        return get_args(get_args(kind)[0])[0]
     if get_origin(kind) is Literal:
         return next(choice for choice in get_args(kind) if choice != item.default)
+    if kind == bool | None:
+        return True
+    if kind in (Steps, StepsOrNone):
+        return 7
     if kind is bool or isinstance(item.default, bool):
         return not item.default
     if kind is int or kind == int | None:
@@ -210,8 +216,6 @@ def test_a_name_like_no_other_is_sent_to_the_list() -> None:
         ("fp16", "bnb_4bit_compute_dtype: float16"),
         ("training.bf16", "bnb_4bit_compute_dtype: bfloat16"),
         ("train_on_inputs", "loss_on"),
-        ("warmup_steps", "warmup_ratio"),
-        ("eval_strategy", "eval_steps"),
     ],
 )
 def test_other_tools_settings_get_a_hint(foreign: str, ours: str) -> None:

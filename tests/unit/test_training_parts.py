@@ -74,6 +74,49 @@ def test_a_schedule_warms_up_and_decays() -> None:
     assert rates == pytest.approx([0, 1 / 2, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
 
 
+def rates(section: TrainingSection, steps: int) -> list[float]:
+    """The learning rate of each step, for a peak of 1."""
+    optimizer = torch.optim.SGD(Tiny().parameters(), lr=1.0)
+    schedule = create_schedule(optimizer, section, steps)
+    found = []
+    for _ in range(steps):
+        found.append(learning_rate_of(optimizer))
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(2, 2), (0, 0), (0.5, 4), (3.0, 3)])
+def test_warmup_steps_count_instead_of_the_ratio(warmup: float, steps: int) -> None:
+    found = rates(TrainingSection(lr_scheduler_type="constant_with_warmup", warmup_steps=warmup, warmup_ratio=0.9), 8)
+    assert found == pytest.approx([min(1.0, step / steps) if steps else 1.0 for step in range(8)])
+
+
+def test_arguments_reach_the_schedule_and_the_optimizer(tmp_path: Path) -> None:
+    restarts = TrainingSection(
+        lr_scheduler_type="cosine_with_restarts", warmup_steps=0, lr_scheduler_kwargs={"num_cycles": 2}
+    )
+    found = rates(restarts, 8)
+    assert found[4] == pytest.approx(1.0)
+    assert rates(restarts.model_copy(update={"lr_scheduler_kwargs": {}}), 8)[4] == pytest.approx(0.5)
+    section = TrainingSection(optim="adamw_torch", adam_epsilon=1e-5, output_dir=str(tmp_path), learning_rate=1.0)
+    assert create_optimizer(Tiny(), section, detect_device("cpu")).param_groups[0]["eps"] == 1e-5
+    pytest.importorskip("bitsandbytes")
+    section = TrainingSection(optim="ademamix", output_dir=str(tmp_path), optim_args="alpha=3.0", learning_rate=1.0)
+    assert create_optimizer(Tiny(), section, detect_device("cpu")).param_groups[0]["alpha"] == 3.0
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("cosine", {"cycles": 2}), ("warmup_stable_decay", {}), ("polynomial", {"lr_end": 5.0}), ("constant", {"x": 1})],
+)
+def test_arguments_that_a_schedule_does_not_take_are_refused(name: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=f"training.lr_scheduler_kwargs: {name} does not take"):
+        check_optimizer_and_schedule(TrainingSection(lr_scheduler_type=name, lr_scheduler_kwargs=arguments))
+    fine = TrainingSection(lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 5})
+    check_optimizer_and_schedule(fine)
+
+
 @pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
 def test_a_schedule_that_follows_an_evaluation_is_refused(name: str) -> None:
     with pytest.raises(RecipeError, match=f"lr_scheduler_type: {name} follows the loss of regular evaluations"):

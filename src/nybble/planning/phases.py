@@ -13,7 +13,7 @@ from nybble.planning.devices import Profile
 from nybble.planning.extrapolate import StepAtLevels, TracedModel, evaluation
 from nybble.planning.memory_tracer import Peak
 from nybble.planning.traced_step import BatchShape, StepCost
-from nybble.recipe import PhasePlan, Recipe, StepMemory
+from nybble.recipe import PhasePlan, Recipe, StepMemory, saving_pace
 
 _SMALL = BatchShape((16,))  # where the curve over tokens begins
 # Bytes of optimizer state for each trained parameter, by a word in the optimizer's name; AdamW has 8.
@@ -184,14 +184,23 @@ class Forecast:
         n_rows = self.batches.n_rows
         if training.max_steps > 0 or n_rows is None:
             return max(0, training.max_steps)
-        micro_batches = math.ceil(n_rows / training.per_device_train_batch_size)
-        per_epoch = max(1, math.ceil(micro_batches / training.gradient_accumulation_steps))
-        return math.ceil(training.num_train_epochs * per_epoch)
+        return math.ceil(training.num_train_epochs * self._steps_an_epoch)
+
+    @property
+    def _steps_an_epoch(self) -> int:
+        """Optimizer steps of an epoch; 0 where the rows are not known."""
+        training = self.setting.recipe.training
+        micro_batches = math.ceil((self.batches.n_rows or 0) / training.per_device_train_batch_size)
+        return math.ceil(micro_batches / training.gradient_accumulation_steps)
 
     @property
     def beside_a_step(self) -> int:
         """Bytes of the copy from which a checkpoint is written during training, if it is in the device's memory."""
-        return self._copied if not self.steps or self.steps > self.setting.recipe.training.save_steps else 0
+        steps, recipe = self.steps, self.setting.recipe
+        pace = saving_pace(recipe.training, steps, self._steps_an_epoch)
+        follows_best = pace.strategy == "best" or recipe.evaluation.load_best_model_at_end
+        is_unknown = not steps or (pace.strategy == "epoch" and not self._steps_an_epoch)
+        return self._copied if follows_best or is_unknown or 0 < pace.first < steps else 0
 
     @property
     def _copied(self) -> int:

@@ -10,6 +10,7 @@ from nybble.recipe.load import (
     stored_recipe,
     within_context,
 )
+from nybble.recipe.pace import Pace, evaluation_pace, saving_pace
 from nybble.recipe.plan import (
     Change,
     LevelPlan,
@@ -37,6 +38,7 @@ __all__ = [
     "LevelPlan",
     "LoraSection",
     "ModelSection",
+    "Pace",
     "PhasePlan",
     "Plan",
     "QuantizationSection",
@@ -46,6 +48,7 @@ __all__ = [
     "TrainingSection",
     "all_settings",
     "check_pattern",
+    "evaluation_pace",
     "first_fault",
     "for_one_process",
     "in_micro_batches",
@@ -56,6 +59,7 @@ __all__ = [
     "refusal",
     "rows_per_step",
     "save_recipe",
+    "saving_pace",
     "step_in_words",
     "stored_recipe",
     "within_context",

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from nybble.errors import RecipeError
 from nybble.guard import shown
 from nybble.recipe.schema import Recipe
-from nybble.recipe.setting import Bytes, BytesOrGiB, Section
+from nybble.recipe.setting import Bytes, BytesOrGiB, Numbers, Section
 from nybble.units import exact_size
 
 # Settings of other tools that are not a renaming of one of ours.
@@ -27,8 +27,6 @@ _HINTS = {
     "fp16": "bnb_4bit_compute_dtype: float16",
     "train_on_inputs": "loss_on: answers",
     "train_on_prompt": "loss_on: answers",
-    "warmup_steps": "warmup_ratio",
-    "eval_strategy": "eval_steps",
 }
 
 
@@ -164,7 +162,7 @@ def _word_for(kind: Any, unit: str) -> str:
     if kind in (int, float):
         return unit.upper() or ("INTEGER" if kind is int else "NUMBER")
     origin = get_origin(kind)
-    if origin is dict:
+    if origin is dict and kind not in _WORDS:
         return "{NAME: NUMBER}"
     if origin is tuple and kind not in _WORDS:
         return "NUMBERS"
@@ -175,6 +173,7 @@ _WORDS: dict[Any, str] = {
     bool: "true|false",
     str: "TEXT",
     tuple[str, ...]: "NAMES",
+    Numbers: "{NAME: VALUE}",
     Bytes: "SIZE",
     BytesOrGiB: "SIZE",
 }

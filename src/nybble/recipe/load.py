@@ -138,8 +138,9 @@ def _check_secrets(values: Mapping[str, Mapping[str, Any]]) -> None:
     """What a recipe says is written into the run, its reports and its model card."""
     for section, settings in values.items():
         for name, value in settings.items():
-            texts = [text for text in (value if isinstance(value, list | tuple) else [value]) if isinstance(text, str)]
-            if any(redact(text) != text for text in texts):
+            several = value.values() if isinstance(value, dict) else value
+            texts = several if isinstance(value, list | tuple | dict) else [value]
+            if any(redact(text) != text for text in texts if isinstance(text, str)):
                 raise RecipeError(
                     f"{section}{'.' if section else ''}{name}: holds a token or a password, and a recipe is kept with "
                     "the run; leave it out and log in with `hf auth login`"

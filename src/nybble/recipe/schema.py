@@ -14,8 +14,11 @@ from pydantic import Field, field_validator, model_validator
 from nybble.recipe.setting import (
     Bytes,
     BytesOrGiB,
+    Numbers,
     Rate,
     Section,
+    Steps,
+    StepsOrNone,
     Tokens,
     check_pattern,
     is_name,
@@ -372,10 +375,28 @@ class TrainingSection(Section):
     lr_scheduler_type: str = setting(
         "linear", "Learning rate schedule, by its name in transformers.", aliases=("lr_scheduler",)
     )
+    lr_scheduler_kwargs: Numbers = setting(
+        {},
+        "Arguments of the schedule by their names in transformers, as {num_cycles: 2} for cosine_with_restarts.",
+        unset="those of transformers",
+    )
     warmup_ratio: float = setting(0.03, "Fraction of the steps in which the learning rate warms up.", ge=0, lt=1)
+    warmup_steps: float | None = setting(
+        None,
+        "Steps in which the learning rate warms up, whatever warmup_ratio says; below 1, a fraction of all steps.",
+        unit="steps",
+        unset="warmup_ratio of all steps",
+        ge=0,
+    )
     weight_decay: float = setting(0.0, "Decoupled weight decay.", ge=0)
     adam_beta1: float = setting(0.9, "Decay rate of Adam's first moment.", ge=0, lt=1)
     adam_beta2: float = setting(0.999, "Decay rate of Adam's second moment.", ge=0, lt=1)
+    adam_epsilon: float = setting(1e-8, "Added to the root of Adam's second moment.", gt=0)
+    optim_args: str | None = setting(
+        None,
+        "Further arguments of an optimizer that transformers has them for, as rank=64,update_proj_gap=100.",
+        unset="none",
+    )
     max_grad_norm: float = setting(
         1.0, "Gradients are clipped to this norm; 0 turns clipping off.", aliases=("grad_clip",), ge=0
     )
@@ -427,9 +448,22 @@ class TrainingSection(Section):
         neutral=True,
     )
     logging_steps: int = setting(10, "Steps between two lines in events.jsonl.", unit="steps", ge=1, neutral=True)
-    save_steps: int = setting(500, "Steps between two checkpoints.", unit="steps", ge=1, neutral=True)
+    save_strategy: Literal["no", "steps", "epoch", "best"] = setting(
+        "steps",
+        "When checkpoints are written: every save_steps (steps), after each epoch, after each evaluation that is the "
+        "best so far (best), or never (no). All but no also write one at the end, and a run that is stopped always "
+        "does.",
+        neutral=True,
+    )
+    save_steps: Steps = setting(
+        500, "Steps between two checkpoints; below 1, a fraction of all steps.", unit="steps", neutral=True
+    )
     save_total_limit: int = setting(
-        2, "Checkpoints that are kept; older ones are removed.", unit="checkpoints", ge=1, neutral=True
+        2,
+        "Checkpoints that are kept; older ones are removed, but not the best one if it is loaded at the end.",
+        unit="checkpoints",
+        ge=1,
+        neutral=True,
     )
     spare_dir: str | None = setting(
         None,
@@ -464,6 +498,7 @@ class TrainingSection(Section):
         ge=0,
     )
     seed: int = setting(42, "Seed of the row order, the adapters and dropout.", ge=0)
+    data_seed: int | None = setting(None, "Another seed for the row order.", unset="seed", ge=0)
     report_to: str = setting(
         "auto",
         "Trackers, by their names in accelerate, separated by commas; auto takes tensorboard if it is installed.",
@@ -478,6 +513,11 @@ class TrainingSection(Section):
     def _words(cls, value: Any) -> Any:
         return {"true": "always", "false": "never"}.get(str(value).lower(), value)
 
+    @field_validator("save_strategy", mode="before")
+    @classmethod
+    def _never(cls, value: Any) -> Any:
+        return "no" if value is False else value  # what YAML reads `no` as
+
     @field_validator("report_to", mode="before")
     @classmethod
     def _joined(cls, value: Any) -> Any:
@@ -490,12 +530,42 @@ class EvaluationSection(Section):
     per_device_eval_batch_size: int = setting(
         16, "Rows of one batch in the evaluation.", unit="rows", aliases=("eval_batch_size",), ge=1, neutral=True
     )
-    eval_steps: int = setting(
-        0,
-        "Steps between two evaluations; 0 evaluates only before and after the training.",
-        unit="steps",
-        ge=0,
+    eval_strategy: Literal["no", "steps", "epoch"] | None = setting(
+        None,
+        "When the held-out rows are evaluated during the training: every eval_steps (steps), after each epoch, or "
+        "never (no). They always are before and after it.",
+        unset="steps if eval_steps is set, otherwise no",
+        aliases=("evaluation_strategy",),
         neutral=True,
+    )
+    eval_steps: StepsOrNone = setting(
+        0,
+        "Steps between two evaluations; below 1, a fraction of all steps. Under eval_strategy: steps, 0 stands for "
+        "logging_steps.",
+        unit="steps",
+        neutral=True,
+    )
+    load_best_model_at_end: bool = setting(
+        False,
+        "Keep the checkpoint of the best evaluation, and end with its weights instead of the last ones.",
+    )
+    metric_for_best_model: Literal["eval_loss", "eval_exact_match"] = setting(
+        "eval_loss",
+        "The figure of an evaluation that decides which is the best: the loss on the held-out rows, or the share of "
+        "them that is answered exactly.",
+    )
+    greater_is_better: bool | None = setting(
+        None, "Whether the greater figure is the better one.", unset="true for eval_exact_match, false for eval_loss"
+    )
+    early_stopping_patience: int | None = setting(
+        None,
+        "End the training after this many evaluations in a row that are not better than the best before them.",
+        unit="evaluations",
+        unset="no early stop",
+        ge=1,
+    )
+    early_stopping_threshold: float = setting(
+        0.0, "An evaluation must be better by more than this to start the patience anew.", ge=0
     )
     max_eval_rows: int = setting(500, "Largest number of held-out rows.", unit="rows", ge=1, neutral=True)
     answer_field: str = setting(
@@ -509,6 +579,16 @@ class EvaluationSection(Section):
         ge=0,
         neutral=True,
     )
+
+    @field_validator("eval_strategy", mode="before")
+    @classmethod
+    def _never(cls, value: Any) -> Any:
+        return "no" if value is False else value  # what YAML reads `no` as
+
+    @field_validator("metric_for_best_model", mode="before")
+    @classmethod
+    def _with_prefix(cls, value: Any) -> Any:
+        return f"eval_{value}" if value in ("loss", "exact_match") else value
 
 
 class Recipe(Section):

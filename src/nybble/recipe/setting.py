@@ -96,6 +96,10 @@ BytesOrGiB = Annotated[
 ]
 Rate = Annotated[float, Field(gt=0)] | Literal["probe"]
 Tokens = Annotated[int, Field(ge=8)]
+# A number of optimizer steps, or, below 1, a fraction of all steps.
+Steps = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
+StepsOrNone = Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)]  # 0: never
+Numbers = dict[str, int | float | bool | str]  # what is given to a function by name
 
 
 class Section(BaseModel):
@@ -108,6 +112,6 @@ class Section(BaseModel):
     def _refuse_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Pydantic reads true as 1; a flag without its value must not become one."""
         wanted = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and wanted in (int, float, int | None, float | None, Rate):
+        if isinstance(value, bool) and wanted in (int, float, int | None, float | None, Rate, Steps, StepsOrNone):
             raise ValueError(f"input should be a number, not {str(value).lower()}")
         return value

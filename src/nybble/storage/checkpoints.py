@@ -107,8 +107,10 @@ def newest_checkpoint(parents: Sequence[Path]) -> tuple[Path | None, Mapping[Pat
     return None, skipped
 
 
-def prune_checkpoints(parents: Sequence[Path], newest: Path, kept: int, damaged: Iterable[Path] = ()) -> None:
-    """Remove all but the last `kept` checkpoints: `newest`, which was verified, and those before it.
+def prune_checkpoints(
+    parents: Sequence[Path], newest: Path, kept: int, damaged: Iterable[Path] = (), best: Place | None = None
+) -> None:
+    """Remove all but the last `kept` checkpoints: `newest`, which was verified, and those before it; `best` stays too.
 
     Checkpoints beyond `newest` belong to a course of training that was abandoned. They are removed, and so are those
     that are known to be `damaged`.
@@ -121,7 +123,7 @@ def prune_checkpoints(parents: Sequence[Path], newest: Path, kept: int, damaged:
     others = [path for path in list_checkpoints(parents) if path != newest]
     good = [path for path in others if path not in bad and (Place.of(path) or Place(0)) <= newest_place]
     for path in others:
-        if path not in good[: kept - 1]:
+        if path not in good[: kept - 1] and not (path in good and Place.of(path) == best):
             remove_folder(path)
 
 

@@ -1,5 +1,6 @@
 """Training and evaluation: the loop (start at `loop.train`), its state and checkpoints, and the recorder of a run."""
 
+from nybble.training.best import check_best_step
 from nybble.training.build import TrainResult, build, train_model
 from nybble.training.checkpoint import Checkpointing, checkpointing, find_checkpoint, folders_of, refused_writes
 from nybble.training.evaluate import (
@@ -26,6 +27,7 @@ __all__ = [
     "TrainResult",
     "Training",
     "build",
+    "check_best_step",
     "check_optimizer_and_schedule",
     "checkpointing",
     "evaluate",

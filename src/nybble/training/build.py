@@ -15,12 +15,14 @@ from nybble.errors import CannotRunError, StoppedError
 from nybble.hardware import Device, PeakMemory
 from nybble.models import is_sharded
 from nybble.nn.dropout_seed import DropoutSeeds
-from nybble.recipe import StepMemory, TrainingSection
+from nybble.recipe import EvaluationSection, StepMemory, TrainingSection, evaluation_pace, saving_pace
 from nybble.run.directory import RunDirectory
 from nybble.run.processes import Processes
 from nybble.run.record import Observer, Silent
+from nybble.storage.checkpoints import Place
 from nybble.training.activation_checkpointing import recomputation_for
-from nybble.training.checkpoint import Checkpointing, CheckpointWriter, load_checkpoint
+from nybble.training.best import BestStep
+from nybble.training.checkpoint import Checkpointing, CheckpointWriter, load_checkpoint, load_weights
 from nybble.training.dataloader import StepLoader
 from nybble.training.evaluate import HeldOut, batches_for
 from nybble.training.guards import NonFiniteGuard
@@ -46,6 +48,7 @@ class TrainResult:
     peak_bytes: int
     skipped_steps: int = 0  # steps with a loss or gradient that was bad
     notes: tuple[str, ...] = ()  # for people
+    best: dict[str, Any] | None = None  # step, metric and value of the best evaluation on the way
 
     @property
     def tokens_per_second(self) -> float:
@@ -66,7 +69,6 @@ def build(
     observer: Observer | None = None,
     objective: Objective = next_token_loss,
     held_out: HeldOut | None = None,
-    eval_steps: int = 0,
     step_memory: StepMemory | None = None,
     checkpointing: Checkpointing | None = None,
     deadline: float | None = None,
@@ -85,8 +87,7 @@ def build(
         max_steps: optimizer steps in all.
         observer: receives steps and notes.
         objective: what is minimised.
-        held_out: rows that are evaluated every `eval_steps`.
-        eval_steps: steps between evaluations; 0 means no evaluation during training.
+        held_out: rows that are evaluated on the way, as often as their section says.
         step_memory: what a step takes at each depth of recomputation; None: every layer is recomputed.
         checkpointing: None: no checkpoints are written.
         deadline: by the monotonic clock; the training saves and stops before.
@@ -107,7 +108,9 @@ def build(
     optimizer = create_optimizer(model, section, device)
     schedule = create_schedule(optimizer, section, max_steps)
     scaler = torch.amp.GradScaler(device.type) if compute_dtype == torch.float16 else None
-    state = TrainState(model, optimizer, schedule, scaler, loader, device.torch_device, processes)
+    evaluation = held_out.section if held_out else EvaluationSection()
+    best = BestStep(evaluation)
+    state = TrainState(model, optimizer, schedule, scaler, loader, device.torch_device, processes, best)
     writer = _writer(section, checkpointing, observer, processes)
     trackers = start_trackers(section, run.path, resumed.step if resumed else None) if processes.is_main else Trackers()
     model.zero_grad(set_to_none=True)
@@ -134,7 +137,8 @@ def build(
         run=run,
         observer=observer,
         held_out=held_out,
-        eval_steps=eval_steps if held_out else 0,
+        evaluations=evaluation_pace(evaluation, section.logging_steps, max_steps, loader.steps_an_epoch),
+        saves=saving_pace(section, max_steps, loader.steps_an_epoch),
         processes=processes,
     )
 
@@ -157,6 +161,7 @@ def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSec
         t.writer.close()
     t.metrics.close()
     _check_for_early_stop(t)
+    best_notes = _end_with_best(t) if t.state.best.counts else []
     return TrainResult(
         train_loss=t.state.mean_loss,
         steps=t.state.step,
@@ -165,7 +170,8 @@ def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSec
         seconds_to_first_step=t.metrics.seconds_to_first_step,
         peak_bytes=t.metrics.peak_bytes,
         skipped_steps=t.state.skipped_steps,
-        notes=tuple(_notes(t)),
+        notes=(*_notes(t), *best_notes),
+        best=t.state.best.to_json(),
     )
 
 
@@ -237,12 +243,30 @@ def is_device_loss(error: RuntimeError) -> bool:
 
 
 def _check_for_early_stop(t: Training) -> None:
-    if t.stops.reason is None or t.state.step >= t.max_steps:
+    if t.stops.reason is None or t.state.step >= t.max_steps or t.state.best.is_over:
         return
     at = f"{t.stops.reason} at step {t.state.step} of {t.max_steps}"
     if t.writer.refusal is not None:
         raise CannotRunError(f"{at}, and its state could not be saved ({t.writer.refusal}); {t.writer.way_on}")
     raise StoppedError(f"{at}: saved; continue with --resume")
+
+
+def _end_with_best(t: Training) -> list[str]:
+    """Load the best weights if they are asked for; what became of the evaluations, in words."""
+    best = t.state.best
+    words = [best.in_words]
+    if best.is_over and t.state.step < t.max_steps:
+        words.insert(0, f"stopped early at step {t.state.step} of {t.max_steps}")
+    if best.is_loaded_at_end and best.step not in (None, t.state.step):
+        found = t.processes.gather(t.writer.checkpoint_of(Place(best.step)))[0]
+        if found is None:
+            words.append("its checkpoint could not be written or is damaged: the last weights are kept")
+        else:
+            load_weights(t.model, found)
+            words.append("its weights are taken")
+    note = ", ".join(words)
+    t.observer.note(note)
+    return [note]
 
 
 def _notes(t: Training) -> Iterator[str]:

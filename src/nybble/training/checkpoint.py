@@ -16,7 +16,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -38,6 +38,7 @@ from nybble.storage.checkpoints import (
     list_checkpoints,
     newest_checkpoint,
     prune_checkpoints,
+    verify,
     write_checkpoint,
 )
 from nybble.storage.manifest import DamagedError, read_json
@@ -176,11 +177,20 @@ def load_checkpoint(model: Any, state: TrainState, resumed: Resumed) -> None:
     Raises:
         InputError, ModelError: it is of another model, or the rows would be drawn in another order.
     """
-    put_weights_back(model, _load_all(resumed.path, "adapter_model") or _load_all(resumed.path, "weights"))
+    load_weights(model, resumed.path)
     tensors = _load_all(resumed.path, "state")
     packed = read_json(resumed.path / STATE)
     former = {name: unpack(value, tensors) for name, value in packed.items() if name not in _ABOUT}
     state.load_state_dict(former, is_forced=resumed.forced)
+
+
+def load_weights(model: Any, checkpoint: Path) -> None:
+    """Put the trained weights of a checkpoint into `model`.
+
+    Raises:
+        ModelError: they are of another model.
+    """
+    put_weights_back(model, _load_all(checkpoint, "adapter_model") or _load_all(checkpoint, "weights"))
 
 
 def check_optimizer_can_be_saved(optimizer: Any, model: Any, name: str) -> None:
@@ -203,6 +213,7 @@ class Snapshot:
     tensors: Mapping[str, Tensor]  # those of the state
     texts: Mapping[str, str]  # file -> content
     state: Mapping[str, Any]  # goes to state.json
+    best: Place | None = None  # of the checkpoint that stays, since its weights are to be loaded at the end
 
     def files(self, identity: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
         """Name and content of each file."""
@@ -258,6 +269,15 @@ class CheckpointWriter:
         """What to do after an error, in words."""
         return f"continue from {self.last_good} with --resume" if self.last_good else "there is no checkpoint yet"
 
+    def checkpoint_of(self, place: Place) -> Path | None:
+        """The undamaged checkpoint at this place, if there is one."""
+        for path in list_checkpoints(self._parents):
+            if Place.of(path) == place:
+                with suppress(DamagedError):
+                    verify(path)
+                    return path
+        return None
+
     def save(self, model: Any, state: TrainState, optimizer_name: str) -> None:
         """Copy the trained weights and the state to the host, and begin to write them.
 
@@ -276,6 +296,7 @@ class CheckpointWriter:
             tensors=tensors,
             texts=texts,
             state={**self._about, **packed},
+            best=Place(state.best.step) if state.best.is_loaded_at_end and state.best.step else None,
         )
         self.write(snapshot)
 
@@ -325,7 +346,7 @@ class CheckpointWriter:
             if refusals:
                 self._note(f"{refusals[0]}; {snapshot.place.name} is in {parent}")
             self.last_good, self.refusal, self._refused = written, None, None
-            self._prune(written)
+            self._prune(written, snapshot.best)
             return
         self._refuse(snapshot, "; ".join(refusals))
 
@@ -335,9 +356,9 @@ class CheckpointWriter:
         continues = "training continues, " if self._thread is not None else ""
         self._note(f"{snapshot.place.name} could not be written ({why}); {continues}{kept}")
 
-    def _prune(self, written: Path) -> None:
+    def _prune(self, written: Path, best: Place | None) -> None:
         try:
-            prune_checkpoints(self._parents, written, self._kept, self._damaged)
+            prune_checkpoints(self._parents, written, self._kept, self._damaged, best)
         except OSError as error:
             self._note(f"an old checkpoint cannot be removed: {error.filename}: {error.strerror}")
 

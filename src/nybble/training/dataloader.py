@@ -46,7 +46,7 @@ class StepLoader:
     ) -> None:
         self._groups = groups
         self._collate = collate
-        self._seed = section.seed
+        self._seed = section.seed if section.data_seed is None else section.data_seed
         self._processes = processes
         self.groups_a_micro_batch = section.per_device_train_batch_size
         self.groups_a_step = self.groups_a_micro_batch * section.gradient_accumulation_steps * processes.count

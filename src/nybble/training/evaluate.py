@@ -126,17 +126,18 @@ def sample_answers(
     ]
 
 
-def held_out_loss(
+def evaluate_quickly(
     model: Any,
     tokenizer: Any,
     held_out: HeldOut,
     compute_dtype: torch.dtype,
     processes: Processes = Processes(),  # noqa: B008 - a value
-) -> float:
-    """The loss per learned token over the held-out rows; no answers are generated, which would take longer."""
-    rows = [replace(example, answer=None) for example in held_out.rows]
-    measured = evaluate(model, tokenizer, rows, held_out.section, compute_dtype, processes)
-    return measured.loss if measured else math.nan
+) -> Evaluation | None:
+    """Evaluate the held-out rows; answers, which take longer, are only generated if they decide which step is best."""
+    rows = held_out.rows
+    if held_out.section.metric_for_best_model != "eval_exact_match":
+        rows = [replace(example, answer=None) for example in rows]
+    return evaluate(model, tokenizer, rows, held_out.section, compute_dtype, processes)
 
 
 def stop_at(model: Any, tokens: Sequence[int]) -> None:

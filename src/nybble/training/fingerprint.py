@@ -17,6 +17,7 @@ from nybble.data import Prepared
 from nybble.recipe import Recipe, all_settings, rows_per_step
 
 _ROWS = "rows per step"
+_OF_EVALUATIONS = ("evaluation.eval_strategy", "evaluation.eval_steps", "evaluation.max_eval_rows")
 _CONTENT = {"base": "the base weights", "tokenizer": "the tokenizer", "rows": "the rows"}
 
 
@@ -39,6 +40,9 @@ class Identity:
         there = other.get("settings")
         there = there if isinstance(there, dict) else {}
         here: dict[str, Any] = json.loads(json.dumps(self.settings))  # as a file gives it back: no tuples
+        # A version that did not have a setting behaved as its default says.
+        defaults = json.loads(json.dumps({item.path: item.default for item in all_settings()}, default=str))
+        there = {**{name: value for name, value in defaults.items() if name in here}, **there}
         changed = [name for name in {**here, **there} if here.get(name) != there.get(name)]
         for name in changed:
             was, now = there.get(name), here.get(name)
@@ -76,8 +80,11 @@ def identify(
 def _settings(recipe: Recipe, n_processes: int) -> dict[str, Any]:
     found = {}
     values = recipe.model_dump(mode="json")
+    decides = recipe.evaluation.load_best_model_at_end or recipe.evaluation.early_stopping_patience is not None
     for item in all_settings():
-        if not item.is_neutral:
+        # How often a run evaluates is neutral unless evaluations decide its end.
+        counts = decides and item.path in _OF_EVALUATIONS
+        if counts or not item.is_neutral:
             found[item.path] = values[item.section][item.name] if item.section else values[item.name]
     found[_ROWS] = rows_per_step(recipe.training, n_processes)  # how they are split is neutral
     return found

@@ -23,14 +23,14 @@ from nybble.hardware import Device
 from nybble.models import full_tensors
 from nybble.nn.dropout_seed import DropoutSeeds
 from nybble.nn.workspace import workspace
-from nybble.recipe import TrainingSection
+from nybble.recipe import Pace, TrainingSection
 from nybble.run.directory import RunDirectory
 from nybble.run.processes import Processes
 from nybble.run.record import Observer
 from nybble.training.activation_checkpointing import Recomputation, SavedGradients
 from nybble.training.checkpoint import CheckpointWriter, check_optimizer_can_be_saved
 from nybble.training.dataloader import MicroBatch, StepLoader
-from nybble.training.evaluate import HeldOut, held_out_loss, sample_answers
+from nybble.training.evaluate import HeldOut, evaluate_quickly, sample_answers
 from nybble.training.guards import BadStep, NonFiniteGuard
 from nybble.training.metrics import Metrics
 from nybble.training.objective import Objective
@@ -65,14 +65,16 @@ class Training:
     run: RunDirectory
     observer: Observer
     held_out: HeldOut | None
-    eval_steps: int  # 0: no evaluation on the way
+    evaluations: Pace
+    saves: Pace
     processes: Processes
     parities: list[Parity] = field(default_factory=list)
     has_run_out_of_memory: bool = False
 
 
 def train(t: Training) -> None:
-    """Run the steps that are left; returns after the last one, or with the state saved where a stop was asked for.
+    """Run the steps that are left; returns after the last one, or where the patience with evaluations is at its end, or
+    with the state saved where a stop was asked for.
 
     Raises:
         InputError: loss or gradient are not finite, or the gradient spikes.
@@ -80,6 +82,8 @@ def train(t: Training) -> None:
     state, section = t.state, t.section
     t.model.train()
     for step in range(state.step, t.max_steps):
+        if state.best.is_over:
+            return
         micro_batches = t.loader.micro_batches_of(step)
         n_learned = t.processes.sum(sum(batch.n_learned for batch in micro_batches))
         n_tokens = t.processes.sum(sum(batch.n_tokens for batch in micro_batches))
@@ -112,10 +116,14 @@ def train(t: Training) -> None:
 
         if (step == 0 or state.step % section.logging_steps == 0) and state.unlogged_steps:
             t.metrics.log_step(state, state.take_unlogged_loss(), learning_rate, norm)
-        if t.eval_steps and state.step % t.eval_steps == 0 and state.step < t.max_steps:
-            evaluate_on_the_way(t)
+        is_last = state.step == t.max_steps
+        is_best = False
+        if state.best.counts if is_last else t.evaluations.is_due(state.step):
+            is_best = evaluate_on_the_way(t)
         is_stopped = t.stops.after_step()
-        if is_stopped or state.step % section.save_steps == 0 or state.step == t.max_steps:
+        is_last = is_last or state.best.is_over
+        is_wanted = is_best and (state.best.is_loaded_at_end or section.save_strategy == "best")
+        if is_stopped or is_wanted or t.saves.is_due(state.step) or (is_last and section.save_strategy != "no"):
             save(t)
         if is_stopped:
             return
@@ -224,13 +232,17 @@ def update(t: Training) -> bool:
     return is_done
 
 
-def evaluate_on_the_way(t: Training) -> None:
-    """Answers to the rows that are shown, and the loss on all that are held out."""
+def evaluate_on_the_way(t: Training) -> bool:
+    """Answers to the rows that are shown, and figures of all that are held out; whether those are the best so far."""
     if t.held_out is None:
-        return
+        return False
     for sample in sample_answers(t.model, t.tokenizer, t.held_out, t.compute_dtype, t.processes, step=t.state.step):
         t.run.append_sample(sample)
-    t.metrics.log_evaluation(t.state, held_out_loss(t.model, t.tokenizer, t.held_out, t.compute_dtype, t.processes))
+    measured = evaluate_quickly(t.model, t.tokenizer, t.held_out, t.compute_dtype, t.processes)
+    if measured is None:
+        return False
+    t.metrics.log_evaluation(t.state, measured)
+    return t.state.best.judge(t.state.step, measured)
 
 
 def save(t: Training) -> None:

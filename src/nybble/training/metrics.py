@@ -9,7 +9,7 @@ from typing import Any
 from nybble.hardware import PeakMemory
 from nybble.run.directory import RunDirectory
 from nybble.run.processes import Processes
-from nybble.run.record import Observer, StepEvent
+from nybble.run.record import Evaluation, Observer, StepEvent
 from nybble.training.state import TrainState
 from nybble.training.trackers import Trackers
 
@@ -49,10 +49,10 @@ class Metrics:
         values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": norm, "epoch": epoch}
         self._trackers.log({f"train/{name}": value for name, value in values.items()}, state.step)
 
-    def log_evaluation(self, state: TrainState, eval_loss: float) -> None:
-        """The loss on the held-out rows after this step."""
-        self._log(state, eval_loss=eval_loss)
-        self._trackers.log({"eval/loss": eval_loss}, state.step)
+    def log_evaluation(self, state: TrainState, measured: Evaluation) -> None:
+        """The figures of the held-out rows after this step."""
+        self._log(state, eval_loss=measured.loss)
+        self._trackers.log({"eval/loss": measured.loss, "eval/exact_match": measured.exact_match}, state.step)
 
     def close(self) -> None:
         """End the run in the trackers."""

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from nybble.errors import CannotRunError, RecipeError
+from nybble.guard import brief
 from nybble.hardware import Device
 from nybble.recipe import TrainingSection
 
@@ -36,6 +37,7 @@ _IN_BACKWARD = ("lomo", "adalomo")  # they update weights within the backward pa
 _WITHOUT_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 # They follow the loss of regular evaluations, which the loop does not give them.
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")
+_WITHOUT_ARGUMENTS = ("constant", "constant_with_warmup")  # transformers would drop them unsaid
 
 
 def check_optimizer_and_schedule(section: TrainingSection) -> None:
@@ -51,6 +53,7 @@ def check_optimizer_and_schedule(section: TrainingSection) -> None:
     _check_name("optim", section.optim, [name.value for name in OptimizerNames if name.value not in _IN_BACKWARD])
     schedules = [name.value for name in SchedulerType if name.value not in _BY_METRIC]
     _check_name("lr_scheduler_type", section.lr_scheduler_type, schedules)
+    _check_schedule(section)
     for word in sorted(_LIBRARIES, key=len, reverse=True):
         module, command = _LIBRARIES[word]
         if word in section.optim:
@@ -70,7 +73,9 @@ def create_optimizer(model: nn.Module, section: TrainingSection, device: Device)
         weight_decay=section.weight_decay,
         adam_beta1=section.adam_beta1,
         adam_beta2=section.adam_beta2,
-        warmup_steps=section.warmup_ratio,
+        adam_epsilon=section.adam_epsilon,
+        optim_args=section.optim_args,
+        warmup_steps=section.warmup_ratio if section.warmup_steps is None else section.warmup_steps,
         use_cpu=device.type == "cpu",
         report_to="none",
     )
@@ -105,11 +110,13 @@ def create_schedule(optimizer: Any, section: TrainingSection, max_steps: int) ->
     """The learning-rate schedule that `section.lr_scheduler_type` names."""
     from transformers import get_scheduler
 
+    warmup = section.warmup_ratio if section.warmup_steps is None else section.warmup_steps
     return get_scheduler(
         section.lr_scheduler_type,
         optimizer=optimizer,
-        num_warmup_steps=math.ceil(max_steps * section.warmup_ratio),
+        num_warmup_steps=math.ceil(max_steps * warmup) if warmup < 1 else math.ceil(warmup),
         num_training_steps=max_steps,
+        scheduler_specific_kwargs=dict(section.lr_scheduler_kwargs),
     )
 
 
@@ -125,6 +132,21 @@ def _keep_embeddings_in_32_bits(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             manager.register_module_override(module, "weight", {"optim_bits": 32})
+
+
+def _check_schedule(section: TrainingSection) -> None:
+    parameter = nn.Parameter(torch.zeros(1))
+    fault = "it has no arguments" if section.lr_scheduler_type in _WITHOUT_ARGUMENTS else ""
+    fault = fault if section.lr_scheduler_kwargs else ""
+    try:
+        create_schedule(torch.optim.SGD([parameter], lr=1.0), section, max_steps=100)
+    except (TypeError, ValueError) as error:
+        fault = brief(error)
+    if fault:
+        raise RecipeError(
+            f"training.lr_scheduler_kwargs: {section.lr_scheduler_type} does not take {section.lr_scheduler_kwargs} "
+            f"({fault}); see transformers' schedule of that name for its arguments"
+        )
 
 
 def _check_name(setting: str, value: str, allowed: list[str]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from nybble.errors import InputError
 from nybble.models import full_tensors, shard_like
 from nybble.run.processes import Processes
+from nybble.training.best import BestStep
 from nybble.training.dataloader import StepLoader
 
 NORMS_REMEMBERED = 100
@@ -33,7 +34,9 @@ class TrainState:
         loader: StepLoader,
         device: torch.device,
         processes: Processes = Processes(),  # noqa: B008 - a value
+        best: BestStep | None = None,
     ) -> None:
+        self.best = best or BestStep()
         self.optimizer = optimizer
         self.schedule = schedule
         self.scaler = scaler
@@ -115,6 +118,7 @@ class TrainState:
             "optimizer": full_tensors(self.optimizer.state_dict()),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "best": self.best.state_dict(),
             "generators": self._processes.gather(generator_states(self._device)),
             "gradients": {n: p.grad for n, p in self.trained.items() if p.grad is not None} if is_within_step else {},
             "loss": {
@@ -151,6 +155,8 @@ class TrainState:
         self._load_optimizer(state, is_forced)
         if self.scaler is not None and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+        if "best" in state:  # older checkpoints lack it
+            self.best.load_state_dict(state["best"])
         self.step = cursor["step"]
         self.tokens, self.skipped_steps = counters["tokens"], counters["skipped_steps"]
         self.started = time.monotonic() - counters["seconds"]
