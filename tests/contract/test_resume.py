@@ -31,6 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qlora": {},
     "lora": {"method": "lora", "compute_dtype": "float32", "lr_scheduler_type": "cosine"},
     "full": {"method": "full", "optim": "sgd"},
+    "noise": {"neftune_noise_alpha": 5, "loraplus_lr_ratio": 4, "packing": True, "max_length": 96},
     "packing": {"packing": True, "max_length": 96},
     "dora": {"use_dora": True, "method": "lora", "lora_dropout": 0.3},  # dropout by torch's generator
     "adafactor": {"optim": "adafactor", "method": "lora"},
@@ -253,3 +254,20 @@ def test_a_checkpoint_in_another_format_is_refused_with_the_version_that_reads_i
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=r"checkpoint-1.2 was written by nybble 0.1.0 in a format .* --overwrite"):
         world().train(out, resume=True)
+
+
+def test_noise_and_rates_do_not_depend_on_the_split_of_the_batch(
+    world: World, everything: Left, tmp_path: Path
+) -> None:
+    exact = {"method": "lora", "compute_dtype": "float32", "lora_dropout": 0, "learning_rate": 1e-3}
+    noisy = {**exact, "neftune_noise_alpha": 5, "loraplus_lr_ratio": 4}
+    whole = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 1}
+    left = []
+    for name, settings in {"parts": noisy, "whole": {**noisy, **whole}, "plain": exact}.items():
+        world(**settings).train(tmp_path / name)
+        left.append(everything(tmp_path / name))
+    apart = [
+        max((left[0][key] - other[key]).abs().max() for key in other if key.startswith("adapter")) for other in left[1:]
+    ]
+    assert apart[0] < 5e-5
+    assert apart[1] > 1e-3

@@ -43,7 +43,7 @@ def test_the_groups_of_an_optimizer_are_those_of_transformers() -> None:
 
     model = Tiny()
     model.linear.weight.requires_grad_(False)
-    decayed, others = parameter_groups(model, 0.1)
+    decayed, others = parameter_groups(model, TrainingSection(weight_decay=0.1))
     names = Trainer.get_decay_parameter_names(None, model)  # type: ignore[arg-type]
     expected = [p for name, p in model.named_parameters() if name in names and p.requires_grad]
     assert [id(p) for p in decayed["params"]] == [id(p) for p in expected]

@@ -23,10 +23,15 @@ class DropoutSeeds:
         """The seed of the dropout in layer number `place`, 32 bits."""
         if self.micro_step is None:
             return int(torch.randint(1 << 32, (), device="cpu"))
-        mixed = 0
-        for part in (self.seed, self.micro_step, place):
-            mixed = _splitmix(mixed ^ (part & _MASK))
-        return mixed >> 32
+        return mixed(self.seed, self.micro_step, place) >> 32
+
+
+def mixed(*parts: int) -> int:
+    """A hash of some integers, 64 bits."""
+    state = 0
+    for part in parts:
+        state = _splitmix(state ^ (part & _MASK))
+    return state
 
 
 def _splitmix(state: int) -> int:

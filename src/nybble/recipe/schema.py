@@ -397,6 +397,18 @@ class TrainingSection(Section):
         "Further arguments of an optimizer that transformers has them for, as rank=64,update_proj_gap=100.",
         unset="none",
     )
+    loraplus_lr_ratio: float | None = setting(
+        None,
+        "Learning rate of the adapters' B divided by that of their A (LoRA+); learning_rate is that of A.",
+        unset="the same rate",
+        gt=0,
+    )
+    neftune_noise_alpha: float | None = setting(
+        None,
+        "Strength of the noise on the embeddings of training rows (NEFTune), usually 5 to 15.",
+        unset="no noise",
+        gt=0,
+    )
     max_grad_norm: float = setting(
         1.0, "Gradients are clipped to this norm; 0 turns clipping off.", aliases=("grad_clip",), ge=0
     )
@@ -614,6 +626,8 @@ class Recipe(Section):
             raise ValueError("gradient_accumulation_steps follows from train_batch_size; remove one of them")
         if training.push_to_hub and not training.hub_model_id:
             raise ValueError("push_to_hub needs hub_model_id; name the repository, e.g. --hub_model_id you/adapter")
+        if training.loraplus_lr_ratio and self.method == "full":
+            raise ValueError("loraplus_lr_ratio is about adapters; use it with method: qlora or lora, or remove it")
         if training.fsdp_cpu_offload and training.distributed != "fsdp":
             raise ValueError("fsdp_cpu_offload only works with distributed: fsdp; set that, or remove fsdp_cpu_offload")
         if training.fsdp_shards and training.distributed != "fsdp":

@@ -28,6 +28,7 @@ from nybble.training.evaluate import HeldOut, batches_for
 from nybble.training.guards import NonFiniteGuard
 from nybble.training.loop import Training, refuse_bad_step, train
 from nybble.training.metrics import Metrics
+from nybble.training.neftune import EmbeddingNoise
 from nybble.training.objective import Objective, next_token_loss
 from nybble.training.optim import create_optimizer, create_schedule
 from nybble.training.run_recorder import software_versions
@@ -129,6 +130,7 @@ def build(
         loader=loader,
         state=state,
         seeds=seeds,
+        noise=EmbeddingNoise(model, section.neftune_noise_alpha, section.seed),
         guard=NonFiniteGuard(section, state.gradient_norms, processes),
         recomputation=recomputation,
         writer=writer,
@@ -153,7 +155,7 @@ def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSec
     """
     t = build(model, tokenizer, groups, section, **parts)
     started, tokens_before = time.monotonic(), t.state.tokens
-    with t.stops, _device_errors_in_words(t.device, t.writer), _deterministic(section.deterministic):
+    with t.stops, t.noise, _device_errors_in_words(t.device, t.writer), _deterministic(section.deterministic):
         train(t)
         bad = t.guard.read()
         if bad is not None:

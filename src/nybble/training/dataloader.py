@@ -30,6 +30,7 @@ class MicroBatch:
 
     inputs: dict[str, Any]  # on the host
     rows: tuple[int, ...]  # their numbers, from 1
+    lengths: tuple[int, ...]  # tokens of each of them; of a batch from which nothing is learned, none
     n_tokens: int  # without padding
     n_learned: int  # tokens that the loss is about
 
@@ -90,10 +91,12 @@ class StepLoader:
     def _micro_batch(self, numbers: Sequence[int]) -> MicroBatch:
         groups = [self._groups[number] for number in numbers]
         inputs = self._collate(groups or [NOTHING])
+        lengths = tuple(len(example["input_ids"]) for group in groups for example in group)
         return MicroBatch(
             inputs=inputs,
             rows=tuple(row for number in numbers for row in self._groups.rows(number)),
-            n_tokens=sum(len(example["input_ids"]) for group in groups for example in group),
+            lengths=lengths,
+            n_tokens=sum(lengths),
             n_learned=int((inputs["labels"][..., 1:] != IGNORED).sum()),
         )
 

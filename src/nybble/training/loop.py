@@ -33,6 +33,7 @@ from nybble.training.dataloader import MicroBatch, StepLoader
 from nybble.training.evaluate import HeldOut, evaluate_quickly, sample_answers
 from nybble.training.guards import BadStep, NonFiniteGuard
 from nybble.training.metrics import Metrics
+from nybble.training.neftune import EmbeddingNoise
 from nybble.training.objective import Objective
 from nybble.training.optim import learning_rate_of
 from nybble.training.parity import Parity, check, compare
@@ -57,6 +58,7 @@ class Training:
     loader: StepLoader
     state: TrainState
     seeds: DropoutSeeds  # of dropout
+    noise: EmbeddingNoise
     guard: NonFiniteGuard
     recomputation: Recomputation | None
     writer: CheckpointWriter
@@ -143,6 +145,7 @@ def forward_backward(t: Training, batch: MicroBatch, n_learned: int) -> Tensor:
     step = t.state.step
     inputs = to_device(batch.inputs, t.device.torch_device)
     n_items = torch.tensor(float(n_learned), device=t.device.torch_device)
+    t.noise.begin(step, batch.rows, batch.lengths)
     if step < t.section.parity_steps and "lengths" in inputs:
         t.parities.append(compare(t.model, inputs, n_items, t.compute_dtype))
         check(t.parities[-1], step + 1, t.compute_dtype)

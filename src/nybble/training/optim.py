@@ -35,6 +35,8 @@ _LIBRARIES = {
 }
 _IN_BACKWARD = ("lomo", "adalomo")  # they update weights within the backward pass, before a step can be judged
 _WITHOUT_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+_LORA_B = re.compile(r"\.lora_(embedding_)?B\b")
+_OWN_GROUPS = ("galore", "apollo")  # words in the names of optimizers that group the parameters themselves
 # They follow the loss of regular evaluations, which the loop does not give them.
 _BY_METRIC = ("reduce_lr_on_plateau", "greedy")
 _WITHOUT_ARGUMENTS = ("constant", "constant_with_warmup")  # transformers would drop them unsaid
@@ -54,6 +56,11 @@ def check_optimizer_and_schedule(section: TrainingSection) -> None:
     schedules = [name.value for name in SchedulerType if name.value not in _BY_METRIC]
     _check_name("lr_scheduler_type", section.lr_scheduler_type, schedules)
     _check_schedule(section)
+    if section.loraplus_lr_ratio is not None and any(word in section.optim for word in _OWN_GROUPS):
+        raise RecipeError(
+            f"loraplus_lr_ratio: optim {section.optim} groups the parameters itself; choose another optim, e.g. "
+            "adamw_torch_fused"
+        )
     for word in sorted(_LIBRARIES, key=len, reverse=True):
         module, command = _LIBRARIES[word]
         if word in section.optim:
@@ -83,14 +90,18 @@ def create_optimizer(model: nn.Module, section: TrainingSection, device: Device)
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         return kind()(model, **settings)  # a factory, which groups the parameters itself
     own = [settings.pop(name) for name in ("params", "model", "optimizer_dict") if name in settings]
-    optimizer = kind(own[-1] if own else parameter_groups(model, section.weight_decay), **settings)
+    optimizer = kind(own[-1] if own else parameter_groups(model, section), **settings)
     if "bitsandbytes" in kind.__module__ and settings.get("optim_bits") == 8:
         _keep_embeddings_in_32_bits(model)
     return optimizer
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trained parameters, those of norms and the biases without weight decay."""
+def parameter_groups(model: nn.Module, section: TrainingSection) -> list[dict[str, Any]]:
+    """The trained parameters, those of norms and the biases without weight decay.
+
+    Under LoRA+ (Hayou et al. 2024) the adapters' B are a group of their own, with a rate of its own.
+    """
+    ratio = section.loraplus_lr_ratio
     in_norms = {
         f"{place}.{name}"
         for place, module in model.named_modules()
@@ -99,11 +110,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     }
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
+    faster: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_decayed = name not in in_norms and not _WITHOUT_DECAY.search(name.lower())
-            (decayed if is_decayed else others).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+            is_faster = ratio is not None and _LORA_B.search(name)
+            (faster if is_faster else decayed if is_decayed else others).append(parameter)
+    decay = section.weight_decay
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": decay}, {"params": others, "weight_decay": 0.0}]
+    if ratio is not None and not isinstance(section.learning_rate, str):
+        groups.append({"params": faster, "weight_decay": decay, "lr": section.learning_rate * ratio})
+    return groups
 
 
 def create_schedule(optimizer: Any, section: TrainingSection, max_steps: int) -> Any:
