@@ -58,7 +58,7 @@ ROWS = {
     "chat.jsonl": "".join(json.dumps(chat) + "\n" for chat in CHATS),
     "role.jsonl": '{"messages": [{"role": "judge", "content": "a"}]}\n',
     "silent.jsonl": '{"messages": [{"role": "user", "content": "a"}]}\n',
-    "order.jsonl": '{"messages": [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "a"}]}\n',
+    "order.jsonl": '{"messages": [{"role": "assistant", "content": "a"}, {"role": "system", "content": "a"}]}\n',
     "content.jsonl": '{"messages": [{"role": "user", "content": 3}]}\n',
     "tools.jsonl": '{"tools": "[", "messages": [{"role": "user", "content": "a"}]}\n',
     "questions.jsonl": '"What is one?"\n{"question": "What?"}\n',

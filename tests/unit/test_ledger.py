@@ -140,8 +140,7 @@ def test_a_run_without_end_tokens_is_allowed_by_name(prepare: Call) -> None:
 @pytest.mark.parametrize(
     ("roles", "said"),
     [
-        (["user", "user", "assistant"], "turn 2: 'user' follows 'user'; allowed before it: the beginning, system"),
-        (["user", "assistant", "assistant"], "turn 3: 'assistant' follows 'assistant'"),
+        (["user", "tool", "assistant"], "turn 2: 'tool' follows 'user'; allowed before it: assistant, tool"),
         (["user", "system", "assistant"], "turn 2: 'system' follows 'user'; allowed before it: the beginning"),
         (["tool", "assistant"], "turn 1: 'tool' comes first"),
     ],

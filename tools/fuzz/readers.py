@@ -194,15 +194,19 @@ def _recipe(folder: Path) -> None:
 
 def _rows(name: str, folder: Path) -> None:
     """All that happens to rows before a tokenizer sees them."""
+    from nybble.data.columns import convert_row, find_layout
     from nybble.data.rows import read_rows
-    from nybble.data.shapes import answers_of, as_first_unit, detect_shape, exchanges, to_form
+    from nybble.data.shapes import answers_of, as_first_unit, exchanges
+    from nybble.errors import RowsError
     from nybble.recipe import DataSection
 
     data = DataSection()
     rows = read_rows(str(folder / name))
-    shape = detect_shape(rows, data)
+    layout = find_layout(rows, data)
     for where, row in rows:
-        form = to_form(row, shape, data, where, has_template=True)
+        if isinstance(row, RowsError):
+            raise row
+        form = convert_row(row, layout, where, has_template=True).form
         answers_of(form)
         for unit in exchanges(form)[1]:
             as_first_unit(unit, form)

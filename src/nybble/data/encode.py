@@ -64,6 +64,9 @@ class EncodedRow:
     n_turns: int  # answers in the row, learned or not
     key: int  # equal for rows with equal tokens
     prompt_form: str  # "template", the chat format of the text, "inst", "alpaca", or "" for plain text
+    not_used: tuple[str, ...] = ()  # columns and message keys that hold something and are not used
+    notes: tuple[str, ...] = ()  # what was changed in the row
+    fault: str = ""  # why the row is skipped, if it is
 
 
 @dataclass

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -27,11 +27,13 @@ from typing import Any
 
 from pyarrow import RecordBatch
 
-from nybble.data.encode import EncodedRow, encode_row
+from nybble.data.columns import Layout, convert_row
+from nybble.data.encode import EncodedRow, Example, encode_row
 from nybble.data.files import Row
 from nybble.data.rows import Placed, Rows
-from nybble.data.shapes import Turn, to_form
+from nybble.data.shapes import Turn
 from nybble.data.store import Examples, map_records, to_records, write_records
+from nybble.data.tokens import IGNORED
 from nybble.errors import CannotRunError, RowsError
 from nybble.recipe import DataSection
 from nybble.run.record import Observer
@@ -51,7 +53,7 @@ class Encoder:
     """Everything except the rows that determines the tokens."""
 
     tokenizer: Any  # a fast tokenizer of transformers
-    shape: str
+    layout: Layout
     data: DataSection
     answer_field: str
 
@@ -69,8 +71,8 @@ class Encoder:
             {name: str(value) for name, value in tokenizer.init_kwargs.items() if not name.endswith(("file", "path"))},
             (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id),
             (template, datetime.now(UTC).date() if "strftime_now" in template else None),
-            (self.shape, self.answer_field),
-            self.data.model_dump(include={"dataset_text_field", "loss_on", "overlong", "max_length"}),
+            (asdict(self.layout) | {"ignored": sorted(self.layout.ignored)}, self.answer_field),
+            self.data.model_dump(include={"loss_on", "on_bad_row", "overlong", "max_length"}),
         )
 
     def encode(self, chunk: _Chunk) -> RecordBatch:
@@ -79,20 +81,66 @@ class Encoder:
         return to_records(self._encode(number, *placed) for number, placed in enumerate(rows, start=before + 1))
 
     def _encode(self, number: int, where: str, row: Row | RowsError) -> EncodedRow:
-        if isinstance(row, RowsError):
-            raise row
+        try:
+            if isinstance(row, RowsError):
+                raise row
+            return self._encode_good(number, where, row)
+        except RowsError as error:
+            if self.data.on_bad_row == "stop":
+                raise
+            return _skipped(number, str(error))
+
+    def _encode_good(self, number: int, where: str, row: Row) -> EncodedRow:
         data = self.data
         has_template = bool(self.tokenizer.chat_template)
-        form = to_form(row, self.shape, data, where, has_template)
+        converted = convert_row(row, self.layout, where, has_template, self.answer_field)
+        form = converted.form
         if not has_template and any(isinstance(part, Turn) for part in form):
             raise RowsError(
-                f"{where}: {self.shape} rows need a chat template and this tokenizer has none; "
+                f"{where}: {self.layout.shape} rows need a chat template and this tokenizer has none; "
                 "set --chat_template inst, chatml or a .jinja file"
             )
         encoded = encode_row(form, self.tokenizer, data.max_length, data.loss_on, data.overlong, where)
         answer = row.get(self.answer_field)
-        answer = answer if isinstance(answer, str) else None
-        return replace(encoded, examples=[replace(e, row=number, answer=answer) for e in encoded.examples])
+        examples = [
+            replace(
+                example if converted.is_learned else _not_learned(example),
+                row=number,
+                answer=answer if isinstance(answer, str) else None,
+            )
+            for example in encoded.examples
+        ]
+        return replace(encoded, examples=examples, not_used=converted.not_used, notes=converted.notes)
+
+
+def _not_learned(example: Example) -> Example:
+    """The example without anything to learn."""
+    return replace(
+        example,
+        labels=[IGNORED] * len(example.labels),
+        n_answers=0,
+        n_stops=0,
+        n_cut_stops=0,
+        stop_tokens=(),
+        n_empty=0,
+    )
+
+
+def _skipped(number: int, fault: str) -> EncodedRow:
+    """A row that cannot be used, which is counted and named."""
+    empty = Example(
+        input_ids=[],
+        labels=[],
+        n_answers=0,
+        n_stops=0,
+        n_cut_stops=0,
+        stop_tokens=(),
+        n_empty=0,
+        last_answer_start=0,
+        is_truncated=False,
+        row=number,
+    )
+    return EncodedRow([empty], length=0, n_turns=0, key=0, prompt_form="", fault=fault)
 
 
 def encode_rows(rows: Rows, encoder: Encoder, cache: Cache | None, watch: Observer) -> Examples:

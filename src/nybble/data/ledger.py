@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nybble.data.store import Examples
+
+_MOST_NAMED = 10  # rows that are skipped and named
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class Ledger:
     length_p95: int
     length_p99: int  # the max_length that keeps 99 % of the rows whole
     length_max: int
+    rows_skipped: int = 0  # rows read that cannot be used, under `on_bad_row: skip`
+    skipped: tuple[str, ...] = ()  # why the first ten of them cannot be used
+    not_used: dict[str, int] = field(default_factory=dict)  # column or message key -> rows that hold something there
+    notes: dict[str, int] = field(default_factory=dict)  # what was changed in rows -> number of rows
+    files_not_read: tuple[str, ...] = ()  # files of the folder that hold no rows
 
     @property
     def in_words(self) -> list[str]:
@@ -51,6 +58,16 @@ class Ledger:
             f"{self.tokens_trained:,} of {self.tokens_total:,} tokens are learned; "
             f"{100 * self.stop_token_trained_fraction:.1f} % of the answers keep their end token",
         ]
+        if self.not_used:
+            names = [f"{name} in {_rows(rows)}" for name, rows in self.not_used.items()]
+            lines.append(f"not used: {', '.join(names)}")
+        lines += [f"{note} in {_rows(rows)}" for note, rows in self.notes.items()]
+        if self.files_not_read:
+            lines.append(f"files not read: {', '.join(self.files_not_read)}")
+        if self.rows_skipped:
+            lines.append(
+                f"{self.rows_skipped:,} rows are skipped because they cannot be used; the first: {self.skipped[0]}"
+            )
         if self.rows_over_max_length:
             lines.append(
                 f"{self.rows_over_max_length:,} rows are longer than max_length, {self.rows_split:,} were split; "
@@ -59,6 +76,10 @@ class Ledger:
         if self.stop_tokens_trained == 0:
             lines.append("no end token is learned, as allow_no_stop permits: the model will not learn to stop")
         return lines
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row" if count == 1 else f"{count:,} rows"
 
 
 def count_rows(read: Examples, is_used: NDArray[np.bool_], n_held_out: int, max_length: int, shape: str) -> Ledger:
@@ -73,7 +94,9 @@ def count_rows(read: Examples, is_used: NDArray[np.bool_], n_held_out: int, max_
     """
     used = read.take(is_used)
     rows = read.take(first_of_rows(read))
-    lengths = np.sort(rows.column("row_length"))
+    faults = read.distinct("fault")
+    good = rows.take(rows.is_null("fault"))
+    lengths = np.sort(good.column("row_length")) if len(good) else np.zeros(1, np.int32)
     examples_of = np.unique(used.column("row"), return_counts=True)[1]
     turns = _sum(used, "n_answers")
     stops = _sum(used, "n_stops")
@@ -84,13 +107,13 @@ def count_rows(read: Examples, is_used: NDArray[np.bool_], n_held_out: int, max_
         prompt_form=next((form for form in read.distinct("row_form") if form), "plain"),
         rows_read=len(rows),
         rows_used=len(examples_of),
-        rows_dropped=len(rows) - len(examples_of),
+        rows_dropped=len(good) - len(examples_of),
         rows_held_out=n_held_out,
         rows_over_max_length=int((lengths > max_length).sum()),
         rows_truncated=len(np.unique(used.column("row")[used.column("is_truncated")])),
         rows_split=int((examples_of > 1).sum()),
-        rows_duplicate=len(rows) - len(np.unique(rows.column("row_key"))),
-        rows_multi_turn=int((rows.column("row_turns") > 1).sum()),
+        rows_duplicate=len(good) - len(np.unique(good.column("row_key"))),
+        rows_multi_turn=int((good.column("row_turns") > 1).sum()),
         examples=len(used),
         turns=turns,
         stop_tokens_trained=stops,
@@ -106,6 +129,10 @@ def count_rows(read: Examples, is_used: NDArray[np.bool_], n_held_out: int, max_
         length_p95=_percentile(lengths, 0.95),
         length_p99=_percentile(lengths, 0.99),
         length_max=int(lengths[-1]),
+        rows_skipped=len(rows) - len(good),
+        skipped=tuple(fault for fault in faults if fault is not None)[:_MOST_NAMED],
+        not_used=read.counts("not_used"),
+        notes=read.counts("notes"),
     )
 
 

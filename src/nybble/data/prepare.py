@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nybble.data.columns import find_layout
 from nybble.data.encode_all import Encoder, encode_rows
 from nybble.data.ledger import Ledger, count_rows, first_of_rows
 from nybble.data.rows import Rows, read_rows
-from nybble.data.shapes import detect_shape
 from nybble.data.store import Examples
 from nybble.data.templates import find_template
 from nybble.errors import RowsError
@@ -73,10 +73,10 @@ def examine_rows(
         tokenizer.chat_template = find_template(data.chat_template)
 
     def encode(rows: Rows) -> Examples:
-        encoder = Encoder(tokenizer, detect_shape(rows, data), data, evaluation.answer_field)
+        encoder = Encoder(tokenizer, find_layout(rows, data), data, evaluation.answer_field)
         return encode_rows(rows, encoder, cache, watch or Silent())
 
-    rows = read_rows(data.dataset_name, data.dataset_split, data.max_train_rows, data.dataset_config)
+    rows = read_rows(data.dataset_name, data.dataset_split, data.max_train_rows, data.dataset_config, data.on_bad_row)
     eval_rows = _read_eval_rows(data, evaluation)
     # The held-out rows are few, so they are encoded first: their faults show at once.
     eval_examples = encode(eval_rows) if eval_rows is not None else None
@@ -93,12 +93,13 @@ def examine_rows(
         held_out_useful = useful
     leaks = np.logical_or.reduceat(np.isin(read.column("key"), held_out.column("key")), first_of_rows(read))
     used = useful & ~leaks
-    dropped = ~used & ~(is_held_out & useful)
+    is_good = read.take(first_of_rows(read)).is_null("fault")
+    dropped = is_good & ~used & ~(is_held_out & useful)
     held_out = _of_rows(held_out, held_out_useful)
     is_used = used[read.column("row") - 1]
     n_held_out = len(np.unique(held_out.column("row")))
-    ledger = count_rows(read, is_used, n_held_out, data.max_length, detect_shape(rows, data))
-    ledger = replace(ledger, rows_dropped=int(dropped.sum()))
+    ledger = count_rows(read, is_used, n_held_out, data.max_length, find_layout(rows, data).shape)
+    ledger = replace(ledger, rows_dropped=int(dropped.sum()), files_not_read=rows.files_not_read)
     return Prepared(
         train=read.take(is_used),
         held_out=held_out,
@@ -117,7 +118,9 @@ def _read_eval_rows(data: DataSection, evaluation: EvaluationSection) -> Rows | 
     if data.eval_dataset_name is None and Path(name).expanduser().is_file():
         raise RowsError(f"{name} is one file and has no splits; remove --eval_dataset_split, or give a folder")
     config = data.dataset_config if name == data.dataset_name else None
-    return read_rows(name, data.eval_dataset_split or data.dataset_split, evaluation.max_eval_rows, config)
+    return read_rows(
+        name, data.eval_dataset_split or data.dataset_split, evaluation.max_eval_rows, config, data.on_bad_row
+    )
 
 
 def _useful(read: Examples) -> NDArray[np.bool_]:
@@ -141,6 +144,8 @@ def _hold_out(n_rows: int, fraction: float, seed: int, most: int) -> NDArray[np.
 
 def _fault(ledger: Ledger, source: str, data: DataSection) -> str | None:
     """Why a run on these rows would be useless, and what to do about it; None if it would be useful."""
+    if ledger.rows_skipped == ledger.rows_read:
+        return f"{source}: none of the {ledger.rows_read:,} rows can be used; the first: {ledger.skipped[0]}"
     if ledger.rows_used == 0 and ledger.rows_held_out > 0:
         return (
             f"{source}: every row is held out or equal to a held-out row; lower --eval_fraction, or give different "

@@ -41,6 +41,10 @@ _SCHEMA = pa.schema(
         "row_turns": pa.int32(),
         "row_key": pa.uint64(),
         "row_form": pa.string(),
+        # Only in a row's first example.
+        "not_used": pa.list_(pa.string()),
+        "notes": pa.list_(pa.string()),
+        "fault": pa.string(),
     }
 )
 
@@ -49,6 +53,7 @@ def to_records(rows: Iterable[EncodedRow]) -> pa.RecordBatch:
     """Convert the examples of the rows to records, in order."""
     records: list[dict[str, Any]] = []
     for row in rows:
+        once: dict[str, Any] = {"not_used": row.not_used, "notes": row.notes, "fault": row.fault or None}
         for example in row.examples:
             ids = np.array(example.input_ids, dtype=np.int32)
             learned = np.array(example.labels, dtype=np.int32) != IGNORED
@@ -56,7 +61,8 @@ def to_records(rows: Iterable[EncodedRow]) -> pa.RecordBatch:
             record["segments"] = list(chain.from_iterable(example.segments))
             record |= {"tokens": np.where(learned, ids, ~ids), "length": len(ids), "key": key_of(example.input_ids)}
             record |= {"n_trained": int(learned[1:].sum()), "row_length": row.length, "row_turns": row.n_turns}
-            records.append(record | {"row_key": row.key, "row_form": row.prompt_form})
+            records.append(record | once | {"row_key": row.key, "row_form": row.prompt_form})
+            once = {"not_used": (), "notes": (), "fault": None}
     columns = {name: [record[name] for record in records] for name in _SCHEMA.names}
     return pa.RecordBatch.from_pydict(columns, schema=_SCHEMA)
 
@@ -121,6 +127,16 @@ class Examples(Sequence[Example]):
     def column(self, name: str) -> NDArray[Any]:
         """One column of numbers, `(len,)`; this reads no tokens."""
         return np.asarray(self._column(name).to_numpy()[self._index])
+
+    def is_null(self, name: str) -> NDArray[np.bool_]:
+        """Which examples have nothing in a column, `(len,)`."""
+        return np.asarray(self._column(name).is_null().to_numpy()[self._index])
+
+    def counts(self, name: str) -> dict[str, int]:
+        """How many examples have each value in a column of lists, the most frequent first."""
+        values = self._column(name).take(pa.array(self._index))
+        counted = pa.compute.value_counts(pa.compute.list_flatten(values)).to_pylist()
+        return {entry["values"]: entry["counts"] for entry in sorted(counted, key=lambda entry: -entry["counts"])}
 
     def distinct(self, name: str) -> list[Any]:
         """The distinct values of a column, or of the lists in it, in order of first appearance."""

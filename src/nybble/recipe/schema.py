@@ -27,6 +27,11 @@ from nybble.recipe.setting import (
     split_numbers,
 )
 
+# What the setting `columns` can name.
+COLUMN_ROLES = (
+    "prompt", "completion", "question", "answer", "messages", "input", "system", "history", "tools", "reasoning"
+)  # fmt: skip
+
 
 class ModelSection(Section):
     """The base model and where it runs."""
@@ -259,8 +264,28 @@ class DataSection(Section):
         ge=1,
         neutral=True,
     )
-    data_format: Literal["auto", "text", "prompt_completion", "alpaca", "sharegpt", "messages"] = setting(
-        "auto", "Format of the rows; auto reads it from their columns.", aliases=("format_type", "dataset_format")
+    data_format: Literal["auto", "text", "prompt_completion", "question_answer", "alpaca", "sharegpt", "messages"] = (
+        setting(
+            "auto", "Format of the rows; auto reads it from their columns.", aliases=("format_type", "dataset_format")
+        )
+    )
+    columns: tuple[str, ...] = setting(
+        (),
+        "What columns with other names hold, as prompt=question,completion=response: text as it is "
+        "(prompt, completion), a question with its answer for the chat template (question, answer), messages, or what "
+        "stands beside them (input, system, history, tools, reasoning).",
+        unset="by their usual names",
+    )
+    ignore_columns: tuple[str, ...] = setting(
+        (),
+        "Columns, separated by commas, that are left out although they usually hold words; a key of messages is "
+        "written as messages.images.",
+        unset="none",
+    )
+    on_bad_row: Literal["stop", "skip"] = setting(
+        "stop",
+        "What happens at a row that cannot be used: stop names it and ends the run, skip leaves it out; the run "
+        "reports how many were skipped and why the first ten were.",
     )
     dataset_text_field: str = setting("text", "Column that holds the text.", aliases=("text_column",))
     chat_template: str | None = setting(
@@ -328,6 +353,22 @@ class DataSection(Section):
         aliases=("max_samples",),
         ge=1,
     )
+
+    @field_validator("columns", "ignore_columns", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        return split_names(value) if isinstance(value, str) else value
+
+    @field_validator("columns")
+    @classmethod
+    def _roles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        roles = [pair.partition("=")[0] for pair in value]
+        for pair, role in zip(value, roles, strict=True):
+            if role not in COLUMN_ROLES or not pair.partition("=")[2] or roles.count(role) > 1:
+                raise ValueError(
+                    f"{pair!r} names no column; write role=column once a role, with one of {', '.join(COLUMN_ROLES)}"
+                )
+        return value
 
 
 class TrainingSection(Section):

@@ -38,7 +38,18 @@ _LINES: tuple[tuple[str, str], ...] = (
 
 def ledger_lines(ledger: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Pairs of label and count; counts that an older record lacks are omitted."""
-    return [(label, _show(name, ledger[name])) for label, name in _LINES if name in ledger]
+    lines = [(label, _show(name, ledger[name])) for label, name in _LINES if name in ledger]
+    lines += [(f"not used: {name}", _rows(count)) for name, count in ledger.get("not_used", {}).items()]
+    lines += [(note, _rows(count)) for note, count in ledger.get("notes", {}).items()]
+    lines += [("file not read", name) for name in ledger.get("files_not_read", ())]
+    if ledger.get("rows_skipped"):
+        lines.append(("rows skipped", format_count(ledger["rows_skipped"])))
+        lines += [("skipped", fault) for fault in ledger["skipped"]]
+    return lines
+
+
+def _rows(count: int) -> str:
+    return f"{format_count(count)} row" if count == 1 else f"{format_count(count)} rows"
 
 
 def _show(name: str, value: Any) -> str:
