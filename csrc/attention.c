@@ -10,8 +10,12 @@ sums, rows taken as pairs of bfloat16 that are broadcast, columns as vectors of 
     P = exp(S scale - lse)      dS = P (dP - rowsum(dO O)), times scale at the end
 
 A block of QUERIES queries meets the keys it sees, KEYS at a time; nothing larger than QUERIES x KEYS is held. Queries
-past the end of a document are zeros and are not written; keys past it are hidden by causality. A task is a head of a
-document (forward), or all heads that share keys (backward): any number of threads take the tasks one by one. */
+past the end of a segment are zeros and are not written; keys past it are hidden by causality. A task is a head of a
+document (forward), or all heads that share keys (backward): any number of threads take the tasks one by one.
+
+Scratch memory holds the keys of one path of the document's tree, from the root to the end of a segment, and the sums of
+their gradients. Segments come in pre-order, so the next segment's ancestors are there already and it overwrites those
+that are not among them; the sums of a segment are written when nothing that sees it is left. */
 
 #include "attention.h"
 
@@ -170,18 +174,26 @@ TARGET_ATTENTION static void pack_turned(const uint16_t *from, int64_t stride, i
         }
 }
 
-/* n rows as `(rows / 2, width)` pairs along the rows, `rows` a multiple of 2 with zeros from n on. */
-TARGET_ATTENTION static void pack_pairs(const uint16_t *from, int64_t stride, int64_t n, int64_t rows, int64_t width,
-                                        uint32_t *to)
+TARGET_ATTENTION ALWAYS_INLINE __m512i widened(const uint16_t *from)
 {
-    for (int64_t row = 0; row < rows; row += 2)
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)from));
+}
+
+/* Rows [first, n), of which `from` is the first, as `(rows / 2, width)` pairs along the rows, `rows` a multiple of 2
+with zeros from n on; row first - 1 keeps its half of a pair. */
+TARGET_ATTENTION static void pack_pairs(const uint16_t *from, int64_t stride, int64_t first, int64_t n, int64_t rows,
+                                        int64_t width, uint32_t *to)
+{
+    to += first / 2 * width;
+    for (int64_t row = first / 2 * 2; row < rows; row += 2)
         for (int64_t column = 0; column < width; column += VECTOR, to += VECTOR) {
             __m512i even = _mm512_setzero_si512(), odd = even;
-            const uint16_t *source = from + row * stride + column;
-            if (row < n)
-                even = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)source));
+            if (row < first)
+                even = _mm512_and_si512(_mm512_loadu_si512(to), _mm512_set1_epi32(0xFFFF));
+            else if (row < n)
+                even = widened(from + (row - first) * stride + column);
             if (row + 1 < n)
-                odd = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(const void *)(source + stride)));
+                odd = widened(from + (row + 1 - first) * stride + column);
             _mm512_storeu_si512(to, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
         }
 }
@@ -225,7 +237,7 @@ TARGET_ATTENTION static void write_rows(const float *sums, float factor, int64_t
 /* ---- a block of scores ---- */
 
 typedef struct {
-    int64_t query, queries; /* the first, and how many; of the document */
+    int64_t query, queries; /* the first, and how many; counted along the path, as keys are */
     int64_t key, keys;      /* the first, and how many, a multiple of ROWS; both may lie past the end */
     int64_t window;
 } Block;
@@ -274,7 +286,7 @@ TARGET_ATTENTION static void gather_values(const Block *b, const uint32_t *pairs
     int64_t vectors = (b->queries + VECTOR - 1) / VECTOR;
     pairs += b->key / 2 * width;
     for (int64_t v = 0; v < vectors; v += 3) {
-        int64_t last = min_i64(vectors, v + 3), steps = min_i64(b->keys, b->query + VECTOR * last - b->key) / 2;
+        int64_t last = min_i64(vectors, v + 3), steps = (min_i64(b->keys, b->query + VECTOR * last - b->key) + 1) / 2;
         for (int64_t row = 0; steps > 0 && row < width; row += ROWS)
             multiply_strip(1, pairs + row, 1, width, shares, QUERIES, steps, c + row * QUERIES, QUERIES, v, last);
     }
@@ -354,7 +366,7 @@ TARGET_ATTENTION static void softmax_step(const Block *b, const float *scores, f
 }
 
 typedef struct {
-    uint16_t *k_rows, *v_rows;        /* (keys of the document, width) */
+    uint16_t *k_rows, *v_rows;        /* (keys of the path, width) */
     uint32_t *k_pairs, *v_pairs;      /* (keys / 2, width) */
     float *dk, *dv;                   /* (keys, width) */
     uint32_t *q_turned, *grad_turned; /* (width / 2, QUERIES) */
@@ -489,8 +501,8 @@ TARGET_ATTENTION static void backward_block(const Attention *t, const Scratch *s
     memset(s->turned, 0, (size_t)(width * QUERIES) * 4);
     pack_turned(q, t->q.token, b.queries, width, s->q_turned);
     pack_turned(grad, t->grad.token, b.queries, width, s->grad_turned);
-    pack_pairs(q, t->q.token, b.queries, rows, width, s->q_pairs);
-    pack_pairs(grad, t->grad.token, b.queries, rows, width, s->grad_pairs);
+    pack_pairs(q, t->q.token, 0, b.queries, rows, width, s->q_pairs);
+    pack_pairs(grad, t->grad.token, 0, b.queries, rows, width, s->grad_pairs);
     for (b.key = oldest; b.key < end; b.key += KEYS) {
         b.keys = padded_rows(min_i64(KEYS, end - b.key));
         score_block(&b, s->k_rows, s->q_turned, width, s->scores);
@@ -525,43 +537,62 @@ EXPORT int64_t nybble_attend_scratch(int64_t width, int64_t longest)
 EXPORT void nybble_attend(Attention *t, void *scratch)
 {
     Scratch s;
-    lay_out(&s, scratch, t->width, t->lengths[0]);
+    lay_out(&s, scratch, t->width, t->longest);
     int64_t task, packed = -1;
     while ((task = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED)) < t->documents * t->heads) {
         int64_t document = task / t->heads, head = task % t->heads, shared = head / (t->heads / t->kv_heads);
-        int64_t start = t->starts[document], n = t->lengths[document], rows = padded_rows(n);
-        if (packed != document * t->kv_heads + shared) {
-            pack_rows(row_of(&t->k, start, shared), t->k.token, n, rows, t->width, s.k_rows);
-            pack_pairs(row_of(&t->v, start, shared), t->v.token, n, rows, t->width, s.v_pairs);
-            packed = document * t->kv_heads + shared;
+        int64_t first = t->firsts[document], last = t->firsts[document + 1];
+        for (const Segment *g = t->segments + first; g < t->segments + last; g++) {
+            int64_t end = g->offset + g->length, rows = padded_rows(end);
+            if (packed != document * t->kv_heads + shared || last > first + 1) {
+                pack_rows(row_of(&t->k, g->start, shared), t->k.token, g->length, rows - g->offset, t->width,
+                          s.k_rows + g->offset * t->width);
+                pack_pairs(row_of(&t->v, g->start, shared), t->v.token, g->offset, end, rows, t->width, s.v_pairs);
+            }
+            for (int64_t query = g->offset; query < end; query += QUERIES) {
+                Block b = {query, min_i64(QUERIES, end - query), 0, 0, t->window};
+                forward_block(t, &s, b, g->start - g->offset, head);
+            }
         }
-        for (int64_t query = 0; query < n; query += QUERIES) {
-            Block b = {query, min_i64(QUERIES, n - query), 0, 0, t->window};
-            forward_block(t, &s, b, start, head);
-        }
+        packed = document * t->kv_heads + shared;
     }
+}
+
+/* The gradients of a segment's keys and values, which nothing more adds to. */
+TARGET_ATTENTION static void write_segment(const Attention *t, const Scratch *s, const Segment *g, int64_t shared)
+{
+    int64_t at = g->offset * t->width;
+    write_rows(s->dk + at, t->scale, g->length, t->width, writable(&t->dk, g->start, shared), t->dk.token);
+    write_rows(s->dv + at, 1.0f, g->length, t->width, writable(&t->dv, g->start, shared), t->dv.token);
 }
 
 EXPORT void nybble_attend_backward(Attention *t, void *scratch)
 {
     Scratch s;
-    lay_out(&s, scratch, t->width, t->lengths[0]);
+    lay_out(&s, scratch, t->width, t->longest);
     int64_t task, group = t->heads / t->kv_heads;
     while ((task = __atomic_fetch_add(&t->next, 1, __ATOMIC_RELAXED)) < t->documents * t->kv_heads) {
-        int64_t document = task / t->kv_heads, shared = task % t->kv_heads, start = t->starts[document];
-        int64_t n = t->lengths[document], rows = padded_rows(n);
-        pack_rows(row_of(&t->k, start, shared), t->k.token, n, rows, t->width, s.k_rows);
-        pack_rows(row_of(&t->v, start, shared), t->v.token, n, rows, t->width, s.v_rows);
-        pack_pairs(row_of(&t->k, start, shared), t->k.token, n, rows, t->width, s.k_pairs);
-        memset(s.dk, 0, (size_t)(rows * t->width) * 4);
-        memset(s.dv, 0, (size_t)(rows * t->width) * 4);
-        for (int64_t head = shared * group; head < (shared + 1) * group; head++)
-            for (int64_t query = 0; query < n; query += QUERIES) {
-                Block b = {query, min_i64(QUERIES, n - query), 0, 0, t->window};
-                backward_block(t, &s, b, start, head);
-            }
-        write_rows(s.dk, t->scale, n, t->width, writable(&t->dk, start, shared), t->dk.token);
-        write_rows(s.dv, 1.0f, n, t->width, writable(&t->dv, start, shared), t->dv.token);
+        int64_t document = task / t->kv_heads, shared = task % t->kv_heads;
+        int64_t held = -1; /* the last segment of the path in scratch memory */
+        for (int64_t i = t->firsts[document]; i < t->firsts[document + 1]; held = i++) {
+            const Segment *g = t->segments + i;
+            int64_t end = g->offset + g->length, rows = padded_rows(end), at = g->offset * t->width;
+            const uint16_t *k = row_of(&t->k, g->start, shared), *v = row_of(&t->v, g->start, shared);
+            for (; held != g->parent; held = t->segments[held].parent)
+                write_segment(t, &s, t->segments + held, shared);
+            pack_rows(k, t->k.token, g->length, rows - g->offset, t->width, s.k_rows + at);
+            pack_rows(v, t->v.token, g->length, rows - g->offset, t->width, s.v_rows + at);
+            pack_pairs(k, t->k.token, g->offset, end, rows, t->width, s.k_pairs);
+            memset(s.dk + at, 0, (size_t)((rows - g->offset) * t->width) * 4);
+            memset(s.dv + at, 0, (size_t)((rows - g->offset) * t->width) * 4);
+            for (int64_t head = shared * group; head < (shared + 1) * group; head++)
+                for (int64_t query = g->offset; query < end; query += QUERIES) {
+                    Block b = {query, min_i64(QUERIES, end - query), 0, 0, t->window};
+                    backward_block(t, &s, b, g->start - g->offset, head);
+                }
+        }
+        for (; held >= 0; held = t->segments[held].parent)
+            write_segment(t, &s, t->segments + held, shared);
     }
 }
 

@@ -45,6 +45,7 @@ EXPORT int64_t nybble_constant(const char *name)
         SIZE(Rotation),
         SIZE(DecodeAttention),
         SIZE(StridedHeads),
+        SIZE(Segment),
         SIZE(Attention),
     };
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)

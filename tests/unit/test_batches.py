@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nybble.data import IGNORED, FlatBatch, PadBatch, pack_rows, packs_of
-from nybble.data.batches import filled
+from nybble.data.batches import filled, rows_of
 from nybble.data.encode import EncodedRow, Example
 from nybble.data.store import Examples, to_records
+from nybble.data.tree import merge_contexts
 from nybble.recipe import DataSection
 
 ROWS = [
@@ -45,6 +48,73 @@ def test_a_flat_batch_worked_by_hand() -> None:
     assert batch["labels"].tolist() == [[IGNORED, IGNORED, 7, IGNORED, IGNORED, 10, IGNORED, IGNORED]]
     assert batch["learned"].tolist() == [1, 4]
     assert batch["targets"].tolist() == [7, 10]
+
+
+TREE = {
+    # 1 2 is continued by 3 4 5 and by 6, and 3 4 5 by 7 and 8 9.
+    "input_ids": [1, 2, 3, 4, 5, 7, 8, 9, 6],
+    "labels": [1, IGNORED, 3, IGNORED, 5, 7, 8, IGNORED, 6],
+    "segments": ((2, -1), (3, 0), (1, 1), (2, 1), (1, 0)),
+}
+
+
+def test_a_tree_in_one_sequence_worked_by_hand() -> None:
+    batch = FlatBatch()([ROWS[:1], [TREE], ROWS[2:]])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 1, 2, 3, 4, 5, 7, 8, 9, 6, 9, 10, 0, 0]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 5, 5, 6, 2, 0, 1, 0, 0]]
+    assert batch["lengths"] == (3, 2, 3, 1, 2, 1, 4)
+    assert batch["parents"] == (-1, -1, 1, 2, 2, 1, -1)
+    # The first tokens of 3 4 5 and of 6 are predicted by 2, those of 7 and 8 9 by 5.
+    assert batch["learned"].tolist() == [1, 4, 6, 7, 7, 4, 12]
+    assert batch["targets"].tolist() == [7, 3, 5, 7, 8, 6, 10]
+    assert rows_of(batch)[:2] == [{**ROWS[0], "labels": [IGNORED, IGNORED, 7], "segments": ()}, without_first(TREE)]
+    assert rows_of(batch)[2]["input_ids"] == [9, 10, 0, 0]
+    assert FlatBatch()([ROWS])["parents"] == ()
+
+
+def without_first(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "labels": [IGNORED, *row["labels"][1:]]}
+
+
+def test_a_padded_batch_has_a_row_for_each_path() -> None:
+    batch = PadBatch(0)([ROWS[:1], [TREE]])
+    assert batch["input_ids"].tolist() == [
+        [5, 6, 7, 0, 0, 0, 0],
+        [1, 2, 3, 4, 5, 7, 0],
+        [1, 2, 3, 4, 5, 8, 9],
+        [1, 2, 6, 0, 0, 0, 0],
+    ]
+    learned = [[(i, label) for i, label in enumerate(row) if label != IGNORED] for row in batch["labels"].tolist()]
+    assert learned == [[(0, 5), (2, 7)], [(0, 1), (2, 3), (4, 5), (5, 7)], [(5, 8)], [(2, 6)]]
+    assert batch["attention_mask"].sum(1).tolist() == [3, 6, 7, 3]
+
+
+CONTEXT = st.lists(st.integers(1, 3), min_size=1, max_size=8)
+
+
+@given(st.lists(st.lists(CONTEXT, min_size=1, max_size=5), min_size=1, max_size=4))
+def test_trees_flattened_and_unfolded_learn_the_same_tokens_behind_the_same(trees: list[list[list[int]]]) -> None:
+    rows = []
+    for paths in trees:
+        ids, labels, segments = merge_contexts([(path, [i if i < 3 else IGNORED for i in path]) for path in paths])
+        rows.append({"input_ids": ids, "labels": labels, "segments": segments})
+    flat, padded = FlatBatch()([rows]), PadBatch(0)([rows])
+    ids, labels = padded["input_ids"].tolist(), padded["labels"].tolist()
+    both = list(zip(ids, labels, strict=True))
+    wanted = [(tuple(row[:at]), row[at]) for row, k in both for at in range(1, len(k)) if k[at] != IGNORED]
+    # What each position of the flat batch sees: its segment up to itself, and the segments that it continues.
+    tokens, parents, lengths = flat["input_ids"][0].tolist(), flat["parents"], flat["lengths"]
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    seen = []
+    for place in flat["learned"].tolist():
+        segment = max(i for i, start in enumerate(starts) if start <= place)
+        path = tokens[starts[segment] : place + 1]
+        while parents and parents[segment] >= 0:
+            segment = parents[segment]
+            path = tokens[starts[segment] : starts[segment] + lengths[segment]] + path
+        assert flat["position_ids"][0, place] == len(path) - 1
+        seen.append((tuple(path), flat["targets"][len(seen)].item()))
+    assert sorted(seen) == sorted(wanted)
 
 
 def test_filling_up_costs_a_sixteenth_at_most_and_leaves_few_lengths() -> None:

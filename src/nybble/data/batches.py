@@ -1,6 +1,7 @@
 """Build batches: rows concatenated into one sequence, or padded side by side for models that need it.
 
-A batch consists of groups of rows. A group is one row, or several rows that fill a given length (`pack_rows`).
+A batch consists of groups of rows. A group is one row, or several rows that fill a given length (`pack_rows`). A row
+may be a tree of contexts (`nybble.data.tree`): in one sequence it stays one, in padded batches its paths become rows.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 from nybble.data.encode import Example
 from nybble.data.store import Examples
 from nybble.data.tokens import IGNORED
+from nybble.data.tree import unfold
 from nybble.recipe import DataSection
 
 Group = Sequence[dict[str, Any]]  # rows that always enter the same batch: input_ids, labels and, of a tree, segments
@@ -30,30 +33,76 @@ class FlatBatch:
         """The inputs of a model with Nybble's blocks.
 
         T is the number of tokens rounded up by `filled`, and n is the number of tokens to learn. The result holds
-        `input_ids`, `position_ids` (from 0 in each row) and `labels`, each `(1, T) int64`; `lengths`, a tuple with the
-        number of tokens of each row (the tokens added by rounding count towards the last row, and no earlier token
-        attends to them); `learned` `(n,) int64`, the positions whose next token is learned; and `targets`
-        `(n,) int64`, those next tokens. Everything is computed on the host, so the step never waits for the device.
+        `input_ids`, `position_ids` (from 0 in each row, and along each path of a tree) and `labels`, each
+        `(1, T) int64`; `lengths`, a tuple with the number of tokens of each row, or of each segment of a tree (the
+        tokens added by rounding count towards the last one, and no earlier token attends to them); `parents`, a tuple
+        with the index of the segment that each segment continues, or -1, empty if there is no tree; `learned`
+        `(n,) int64`, the positions whose next token is learned, which is the first of a branch for the last of what it
+        continues; and `targets` `(n,) int64`, those next tokens. Everything is computed on the host, so the step never
+        waits for the device.
         """
         examples = [example for group in groups for example in group]
-        lengths = [len(example["input_ids"]) for example in examples]
-        n_tokens = sum(lengths)
+        lengths, parents = _segments(examples)
+        starts = [0, *accumulate(lengths)]
+        n_tokens = starts[-1]
         spare = filled(n_tokens) - n_tokens
-        lengths[-1] += spare
-        labels = [torch.tensor(example["labels"]) for example in examples]
-        for row in labels:
-            row[:1] = IGNORED  # in one sequence the token before a row's first token belongs to another row
-        flat = torch.cat([*labels, torch.full((spare,), IGNORED)])
-        learned = (flat[1:] != IGNORED).nonzero().squeeze(1)
         nothing = torch.zeros(spare, dtype=torch.int64)
+        offsets = _offsets(lengths, parents)
+        positions = [torch.arange(first, first + n) for first, n in zip(offsets, lengths, strict=True)]
+        flat = torch.cat([*(torch.tensor(example["labels"]) for example in examples), torch.full((spare,), IGNORED)])
+        before = torch.arange(-1, n_tokens + spare - 1)  # of each token, the one that predicts it
+        for start, parent in zip(starts, parents, strict=False):
+            if parent < 0:
+                flat[start : start + 1] = IGNORED  # in one sequence the token before belongs to another row
+            else:
+                before[start] = starts[parent + 1] - 1
+        learned = (flat != IGNORED).nonzero().squeeze(1)
+        lengths[-1] += spare
         return {
             "input_ids": torch.cat([*(torch.tensor(example["input_ids"]) for example in examples), nothing])[None],
-            "position_ids": torch.cat([*(torch.arange(len(row)) for row in labels), nothing])[None],
+            "position_ids": torch.cat([*positions, nothing])[None],
             "labels": flat[None],
             "lengths": tuple(lengths),
-            "learned": learned,
-            "targets": flat[learned + 1],
+            "parents": tuple(parents) if max(parents) >= 0 else (),
+            "learned": before[learned],
+            "targets": flat[learned],
         }
+
+
+def _segments(examples: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
+    """The length of each segment of a batch, a row that is no tree being one, and the index of its parent or -1."""
+    lengths: list[int] = []
+    parents: list[int] = []
+    for example in examples:
+        first = len(lengths)
+        for length, parent in example.get("segments") or ((len(example["input_ids"]), -1),):
+            lengths.append(length)
+            parents.append(first + parent if parent >= 0 else -1)
+    return lengths, parents
+
+
+def _offsets(lengths: Sequence[int], parents: Sequence[int]) -> list[int]:
+    """The position of each segment's first token in its row."""
+    offsets: list[int] = []
+    for parent in parents:
+        offsets.append(offsets[parent] + lengths[parent] if parent >= 0 else 0)
+    return offsets
+
+
+def rows_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a flattened batch, of which trees have `segments`; spare tokens belong to the last row."""
+    parents = batch["parents"] or (-1,) * len(batch["lengths"])
+    roots = [index for index, parent in enumerate(parents) if parent < 0]
+    rows: list[dict[str, Any]] = []
+    start = 0
+    for root, end in pairwise([*roots, len(parents)]):
+        lengths = batch["lengths"][root:end]
+        own = slice(start, start + sum(lengths))
+        below = (-1, *(parent - root for parent in parents[root + 1 : end]))
+        segments = tuple(zip(lengths, below, strict=True)) if end > root + 1 else ()
+        rows.append({name: batch[name][0, own].tolist() for name in ("input_ids", "labels")} | {"segments": segments})
+        start = own.stop
+    return rows
 
 
 @dataclass(frozen=True)
@@ -64,17 +113,20 @@ class PadBatch:
 
     def __call__(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         """The tensors `input_ids`, `labels` and `attention_mask`, each `(rows, longest) int64`."""
-        examples = [example for group in groups for example in group]
-        longest = max(len(example["input_ids"]) for example in examples)
-        shape = (len(examples), longest)
+        rows = [
+            row
+            for group in groups
+            for example in group
+            for row in unfold(example["input_ids"], example["labels"], example.get("segments", ()))
+        ]
+        shape = (len(rows), max(len(ids) for ids, _labels in rows))
         input_ids = torch.full(shape, self.pad_token_id)
         labels = torch.full(shape, IGNORED)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
-        for row, example in enumerate(examples):
-            length = len(example["input_ids"])
-            input_ids[row, :length] = torch.tensor(example["input_ids"])
-            labels[row, :length] = torch.tensor(example["labels"])
-            attention_mask[row, :length] = 1
+        for row, (ids, wanted) in enumerate(rows):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            labels[row, : len(ids)] = torch.tensor(wanted)
+            attention_mask[row, : len(ids)] = 1
         return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
 
 

@@ -16,6 +16,7 @@ from nybble.data.ledger import Ledger, count_rows, first_of_rows
 from nybble.data.rows import Rows, read_rows
 from nybble.data.store import Examples
 from nybble.data.templates import find_template
+from nybble.data.tree import path_before
 from nybble.errors import RowsError
 from nybble.recipe import DataSection, EvaluationSection, QuantizationSection
 from nybble.run.record import Observer, Silent
@@ -34,9 +35,12 @@ class Prepared:
     fault: str | None  # why nothing useful would be learned; None if all is well
 
     def calibration_rows(self, most: int) -> list[list[int]]:
-        """Token ids of at most `most` training examples, evenly spaced because files are often sorted by kind."""
+        """Token ids of at most `most` training examples, evenly spaced because files are often sorted by kind.
+
+        Of a tree it is the last context.
+        """
         step = max(1, len(self.train) // most)
-        return [example.input_ids for example in self.train[::step][:most]]
+        return [path_before(e.input_ids, e.segments, len(e.input_ids)) for e in self.train[::step][:most]]
 
 
 def prepare_rows(

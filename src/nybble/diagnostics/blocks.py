@@ -21,6 +21,8 @@ from nybble.nn.lora_projection import Adapter, Projection, project
 from nybble.nn.loss import Head, next_token_loss
 
 _DOCUMENTS = (5, 1, 40, 40, 66)  # tokens
+_ALONE = (-1, -1, -1, -1, -1)  # which document each of them continues
+_TREE = (-1, 0, 1, 0, -1)
 _HEADS = 4
 _KV_HEADS = 2
 _DROPOUT = 0.25
@@ -114,8 +116,15 @@ def attention_of_documents(device: torch.device, path: str) -> CheckOutcome:
     if why_not:
         raise UnavailableError(why_not)
     backends: list[AttentionBackend] = [backend.load() for backend in named]
-    for size, window in ((64, None), (96, None), (128, None), (256, None), (64, 9)):
-        settings = Settings(_DOCUMENTS, size**-0.5, window)
+    for size, window, parents in (
+        (64, None, _ALONE),
+        (96, None, _ALONE),
+        (128, None, _ALONE),
+        (256, None, _ALONE),
+        (64, 9, _ALONE),
+        (64, None, _TREE),
+    ):
+        settings = Settings(_DOCUMENTS, size**-0.5, window, parents=parents if parents != _ALONE else ())
         q, grad = (normal(n, _HEADS, size, seed=s, dtype=torch.bfloat16) for s in (0, 1))
         k, v = (normal(n, _KV_HEADS, size, seed=s, dtype=torch.bfloat16) for s in (2, 3))
         inputs = (q.to(device), k.to(device), v.to(device))
@@ -124,19 +133,23 @@ def attention_of_documents(device: torch.device, path: str) -> CheckOutcome:
             continue
         results = [*backend.derive(inputs, grad.to(device), settings)]
         wide = [t.double().requires_grad_() for t in (q, k, v)]
-        exact = _attended(wide, window)
+        exact = _attended(wide, window, parents)
         exact.backward(grad.double())
         worst = max(worst, apart_at_worst(results, [exact.detach(), *map(gradient, wide)]))
     return CheckOutcome(worst)
 
 
-def _attended(inputs: Sequence[Tensor], window: int | None) -> Tensor:
+def _attended(inputs: Sequence[Tensor], window: int | None, parents: Sequence[int]) -> Tensor:
     """Attention by its definition, with a mask of all tokens by all tokens."""
     q, k, v = (t.transpose(0, 1) for t in inputs)
     k, v = (t.repeat_interleave(_HEADS // _KV_HEADS, 0) for t in (k, v))
     owner = torch.repeat_interleave(torch.arange(len(_DOCUMENTS)), torch.tensor(_DOCUMENTS))
     back = torch.arange(len(owner))[:, None] - torch.arange(len(owner))[None, :]
-    seen = (owner[:, None] == owner[None, :]) & (back >= 0) & (back < (window or len(owner)))
+    of_path = torch.eye(len(_DOCUMENTS), dtype=torch.bool)  # which documents a document sees
+    for document, parent in enumerate(parents):
+        if parent >= 0:
+            of_path[document] |= of_path[parent]
+    seen = of_path[owner][:, owner] & (back >= 0) & (back < (window or len(owner)))
     scores = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).masked_fill(~seen, -math.inf)
     result: Tensor = (scores.softmax(-1) @ v).transpose(0, 1)
     return result

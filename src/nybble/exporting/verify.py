@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from nybble.data import IGNORED, Example, render_chat
+from nybble.data.tree import unfold
 from nybble.exporting.fresh import run_fresh
 from nybble.training import evaluation_mode
 
@@ -144,10 +145,10 @@ class Reference:
     def _choose(self, vocabulary: int) -> None:
         left = max(1, _REFERENCE_BYTES // (4 * vocabulary))
         first = 0
-        for row in self.rows:
-            positions = [i for i, label in enumerate(row.labels) if i and label != IGNORED][:left]
+        for ids, labels in (path for row in self.rows for path in unfold(row.input_ids, row.labels, row.segments)):
+            positions = [i for i, label in enumerate(labels) if i and label != IGNORED][:left]
             if positions:
-                self._chosen.append({"ids": row.input_ids, "first": first, "positions": positions})
+                self._chosen.append({"ids": ids, "first": first, "positions": positions})
                 first, left = first + len(positions), left - len(positions)
 
     def _continue(self, model: Any, tokenizer: Any, prompt: list[int], device: torch.device) -> list[int]:

@@ -105,8 +105,8 @@ def _switch(*names: str) -> tuple[Backend, ...]:
 
 
 _IN_TORCH = (_attention(sdpa.SDPA), _attention(TORCH))
-# Windows apart: where only they are wrong, the rest stays fast.
-_VARLEN = (_attention(varlen.VARLEN), _attention(varlen.VARLEN_WINDOW), *_IN_TORCH)
+# Windows and trees apart: where only they are wrong, the rest stays fast.
+_VARLEN = (*(_attention(part) for part in (varlen.VARLEN, varlen.VARLEN_WINDOW, varlen.VARLEN_TREE)), *_IN_TORCH)
 _SDPA_ON_GPUS = _switch("flash", "efficient", "math")
 TABLE: dict[str, Operator] = {
     "dequantize_4bit": _ops4bit(ops4bit_test.decoding_differs),

@@ -120,6 +120,7 @@ def _attention(
     **settings: Any,
 ) -> tuple[Tensor, Tensor | None]:
     lengths = settings.pop("lengths", None)
+    parents = settings.pop("parents", ())
     heads, kv_heads = module.config.num_attention_heads, module.config.num_key_value_heads
     if lengths is None and not others and _is_step(module, hidden_states, settings):
         q, k, v = _queries_keys_values(module, hidden_states[:, 0], heads, kv_heads)
@@ -136,7 +137,7 @@ def _attention(
         getattr(module, "attn_logit_softcapping", None) or 0.0,
     )
     cos, sin = (part[0] for part in position_embeddings)
-    out = attend_rows(q, k, v, (cos, sin), lengths, span)
+    out = attend_rows(q, k, v, (cos, sin), lengths, span, parents)
     return module.o_proj(out)[None], None
 
 
@@ -201,6 +202,7 @@ def _next_token(
     input_ids: Tensor | None = None,
     labels: Tensor | None = None,
     lengths: tuple[int, ...] | None = None,
+    parents: tuple[int, ...] = (),
     learned: Tensor | None = None,
     targets: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
@@ -213,11 +215,14 @@ def _next_token(
     given = {name: value for name, value in settings.items() if value is not None}
     # transformers takes a mask of four dimensions as complete and builds none of T x T; attention uses `lengths`.
     mask = torch.zeros((1, 1, 1, 1), dtype=torch.bool, device=input_ids.device)
-    inner = {**given, "attention_mask": mask, "use_cache": False, "lengths": lengths}
+    inner = {**given, "attention_mask": mask, "use_cache": False, "lengths": lengths, "parents": parents}
     hidden = model.model(input_ids=input_ids, **inner).last_hidden_state[0]
     softcap = getattr(model.config, "final_logit_softcapping", None) or 0.0
     n_items = num_items_in_batch if num_items_in_batch is not None else max(1, len(targets))
-    chosen = hidden[learned]
+    # The branches of a tree begin behind the same token: its gradients are added in one order, which on a CPU the
+    # backward of indexing does not keep.
+    repeats = bool(parents) and hidden.device.type == "cpu"
+    chosen = hidden.index_select(0, learned) if repeats else hidden[learned]
     if not has_fused_head(model):
         losses = _losses_of_logits(model.lm_head(chosen), targets, softcap)
         return NextTokenOutput(loss=losses.sum() / n_items, token_losses=losses.detach())

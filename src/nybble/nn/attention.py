@@ -27,13 +27,14 @@ def attend_rows(
     k: Tensor,  # (T, kv_heads, width)
     v: Tensor,
     position: tuple[Tensor, Tensor],  # cos, sin: (T, rotated)
-    lengths: Sequence[int],  # tokens of each row, summing to T
+    lengths: Sequence[int],  # tokens of each row or segment of a tree, summing to T
     span: Span,
+    parents: Sequence[int] = (),  # the segment that each continues; see `kernels.attention.segments`
 ) -> Tensor:
     """`(T, heads * width)`."""
     cos, sin = position
     q, k = _Rope.apply(q, cos, sin), _Rope.apply(k, cos, sin)
-    return attend(q, k, v, lengths, span.scale, span.window, span.softcap).reshape(len(q), -1)
+    return attend(q, k, v, lengths, span.scale, span.window, span.softcap, parents).reshape(len(q), -1)
 
 
 def attend_cached(

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from nybble.kernels import attention  # noqa: F401 - defines the operators that are counted
+from nybble.kernels.attention.segments import segments_of
 from nybble.nn.host_memory import on_host
 from nybble.nn.workspace import workspace
 
@@ -44,18 +45,20 @@ class _Entry:
     origin: str
 
 
-def _attention_flops(share: float, q: Tensor, lengths: Sequence[int]) -> float:
-    return share * q.shape[1] * q.shape[2] * sum(length * length for length in lengths)
+def _attention_flops(share: float, q: Tensor, lengths: Sequence[int], others: Sequence[Any]) -> float:
+    parents = others[3] if len(others) > 3 and others[3] else ()  # behind scale, window and softcap
+    seen = sum(s.length * (s.length + 2 * s.offset) for s in segments_of(lengths, parents))
+    return share * q.shape[1] * q.shape[2] * seen
 
 
-def _forward_flops(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], *_: Any, out_val: Any) -> float:
+def _forward_flops(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], *others: Any, out_val: Any) -> float:
     """Two products of T x T, of each of which the causal half is computed."""
-    return _attention_flops(2.0, q, lengths)
+    return _attention_flops(2.0, q, lengths, others)
 
 
-def _backward_flops(grad: Tensor, saved: Sequence[Tensor], lengths: Sequence[int], *_: Any, out_val: Any) -> float:
+def _backward_flops(grad: Tensor, saved: Sequence[Tensor], lengths: Sequence[int], *others: Any, out_val: Any) -> float:
     """Five products of T x T, of each of which the causal half is computed."""
-    return _attention_flops(5.0, grad, lengths)
+    return _attention_flops(5.0, grad, lengths, others)
 
 
 def _matrix_flops(into: Tensor, a: Tensor, b: Tensor, *_: Any, out_val: Any) -> int:

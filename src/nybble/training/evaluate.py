@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from nybble.data import IGNORED, Example, FlatBatch, Groups, PadBatch
+from nybble.data.tree import paths
 from nybble.models import blocks_of, is_sharded
 from nybble.recipe import EvaluationSection
 from nybble.run.processes import Processes
@@ -179,7 +181,7 @@ def _row_losses(
     for chosen in _share(batches, processes):
         batch = collate(Groups([examples[i] for i in chosen]))
         moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-        totals = _by_row(model, moved, [examples[i].n_trained for i in chosen])
+        totals = _by_example(model, moved, [examples[i] for i in chosen])
         mine |= zip(chosen, totals, strict=True)
     return _in_order(processes.gather(mine))
 
@@ -189,17 +191,18 @@ def _in_order(parts: Sequence[dict[int, Any]]) -> list[Any]:
     return [found[i] for i in range(len(found))]
 
 
-def _by_row(model: Any, batch: dict[str, Any], n_learned: Sequence[int]) -> list[float]:
+def _by_example(model: Any, batch: dict[str, Any], examples: Sequence[Example]) -> list[float]:
     if "lengths" in batch:
         losses = model(**batch).token_losses.double()
-        return torch.stack([part.sum() for part in losses.split(list(n_learned))]).tolist()
+        return torch.stack([part.sum() for part in losses.split([e.n_trained for e in examples])]).tolist()
     labels = batch.pop("labels")[:, 1:]
     logits = model(**batch).logits[:, :-1]
     # One row after the other: the float32 logits of a whole batch would be the peak of the run.
-    return [
+    losses = (
         float(cross_entropy(x.float(), y, ignore_index=IGNORED, reduction="sum"))
         for x, y in zip(logits, labels, strict=True)
-    ]
+    )
+    return [sum(islice(losses, len(paths(e.segments)) or 1)) for e in examples]  # the paths of a tree are its rows
 
 
 def _generate(

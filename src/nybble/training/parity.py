@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.data import PadBatch
+from nybble.data.batches import rows_of
 from nybble.errors import CannotRunError
 from nybble.training.objective import next_token_loss
 
@@ -114,9 +115,5 @@ def _gradients(
 
 def _padded(inputs: dict[str, Any]) -> dict[str, Any]:
     """The rows of a flattened batch side by side."""
-    ids, labels = inputs["input_ids"][0], inputs["labels"][0]
-    rows = [
-        {"input_ids": i.tolist(), "labels": k.tolist()}
-        for i, k in zip(ids.split(inputs["lengths"]), labels.split(inputs["lengths"]), strict=True)
-    ]
-    return {name: value.to(ids.device) for name, value in PadBatch(0)([rows]).items()}
+    device = inputs["input_ids"].device
+    return {name: value.to(device) for name, value in PadBatch(0)([rows_of(inputs)]).items()}

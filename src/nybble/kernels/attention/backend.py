@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from nybble.kernels.attention import torch as reference
 from nybble.kernels.attention.torch import Settings
 
-__all__ = ["TORCH", "Attend", "AttentionBackend", "Tensors", "by_operator", "derive_by_autograd"]
+__all__ = ["TORCH", "Attend", "AttentionBackend", "Tensors", "by_operator", "computed_again", "derive_by_autograd"]
 
 Tensors = tuple[Tensor, ...]
 Attend = Callable[[Tensor, Tensor, Tensor, Settings], Tensor]  # of q, k and v
@@ -42,6 +42,35 @@ def derive_by_autograd(attend: Attend) -> Callable[[Tensors, Tensor, Settings], 
         return out.detach(), *torch.autograd.grad(out, (q, k, v), grad)
 
     return derive
+
+
+def computed_again(attend: Attend) -> Attend:
+    """`attend`, of which the backward computes the result again from q, k and v.
+
+    For trees: neither the keys that were gathered for each path nor masks outlive a call.
+    """
+
+    def run(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Tensor:
+        out: Tensor = _Again.apply(q, k, v, settings, attend)
+        return out
+
+    return run
+
+
+class _Again(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, settings: Settings, attend: Attend) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.settings = settings
+        ctx.attend = attend
+        with torch.autocast(q.device.type, enabled=False):
+            return attend(q, k, v, settings)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        with torch.enable_grad():
+            _, *grads = derive_by_autograd(ctx.attend)(ctx.saved_tensors, grad, ctx.settings)
+        return (*grads, None, None)
 
 
 def _derive_in_torch(inputs: Tensors, grad: Tensor, settings: Settings) -> Tensors:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nybble.kernels import library
 from nybble.kernels.attention.backend import AttentionBackend, Tensors, by_operator
+from nybble.kernels.attention.segments import Segment, segments_of
 from nybble.kernels.attention.torch import Settings
 
 __all__ = ["NATIVE", "backward", "forward", "takes", "unavailable"]
@@ -29,12 +30,17 @@ class _StridedHeads(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("token", _Size), ("head", _Size))
 
 
+class _Segment(ctypes.Structure):
+    _fields_ = tuple((name, _Size) for name in Segment._fields)
+
+
 class _Attention(ctypes.Structure):
     _fields_ = (
         *((name, _StridedHeads) for name in ("q", "k", "v", "out", "grad", "dq", "dk", "dv")),
         ("lse", ctypes.c_void_p),
-        *((name, ctypes.POINTER(_Size)) for name in ("starts", "lengths")),
-        *((name, _Size) for name in ("documents", "tokens", "heads", "kv_heads", "width", "window")),
+        ("segments", ctypes.POINTER(_Segment)),
+        ("firsts", ctypes.POINTER(_Size)),
+        *((name, _Size) for name in ("documents", "tokens", "heads", "kv_heads", "longest", "width", "window")),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
         ("next", _Size),
@@ -79,18 +85,20 @@ def backward(
 def _run(name: str, tensors: dict[str, Tensor], settings: Settings, heads: int) -> None:
     """Call the library's function on as many threads as there is work for, `heads` tasks to a document."""
     kept = {name: x if x.stride(-1) == 1 else x.contiguous() for name, x in tensors.items()}
-    q, starts = kept["q"], accumulate(settings.lengths, initial=0)
-    documents = sorted(zip(settings.lengths, starts, strict=False), reverse=True)
-    longest, n = documents[0][0], len(documents)
+    q = kept["q"]
+    documents = _documents(settings)
+    segments = [segment for document in documents for segment in document]
+    longest, n = settings.longest, len(documents)
     call = _Attention(
         **{name: _StridedHeads(x.data_ptr(), x.stride(0), x.stride(1)) for name, x in kept.items() if name != "lse"},
         lse=kept["lse"].data_ptr(),
-        starts=(_Size * n)(*(start for _, start in documents)),
-        lengths=(_Size * n)(*(length for length, _ in documents)),
+        segments=(_Segment * len(segments))(*(_Segment(*segment) for segment in segments)),
+        firsts=(_Size * (n + 1))(*accumulate(map(len, documents), initial=0)),
         documents=n,
         tokens=q.shape[0],
         heads=q.shape[1],
         kv_heads=kept["k"].shape[1],
+        longest=longest,
         width=q.shape[2],
         window=settings.window or _ALL,
         scale=settings.scale,
@@ -107,6 +115,23 @@ def _run(name: str, tensors: dict[str, Tensor], settings: Settings, heads: int) 
         function(ctypes.byref(call), first + thread * size)
 
     library.split(run, threads, threads)
+
+
+def _documents(settings: Settings) -> list[list[Segment]]:
+    """The segments of each document, the document of the most tokens first; parents as indices into all of these."""
+    found: list[list[Segment]] = []
+    for index, segment in enumerate(segments_of(settings.lengths, settings.parents)):
+        if segment.parent < 0:
+            found.append([segment])
+            first = index
+        else:
+            found[-1].append(segment._replace(parent=segment.parent - first))
+    found.sort(key=lambda document: (sum(segment.length for segment in document), document[0].start), reverse=True)
+    firsts = accumulate(map(len, found), initial=0)
+    return [
+        [s if s.parent < 0 else s._replace(parent=first + s.parent) for s in document]
+        for first, document in zip(firsts, found, strict=False)
+    ]
 
 
 @cache

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from nybble.kernels.attention import cpu
 from nybble.kernels.attention import torch as reference
+from nybble.kernels.attention.segments import check_parents
 from nybble.kernels.attention.torch import Settings
 from nybble.kernels.dispatch import dispatcher
 
@@ -32,6 +33,7 @@ def attend(
     scale: float,
     window: int | None = None,
     softcap: float = 0.0,
+    parents: Sequence[int] = (),
 ) -> Tensor:
     """Causal attention within each document, `(T, heads, width)` contiguous; can be differentiated once.
 
@@ -41,15 +43,17 @@ def attend(
         scale: of the scores.
         window: how many tokens a token sees, itself among them; all before it by default.
         softcap: c > 0 makes each score c tanh(score / c), as in Gemma 2.
+        parents: makes trees of the documents (see `attention.segments`): for each, the index of the one that it
+            continues and whose tokens it therefore sees, or -1; by default each stands alone.
 
     Raises:
         ValueError: shapes, types or lengths that do not fit each other.
     """
-    _check(q, k, v, lengths, window)
-    lengths = [length for length in lengths if length]
-    if window is not None and window >= max(lengths, default=0):
-        window = None
-    settings = Settings(lengths, scale, window, softcap)
+    _check(q, k, v, lengths, window, parents)
+    parents = parents if any(parent >= 0 for parent in parents) else ()
+    settings = Settings([length for length in lengths if length], scale, window, softcap, parents)
+    if window is not None and window >= settings.longest:
+        settings = settings._replace(window=None)
     if not isinstance(q, FakeTensor) and q.numel():
         for backend in dispatcher.attention(q.device):
             if backend.takes(q, settings):
@@ -70,11 +74,18 @@ def implementation(q: Tensor, settings: Settings) -> ModuleType:
 
 @torch.library.custom_op("nybble::attend", mutates_args=())
 def attend_op(
-    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], scale: float, window: int | None, softcap: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    window: int | None,
+    softcap: float,
+    parents: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The result, and the logarithm of each softmax's sum `(heads, T)`."""
-    _check(q, k, v, lengths, window)
-    settings = Settings(lengths, scale, window, softcap)
+    settings = Settings(lengths, scale, window, softcap, parents or ())
+    _check(q, k, v, lengths, window, settings.parents)
     result: tuple[Tensor, Tensor] = implementation(q, settings).forward(q, k, v, settings)
     return result
 
@@ -87,9 +98,10 @@ def attend_backward(
     scale: float,
     window: int | None,
     softcap: float,
+    parents: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous."""
-    settings = Settings(lengths, scale, window, softcap)
+    settings = Settings(lengths, scale, window, softcap, parents or ())
     result: tuple[Tensor, Tensor, Tensor] = implementation(grad, settings).backward(grad, tuple(saved), settings)
     return result
 
@@ -114,15 +126,15 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 7
+        return (None,) * 8
     grads = torch.ops.nybble.attend_backward(grad, list(ctx.saved_tensors), *ctx.settings)
-    return (*grads, None, None, None, None)
+    return (*grads, None, None, None, None, None)
 
 
 attend_op.register_autograd(_backward, setup_context=_save)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int | None, parents: Sequence[int]) -> None:
     if q.dim() != 3 or k.shape != v.shape or q.shape[::2] != k.shape[::2] or q.shape[1] % k.shape[1]:
         shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         raise ValueError(f"q must be (T, heads, width), k and v (T, a divisor of heads, width), got {shapes}")
@@ -132,3 +144,5 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], window: int 
         raise ValueError(f"lengths must sum to the {q.shape[0]} tokens, got {sum(lengths)} in {len(lengths)} documents")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
+    if parents:
+        check_parents(lengths, parents)

@@ -15,9 +15,17 @@ TOLERANCES = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
 def self_test(backend: AttentionBackend, device: torch.device) -> str | None:
-    """What is wrong with `backend` on `device`, in words: heads of two widths, a window, a cap on scores."""
-    for width, window, softcap in ((64, None, 0.0), (128, None, 0.0), (64, 7, 0.0), (64, None, 2.0)):
-        wrong = _wrong(backend, device, width, Settings((5, 1, 33, 33, 70), width**-0.5, window, softcap))
+    """What is wrong with `backend` on `device`, in words: heads of two widths, a window, a cap on scores, a tree."""
+    tree = (-1, 0, 1, 0, -1)
+    for width, window, softcap, parents in (
+        (64, None, 0.0, ()),
+        (128, None, 0.0, ()),
+        (64, 7, 0.0, ()),
+        (64, None, 2.0, ()),
+        (64, None, 0.0, tree),
+        (64, 7, 0.0, tree),
+    ):
+        wrong = _wrong(backend, device, width, Settings((5, 1, 33, 33, 70), width**-0.5, window, softcap, parents))
         if wrong:
             return wrong
     return None

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nybble.kernels.attention.segments import path_places, segments_of
+
 __all__ = ["Settings", "backward", "forward"]
 
 _HELD = 1 << 22  # scores, 16 MiB in float32
@@ -24,11 +26,17 @@ class Settings(NamedTuple):
     scale: float
     window: int | None = None
     softcap: float = 0.0
+    parents: Sequence[int] = ()  # of the segments of trees; see `attention.segments`
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest path."""
+        return max((segment.end for segment in segments_of(self.lengths, self.parents)), default=0)
 
 
 class _Block(NamedTuple):
     rows: slice  # of the flattened batch: the queries
-    keys: slice  # the tokens that any of them sees
+    keys: slice | Tensor  # the tokens that any of them sees, as a slice or as indices
     hidden: Tensor  # (queries, keys) bool: True where the query must not see the key
 
 
@@ -72,20 +80,26 @@ def _wide(q: Tensor) -> torch.dtype:
 
 
 def _blocks(q: Tensor, settings: Settings) -> Iterator[_Block]:
-    """Blocks of queries of one document each, all of them in order."""
-    start = 0
-    for length in settings.lengths:
-        seen = min(length, settings.window or length)
-        step = max(1, min(length, _HELD // (q.shape[1] * length)))
-        if seen < length:  # a block sees `seen` keys more than it has rows
+    """Blocks of queries of one segment each, all of them in order."""
+    segments = segments_of(settings.lengths, settings.parents)
+    paths: Sequence[Tensor] = ()
+    if settings.parents:
+        places = path_places(tuple(settings.lengths), tuple(settings.parents), q.device)
+        paths = places.split([segment.end for segment in segments])
+    for index, (start, length, offset, _parent) in enumerate(segments):
+        end = offset + length
+        seen = min(end, settings.window or end)
+        step = max(1, min(length, _HELD // (q.shape[1] * end)))
+        if seen < end:  # a block sees `seen` keys more than it has rows
             step = max(1, min(seen, _HELD // (q.shape[1] * 2 * seen)))
-        for first in range(start, start + length, step):
-            last = min(first + step, start + length)
-            oldest = max(start, first - seen + 1)
+        origin = start - offset
+        for first in range(offset, end, step):  # counted along the path
+            last = min(first + step, end)
+            oldest = max(0, first - seen + 1)
             rows = torch.arange(first, last, device=q.device).view(-1, 1)
             keys = torch.arange(oldest, last, device=q.device)
-            yield _Block(slice(first, last), slice(oldest, last), (keys > rows) | (keys <= rows - seen))
-        start += length
+            place = paths[index][oldest:last] if offset else slice(origin + oldest, origin + last)
+            yield _Block(slice(origin + first, origin + last), place, (keys > rows) | (keys <= rows - seen))
 
 
 def _scores(q: Tensor, k: Tensor, block: _Block, settings: Settings) -> Tensor:
@@ -97,7 +111,7 @@ def _scores(q: Tensor, k: Tensor, block: _Block, settings: Settings) -> Tensor:
     return scores.view(kv_heads, -1, *block.hidden.shape).masked_fill_(block.hidden, -torch.inf)
 
 
-def _by_group(x: Tensor, tokens: slice, groups: int | None = None) -> Tensor:
+def _by_group(x: Tensor, tokens: slice | Tensor, groups: int | None = None) -> Tensor:
     """`(groups, heads / groups * tokens, width)` of some tokens, in the type of the sums; a group for each head of x
     unless told."""
     part = x[tokens].to(_wide(x)).transpose(0, 1)

@@ -11,10 +11,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from nybble.kernels.attention.backend import AttentionBackend, derive_by_autograd
+from nybble.kernels.attention.backend import AttentionBackend, computed_again, derive_by_autograd
+from nybble.kernels.attention.segments import gather_paths, segments_of
 from nybble.kernels.attention.torch import Settings
 
-__all__ = ["VARLEN", "VARLEN_WINDOW", "missing", "varlen_attn"]
+__all__ = ["VARLEN", "VARLEN_TREE", "VARLEN_WINDOW", "missing", "varlen_attn"]
 
 
 def missing() -> str | None:
@@ -39,28 +40,43 @@ def _takes(q: Tensor, settings: Settings) -> bool:
     return fits and not settings.softcap
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Tensor:
+    return (computed_again(_at_once) if settings.parents else _at_once)(q, k, v, settings)
+
+
 def _at_once(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Tensor:
     """One call of torch's kernel for sequences of different lengths."""
     function = varlen_attn()
     ends, longest = _ends(tuple(settings.lengths), q.device), max(settings.lengths)
+    key_ends, most = ends, longest
+    if settings.parents:
+        # Causality and windows are counted from the ends of queries and keys, so queries may be fewer.
+        k, v = (gather_paths(x, settings.lengths, settings.parents) for x in (k, v))
+        segments = segments_of(settings.lengths, settings.parents)
+        key_ends, most = _ends(tuple(segment.end for segment in segments), q.device), settings.longest
     # It counts the tokens before, and takes (-1, 0) for causal. Before `enable_gqa` heads could share keys unasked.
     window = (-1 if settings.window is None else settings.window - 1, 0)
     sharing = {"enable_gqa": True} if "enable_gqa" in signature(function).parameters else {}
-    out = function(q, k, v, ends, ends, longest, longest, scale=settings.scale, window_size=window, **sharing)
+    out = function(q, k, v, ends, key_ends, longest, most, scale=settings.scale, window_size=window, **sharing)
     return out.contiguous()
 
 
 @lru_cache(maxsize=8)  # all layers of a step ask for the same
 def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """0 and the end of each document, int32 on `device`, sent from pinned memory: nothing waits for the device."""
+    """0 and the end of each part, int32 on `device`, sent from pinned memory: nothing waits for the device."""
     with torch.inference_mode(False):  # a later step may save it for its backward
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
         return ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends.to(device)
 
 
 def _backend(takes: Callable[[Tensor, Settings], bool]) -> AttentionBackend:
-    return AttentionBackend("varlen", missing, takes, _at_once, derive_by_autograd(_at_once))
+    return AttentionBackend("varlen", missing, takes, _attend, derive_by_autograd(_attend))
 
 
-VARLEN = _backend(lambda q, settings: settings.window is None and _takes(q, settings))
-VARLEN_WINDOW = _backend(lambda q, settings: settings.window is not None and _takes(q, settings))
+def _takes_rows(q: Tensor, settings: Settings) -> bool:
+    return not settings.parents and _takes(q, settings)
+
+
+VARLEN = _backend(lambda q, settings: settings.window is None and _takes_rows(q, settings))
+VARLEN_WINDOW = _backend(lambda q, settings: settings.window is not None and _takes_rows(q, settings))
+VARLEN_TREE = _backend(lambda q, settings: bool(settings.parents) and _takes(q, settings))
