@@ -112,7 +112,9 @@ def written(run: RunContext, inputs: RunInputs) -> Iterator[RunRecorder]:
 
 def recorder_of(run: RunContext, inputs: RunInputs) -> RunRecorder:
     """The recorder that keeps run.json and measures phases."""
-    return RunRecorder(run.directory, inputs.recipe, run.device, inputs.rows, inputs.plan, run.processes)
+    recorder = RunRecorder(run.directory, inputs.recipe, run.device, inputs.rows, inputs.plan, run.processes)
+    recorder.record.clock = run.clock.isoformat()
+    return recorder
 
 
 def learned_tokens_of(inputs: RunInputs) -> list[dict[str, Any]]:
@@ -236,7 +238,7 @@ def save(run: RunContext, inputs: RunInputs, model: TrainableModel, recorder: Ru
             else:
                 save_adapter(model.module, folder, trained)
             inputs.tokenizer.save_pretrained(folder)
-            write_note(folder, inputs.recipe, recorder.record.rows["ledger"], recorder.record.model)
+            write_note(folder, inputs.recipe, recorder.record.rows["ledger"], recorder.record.model, run.clock)
             write_text(folder / "README.md", model_card(recorder.record.to_json()))  # PEFT's own is a form to fill in
 
 

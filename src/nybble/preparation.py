@@ -9,11 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nybble.data import Example, Groups, Prepared, packs_of, prepare_rows, rows_cache
+from nybble.data import Example, Groups, Prepared, fixed_clock, packs_of, prepare_rows, rows_cache
 from nybble.diagnostics import choose_backends
 from nybble.errors import InputError, RecipeError
 from nybble.hardware import detect_device
@@ -21,7 +22,7 @@ from nybble.models import ModelSource, find_model, for_shards, hash_of, load_tok
 from nybble.planning import Batches, among, plan_training, profile_of, share_of
 from nybble.recipe import EvaluationSection, Plan, Recipe, for_one_process, rows_per_step, step_in_words, within_context
 from nybble.run.context import OnExisting, RunContext
-from nybble.run.directory import RunDirectory
+from nybble.run.directory import RunDirectory, clock_of, read_record
 from nybble.run.processes import Processes
 from nybble.run.record import Observer
 from nybble.storage.atomic import sha256_of
@@ -104,14 +105,22 @@ def open_run(
         tracker_names(recipe.training)
         device = detect_device(recipe.model.device)
     limit = recipe.training.max_seconds
+    clock = processes.gather(_clock(directory, resumes=resumes))[0]
     return RunContext(
         directory=directory,
         device=device,
         processes=processes,
         observer=observer,
         on_existing=on_existing,
+        clock=clock,
         deadline=started + limit if limit else None,
     )
+
+
+def _clock(directory: RunDirectory, *, resumes: bool) -> datetime:
+    """The time that chat templates are told: a resumed run's rows have the date on which it began."""
+    began = clock_of(read_record(directory.path)) if resumes and directory.holds_run else None
+    return began or datetime.now().replace(microsecond=0)
 
 
 def trains_in_shards(recipe: Recipe, processes: Processes) -> bool:
@@ -172,7 +181,8 @@ def _prepare(recipe: Recipe, run: RunContext, *, force: bool) -> RunInputs:
     tokenizer = load_tokenizer(source, recipe.model)
     recipe = within_context(recipe, getattr(source.config, "max_position_embeddings", None), note)
     cache = rows_cache(recipe.quantization)
-    rows = prepare_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed, cache, run.observer)
+    with fixed_clock(run.clock):
+        rows = prepare_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed, cache, run.observer)
     for line in rows.ledger.in_words:
         note(line)
     check_best_step(recipe.evaluation, recipe.training, rows)

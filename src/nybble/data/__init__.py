@@ -8,7 +8,7 @@ from nybble.data.rows import Rows, read_rows
 from nybble.data.shapes import Turn
 from nybble.data.show import ShownRow, Stretch, show_rows
 from nybble.data.store import Examples
-from nybble.data.templates import render_chat
+from nybble.data.templates import clock_arguments, fixed_clock, render_chat
 from nybble.data.tokens import IGNORED, adds_bos
 
 __all__ = [
@@ -25,10 +25,12 @@ __all__ = [
     "Stretch",
     "Turn",
     "adds_bos",
+    "clock_arguments",
     "encode_chat",
     "encode_follow_up",
     "encode_prompt",
     "examine_rows",
+    "fixed_clock",
     "pack_rows",
     "packs_of",
     "prepare_rows",

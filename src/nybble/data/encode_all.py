@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from nybble.data.files import Row
 from nybble.data.rows import Placed, Rows
 from nybble.data.shapes import Turn
 from nybble.data.store import Examples, map_records, to_records, write_records
+from nybble.data.templates import dates_in
 from nybble.data.tokens import IGNORED
 from nybble.errors import CannotRunError, RowsError
 from nybble.recipe import DataSection
@@ -70,7 +70,7 @@ class Encoder:
             tokenizer.backend_tokenizer.to_str(),
             {name: str(value) for name, value in tokenizer.init_kwargs.items() if not name.endswith(("file", "path"))},
             (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id),
-            (template, datetime.now(UTC).date() if "strftime_now" in template else None),
+            (template, dates_in(template)),
             (asdict(self.layout) | {"ignored": sorted(self.layout.ignored)}, self.answer_field),
             self.data.model_dump(include={"loss_on", "on_bad_row", "overlong", "max_length"}),
         )

@@ -6,11 +6,15 @@ processes but lets it loop for days and multiply text until memory runs out. Her
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,52 @@ _MOST_MEMORY = 1 << 30  # bytes of address space beyond what the process already
 _MOST_CHARACTERS = 8 << 20
 _MOST_TEMPLATE_BYTES = 256 << 10
 _NAMED = {"inst": INST, "chatml": CHATML}
+_DATE = re.compile(r"strftime_now\b(?!\s+is\b)(?:\(\s*(['\"])(.*?)\1\s*\))?")  # a use; its format if it is written out
+_CODES = "aAbBcCdDeFgGhHIjklmMpPrRsSTuUVwWxXyYzZf"  # letters of strftime
+# `strftime_now` of the codes in `clock`; what it begins with leaves the white space of the template after it alone.
+_MACRO = (
+    "{%- macro strftime_now(format) -%}{%- set text = namespace(now=format | replace('%%', '\\0')) -%}"
+    "{%- for code, value in clock.items() -%}{%- set text.now = text.now | replace(code, value) -%}{%- endfor -%}"
+    "{{- text.now | replace('\\0', '%') -}}{%- endmacro -%}{{- '' }}"
+)
+_clock: ContextVar[datetime | None] = ContextVar("clock", default=None)
+
+
+@contextmanager
+def fixed_clock(now: datetime | None) -> Iterator[None]:
+    """Within, chat templates that print the date or the time print those of `now`; None: the real ones."""
+    before = _clock.set(now)
+    try:
+        yield
+    finally:
+        _clock.reset(before)
+
+
+def template_clock() -> datetime:
+    """The local date and time that chat templates are told."""
+    return _clock.get() or datetime.now()
+
+
+def clock_arguments(template: str) -> dict[str, Any]:
+    """What tells `apply_chat_template` the fixed clock, if there is one and `template` uses it.
+
+    transformers lets a template have data, but no function of ours, so the template gets a macro of that name.
+    """
+    now = _clock.get()
+    if now is None or "strftime_now" not in template:
+        return {}
+    return {"chat_template": _MACRO + template, "clock": _printed(now)}
+
+
+@cache
+def _printed(now: datetime) -> dict[str, str]:
+    return {f"%{pad}{code}": now.strftime(f"%{pad}{code}") for pad in ("", "-") for code in _CODES}
+
+
+def dates_in(template: str) -> list[str]:
+    """All that `template` prints of the date and the time, as it is now."""
+    now = template_clock()
+    return [now.strftime(form) if quote else now.isoformat() for quote, form in _DATE.findall(template)]
 
 
 def find_template(name: str) -> str:
@@ -72,7 +122,12 @@ def render_chat(
         )
     try:
         with _in_time(), _in_memory():
-            text = str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=asks))
+            clock = clock_arguments(tokenizer.get_chat_template(tools=tools))
+            text = str(
+                tokenizer.apply_chat_template(
+                    messages, tools=tools, tokenize=False, add_generation_prompt=asks, **clock
+                )
+            )
     except _TooLongError as error:
         raise RowsError(
             f"{where}: the chat template runs for more than {MOST_SECONDS:g} s; set --chat_template to another one"

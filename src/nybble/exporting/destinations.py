@@ -7,12 +7,14 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from nybble.data import fixed_clock
 from nybble.errors import CannotRunError, InputError, NybbleError, RecipeError
 from nybble.exporting.arithmetic import merged_bytes
 from nybble.exporting.fresh import run_fresh
@@ -49,6 +51,7 @@ class _Whole:
     stop_tokens: tuple[int, ...]
     texts: list[str]  # the texts that folder and file are compared on
     notes: tuple[str, ...]  # what GGUF cannot express
+    clock: datetime | None = None  # that chat templates are told
 
 
 def export(
@@ -129,7 +132,7 @@ def _whole(tuned: Artifact, overrides: Mapping[str, Any] | None, watch: Observer
     for note in vocabulary.notes:
         watch.note(note)
     texts = [text for text in _TEXTS if not vocabulary.notes or says_alike(text, tokenizer)]
-    return _Whole(source, tokenizer, form, tuned.stop_tokens, texts, vocabulary.notes)
+    return _Whole(source, tokenizer, form, tuned.stop_tokens, texts, vocabulary.notes, tuned.clock)
 
 
 def _write_checked(whole: _Whole, file: Path, outtype: str, watch: Observer) -> dict[str, Any]:
@@ -171,7 +174,8 @@ def _faults(measured: Mapping[str, Any], outtype: str) -> list[str]:
 
 
 def _write_ollama(whole: _Whole, folder: Path, outtype: str, watch: Observer) -> dict[str, Any]:
-    text = modelfile(whole.tokenizer, whole.form, whole.stop_tokens, "model.gguf")  # before any work
+    with fixed_clock(whole.clock):
+        text = modelfile(whole.tokenizer, whole.form, whole.stop_tokens, "model.gguf")  # before any work
     remove_left_overs(folder.parent, of=folder)
     with atomic_folder(folder) as unfinished:
         measured = _write_checked(whole, unfinished / "model.gguf", outtype, watch)

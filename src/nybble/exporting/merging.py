@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from nybble.data import Prepared, examine_rows
+from nybble.data import Prepared, examine_rows, fixed_clock
 from nybble.errors import CannotRunError, InputError, ModelError, RecipeError
 from nybble.exporting.arithmetic import AdapterDelta, merged_bytes, write_merged
 from nybble.exporting.card import merged_card
@@ -101,10 +101,14 @@ def merge(
     """
     started = time.monotonic()
     job = _prepare(Path(run), Path(out).expanduser(), overrides, into, dtype, limits or Limits(), observer or Silent())
-    prepared, rows_are_held_out = _rows(job)
+    with fixed_clock(job.tuned.clock):
+        prepared, rows_are_held_out = _rows(job)
     rows = prepared.held_out if rows_are_held_out else prepared.train
     stops = job.tuned.stop_tokens
-    with Reference(rows, job.recipe.evaluation.max_new_tokens, stops) as reference:
+    with (
+        fixed_clock(job.tuned.clock),
+        Reference(rows, job.recipe.evaluation.max_new_tokens, stops) as reference,
+    ):
         candidates = _Candidates(job, *_ask_adapter(job, reference))
         try:
             measured = [candidates.make(target, reference, prepared) for target in job.bases]

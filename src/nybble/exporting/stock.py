@@ -3,9 +3,10 @@
     python -I stock.py FOLDER QUESTIONS.json REFERENCE.safetensors
 
 QUESTIONS: {"rows": [{"ids", "first", "positions"}], "prompts": [[ids]], "texts": [str], "chats": [messages],
-"max_new_tokens", "max_memory": {device: bytes} or null}. REFERENCE holds `log_probabilities`, `(positions,
-vocabulary) float32`, one row after the other. Printed is one JSON object: mean and worst KL(reference || folder) in
-nats a position, the loss of both, greedy continuations, and what the folder's tokenizer makes of texts and chats.
+"max_new_tokens", "clock": what tells the template `strftime_now` the date, "max_memory": {device: bytes} or null}.
+REFERENCE holds `log_probabilities`, `(positions, vocabulary) float32`, one row after the other. Printed is one JSON
+object: mean and worst KL(reference || folder) in nats a position, the loss of both, greedy continuations, and what the
+folder's tokenizer makes of texts and chats.
 """
 
 from __future__ import annotations
@@ -67,6 +68,9 @@ def main() -> None:
     asked = json.loads(Path(questions_file).read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     asking = {"add_generation_prompt": True}
+    if asked["clock"] and "strftime_now" in (tokenizer.chat_template or ""):
+        macro = asked["clock"]["chat_template"].removesuffix("strftime_now")
+        asking |= {**asked["clock"], "chat_template": macro + tokenizer.chat_template}
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         # What does not fit into memory is read from the folder's own files when its turn comes.
         model = AutoModelForCausalLM.from_pretrained(

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from nybble.data import IGNORED, Example, render_chat
+from nybble.data import IGNORED, Example, clock_arguments, render_chat
 from nybble.data.tree import unfold
 from nybble.exporting.fresh import run_fresh
 from nybble.training import evaluation_mode
@@ -171,6 +171,7 @@ class Reference:
             "prompts": self.prompts,
             "texts": self.texts,
             "chats": self.chats,
+            "clock": clock_arguments("strftime_now"),
             "max_new_tokens": self.max_new_tokens,
             "max_memory": max_memory,
         }

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from nybble.data import Turn, encode_chat, encode_follow_up, encode_prompt
+from nybble.data import Turn, encode_chat, encode_follow_up, encode_prompt, fixed_clock
 from nybble.errors import InputError
 from nybble.generation.questions import add_adapters, form_of, settings_now
 from nybble.hardware import detect_device
@@ -150,7 +150,8 @@ class Chat:
     def _asked(self, question: str) -> list[int]:
         if self._form == "template":
             head = [Turn("system", self._system)] if self._system else []
-            return encode_chat([*head, *self._turns, Turn("user", question)], self._tokenizer)
+            with fixed_clock(self._first.clock):
+                return encode_chat([*head, *self._turns, Turn("user", question)], self._tokenizer)
         if not self._ids:
             return encode_prompt(question, self._tokenizer, self._form, self._system)
         return [*self._ids, *encode_follow_up(question, self._tokenizer, self._form)]

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nybble.data import encode_prompt
+from nybble.data import encode_prompt, fixed_clock
 from nybble.errors import InputError, ModelError, RowsError
 from nybble.guard import brief
 from nybble.hardware import Device, detect_device
@@ -64,7 +64,8 @@ def ask(
     detected = detect_device(first.base.device)
     model, tokenizer, dtype = load_artifact(first, detected)
     form = form_of(first, tokenizer)
-    prompts = [encode_prompt(question, tokenizer, form, system) for question in questions]
+    with fixed_clock(first.clock):
+        prompts = [encode_prompt(question, tokenizer, form, system) for question in questions]
     section = EvaluationSection(max_new_tokens=max_new_tokens, per_device_eval_batch_size=BATCH)
     generate = partial(generate_answers, prompts=prompts, section=section, compute_dtype=dtype, tokenizer=tokenizer)
     stop_at(model, first.stop_tokens)

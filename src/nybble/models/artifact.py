@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +34,7 @@ from nybble.recipe import (
     load_recipe,
     stored_recipe,
 )
-from nybble.run.directory import RunDirectory, read_record, to_json
+from nybble.run.directory import RunDirectory, clock_of, read_record, to_json
 from nybble.storage.atomic import write_text
 
 NOTE = "nybble.json"
@@ -48,6 +49,7 @@ class _Note(BaseModel):
     prompt_form: str = ""
     stop_tokens: tuple[NonNegativeInt, ...] = ()
     base_fingerprint: str | None = None
+    clock: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Artifact:
     form: str  # how prompts are put, see `nybble.data.encode_prompt`; "" if unknown
     stop_tokens: tuple[int, ...]
     fingerprint: str | None  # of the original
+    clock: datetime | None = None  # local time that chat templates were told in the training; None: not known
 
     @property
     def is_repaired(self) -> bool:
@@ -72,7 +75,9 @@ class Artifact:
         return self.init != "default"
 
 
-def write_note(folder: Path, recipe: Recipe, ledger: Mapping[str, Any], loaded: Mapping[str, Any]) -> None:
+def write_note(
+    folder: Path, recipe: Recipe, ledger: Mapping[str, Any], loaded: Mapping[str, Any], clock: datetime
+) -> None:
     """Write `nybble.json` next to the weights that a run has trained; `loaded` is the record's `model`."""
     note = {
         "method": recipe.method,
@@ -81,6 +86,7 @@ def write_note(folder: Path, recipe: Recipe, ledger: Mapping[str, Any], loaded: 
         "prompt_form": ledger["prompt_form"],
         "stop_tokens": list(ledger["stop_tokens"]),
         "base_fingerprint": loaded.get("fingerprint"),
+        "clock": clock.isoformat(),
     }
     write_text(folder / NOTE, to_json(note, indent=1) + "\n")
 
@@ -184,6 +190,7 @@ def _of_run(name: str, folder: Path, overrides: Mapping[str, Any] | None) -> Art
         form=note.prompt_form,
         stop_tokens=note.stop_tokens,
         fingerprint=record["model"].get("fingerprint"),
+        clock=clock_of(record),
     )
 
 
@@ -223,4 +230,5 @@ def _noted(
         form=note.prompt_form,
         stop_tokens=note.stop_tokens,
         fingerprint=note.base_fingerprint if is_adapter else None,
+        clock=note.clock,
     )

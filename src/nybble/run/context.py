@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Literal
 
 from nybble.hardware import Device
@@ -22,6 +23,9 @@ class RunContext:
     processes: Processes
     observer: Observer
     on_existing: OnExisting = "refuse"  # what happens to a run that the directory holds; "resume_if_any" is resolved
+    clock: datetime = field(
+        default_factory=datetime.now
+    )  # local time that chat templates are told, from its beginning on
     deadline: float | None = None  # by the monotonic clock: the run saves and stops before
 
     @property

@@ -22,9 +22,10 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, fields
+from datetime import datetime
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
@@ -302,6 +303,14 @@ def read_record(path: Path | str) -> dict[str, Any]:
     if missing:
         raise InputError(f"{file} is damaged (no {', '.join(missing)}); give another run")
     return record
+
+
+def clock_of(record: Mapping[str, Any]) -> datetime | None:
+    """The local time that chat templates were told in a run; older versions noted only when it was started."""
+    for name in ("clock", "started"):
+        with suppress(KeyError, TypeError, ValueError):
+            return datetime.fromisoformat(record[name]).astimezone().replace(tzinfo=None)
+    return None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -76,6 +76,7 @@ class RunRecord:
     plan: dict[str, Any]
     model: dict[str, Any]  # how the base was loaded
     started: str  # UTC, ISO 8601
+    clock: str | None = None  # local time that chat templates are told: that of the first start
     notes: list[str] = field(default_factory=list)
     phases: dict[str, Phase] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)  # operator -> the backend that ran
