@@ -26,8 +26,9 @@ from nybble.data.chats import (
     unused_keys,
 )
 from nybble.data.files import Row
+from nybble.data.rendered import looks_like_turns
 from nybble.data.rows import Rows
-from nybble.data.shapes import Form, Piece, Turn, alpaca_prompt, check_size, split_text
+from nybble.data.shapes import Form, Piece, Turn, alpaca_prompt, check_size, prompt_form_of, split_text
 from nybble.errors import RowsError
 from nybble.guard import clipped, shown
 from nybble.recipe import DataSection
@@ -194,7 +195,10 @@ def convert_row(row: Row, layout: Layout, where: str, has_template: bool, answer
         form = [Piece(prompt + reader.text("completion"), len(prompt))]
     elif layout.shape == "text":
         (role,) = layout.columns
-        form = split_text(reader.text(role))
+        text = reader.text(role)
+        form = split_text(text)
+        if not prompt_form_of(form) and looks_like_turns(text):
+            reader.notes.append("text that looks like turns has no known marks, so all of it is learned")
     else:
         form = reader.exchange(has_template)
     return Converted(form, is_learned, reader.not_used(answer_field), tuple(reader.notes))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from nybble.data.rendered import find_answers, with_system, without_stop
+from nybble.data.rendered import ChatFormat, find_answers, find_spans, with_system, without_stop
 from nybble.errors import RowsError
 
 
@@ -37,6 +37,8 @@ Form = Sequence[Piece | Turn]
 
 _MOST_CHARACTERS = 2_000_000  # longer than any context; tokenizing more takes gigabytes and minutes
 _RESPONSE = "### Response:\n"
+_SPACE = re.compile(r"\s*")
+_ALPACA_FORMAT = ChatFormat("### Response:", "</s>", "### Instruction: {}", needs_stop=False)
 _ALPACA = f"### Instruction:\n{{instruction}}\n\n{_RESPONSE}"
 _ALPACA_WITH_INPUT = f"### Instruction:\n{{instruction}}\n\n### Input:\n{{input}}\n\n{_RESPONSE}"
 
@@ -53,11 +55,9 @@ def split_text(text: str) -> list[Piece]:
             Piece(text[begin:end], start - begin, prompt_form=form)
             for begin, (start, end) in zip(begins, answers, strict=False)
         ]
-    prompt, header, answer = text.partition(_RESPONSE)
-    if header and _RESPONSE not in answer:
-        prompt = prompt.removeprefix("<s>") + header
-        return [Piece(prompt + answer.removesuffix("</s>"), len(prompt), prompt_form="alpaca")]
-    pieces = []
+    pieces = _split_alpaca(text)
+    if pieces:
+        return pieces
     for part in re.split(r"</s>", text.strip()):
         content = part.strip().removeprefix("<s>").lstrip() if "[INST]" in part else part.removeprefix("<s>")
         if not content.strip():
@@ -69,6 +69,22 @@ def split_text(text: str) -> list[Piece]:
         tail = part[len(part.rstrip()) :] if mark else ""
         start = len(prompt) + len(mark) if mark else 0
         pieces.append(Piece(content.rstrip() + tail, start, prompt_form="inst" if mark else ""))
+    return pieces
+
+
+def _split_alpaca(text: str) -> list[Piece]:
+    """The exchanges of text with `### Instruction:` and `### Response:`; none if responses follow each other."""
+    answers = find_spans(text, _ALPACA_FORMAT)
+    pieces = []
+    begin = 0
+    for first, end in answers:
+        start = first + 1 if text.startswith("\n", first) else first
+        if _ALPACA_FORMAT.header in text[start:end]:
+            return []
+        prompt = text[begin:start].removeprefix("<s>")
+        pieces.append(Piece(prompt + text[start:end].removesuffix("</s>"), len(prompt), prompt_form="alpaca"))
+        space = _SPACE.match(text, end)
+        begin = space.end() if space else end
     return pieces
 
 
