@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from nybble.data import IGNORED, Prepared, encode, prepare_rows, read_rows
+from nybble.data import IGNORED, Prepared, contexts, prepare_rows, read_rows
 from nybble.errors import RowsError
 from nybble.recipe import DataSection, EvaluationSection
 
@@ -183,7 +183,7 @@ def test_a_conversation_of_20_000_turns_is_read_in_one_go(prepare: Call) -> None
 def test_a_template_that_numbers_its_turns_takes_no_more_than_it_can_search(
     prepare: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode, "_MOST_SEARCHED", 5)
+    monkeypatch.setattr(contexts, "_MOST_SEARCHED", 5)
     (tmp_path / "own.jinja").write_text(
         "{% for m in messages %}{{ loop.index }} {{ m.content }}{{ eos_token }}{% endfor %}"
     )

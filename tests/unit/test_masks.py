@@ -279,7 +279,7 @@ def test_turns_without_a_template_are_refused(prepare: Call) -> None:
     [
         (None, "chat_template: got '.*own.jinja'; allowed: inst, chatml or an existing .jinja file"),
         ("{{ raise_exception('no system, please') }}", "row 1: the chat template failed: no system, please"),
-        ("{{ messages | length }}{{ messages[-1].content }}", "row 1: the chat template renders earlier turns diff"),
+        ("{{ messages | length }}{{ messages[-1].content }}", "row 1: the chat template does not write the answer"),
     ],
 )
 def test_a_template_that_does_not_serve_is_refused(

@@ -1,9 +1,10 @@
 """Rows: read them, detect their shape, label the tokens to learn, count them, and build batches."""
 
 from nybble.data.batches import FlatBatch, Groups, PadBatch, pack_rows, packs_of
-from nybble.data.encode import Example, encode_chat, encode_follow_up, encode_prompt, question_form
+from nybble.data.encode import Example
 from nybble.data.ledger import Ledger
 from nybble.data.prepare import Prepared, examine_rows, prepare_rows, rows_cache
+from nybble.data.prompts import encode_chat, encode_follow_up, encode_prompt, question_form
 from nybble.data.rows import Rows, read_rows
 from nybble.data.shapes import Turn
 from nybble.data.show import ShownRow, Stretch, show_rows

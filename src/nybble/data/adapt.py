@@ -1,32 +1,81 @@
-"""Adapt turns to what a chat template can express, where a template would silently omit something."""
+"""Adapt turns to what a chat template can express, where it would fail or silently omit something."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from nybble.data.shapes import Turn
+from nybble.data.templates import render_chat
 from nybble.errors import RowsError
 
+_PROBE = "kaqx"  # occurs in no template
 
-def adapt_to_template(turns: list[Turn], tokenizer: Any, where: str) -> list[Turn]:
-    """The turns with only those roles that the tokenizer's template supports: it would silently omit the others.
 
-    If the template does not support tools, they become part of the system text; if it has no tool role, a tool's
-    result becomes a user turn.
+def adapt_to_template(turns: Sequence[Turn], tokenizer: Any, where: str) -> tuple[list[Turn], tuple[str, ...]]:
+    """The turns with only those roles that the tokenizer's template supports, and notes of what was changed.
+
+    If the template does not support tools, they become part of the system text; if it has no tool role, the results of
+    tools become a user turn; if it has no place for a system text, that comes before the first question.
+
+    Raises:
+        RowsError: the turns hold calls, which the template does not support.
     """
     template = str(tokenizer.chat_template)
+    adapted = list(turns)
+    notes: list[str] = []
     if any(turn.calls for turn in turns) and "tool_calls" not in template:
         raise RowsError(
             f"{where}: the chat template does not support tool_calls; write the calls into the content, or set "
             "--chat_template to one that does"
         )
-    if not re.search(r"""['"](tool|ipython)['"]""", template):
-        turns = [replace(turn, role="user") if turn.role == "tool" else turn for turn in turns]
-    if turns[0].role == "tools" and not re.search(r"\btools\b", template):
-        system = f"These functions may be called, as a JSON object with name and arguments:\n{turns[0].content}"
-        has_system = turns[1].role == "system"
-        rest = turns[2:] if has_system else turns[1:]
-        return [Turn("system", f"{turns[1].content}\n\n{system}" if has_system else system), *rest]
-    return turns
+    if any(turn.role == "tool" for turn in turns) and not re.search(r"""['"](tool|ipython)['"]""", template):
+        adapted = _results_as_questions(adapted)
+        notes.append("results of tools put into user turns")
+    if adapted[0].role == "tools" and not re.search(r"\btools\b", template):
+        system = f"These functions may be called, as a JSON object with name and arguments:\n{adapted[0].content}"
+        has_system = adapted[1].role == "system"
+        rest = adapted[2:] if has_system else adapted[1:]
+        adapted = [Turn("system", f"{adapted[1].content}\n\n{system}" if has_system else system), *rest]
+        notes.append("tools put into the system text")
+    at = next((k for k, turn in enumerate(adapted) if turn.role == "system"), None)
+    if at is None or takes_system(tokenizer, template):
+        return adapted, tuple(notes)
+    notes.append("system text put before the first question")
+    system = adapted.pop(at).content
+    if at == len(adapted) or adapted[at].role != "user":
+        adapted.insert(at, Turn("user", system))
+    else:
+        adapted[at] = replace(adapted[at], content=f"{system}\n\n{adapted[at].content}")
+    return adapted, tuple(notes)
+
+
+def _results_as_questions(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns with each run of results as one user turn."""
+    adapted: list[Turn] = []
+    former = ""
+    for turn in turns:
+        if turn.role == former == "tool":
+            adapted[-1] = replace(adapted[-1], content=f"{adapted[-1].content}\n\n{turn.content}")
+        else:
+            adapted.append(replace(turn, role="user") if turn.role == "tool" else turn)
+        former = turn.role
+    return adapted
+
+
+@lru_cache(maxsize=8)
+def takes_system(tokenizer: Any, template: str) -> bool:
+    """Whether the tokenizer's template, which is `template`, writes a system text."""
+    for is_list in (False, True):
+        chat = [("system", _PROBE), ("user", "a"), ("assistant", "b")]
+        turns = [{"role": role, "content": [{"type": "text", "text": c}] if is_list else c} for role, c in chat]
+        try:
+            text = render_chat(tokenizer, turns, "a system text")
+        except RowsError:  # this template refuses a system text, or text that is not a list of parts
+            text = ""
+        if _PROBE in text:
+            return True
+    return False

@@ -1,30 +1,24 @@
 """Turn rows into token ids and labels; the labels say which tokens are learned.
 
-The text is tokenized as a whole and answers are located by character offsets, so that training sees exactly the tokens
-that generation will see at the border of prompt and answer. Each learned answer ends with an end-of-turn token, which
-is learned too. Padding is never a label.
+Each answer is learned behind the tokens that generation will see before it, with the token that ends its turn. A row is
+one example, unless `max_length` or the chat template part it: the contexts of a conversation whose earlier turns the
+template rewrites form a tree (`nybble.data.tree`). Padding is never a label.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from array import array
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass
 from typing import Any
 
-from nybble.data.adapt import adapt_to_template
-from nybble.data.rendered import CHAT_FORMATS
-from nybble.data.shapes import Form, Piece, Turn, alpaca_prompt, answers_of, as_first_unit, exchanges, prompt_form_of
-from nybble.data.templates import render_chat
-from nybble.data.tokens import IGNORED, MARKS, adds_bos, mark, spelled, stop_ids, tokenize, unmark
-from nybble.data.tree import Segments, path_before
-from nybble.errors import RowsError
-
-_MOST_SEARCHED = 1000  # answers of one row; locating each renders all turns before it, and 1,000 take about 20 s
+from nybble.data.contexts import Answer, Context, encode_turns, n_tokens
+from nybble.data.kinds import Span
+from nybble.data.rendered import CHAT_FORMATS, without_stop
+from nybble.data.shapes import Form, Piece, Turn, answers_of, as_first_unit, exchanges, prompt_form_of
+from nybble.data.tokens import IGNORED, adds_bos, special_tokens, tokenize
+from nybble.data.tree import Segments, merge_contexts, path_before, places_in_tree
 
 
 @dataclass(frozen=True)
@@ -43,6 +37,7 @@ class Example:
     row: int = 0  # row number, from 1
     answer: str | None = None  # the reference answer, if the row has one
     segments: Segments = ()  # of a tree
+    spans: tuple[Span, ...] = ()  # the learned tokens by kind
 
     @property
     def n_trained(self) -> int:
@@ -59,8 +54,8 @@ class Example:
 class EncodedRow:
     """The examples of one row, with counts of the whole row."""
 
-    examples: list[Example]  # several if the row was split
-    length: int  # tokens before truncation
+    examples: list[Example]  # several if the row was split, or if its contexts do not fit into one
+    length: int  # tokens of the longest context before truncation
     n_turns: int  # answers in the row, learned or not
     key: int  # equal for rows with equal tokens
     prompt_form: str  # "template", the chat format of the text, "inst", "alpaca", or "" for plain text
@@ -69,16 +64,14 @@ class EncodedRow:
     fault: str = ""  # why the row is skipped, if it is
 
 
-@dataclass
-class _Spans:
-    """The tokens of a row, and the answers in it as spans `(first, end, has_stop)` of token indices."""
-
-    ids: list[int]
-    answers: list[tuple[int, int, bool]]
-
-
 def encode_row(
-    form: Form, tokenizer: Any, max_length: int, loss_on: str = "answers", overlong: str = "truncate", where: str = ""
+    form: Form,
+    tokenizer: Any,
+    max_length: int,
+    loss_on: str = "answers",
+    overlong: str = "truncate",
+    reasoning: str = "learn",
+    where: str = "",
 ) -> EncodedRow:
     """Tokenize and label one row; no example is longer than `max_length` tokens.
 
@@ -86,29 +79,30 @@ def encode_row(
         form: the row as pieces or turns.
         tokenizer: a fast tokenizer of transformers.
         max_length: limit in tokens for each example.
-        loss_on: "answers", "last_answer", or "all" tokens.
+        loss_on: as the setting of this name.
         overlong: what happens to a row above `max_length`: "truncate", "drop" or "split".
+        reasoning: as the setting of this name.
         where: the row's place, which starts each error message.
 
     Raises:
-        RowsError: the chat template cannot render the row, or its answers cannot be located in the rendered text.
+        RowsError: the chat template cannot render the row, leaves out something that it says, or its answers cannot be
+            located.
     """
-    whole = _encode(form, tokenizer, loss_on, where)
-    parts: list[tuple[Form, _Spans]] = [(form, whole)]
-    if len(whole.ids) > max_length and overlong == "drop":
-        parts = [((), _Spans(whole.ids, []))]  # without answers, so nothing is learned
+    whole, notes = _encode(form, tokenizer, loss_on, reasoning, where)
+    parts = [whole]
+    length = max(len(context.ids) for context in whole)
+    key = key_of([token for context in whole for token in context.ids])
+    if length > max_length and overlong == "drop":
+        parts = [[Context(whole[0].ids, [])]]  # without answers, so nothing is learned
         loss_on = "answers"
-    elif len(whole.ids) > max_length and overlong == "split":
-        parts = [(part, _encode(part, tokenizer, loss_on, where)) for part in _split(form, tokenizer, max_length)]
-    examples = [_cut(spans, _n_empty(part, loss_on), max_length, loss_on) for part, spans in parts]
+    elif length > max_length and overlong == "split":
+        forms = _split(form, tokenizer, max_length)
+        parts = [_encode(part, tokenizer, loss_on, reasoning, where)[0] for part in forms]
+    examples = [example for contexts in parts for example in _examples(contexts, max_length, loss_on)]
     if len(examples) > 1:
         examples = [example for example in examples if example.n_trained] or examples[:1]
     return EncodedRow(
-        examples=examples,
-        length=len(whole.ids),
-        n_turns=len(answers_of(form)),
-        key=key_of(whole.ids),
-        prompt_form=prompt_form_of(form),
+        examples, length, n_turns=len(answers_of(form)), key=key, prompt_form=prompt_form_of(form), notes=notes
     )
 
 
@@ -117,36 +111,96 @@ def key_of(ids: Sequence[int]) -> int:
     return int.from_bytes(hashlib.blake2b(array("i", ids).tobytes(), digest_size=8).digest())
 
 
-def _encode(form: Form, tokenizer: Any, loss_on: str, where: str) -> _Spans:
+def _encode(
+    form: Form, tokenizer: Any, loss_on: str, reasoning: str, where: str
+) -> tuple[list[Context], tuple[str, ...]]:
     if form and isinstance(form[0], Turn):
-        return _encode_turns([t for t in form if isinstance(t, Turn)], tokenizer, loss_on, where)
-    return _encode_pieces([p for p in form if isinstance(p, Piece)], tokenizer)
+        return encode_turns([t for t in form if isinstance(t, Turn)], tokenizer, loss_on, reasoning, where)
+    context = _encode_pieces([p for p in form if isinstance(p, Piece)], tokenizer)
+    return [Context(context.ids, context.answers[-1:]) if loss_on == "last_answer" else context], ()
 
 
-def _cut(spans: _Spans, n_empty: int, max_length: int, loss_on: str) -> Example:
-    ids = spans.ids[:max_length]
-    answers = spans.answers[-1:] if loss_on == "last_answer" else spans.answers
-    learned = [(first, min(end, max_length), stop and end <= max_length) for first, end, stop in answers]
-    learned = [span for span in learned if span[0] < span[1]]
-    labels = [IGNORED] * len(ids)
-    for first, end, _stop in [(0, len(ids), True)] if loss_on == "all" else learned:
-        labels[first:end] = ids[first:end]
+def _examples(contexts: Sequence[Context], max_length: int, loss_on: str) -> Iterator[Example]:
+    """The contexts in as few examples as a greedy search finds: each joins the tree before it if that still fits."""
+    group: list[Context] = []
+    size = 0
+    for context in contexts:
+        ids = context.ids[:max_length]
+        n_new = len(ids) - max((_n_shared(ids, other.ids[:max_length]) for other in group), default=0)
+        if group and size + n_new > max_length:
+            yield _example(group, max_length, loss_on)
+            group = []
+            n_new = len(ids)
+            size = 0
+        group.append(context)
+        size += n_new
+    yield _example(group, max_length, loss_on)
+
+
+def _example(contexts: Sequence[Context], max_length: int, loss_on: str) -> Example:
+    """Merge contexts, each cut at `max_length`, into one example."""
+    cut: list[tuple[list[int], list[int]]] = []
+    for context in contexts:
+        ids = context.ids[:max_length]
+        labels = [IGNORED] * len(ids) if loss_on != "all" else list(ids)
+        for first, end, _kind in (span for answer in context.answers for span in answer.spans):
+            labels[first:end] = ids[first:end]
+        cut.append((ids, labels))
+    ids, labels, segments = merge_contexts(cut) if len(cut) > 1 else (*cut[0], ())
+    spans: list[Span] = []
+    starts: list[int] = []
+    for context, (own, _labels) in zip(contexts, cut, strict=True):
+        places = places_in_tree(ids, segments, own) if segments else range(len(own))
+        for answer in context.answers:
+            spans += [run for span in answer.spans for run in _placed(places, span)]
+            starts += places[answer.first : answer.first + 1]
+    answers = [answer for context in contexts for answer in context.answers if answer.spans]
+    ended = [(context.ids, answer) for context in contexts for answer in context.answers if answer.has_stop]
     return Example(
         input_ids=ids,
         labels=labels,
         n_answers=len(answers),
-        n_stops=sum(stop for _first, _end, stop in learned),
-        n_cut_stops=sum(stop and end > max_length for _first, end, stop in answers),
-        stop_tokens=tuple(sorted({ids[end - 1] for _first, end, stop in learned if stop})),
-        n_empty=n_empty,
-        last_answer_start=learned[-1][0] if learned else len(ids),
-        is_truncated=len(spans.ids) > max_length,
+        n_stops=sum(answer.end <= max_length for _ids, answer in ended),
+        n_cut_stops=sum(answer.end > max_length for _ids, answer in ended),
+        stop_tokens=tuple(sorted({own[answer.end - 1] for own, answer in ended if answer.end <= max_length})),
+        n_empty=sum(answer.is_empty for answer in answers),
+        last_answer_start=starts[-1] if starts else len(ids),
+        is_truncated=any(len(context.ids) > max_length for context in contexts),
+        segments=segments,
+        spans=tuple(sorted(spans) if loss_on != "all" else _filled(spans, len(ids))),
     )
 
 
-def _n_empty(form: Form, loss_on: str) -> int:
-    blank = [not text.strip() for text in answers_of(form)]
-    return sum(blank[-1:] if loss_on == "last_answer" else blank)
+def _placed(places: Sequence[int], span: Span) -> Iterator[Span]:
+    """A span of a context as spans of the sequence that holds its tokens at `places`."""
+    first, end, kind = span
+    inside = places[first:end]
+    if isinstance(inside, range):
+        if inside:
+            yield inside[0], inside[-1] + 1, kind
+        return
+    begin = 0
+    for i in range(1, len(inside) + 1):
+        if i == len(inside) or inside[i] != inside[i - 1] + 1:
+            yield inside[begin], inside[i - 1] + 1, kind
+            begin = i
+
+
+def _filled(spans: Sequence[Span], n_tokens: int) -> Iterator[Span]:
+    """Spans of one sequence, in order, and between them spans of other text."""
+    at = 0
+    for span in [*sorted(spans), (n_tokens, n_tokens, "")]:
+        if at < span[0]:
+            yield at, span[0], "text"
+        if span[2]:
+            yield span
+        at = span[1]
+
+
+def _n_shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """The number of tokens that two contexts begin with."""
+    n = min(len(a), len(b))
+    return n if a[:n] == b[:n] else next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
 
 
 def _split(form: Form, tokenizer: Any, max_length: int) -> list[Form]:
@@ -155,7 +209,7 @@ def _split(form: Form, tokenizer: Any, max_length: int) -> list[Form]:
     parts: list[Form] = []
     part = [*head, *units[0]]
     for unit in units[1:]:
-        if len(_encode([*part, *unit], tokenizer, "all", "").ids) > max_length:
+        if _n_tokens([*part, *unit], tokenizer) > max_length:
             parts.append(part)
             part = [*head, *as_first_unit(unit, form)]
         else:
@@ -163,230 +217,31 @@ def _split(form: Form, tokenizer: Any, max_length: int) -> list[Form]:
     return [*parts, part]
 
 
-def _encode_pieces(pieces: list[Piece], tokenizer: Any) -> _Spans:
-    spans = _Spans([], [])
+def _n_tokens(form: Form, tokenizer: Any) -> int:
+    turns = [part for part in form if isinstance(part, Turn)]
+    pieces = [part for part in form if isinstance(part, Piece)]
+    return n_tokens(turns, tokenizer) if turns else len(_encode_pieces(pieces, tokenizer).ids)
+
+
+def _encode_pieces(pieces: list[Piece], tokenizer: Any) -> Context:
+    whole: list[int] = []
+    answers: list[Answer] = []
     begin = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    stopping = stop_ids(tokenizer)
+    special = special_tokens(tokenizer)
     for piece in pieces:
-        ids, ends = tokenize(piece.text, tokenizer, spelled(piece.text, tokenizer) if piece.is_literal else ())
+        ids, ends = tokenize(piece.text, tokenizer, special.spelled(piece.text) if piece.is_literal else ())
         is_rendered = piece.prompt_form in CHAT_FORMATS
         # Rendered text has one begin token; [INST] text has one before each question.
-        if not (is_rendered and spans.ids) and ids[:1] != begin:
-            spans.ids += begin
-        offset = len(spans.ids)
+        if not (is_rendered and whole) and ids[:1] != begin:
+            whole += begin
+        offset = len(whole)
         # A token that spans the end of the prompt and the start of the answer counts as answer: generation produces it.
         first = offset + next((i for i, end in enumerate(ends) if end > piece.answer_start), len(ids))
-        has_stop = ids[-1:] == [tokenizer.eos_token_id] or (is_rendered and ids[-1] in stopping)
-        spans.ids += ids if has_stop else [*ids, tokenizer.eos_token_id]
-        spans.answers.append((first, len(spans.ids), True))
-    return spans
-
-
-def _encode_turns(turns: list[Turn], tokenizer: Any, loss_on: str, where: str) -> _Spans:
-    turns = adapt_to_template(turns, tokenizer, where)
-    contents, sign = mark([turn.content for turn in turns], tokenizer)
-    turns = [replace(turn, content=content) for turn, content in zip(turns, contents, strict=True)]
-    marked = _render(turns, tokenizer, where)
-    text, as_text = unmark(marked, sign)
-    borders = _answer_borders(turns, marked, tokenizer, loss_on, where)
-    if sign:
-        borders = [(a - marked.count(sign, 0, a), b - marked.count(sign, 0, b)) for a, b in borders]
-    ids, ends = tokenize(text, tokenizer, as_text)
-    if adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
-        ids = [tokenizer.bos_token_id, *ids]
-        ends = [0, *ends]
-    stopping = stop_ids(tokenizer)
-    spans = _Spans(ids, [])
-    for border in borders:
-        inside = range(bisect_right(ends, border[0]), bisect_right(ends, border[1]))
-        stops = [i for i in inside if ids[i] in stopping]
-        # The turn ends with its last special token; line breaks that a template adds after it are not learned.
-        if inside:
-            spans.answers.append((inside[0], (stops[-1] if stops else inside[-1]) + 1, bool(stops)))
-    if spans.answers and turns[-1].learn and not spans.answers[-1][2]:
-        first, end, _stop = spans.answers[-1]
-        spans.ids = [*ids[:end], tokenizer.eos_token_id]  # the template writes no end token, so add one
-        spans.answers[-1] = (first, end + 1, True)
-    return spans
-
-
-def _answer_borders(turns: list[Turn], text: str, tokenizer: Any, loss_on: str, where: str) -> list[tuple[int, int]]:
-    """The answers in `text` as spans of characters.
-
-    If the answers cannot be located and `loss_on` is "all", the whole text is one answer.
-    """
-    answers = [k for k, turn in enumerate(turns) if turn.role == "assistant"]
-    if loss_on == "last_answer":
-        answers = answers[-1:]
-    answers = [k for k in answers if turns[k].learn]
-    borders = list(_search(turns, answers, text, tokenizer, where))
-    if None not in borders:
-        return [border for border in borders if border is not None]
-    if loss_on == "all":
-        return [(-1, len(text))]
-    raise RowsError(
-        f"{where}: the chat template renders earlier turns differently when later turns follow, so answers cannot "
-        "be located; set --chat_template to another one, or --loss_on to last_answer or all"
-    )
-
-
-def _search(
-    turns: list[Turn], answers: list[int], text: str, tokenizer: Any, where: str
-) -> Iterator[tuple[int, int] | None]:
-    """Yield the span of each answer, or None if it cannot be located.
-
-    Answers between the same two gaps have the same borders relative to them, so only the first of each kind is
-    searched.
-    """
-    # The first and the last answer have gaps of their own, so for three answers or fewer nothing would be saved.
-    gaps = _gaps(turns, text, tokenizer, where) if len(answers) > 3 else {}
-    # Gaps -> how many characters of them belong to the answer between them.
-    known: dict[tuple[str, str] | None, tuple[int, int]] = {}
-    n_searched = 0
-    for k in answers:
-        start, end, gap = gaps.get(k, (0, 0, None)) if not turns[k].calls else (0, 0, None)
-        border: tuple[int, int] | None
-        if gap in known:
-            n_before, n_after = known[gap]
-            border = start - n_before, end + n_after
-        else:
-            n_searched += 1
-            if n_searched > _MOST_SEARCHED:
-                raise RowsError(
-                    f"{where}: the chat template renders each of its {len(turns):,} turns in a different way, and at "
-                    f"most {_MOST_SEARCHED:,} such answers are allowed; split it into several rows"
-                )
-            border = _answer_border(turns, k, text, tokenizer, where) or _find_border(turns, k, text, tokenizer, where)
-            if border and gap and border[0] <= start <= end <= border[1]:
-                known[gap] = start - border[0], border[1] - end
-        yield border
-
-
-def _gaps(turns: list[Turn], text: str, tokenizer: Any, where: str) -> dict[int, tuple[int, int, tuple[str, str]]]:
-    """For each turn: where its content, without surrounding white space, is in `text`, and the text on both sides of
-    it up to the content of the neighbouring turns. Empty if the template changes the contents."""
-    sign = _unused(text)
-    spoken = [k for k, turn in enumerate(turns) if turn.role != "tools"]
-    marked = list(turns)
-    for k in spoken:
-        words = turns[k].content.strip()
-        marked[k] = replace(turns[k], content=turns[k].content.replace(words, sign + words + sign, 1))
-    try:
-        parts = _render(marked, tokenizer, where).split(sign)
-    except RowsError:  # a template may parse a turn's content and fail because of the marks
-        return {}
-    if len(parts) != 2 * len(spoken) + 1 or "".join(parts) != text:
-        return {}
-    ends = list(accumulate(map(len, parts)))
-    return {k: (ends[2 * i], ends[2 * i + 1], (parts[2 * i], parts[2 * i + 2])) for i, k in enumerate(spoken)}
-
-
-def _unused(text: str) -> str:
-    return next(chr(code) for code in MARKS if chr(code) not in text)
-
-
-def _answer_border(turns: list[Turn], k: int, text: str, tokenizer: Any, where: str) -> tuple[int, int] | None:
-    """The span of turn `k` in `text`, or None if the template changes earlier turns when later ones follow."""
-    whole = _render(turns[: k + 1], tokenizer, where) if k + 1 < len(turns) else text
-    # Templates cannot render an empty chat, so the header of a first turn is found by rendering two contents: it ends
-    # where the results begin to differ.
-    if all(turn.role == "tools" for turn in turns[:k]):
-        a, b = (_render([Turn("assistant", content)], tokenizer, where) for content in ("a", "b"))
-        differs = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-        return (next(differs, 0), len(whole)) if text.startswith(whole) else None
-    for generation_prompt in (True, False):
-        before = _render(turns[:k], tokenizer, where, generation_prompt)
-        if whole.startswith(before) and text.startswith(whole):
-            return len(before), len(whole)
-    return None
-
-
-def _find_border(turns: list[Turn], k: int, text: str, tokenizer: Any, where: str) -> tuple[int, int] | None:
-    """The span of turn `k` in `text`, located by a mark at its end; for templates that rewrite earlier turns.
-
-    The turn begins after the header that asks for an answer, as in generation, and ends as it would as the last turn.
-    """
-    sign = _unused(text)
-
-    def with_mark(upto: int) -> str:
-        content = turns[k].content.rstrip()  # the mark goes before white space, which a template may strip
-        marked = replace(turns[k], content=content + sign + turns[k].content[len(content) :])
-        return _render([*turns[:k], marked, *turns[k + 1 : upto]], tokenizer, where)
-
-    alone = with_mark(k + 1)
-    whole = with_mark(len(turns))
-    asked, before = (_render(turns[:k], tokenizer, where, asks) for asks in (True, False))
-    header = asked[len(before) :]
-    tail = alone.partition(sign)[2]
-    end = whole.find(sign)
-    if end < 0 or whole.replace(sign, "") != text or not asked.startswith(before) or not header.strip():
-        return None
-    start = text.rfind(header, 0, end)
-    while start > 0 and ord(text[start - 1]) in MARKS:  # this header is spelled out in a turn's content
-        start = text.rfind(header, 0, start)
-    return (start + len(header), end + len(tail)) if start >= 0 and text.startswith(tail, end) else None
-
-
-def _render(turns: list[Turn], tokenizer: Any, where: str, asks: bool = False) -> str:
-    tools = json.loads(turns[0].content) if turns and turns[0].role == "tools" else None
-    messages = [_message(turn) for turn in turns if turn.role != "tools"]
-    return render_chat(tokenizer, messages, where, tools, asks)
-
-
-def _message(turn: Turn) -> dict[str, Any]:
-    """The turn as chat templates expect it; a key is only there if the turn has something to say under it."""
-    message: dict[str, Any] = {"role": turn.role, "content": turn.content}
-    if turn.calls:
-        message["tool_calls"] = json.loads(turn.calls)
-    words = {"reasoning_content": turn.reasoning, "name": turn.name, "tool_call_id": turn.tool_call_id}
-    return message | {key: text for key, text in words.items() if text}
-
-
-def encode_prompt(question: str, tokenizer: Any, form: str, system: str = "") -> list[int]:
-    """Token ids of a user's question up to where the answer begins, in the prompt form of the training rows.
-
-    In a form that has no place for a system text, `system` precedes the question.
-    """
-    if form == "template":
-        turns = [Turn("system", system)] if system else []
-        return encode_chat([*turns, Turn("user", question)], tokenizer)
-    if form == "inst" and system:
-        question = f"<<SYS>>\n{system}\n<</SYS>>\n\n{question}"
-    elif system:
-        question = f"{system}\n\n{question}"
-    # A plain prompt is the whole text, written by someone who knows its form: its control tokens are intended.
-    (marked,), sign = mark([question], tokenizer) if form != "plain" else ([question], "")
-    return _tokenize_prompt(question_form(form).replace("{}", marked, 1), sign, tokenizer)
-
-
-def question_form(form: str) -> str:
-    """The text around a question in a prompt form other than "template"; {} stands for the question."""
-    forms = {name: chat_format.question for name, chat_format in CHAT_FORMATS.items()}
-    return {**forms, "inst": "[INST] {} [/INST]", "alpaca": alpaca_prompt("{}")}.get(form, "{}")
-
-
-def encode_follow_up(question: str, tokenizer: Any, form: str) -> list[int]:
-    """Token ids of a later question, which follow an answer and its end token; for any form except "template"."""
-    ids = encode_prompt(question, tokenizer, form)
-    if form not in CHAT_FORMATS:
-        return ids
-    # Rendered text has only one begin token, and may have line breaks between its turns.
-    chat_format = CHAT_FORMATS[form]
-    between = chat_format.question.partition(chat_format.stop)[2].partition("<")[0]
-    ids = ids[1:] if adds_bos(tokenizer) else ids
-    return [*tokenize(between, tokenizer)[0], *ids] if between else ids
-
-
-def encode_chat(turns: Sequence[Turn], tokenizer: Any) -> list[int]:
-    """Token ids of a chat that ends with a question, as the tokenizer's chat template renders it."""
-    contents, sign = mark([turn.content for turn in turns], tokenizer)
-    marked = [replace(turn, content=content) for turn, content in zip(turns, contents, strict=True)]
-    return _tokenize_prompt(_render(marked, tokenizer, "prompt", asks=True), sign, tokenizer)
-
-
-def _tokenize_prompt(text: str, sign: str, tokenizer: Any) -> list[int]:
-    text, as_text = unmark(text, sign)
-    ids, _ends = tokenize(text, tokenizer, as_text)
-    if adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
-        ids = [tokenizer.bos_token_id, *ids]
-    return ids
+        has_stop = ids[-1:] == [tokenizer.eos_token_id] or (is_rendered and ids[-1] in special.stops)
+        whole += ids if has_stop else [*ids, tokenizer.eos_token_id]
+        end = len(whole)
+        words = without_stop(piece.text[piece.answer_start :], piece.prompt_form)
+        kind = "answer" if piece.answer_start else "text"
+        spans = [span for span in [(first, end - 1, kind), (end - 1, end, "end")] if span[0] < span[1]]
+        answers.append(Answer(first, end, True, not words.strip(), spans))
+    return Context(whole, answers)

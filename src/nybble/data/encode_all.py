@@ -72,7 +72,7 @@ class Encoder:
             (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id),
             (template, dates_in(template)),
             (asdict(self.layout) | {"ignored": sorted(self.layout.ignored)}, self.answer_field),
-            self.data.model_dump(include={"loss_on", "on_bad_row", "overlong", "max_length"}),
+            self.data.model_dump(include={"loss_on", "reasoning", "on_bad_row", "overlong", "max_length"}),
         )
 
     def encode(self, chunk: _Chunk) -> RecordBatch:
@@ -100,7 +100,7 @@ class Encoder:
                 f"{where}: {self.layout.shape} rows need a chat template and this tokenizer has none; "
                 "set --chat_template inst, chatml or a .jinja file"
             )
-        encoded = encode_row(form, self.tokenizer, data.max_length, data.loss_on, data.overlong, where)
+        encoded = encode_row(form, self.tokenizer, data.max_length, data.loss_on, data.overlong, data.reasoning, where)
         answer = row.get(self.answer_field)
         examples = [
             replace(
@@ -110,7 +110,8 @@ class Encoder:
             )
             for example in encoded.examples
         ]
-        return replace(encoded, examples=examples, not_used=converted.not_used, notes=converted.notes)
+        notes = (*converted.notes, *encoded.notes)
+        return replace(encoded, examples=examples, not_used=converted.not_used, notes=notes)
 
 
 def _not_learned(example: Example) -> Example:
@@ -118,6 +119,7 @@ def _not_learned(example: Example) -> Example:
     return replace(
         example,
         labels=[IGNORED] * len(example.labels),
+        spans=(),
         n_answers=0,
         n_stops=0,
         n_cut_stops=0,

@@ -11,7 +11,7 @@ import numpy as np
 
 from nybble.data.encode import Example
 from nybble.data.prepare import Prepared
-from nybble.data.tokens import IGNORED, control_ids
+from nybble.data.tokens import IGNORED, special_tokens
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ShownRow:
 def show_rows(prepared: Prepared, tokenizer: Any, n_rows: int, find: str = "") -> list[ShownRow]:
     """The first `n_rows` examples, in row order, whose text after encoding contains `find`."""
     shown: list[ShownRow] = []
-    control = control_ids(tokenizer)
+    control = special_tokens(tokenizer).control
     for use, example in _in_order(prepared):
         if len(shown) >= n_rows:
             break
@@ -69,7 +69,7 @@ def _in_order(prepared: Prepared) -> Iterator[tuple[str, Example]]:
             yield use, examples[int(places[at])]
 
 
-def _shown(use: str, example: Example, tokenizer: Any, control: set[int]) -> ShownRow:
+def _shown(use: str, example: Example, tokenizer: Any, control: frozenset[int]) -> ShownRow:
     return ShownRow(
         row=example.row,
         use=use,
@@ -81,7 +81,7 @@ def _shown(use: str, example: Example, tokenizer: Any, control: set[int]) -> Sho
     )
 
 
-def _stretches(example: Example, tokenizer: Any, control: set[int]) -> Iterator[Stretch]:
+def _stretches(example: Example, tokenizer: Any, control: frozenset[int]) -> Iterator[Stretch]:
     marked = [
         # The position makes each control token a group by itself.
         (label != IGNORED, place if token in control else -1, token)

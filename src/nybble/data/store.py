@@ -17,6 +17,7 @@ import pyarrow.compute
 from numpy.typing import NDArray
 
 from nybble.data.encode import EncodedRow, Example, key_of
+from nybble.data.kinds import KINDS
 from nybble.data.tokens import IGNORED
 
 _COPIED = ("row", "answer", "n_answers", "n_stops", "n_cut_stops", "n_empty", "last_answer_start", "is_truncated")
@@ -33,6 +34,7 @@ _SCHEMA = pa.schema(
         "last_answer_start": pa.int32(),
         "is_truncated": pa.bool_(),
         "segments": pa.list_(pa.int32()),  # length and parent of each in turn
+        "spans": pa.list_(pa.int32()),  # first token, end and kind (its index in KINDS) of each in turn
         # Columns for the ledger: first those of the example, then those of its row.
         "length": pa.int32(),
         "n_trained": pa.int32(),
@@ -59,6 +61,7 @@ def to_records(rows: Iterable[EncodedRow]) -> pa.RecordBatch:
             learned = np.array(example.labels, dtype=np.int32) != IGNORED
             record = {name: getattr(example, name) for name in (*_COPIED, "stop_tokens")}
             record["segments"] = list(chain.from_iterable(example.segments))
+            record["spans"] = [n for first, end, kind in example.spans for n in (first, end, KINDS.index(kind))]
             record |= {"tokens": np.where(learned, ids, ~ids), "length": len(ids), "key": key_of(example.input_ids)}
             record |= {"n_trained": int(learned[1:].sum()), "row_length": row.length, "row_turns": row.n_turns}
             records.append(record | once | {"row_key": row.key, "row_form": row.prompt_form})
@@ -109,11 +112,13 @@ class Examples(Sequence[Example]):
         record = place - int(self._ends[number]) + batch.num_rows
         tokens = batch.column("tokens")[record].values.to_numpy()
         pairs = batch.column("segments")[record].values.to_numpy().reshape(-1, 2).tolist()
+        triples = batch.column("spans")[record].values.to_numpy().reshape(-1, 3).tolist()
         return Example(
             input_ids=np.where(tokens < 0, ~tokens, tokens).tolist(),
             labels=np.where(tokens < 0, IGNORED, tokens).tolist(),
             stop_tokens=tuple(batch.column("stop_tokens")[record].as_py()),
             segments=tuple((length, parent) for length, parent in pairs),
+            spans=tuple((first, end, KINDS[kind]) for first, end, kind in triples),
             **{name: batch.column(name)[record].as_py() for name in _COPIED},
         )
 

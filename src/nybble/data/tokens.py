@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -16,29 +18,40 @@ IGNORED = -100  # the label that torch's cross-entropy skips
 MARKS = range(0xF0000, 0xFFFFE)  # private-use characters: templates pass them through and never trim them
 
 
-def control_ids(tokenizer: Any) -> set[int]:
-    """Ids of the tokenizer's special tokens."""
-    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The special tokens of a tokenizer."""
+
+    control: frozenset[int]  # ids of all of them
+    stops: frozenset[int]  # ids of those that may end a turn
+    pattern: re.Pattern[str] | None  # matches the text of any of them; None if there are none
+
+    def spelled(self, text: str) -> list[int]:
+        """The positions in `text`, in characters, where a control token is spelled out."""
+        return [match.start() for match in self.pattern.finditer(text)] if self.pattern else []
 
 
-def stop_ids(tokenizer: Any) -> set[int]:
-    """Ids of the control tokens that may end a turn."""
-    fillers = {tokenizer.unk_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
-    return control_ids(tokenizer) - fillers
+def special_tokens(tokenizer: Any) -> SpecialTokens:
+    """The special tokens of a tokenizer."""
+    return _special(tokenizer, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
-def spelled(text: str, tokenizer: Any) -> list[int]:
-    """The positions in `text`, in characters, where a control token is spelled out."""
-    literals = sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special}, key=len)
-    if not any(literal in text for literal in literals):
-        return []
-    pattern = "|".join(re.escape(literal) for literal in reversed(literals))
-    return [match.start() for match in re.finditer(pattern, text)]
+@lru_cache(maxsize=8)  # reading a tokenizer's added tokens can take longer than tokenizing a row
+def _special(tokenizer: Any, _size: int, eos: int, pad: int | None) -> SpecialTokens:
+    special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    longest_first = sorted(special.values(), key=len, reverse=True)
+    control = frozenset({*special, eos})
+    return SpecialTokens(
+        control=control,
+        stops=control - ({tokenizer.unk_token_id, pad} - {eos}),
+        pattern=re.compile("|".join(map(re.escape, longest_first))) if longest_first else None,
+    )
 
 
 def mark(contents: Sequence[str], tokenizer: Any) -> tuple[list[str], str]:
     """The contents with a mark before each control token that they spell, and that mark ("" if none is needed)."""
-    spelled_at = [spelled(content, tokenizer) for content in contents]
+    special = special_tokens(tokenizer)
+    spelled_at = [special.spelled(content) for content in contents]
     if not any(spelled_at):
         return list(contents), ""
     whole = "".join(contents)
@@ -71,7 +84,7 @@ def tokenize(text: str, tokenizer: Any, as_text: Sequence[int] = ()) -> tuple[li
     ids, spans = _tokenize(text, tokenizer)
     if not as_text:
         return ids, [end for _start, end in spans]
-    control = control_ids(tokenizer)
+    control = special_tokens(tokenizer).control
     real = [i for i, (a, b) in enumerate(spans) if ids[i] in control and not any(a <= place < b for place in as_text)]
     all_ids: list[int] = []
     all_ends: list[int] = []
@@ -93,6 +106,13 @@ def tokenize(text: str, tokenizer: Any, as_text: Sequence[int] = ()) -> tuple[li
     return all_ids, all_ends
 
 
+def tokenize_behind(text: str, as_text: Sequence[int], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Like `tokenize`, for text that continues another one: it is tokenized behind a control token."""
+    lead = tokenizer.eos_token
+    ids, ends = tokenize(lead + text, tokenizer, [len(lead) + place for place in as_text])
+    return ids[1:], [end - len(lead) for end in ends[1:]]
+
+
 def _tokenize_as_text(text: str, tokenizer: Any, lead: str) -> tuple[list[int], list[int]]:
     """Ids and ends of text that contains no control token and follows the control token `lead`."""
     probe = _tokenize(lead + "a", tokenizer)[0]
@@ -111,6 +131,7 @@ def _tokenize(text: str, tokenizer: Any, **options: bool) -> tuple[list[int], li
     return list(encoded["input_ids"]), list(encoded["offset_mapping"])
 
 
+@lru_cache(maxsize=8)
 def adds_bos(tokenizer: Any) -> bool:
     """Whether this tokenizer prepends its begin token by default."""
     return bool(tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] and tokenizer.bos_token_id is not None)

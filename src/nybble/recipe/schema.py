@@ -294,10 +294,15 @@ class DataSection(Section):
         unset="the tokenizer's own",
         aliases=("template",),
     )
-    loss_on: Literal["answers", "last_answer", "all"] = setting(
+    loss_on: Literal["answers", "last_answer", "tool_calls", "content", "all"] = setting(
         "answers",
-        "Tokens that are learned, always with the end tokens: those of every answer, of the last answer of each row, "
-        "or all tokens.",
+        "Tokens that are learned, with the end tokens: those of every answer (its reasoning, content and tool calls), "
+        "of the last answer of each row, of tool calls alone, of answers without their tool calls, or all tokens.",
+    )
+    reasoning: Literal["learn", "mask", "drop"] = setting(
+        "learn",
+        "What happens to the reasoning of answers (in a field such as reasoning_content, or in <think> tags): it is "
+        "learned, is only context for the answer (mask), or is removed from the rows (drop).",
     )
     allow_no_stop: bool = setting(
         False, "Train even if no answer keeps its end token, so that the model will not learn to stop."
