@@ -73,6 +73,55 @@ def test_an_adapter_of_another_base_is_refused(
         ask(tmp_path / "adapter", QUESTIONS)
 
 
+def test_an_adapter_of_another_tool_is_asked_and_merged_where_its_base_is_now(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], tmp_path: Path
+) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama(), dtype=torch.float32)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    adapter, here = tmp_path / "adapter", tiny_llama()
+    get_peft_model(base, lora).save_pretrained(adapter)
+    for named, said in (
+        ("somebody/tiny-bnb-4bit", "is not a folder on this machine"),
+        ("/gone/base", "does not exist"),
+    ):
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": named}))
+        done = nybble("ask", adapter, *QUESTIONS)
+        assert done.code in (2, 3)
+        assert said in done.err
+        assert "--model_name_or_path says where it is now" in done.err
+    done = nybble("ask", adapter, *QUESTIONS, "--model", here, "--device", "cpu", "--json")
+    assert [answer["prompt"] for answer in done.json["answers"]] == list(QUESTIONS)
+    assert all(answer["base"] != answer["tuned"] for answer in done.json["answers"])
+    assert [a.tuned for a in ask(adapter, QUESTIONS, {"model_name_or_path": str(here)})] == [
+        answer["tuned"] for answer in done.json["answers"]
+    ]
+    assert Chat(adapter, {"model_name_or_path": str(here)}, max_new_tokens=4).reply(QUESTIONS[0]).n_tokens == 4
+
+    merged = nybble("merge", adapter, "--out", tmp_path / "merged", "--model_name_or_path", here, "--json")
+    assert merged.code == 0, merged.err
+    assert (merged.json["target"], merged.json["rows"], merged.json["verified"]) == ("original", "built-in", True)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"<s>[INST] {q} [/INST] It is. </s>"}) + "\n" for q in QUESTIONS * 4))
+    words = ["--model", here, "--dataset", rows, "--dtype", "float32", "--json"]
+    merged = nybble("merge", adapter, "--out", tmp_path / "float32", *words)
+    assert (merged.json["rows"], merged.json["n_rows"]) == ("given", 8)
+    assert merged.json["mean_kl"] < 1e-4
+
+
+@pytest.mark.parametrize("words", [["--lr", "3"], ["--set", "r=4"], ["--packing"]], ids=str)
+def test_settings_that_change_no_answer_are_refused(
+    words: list[str], nybble: Callable[..., Any], runs: dict[str, Path]
+) -> None:
+    done = nybble("ask", runs["next"], "What is two?", *words)
+    assert done.code == 2
+    assert "changes nothing of a finished training" in done.err
+
+
 def test_questions_of_a_file(nybble: Callable[..., Any], runs: dict[str, Path], tmp_path: Path) -> None:
     plain, lines = tmp_path / "q.txt", tmp_path / "q.jsonl"
     plain.write_text("\n".join([*QUESTIONS, "", ""]))

@@ -8,11 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
+from nybble.cli.options import takes_settings
 from nybble.cli.process import quiet_libraries
 from nybble.cli.terminal import print_json, visible
 
 
+@takes_settings(("model",), without=("max_new_tokens",))
 def ask(
+    overrides: dict[str, Any],
     run: Annotated[str, typer.Argument(help="Folder of a run, an adapter or a merged model.")],
     questions: Annotated[list[str] | None, typer.Argument(help="One or more questions.")] = None,
     file: Annotated[
@@ -27,14 +30,9 @@ def ask(
     max_new_tokens: Annotated[
         int, typer.Option("--max_new_tokens", "--max-new-tokens", min=1, help="Largest length of an answer, in tokens.")
     ] = 64,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or hip. Default: as trained.")] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust_remote_code", "--trust-remote-code", help="Run the Python code that the model contains."),
-    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answers on stdout as JSON.")] = False,
 ) -> None:
-    """Ask the base and the tuned model the same questions."""
+    """Ask the base and the tuned model the same questions. Settings tell where the base is now."""
     quiet_libraries()
     from dataclasses import asdict
 
@@ -44,11 +42,10 @@ def ask(
     answers = generation.ask(
         run,
         asked,
-        device,
+        overrides,
         others=others or (),
         system=system,
         max_new_tokens=max_new_tokens,
-        trust_remote_code=trust_remote_code,
     )
     samples = [asdict(answer) for answer in answers]
     if as_json:

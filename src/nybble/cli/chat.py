@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nybble.cli.options import takes_settings
 from nybble.cli.process import quiet_libraries
 from nybble.cli.terminal import visible
 
@@ -18,7 +19,9 @@ _HELP = """/base            answer without the adapter
 /exit            leave, as does Ctrl+D; Ctrl+C stops an answer"""
 
 
+@takes_settings(("model",), without=("max_new_tokens",))
 def chat(
+    overrides: dict[str, Any],
     run: Annotated[str, typer.Argument(help="Folder of a run, an adapter or a merged model.")],
     others: Annotated[
         list[str] | None,
@@ -31,25 +34,19 @@ def chat(
     temperature: Annotated[
         float, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the likeliest token.")
     ] = 0.0,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or hip. Default: as trained.")] = None,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust_remote_code", "--trust-remote-code", help="Run the Python code that the model contains."),
-    ] = False,
 ) -> None:
-    """Chat with a trained model; /help lists the commands."""
+    """Chat with a trained model; /help lists the commands. Settings tell where the base is now."""
     quiet_libraries()
     from nybble.errors import InputError
     from nybble.generation import Chat
 
     talk = Chat(
         run,
-        device,
+        overrides,
         others=others or (),
         system=system,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
-        trust_remote_code=trust_remote_code,
     )
     while (line := _read()) is not None:
         try:

@@ -15,7 +15,7 @@ from nybble.cli.terminal import print_json
 @takes_settings(("model", "data", "evaluation"))
 def merge(
     overrides: dict[str, Any],
-    run: Annotated[str, typer.Argument(help="Folder of a finished run.")],
+    run: Annotated[str, typer.Argument(help="Folder of a finished run or of an adapter.")],
     out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="New folder for the whole model.")],
     into: Annotated[
         str,
@@ -42,7 +42,7 @@ def merge(
     """Merge an adapter into its base, and verify it.
 
     A fresh process verifies the merged model; the exit code is 1 if the limits are exceeded. Settings tell where the
-    base and the rows are now.
+    base and the rows are now. An adapter of another tool is compared on the rows of --dataset_name.
     """
     quiet_libraries()
     from nybble import exporting
@@ -81,9 +81,8 @@ def _print_verdict(done: Mapping[str, Any]) -> None:
         )
     console = Console(highlight=False)
     console.print(table)
-    kind = "held-out" if done["rows_held_out"] else "trained"
     console.print(
-        f"{done['n_rows']} {kind} rows, {done['n_positions']:,} positions, in stock transformers", markup=False
+        f"{done['n_rows']} {done['rows']} rows, {done['n_positions']:,} positions, in stock transformers", markup=False
     )
     state = "verified" if done["verified"] else f"NOT VERIFIED: {'; '.join(done['faults'])}"
     console.print(

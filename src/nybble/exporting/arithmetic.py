@@ -2,8 +2,11 @@
 
     LoRA      W' = W + s B A,   s = alpha / r   (rank-stabilised: alpha / sqrt(r)), which may differ between layers
     DoRA      W' = m (W + s B A) / |W + s B A|   by rows (Liu et al. 2024, arXiv 2402.09353, equation 5)
+    saved     W' is in the adapter, whole (PEFT's `modules_to_save`)
+    tokens    rows of W' are in the adapter (PEFT's `trainable_token_indices`); W grows where it lacks them
 
-At most the tensors of one shard, in the dtype they are written in, and one float32 tensor are in memory.
+A head that shares its weight with the embeddings gets one of its own where the adapter changes one of the two alone, as
+PEFT does. At most the tensors of one shard, in the dtype they are written in, and one float32 tensor are in memory.
 """
 
 from __future__ import annotations
@@ -17,13 +20,14 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ModelError
-from nybble.models import PREFIX, BaseWeights, read_adapter
+from nybble.models import PREFIX, BaseWeights, embeddings_and_head, model_without_weights, read_adapter, with_mean_rows
 from nybble.storage.shards import plan_shards
 
 SHARD_BYTES = 1_000_000_000
 _FACTORS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+_ROWS = "token_adapter.trainable_tokens_delta"
 # Settings of PEFT's LoRA adapters that this arithmetic does not support.
-_UNKNOWN = ("modules_to_save", "fan_in_fan_out", "lora_bias")
+_UNKNOWN = ("fan_in_fan_out", "lora_bias")
 
 
 class AdapterDelta:
@@ -45,35 +49,39 @@ class AdapterDelta:
         self.folder = folder
         self.is_dora = settings.use_dora
         self.ranks, self.scalings = files.ranks(), files.scalings()
+        self.keeps_tied = settings.ensure_weight_tying
+        self.rows = files.token_rows()  # module -> numbers of the rows that the adapter has
+        self._names = set(files.tensors)
 
     def __enter__(self) -> AdapterDelta:
         from safetensors import safe_open
 
         self._open = safe_open(self.folder / "adapter_model.safetensors", framework="pt")
         self._file = self._open.__enter__()
-        self._keys = set(self._file.keys())
+        prefixed = set(self._file.keys())
+        self._keys = {name: PREFIX + name if PREFIX + name in prefixed else name for name in self._names}
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._open.__exit__(*exception)
 
     def modules(self) -> list[str]:
-        """The names of the linear layers that it changes.
+        """The names of the linear layers that it adds factors to."""
+        return sorted(self.ranks)
 
-        Raises:
-            ModelError: it has tensors that are not factors of linear layers.
-        """
-        found = set()
-        for key in self._keys:
-            module = next((key.removesuffix(f".{end}") for end in _FACTORS if key.endswith(f".{end}")), None)
-            if module is None:
-                raise ModelError(f"{self.folder}: {key} is not a factor of a linear layer and cannot be merged")
-            found.add(module.removeprefix(PREFIX))
-        return sorted(found)
+    def saved(self) -> list[str]:
+        """The names of the tensors that it holds whole."""
+        ends = tuple(f".{end}" for end in (*_FACTORS, _ROWS))
+        return sorted(name for name in self._names if not name.endswith(ends))
+
+    def read(self, name: str) -> Tensor:
+        """A tensor of the adapter in float32."""
+        tensor: Tensor = self._file.get_tensor(self._keys[name])
+        return tensor.float()
 
     def factors(self, module: str) -> tuple[Tensor, Tensor]:
         """The stored factors A `(r, in)` and B `(out, r)` in float32."""
-        a, b = (self._file.get_tensor(f"{PREFIX}{module}.{end}").float() for end in _FACTORS[:2])
+        a, b = (self.read(f"{module}.{end}") for end in _FACTORS[:2])
         return a, b
 
     def apply(self, module: str, weight: Tensor) -> Tensor:
@@ -89,15 +97,99 @@ class AdapterDelta:
                 f"{' x '.join(map(str, weight.shape))} in the base: the adapter belongs to another base"
             )
         merged = torch.addmm(weight.float(), b, a, alpha=self.scalings[module])
-        magnitude = f"{PREFIX}{module}.{_FACTORS[2]}"
-        if magnitude in self._keys:
-            length = self._file.get_tensor(magnitude).float().view(-1)
+        magnitude = f"{module}.{_FACTORS[2]}"
+        if magnitude in self._names:
+            length = self.read(magnitude).view(-1)
             if len(length) != len(merged):
                 raise ModelError(
                     f"{self.folder}: {module} has {len(length)} magnitudes for {len(merged)} rows: damaged"
                 )
             merged *= (length / merged.norm(dim=1)).unsqueeze(1)
         return merged
+
+    def put_rows(self, module: str, weight: Tensor) -> Tensor:
+        """`weight` with the adapter's rows of `module` in their places, grown where it lacks them; float32.
+
+        Raises:
+            ModelError: the rows do not fit the weight.
+        """
+        numbers, values = self.rows[module], self.read(f"{module}.{_ROWS}")
+        if values.shape != (len(numbers), weight.shape[1]):
+            raise ModelError(
+                f"{self.folder}: {module} has rows of {values.shape[-1]} numbers in the adapter and of "
+                f"{weight.shape[1]} in the base: the adapter belongs to another base"
+            )
+        grown = with_mean_rows(weight.float(), max(numbers) + 1)
+        return grown.index_copy(0, torch.tensor(numbers), values)
+
+
+class MergedWeights:
+    """The tensors of a base with an adapter's changes, by their names in a checkpoint."""
+
+    def __init__(self, base: BaseWeights, delta: AdapterDelta) -> None:
+        """Find the tensor that each change belongs to; `base` and `delta` are open.
+
+        Raises:
+            ModelError: the adapter changes something that the base does not have.
+        """
+        self._base, self._delta = base, delta
+        self._saved = set(delta.saved())
+        changed = {*self._saved, *(f"{module}.weight" for module in (*delta.ranks, *delta.rows))}
+        config = base.source.config
+        embeddings, head = (f"{name}.weight" for name in embeddings_and_head(model_without_weights(config)))
+        is_tied = bool(getattr(config, "tie_word_embeddings", False)) and self._place(embeddings) is not None
+        together = delta.keeps_tied and embeddings in self._saved and head.removesuffix(".weight") not in delta.ranks
+        self._unties = is_tied and not together and (head in changed or embeddings in self._saved)
+        places = {name: self._place(name) for name in changed}
+        missing = sorted(name for name, place in places.items() if place is None and not (is_tied and name == head))
+        if missing:
+            raise ModelError(
+                f"{delta.folder}: changes {missing[0].removesuffix('.weight')}, which {base.source.name} does not "
+                "have, or in a way that cannot be merged; give the base that it was trained on"
+            )
+        own_names = {place: name for name, place in places.items()}
+        # Name in the merged folder -> name in the base's files, name in the adapter.
+        self._tensors = {name: (name, own_names.get(name, name)) for name in base.names()}
+        self._embeddings = self._place(embeddings) or ""
+        head_place = self._place(head) or head
+        if self._unties:
+            self._tensors[head_place] = (self._embeddings, head)
+        elif is_tied and head_place in self._tensors:  # stored twice
+            self._tensors[head_place] = self._tensors[self._embeddings]
+
+    def _place(self, name: str) -> str | None:
+        """The name in the base's files of a tensor; checkpoints of a bare decoder lack the model's own first name."""
+        return next((place for place in (name, name.partition(".")[2]) if place in self._base), None)
+
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a merged tensor."""
+        place, own = self._tensors[name]
+        if own in self._saved:
+            return tuple(self._delta.read(own).shape)
+        shape = self._base.shape(place)
+        rows = self._delta.rows.get(own.removesuffix(".weight"))
+        return (max(shape[0], max(rows) + 1), *shape[1:]) if rows else shape
+
+    def read(self, name: str) -> Tensor:
+        """A merged tensor; float32 where the adapter changes it."""
+        place, own = self._tensors[name]
+        if own in self._saved:
+            return self._delta.read(own)
+        module, tensor = own.removesuffix(".weight"), self._base.read(place)
+        if module in self._delta.ranks and own != module:
+            tensor = self._delta.apply(module, tensor)
+        return self._delta.put_rows(module, tensor) if module in self._delta.rows and own != module else tensor
+
+    def config_changes(self) -> dict[str, Any]:
+        """Settings of config.json that the merged model has and the base does not."""
+        changes: dict[str, Any] = {"tie_word_embeddings": False} if self._unties else {}
+        if self._embeddings and self.shape(self._embeddings)[0] != self._base.shape(self._embeddings)[0]:
+            changes["vocab_size"] = self.shape(self._embeddings)[0]
+        return changes
 
 
 def merged_bytes(base: BaseWeights, dtype: torch.dtype) -> int:
@@ -111,42 +203,29 @@ def write_merged(
     folder: Path,
     dtype: torch.dtype,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
+) -> dict[str, Any]:
     """Write the merged tensors and their index into `folder`; the caller writes configuration and tokenizer.
 
+    Returns:
+        Settings of config.json in which the merged model differs from the base.
+
     Raises:
-        ModelError: the adapter changes a linear layer that the base does not have, or a head tied to the embeddings.
+        ModelError: the adapter changes something that the base does not have.
     """
     from safetensors.torch import save_file
 
-    targets = _targets(base, delta)
-    sizes = {name: prod(base.shape(name)) * dtype.itemsize for name in base.names()}
+    merged = MergedWeights(base, delta)
+    sizes = {name: prod(merged.shape(name)) * dtype.itemsize for name in merged.names()}
     shards = plan_shards("model", sizes, SHARD_BYTES)
     total = len(sizes)
     done = 0
     for file, names in shards.files.items():
         shard = {}
         for name in names:
-            tensor = base.read(name)
-            if name in targets:
-                tensor = delta.apply(targets[name], tensor)
+            tensor = merged.read(name)
             shard[name] = (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
             done += 1
             progress(done, total)
         save_file(shard, folder / file, metadata={"format": "pt"})
     shards.write_index(folder)
-
-
-def _targets(base: BaseWeights, delta: AdapterDelta) -> dict[str, str]:
-    """Tensor -> module, for every tensor that the adapter changes."""
-    found = {}
-    for module in delta.modules():
-        name = base.name_of(module)
-        if name is None and module == "lm_head":
-            raise ModelError(
-                f"{delta.folder}: adapts lm_head, which shares its weight with the embeddings; cannot merge"
-            )
-        if name is None:
-            raise ModelError(f"{delta.folder}: adapts {module}, which {base.source.name} does not have: another base")
-        found[name] = module
-    return found
+    return merged.config_changes()

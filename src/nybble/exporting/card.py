@@ -23,7 +23,7 @@ def merged_card(adapter_card: Path, result: Mapping[str, Any]) -> str:
     text = text.replace("library_name: peft\n", "library_name: transformers\n")
     text = re.sub(r"\n## Merged\n.*\Z", "", text, flags=re.DOTALL)
     state = "Verified" if result["verified"] else f"**Not verified** ({'; '.join(result['faults'])})"
-    rows = "held-out" if result["rows_held_out"] else "trained (none were held out)"
+    rows = {"trained": "trained (none were held out)"}.get(result["rows"], result["rows"])
     lines = [
         "## Merged",
         "",

@@ -21,8 +21,18 @@ from nybble.exporting.fresh import run_fresh
 from nybble.exporting.gguf import TYPES, check_gguf, write_adapter_gguf, write_gguf
 from nybble.exporting.merging import UNVERIFIED, merge
 from nybble.exporting.ollama import modelfile
+from nybble.exporting.verify import TEXTS
 from nybble.exporting.vocabulary import read_vocabulary, says_alike
-from nybble.models import Artifact, BaseWeights, ModelSource, find_artifact, find_model, push_folder, tokenizer_of
+from nybble.models import (
+    Artifact,
+    BaseWeights,
+    ModelSource,
+    find_artifact,
+    find_model,
+    push_folder,
+    source_of,
+    tokenizer_of,
+)
 from nybble.run.record import Observer, Silent
 from nybble.storage.atomic import atomic_folder, remove_left_overs
 from nybble.units import format_bytes
@@ -32,13 +42,6 @@ from nybble.units import format_bytes
 MOST_KL = {"f16": 0.001, "bf16": 0.001, "q8_0": 0.02}
 ADAPTER = "adapter"
 _BYTES = {"f16": 2, "bf16": 2, "q8_0": 1.0625}
-_TEXTS = (
-    "Hello, world! How are you today?",
-    "Once upon a time there was a little girl. She went to the park.",
-    "The quick brown fox jumps over 13 lazy dogs; it's 3.14 o'clock.",
-    "def add(a, b):\n    return a + b\n",
-    "Über naïve façades: 東京, Москва, 🙂.",
-)
 
 
 @dataclass(frozen=True)
@@ -114,13 +117,9 @@ def export(
 
 
 def _whole(tuned: Artifact, overrides: Mapping[str, Any] | None, watch: Observer, scratch: str) -> _Whole:
-    """The model as one folder. A run is merged into a temporary folder, which includes verifying it."""
-    check_gguf(find_model(tuned.base))  # before any work
+    """The model as one folder. An adapter is merged into a temporary folder, which includes verifying it."""
+    check_gguf(source_of(tuned))  # before any work
     if tuned.is_adapter:
-        if not (Path(tuned.name).expanduser() / "run.json").is_file():
-            raise InputError(
-                f"{tuned.name} is only an adapter; give the run or a merged folder, or use --gguf_type adapter"
-            )
         done = merge(tuned.name, Path(scratch) / Path(tuned.name).resolve().name, overrides, observer=watch)
         if not done["verified"]:
             raise NybbleError(f"not exported: the merged model is not what was trained ({'; '.join(done['faults'])})")
@@ -131,7 +130,7 @@ def _whole(tuned: Artifact, overrides: Mapping[str, Any] | None, watch: Observer
     vocabulary = read_vocabulary(tokenizer, source.config.vocab_size)
     for note in vocabulary.notes:
         watch.note(note)
-    texts = [text for text in _TEXTS if not vocabulary.notes or says_alike(text, tokenizer)]
+    texts = [text for text in TEXTS if not vocabulary.notes or says_alike(text, tokenizer)]
     return _Whole(source, tokenizer, form, tuned.stop_tokens, texts, vocabulary.notes, tuned.clock)
 
 
@@ -191,7 +190,7 @@ def _adapter(tuned: Artifact, file: Path) -> dict[str, Any]:
             f"the adapter was initialised with the quantization error (init_lora_weights {tuned.init}) and works "
             "only on its own 4-bit base; export the whole model"
         )
-    write_adapter_gguf(find_model(tuned.base), tuned.folder, file)
+    write_adapter_gguf(source_of(tuned), tuned.folder, file)
     return {"file_bytes": file.stat().st_size}
 
 

@@ -14,21 +14,22 @@ from __future__ import annotations
 import gc
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nybble.data import Prepared, examine_rows, fixed_clock
+from nybble.data import Example, Prepared, examine_rows, fixed_clock
 from nybble.errors import CannotRunError, InputError, ModelError, RecipeError
 from nybble.exporting.arithmetic import AdapterDelta, merged_bytes, write_merged
 from nybble.exporting.card import merged_card
-from nybble.exporting.verify import Limits, Reference, Verification
+from nybble.exporting.verify import TEXTS, Limits, Reference, Verification
 from nybble.hardware import Device, detect_device
 from nybble.models import (
+    CONFIG,
     NOTE,
     Artifact,
     BaseWeights,
@@ -40,6 +41,7 @@ from nybble.models import (
     load_artifact,
     load_model,
     save_whole,
+    source_of,
     tokenizer_of,
 )
 from nybble.recipe import LoraSection, Recipe, load_recipe, stored_recipe
@@ -63,6 +65,7 @@ class _Merge:
 
     tuned: Artifact
     recipe: Recipe
+    is_run: bool  # else an adapter without its run
     out: Path
     dtype: torch.dtype
     device: Device
@@ -84,9 +87,10 @@ def merge(
     """Merge a run's adapter into its base, verify it, and write a whole model to the new folder `out`.
 
     Args:
-        run: folder of a finished run.
+        run: folder of a finished run or of an adapter, which another tool may have made.
         out: a folder that does not exist yet.
-        overrides: settings of model, data and evaluation that have changed since, such as the place of the rows.
+        overrides: settings of model, data and evaluation that have changed since, such as the place of the rows. An
+            adapter without its run is compared on the rows that `dataset_name` gives, else on texts of our own.
         into: "dequantized", "original", "auto" (the better one of the two), or "4bit" (the better one, packed again).
         dtype: "bfloat16", "float16" or "float32"; by default the compute dtype of the run.
         limits: how far the merged model may be from the adapter on its base.
@@ -102,22 +106,22 @@ def merge(
     started = time.monotonic()
     job = _prepare(Path(run), Path(out).expanduser(), overrides, into, dtype, limits or Limits(), observer or Silent())
     with fixed_clock(job.tuned.clock):
-        prepared, rows_are_held_out = _rows(job)
-    rows = prepared.held_out if rows_are_held_out else prepared.train
+        compared = _rows(job)
     stops = job.tuned.stop_tokens
     with (
         fixed_clock(job.tuned.clock),
-        Reference(rows, job.recipe.evaluation.max_new_tokens, stops) as reference,
+        Reference(compared.rows, job.recipe.evaluation.max_new_tokens, stops) as reference,
     ):
         candidates = _Candidates(job, *_ask_adapter(job, reference))
         try:
-            measured = [candidates.make(target, reference, prepared) for target in job.bases]
+            measured = [candidates.make(target, reference, compared.prepared) for target in job.bases]
             best = min(measured, key=lambda m: (not m.verified, m.loss))
             result = {
                 "out": str(job.out),
                 **best.to_json(),
                 "dtype": str(job.dtype).removeprefix("torch."),
-                "rows_held_out": rows_are_held_out,
+                "rows_held_out": compared.kind == "held-out",
+                "rows": compared.kind,
                 "candidates": [m.to_json() for m in measured],
                 "file_bytes": sum(f.stat().st_size for f in candidates.folder(best.target).glob("*.safetensors")),
                 "seconds": time.monotonic() - started,
@@ -143,25 +147,36 @@ def _prepare(
         raise RecipeError(f"dtype: got {dtype!r}; allowed: {', '.join(DTYPES)}")
     if out.exists():
         raise InputError(f"{out} already exists; choose a new folder")
-    recipe = _recipe_now(run, overrides)
-    tuned = find_artifact(str(run), overrides)
+    tuned, recipe, is_run = _tuned_now(run, overrides)
     if not tuned.is_adapter:
-        raise InputError(f"{run} trained every parameter (method full): {tuned.folder} is the whole model already")
+        how = "trained every parameter (method full)" if is_run else "holds no adapter"
+        raise InputError(f"{run} {how}: {tuned.folder} is the whole model already")
+    if into == "4bit" and not recipe.data.dataset_name:
+        raise RecipeError("packing in 4 bits reads rows; give some with --dataset_name")
     device = detect_device(recipe.model.device)
     chosen = getattr(torch, dtype or tuned.quantization.bnb_4bit_compute_dtype)
-    job = _Merge(tuned, recipe, out, chosen, device, _bases(tuned, into, watch), limits, watch)
+    job = _Merge(tuned, recipe, is_run, out, chosen, device, _bases(tuned, into, watch), limits, watch)
     _check_disk(job)
     return job
 
 
-def _recipe_now(run: Path, overrides: Mapping[str, Any] | None) -> Recipe:
-    """The run's recipe with the overrides; settings that decided the training cannot be changed afterwards."""
-    before = stored_recipe(read_record(run), run)
-    now = load_recipe(run / "recipe.yaml", overrides)
+def _tuned_now(run: Path, overrides: Mapping[str, Any] | None) -> tuple[Artifact, Recipe, bool]:
+    """The adapter, its run's recipe with the overrides, and whether it has a run.
+
+    Settings that decided the training cannot be changed afterwards.
+    """
+    is_run = not (run / CONFIG).is_file()
+    before = stored_recipe(read_record(run), run) if is_run else Recipe()
+    now = load_recipe(run / "recipe.yaml" if is_run else None, overrides)
     for name in ("method", "quantization", "lora", "training"):
         if getattr(now, name) != getattr(before, name):
             raise RecipeError(f"{name} is fixed by the run and cannot be changed while merging; remove it")
-    return now
+    tuned = find_artifact(str(run), overrides)
+    if is_run:
+        return tuned, now, is_run
+    if not (tuned.folder / NOTE).is_file() and not source_of(tuned).is_4bit:
+        tuned = replace(tuned, method="lora")  # of another tool, and merged into the base that it is given
+    return tuned, now.model_copy(update={"model": tuned.original, "quantization": tuned.quantization}), is_run
 
 
 def _bases(tuned: Artifact, into: str, watch: Observer) -> dict[str, BaseWeights]:
@@ -171,7 +186,7 @@ def _bases(tuned: Artifact, into: str, watch: Observer) -> dict[str, BaseWeights
             raise RecipeError(
                 "method lora trained on a 16-bit base: merge into original; for 4 bits, nybble quantize the result"
             )
-        source = find_model(tuned.base)
+        source = source_of(tuned)
         check_original(tuned, source)
         return {"original": BaseWeights(source)}
     if tuned.is_repaired and into == "original":
@@ -196,7 +211,7 @@ def _bases(tuned: Artifact, into: str, watch: Observer) -> dict[str, BaseWeights
 
 
 def _original(tuned: Artifact) -> ModelSource:
-    source = find_model(tuned.original)
+    source = source_of(tuned, tuned.original)
     check_original(tuned, source)
     if source.is_4bit:
         raise ModelError(f"{source.name} is stored in 4 bits; the 16-bit original is not available")
@@ -205,7 +220,7 @@ def _original(tuned: Artifact) -> ModelSource:
 
 def _trained_base(tuned: Artifact) -> BaseWeights:
     """The packed base that the adapter was trained on, decoded."""
-    source = find_model(tuned.base)
+    source = source_of(tuned)
     if tuned.base == tuned.original:
         check_original(tuned, source)
     return BaseWeights(source, tuned.quantization, getattr(torch, tuned.quantization.bnb_4bit_compute_dtype))
@@ -230,15 +245,34 @@ def _check_disk(job: _Merge) -> None:
         )
 
 
-def _rows(job: _Merge) -> tuple[Prepared, bool]:
-    """The run's rows, and whether some were held out. Those are compared on, or else the rows that were trained on."""
+@dataclass(frozen=True)
+class _Compared:
+    """What the adapter on its base and the merged model are compared on."""
+
+    kind: str  # "held-out", "trained", "given" or "built-in"
+    rows: Sequence[Example]
+    prepared: Prepared | None  # the rows that packing in 4 bits reads
+
+
+def _rows(job: _Merge) -> _Compared:
+    """The run's held-out rows, else those that it was trained on; without a run those that are given, else our own."""
     job.watch.stage("rows")
-    tokenizer = tokenizer_of(job.tuned, find_model(job.tuned.base))
+    tokenizer = tokenizer_of(job.tuned, source_of(job.tuned))
     recipe = job.recipe
-    prepared = examine_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed)
-    if not prepared.held_out:
-        job.watch.note("no rows were held out, so the comparison uses rows that were trained on")
-    return prepared, bool(prepared.held_out)
+    if not recipe.data.dataset_name:
+        job.watch.note("no rows are given, so the comparison uses texts of our own; --dataset_name takes yours")
+        ids = [tokenizer(text).input_ids for text in TEXTS]
+        whole: dict[str, Any] = {"n_answers": 0, "n_stops": 0, "n_cut_stops": 0, "n_empty": 0, "last_answer_start": 0}
+        rows = [Example(one, one, stop_tokens=(), is_truncated=False, **whole) for one in ids]
+        return _Compared("built-in", rows, None)
+    data = recipe.data if job.is_run else recipe.data.model_copy(update={"eval_fraction": 0.0})
+    prepared = examine_rows(data, recipe.evaluation, tokenizer, recipe.training.seed)
+    if not job.is_run:
+        return _Compared("given", prepared.train, prepared)
+    if prepared.held_out:
+        return _Compared("held-out", prepared.held_out, prepared)
+    job.watch.note("no rows were held out, so the comparison uses rows that were trained on")
+    return _Compared("trained", prepared.train, prepared)
 
 
 def _ask_adapter(job: _Merge, reference: Reference) -> tuple[Any, Any, Any]:
@@ -267,13 +301,13 @@ class _Candidates:
     def folder(self, target: str) -> Path:
         return self.job.out.with_name(f".{self.job.out.name}.{target}.partial")
 
-    def make(self, target: str, reference: Reference, prepared: Prepared) -> Verification:
+    def make(self, target: str, reference: Reference, prepared: Prepared | None) -> Verification:
         """Write one candidate and measure it."""
         job = self.job
         folder = self.folder(target)
         job.watch.stage(f"merge into {target}")
         self._write_16bit(target, folder)
-        if target.startswith(_PACKED):
+        if target.startswith(_PACKED) and prepared is not None:
             self._pack(folder, prepared)
         job.watch.stage(f"verify {target}")
         measured = reference.measure(folder, target, job.limits, job.device.type)
@@ -288,8 +322,9 @@ class _Candidates:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         with job.bases[target] as base, AdapterDelta(job.tuned.folder) as delta:
-            write_merged(base, delta, folder, job.dtype, partial(job.watch.progress, f"merging into {target}"))
-        content = self.config.to_diff_dict()
+            progress = partial(job.watch.progress, f"merging into {target}")
+            changes = write_merged(base, delta, folder, job.dtype, progress)
+        content = self.config.to_diff_dict() | changes
         for name in ("quantization_config", "_name_or_path"):  # it is no longer packed, and its folder is another one
             content.pop(name, None)
         content |= {"dtype": str(job.dtype).removeprefix("torch."), "eos_token_id": self.generation.eos_token_id}

@@ -21,6 +21,14 @@ from nybble.data.tree import unfold
 from nybble.exporting.fresh import run_fresh
 from nybble.training import evaluation_mode
 
+# Texts of several kinds, where a model is compared with itself and no rows are there.
+TEXTS = (
+    "Hello, world! How are you today?",
+    "Once upon a time there was a little girl. She went to the park.",
+    "The quick brown fox jumps over 13 lazy dogs; it's 3.14 o'clock.",
+    "def add(a, b):\n    return a + b\n",
+    "Über naïve façades: 東京, Москва, 🙂.",
+)
 N_PROMPTS = 8
 _REFERENCE_BYTES = 256 << 20  # of stored distributions: 2,097 positions of a 32,000-token vocabulary
 _MOST_LOSS_OF_STOPS = 0.5  # share; a small change of the weights moves some stops past max_new_tokens

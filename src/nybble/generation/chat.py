@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 
 from nybble.data import Turn, encode_chat, encode_follow_up, encode_prompt, fixed_clock
 from nybble.errors import InputError
-from nybble.generation.questions import add_adapters, form_of, settings_now
+from nybble.generation.questions import add_adapters, check_model_settings, form_of
 from nybble.hardware import detect_device
 from nybble.models import find_artifact, load_artifact
 from nybble.training import evaluation_mode, stop_at
@@ -42,32 +42,30 @@ class Chat:
     def __init__(
         self,
         tuned: Path | str,
-        device: str | None = None,
+        overrides: Mapping[str, Any] | None = None,
         *,
         others: Sequence[Path | str] = (),
         system: str = "",
         max_new_tokens: int = 256,
         temperature: float = 0.0,
-        trust_remote_code: bool = False,
     ) -> None:
         """Load the model and its adapters.
 
         Args:
             tuned: folder of a run, of an adapter or of a whole model.
-            device: "auto", "cpu", "cuda" or "hip"; by default the device of the training.
+            overrides: settings of the model that have changed since the training, such as the place of the base.
             others: runs or adapters of the same base that `use` can switch to.
             system: system text.
             max_new_tokens: limit for the length of a reply, in tokens.
             temperature: sampling temperature; 0 is greedy decoding.
-            trust_remote_code: run Python code that the model includes.
 
         Raises:
             InputError: a folder is neither a run, an adapter nor a model.
             ModelError: a base is missing, or is not the one that was trained on.
         """
-        changes = settings_now(device, trust_remote_code)
-        self._first = find_artifact(str(tuned), changes)
-        more = [find_artifact(str(other), changes) for other in others]
+        check_model_settings(overrides)
+        self._first = find_artifact(str(tuned), overrides)
+        more = [find_artifact(str(other), overrides) for other in others]
         self._model, self._tokenizer, self._dtype = load_artifact(self._first, detect_device(self._first.base.device))
         stop_at(self._model, [*self._first.stop_tokens, self._tokenizer.eos_token_id])
         added = add_adapters(self._model, self._first, more)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from nybble.data import encode_prompt, fixed_clock
-from nybble.errors import InputError, ModelError, RowsError
+from nybble.errors import InputError, ModelError, RecipeError, RowsError
 from nybble.guard import brief
 from nybble.hardware import Device, detect_device
 from nybble.models import Artifact, add_adapter, find_artifact, find_model, load_artifact, load_model
-from nybble.recipe import EvaluationSection
+from nybble.recipe import EvaluationSection, path_of
 from nybble.training import generate_answers, stop_at
 
 BATCH = 16  # questions that are answered together
@@ -34,23 +34,22 @@ class Answer:
 def ask(
     tuned: Path | str,
     questions: Sequence[str],
-    device: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
     *,
     others: Sequence[Path | str] = (),
     system: str = "",
     max_new_tokens: int = 64,
-    trust_remote_code: bool = False,
 ) -> list[Answer]:
     """Answer `questions` with the base, the tuned model, and further adapters of that base, which is loaded once.
 
     Args:
         tuned: folder of a run, of an adapter or of a whole model.
         questions: the questions; each gets the prompt form of the training rows.
-        device: "auto", "cpu", "cuda" or "hip"; by default the device of the training.
+        overrides: settings of the model that have changed since the training, such as the device or the place of the
+            base, which adapters of other tools may not name.
         others: runs or adapters of the same base.
         system: system text before each question.
         max_new_tokens: limit for the length of an answer, in tokens.
-        trust_remote_code: run Python code that the model includes.
 
     Raises:
         InputError: there is no question, or a folder is neither a run, an adapter nor a model.
@@ -58,9 +57,9 @@ def ask(
     """
     if not questions:
         raise InputError('no question given; e.g. nybble ask RUN "What makes a good chatbot?"')
-    changes = settings_now(device, trust_remote_code)
-    first = find_artifact(str(tuned), changes)
-    more = [find_artifact(str(other), changes) for other in others]
+    check_model_settings(overrides)
+    first = find_artifact(str(tuned), overrides)
+    more = [find_artifact(str(other), overrides) for other in others]
     detected = detect_device(first.base.device)
     model, tokenizer, dtype = load_artifact(first, detected)
     form = form_of(first, tokenizer)
@@ -90,9 +89,18 @@ def ask(
     ]
 
 
-def settings_now(device: str | None, trust_remote_code: bool) -> dict[str, Any] | None:
-    """The settings that replace those of the training; None if there are none."""
-    return ({"device": device} if device else {}) | ({"trust_remote_code": True} if trust_remote_code else {}) or None
+def check_model_settings(overrides: Mapping[str, Any] | None) -> None:
+    """Check that only settings of the model are given.
+
+    Raises:
+        RecipeError: another one is.
+    """
+    for name in overrides or ():
+        if not path_of(name).startswith("model."):
+            raise RecipeError(
+                f"{name} changes nothing of a finished training; allowed are settings of the model, such as "
+                "--model_name_or_path and --device"
+            )
 
 
 def read_questions(file: Path) -> list[str]:

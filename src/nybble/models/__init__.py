@@ -1,6 +1,6 @@
 """Base models and adapters: find, load (streamed, packed on the way), attach, save."""
 
-from nybble.models.adapter_files import PREFIX, AdapterFiles, read_adapter
+from nybble.models.adapter_files import CONFIG, PREFIX, AdapterFiles, read_adapter
 from nybble.models.adapters import (
     add_adapter,
     attach,
@@ -16,6 +16,7 @@ from nybble.models.artifact import (
     check_original,
     find_artifact,
     load_artifact,
+    source_of,
     tokenizer_of,
     write_note,
 )
@@ -32,6 +33,7 @@ from nybble.models.skeleton import (
     base_of,
     compute_dtype,
     decoder_layers,
+    embeddings_and_head,
     model_without_weights,
     recomputable_layers,
     recompute_by,
@@ -41,8 +43,10 @@ from nybble.models.source import ModelSource, find_folder, find_model, read_conf
 from nybble.models.targets import adapted_linears, same_in_every_layer
 from nybble.models.tokenizer import find_tokenizer, load_tokenizer
 from nybble.models.upload import push_folder
+from nybble.models.vocabulary import grow_vocabulary, with_mean_rows
 
 __all__ = [
+    "CONFIG",
     "MEMORY_SAVERS",
     "NOTE",
     "PREFIX",
@@ -67,12 +71,14 @@ __all__ = [
     "config_with_layers",
     "count_parameters",
     "decoder_layers",
+    "embeddings_and_head",
     "find_artifact",
     "find_folder",
     "find_model",
     "find_tokenizer",
     "for_shards",
     "full_tensors",
+    "grow_vocabulary",
     "hash_of",
     "held_bytes",
     "is_sharded",
@@ -99,10 +105,12 @@ __all__ = [
     "shard",
     "shard_like",
     "shards_among",
+    "source_of",
     "swap_blocks",
     "tables",
     "tokenizer_of",
     "trained_parameters",
     "trained_weights",
+    "with_mean_rows",
     "write_note",
 ]

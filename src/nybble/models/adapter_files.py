@@ -30,9 +30,10 @@ _OF_TRAINING = {
     *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "target_modules", "exclude_modules"),
     *("lora_dropout", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "megatron_core"),
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config"),
-    "ensure_weight_tying",
 }
 _Name = Annotated[str, StringConstraints(pattern=r"^[\w.]{1,200}$")]  # a pattern is refused: PEFT would match it as one
+_Index = Annotated[int, Field(ge=0, lt=1 << 24)]  # of a token
+_ROWS = ".token_adapter.trainable_tokens_delta"
 # What a regular expression may be made of, so that matching a name with it takes no longer than reading the name often.
 _PATTERN = re.compile(r"[\w.^$|()\[\]*+?\\-]{1,200}")
 _MOST_REPETITIONS = 3
@@ -53,6 +54,8 @@ class Settings(BaseModel):
     lora_bias: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     modules_to_save: list[_Name] | None = None
+    trainable_token_indices: list[_Index] | dict[_Name, list[_Index]] | None = None
+    ensure_weight_tying: bool = False
     alpha_pattern: dict[str, float] | None = None
 
     @field_validator("alpha_pattern")
@@ -101,6 +104,32 @@ class AdapterFiles:
         if not found:
             raise ModelError(f"{self.folder}/{WEIGHTS} holds no LoRA factors; {_ADVICE}")
         return found
+
+    def token_rows(self) -> dict[str, list[int]]:
+        """The tokens whose rows the adapter holds, by module: the embeddings, and a head that is not tied to them.
+
+        Raises:
+            ModelError: rows and tokens are not as many.
+        """
+        indices = self.settings.trainable_token_indices
+        found = {}
+        for name, tensor in self.tensors.items():
+            if name.endswith(_ROWS):
+                module = name.removesuffix(_ROWS)
+                named = indices if isinstance(indices, dict) else {module: indices or []}
+                tokens = next((t for key, t in named.items() if module == key or module.endswith(f".{key}")), [])
+                if not tokens or len(tokens) != tensor.shape[0]:
+                    raise ModelError(
+                        f"{self.folder}: {shown(module)} has {tensor.shape[0]} rows for {len(tokens)} tokens; {_ADVICE}"
+                    )
+                found[module] = tokens
+        return found
+
+    def n_embeddings(self, embeddings: str) -> int:
+        """The rows that the module named `embeddings` must have for this adapter; 0 if it does not matter."""
+        saved = self.tensors.get(f"{embeddings}.weight")
+        tokens = [max(tokens) + 1 for tokens in self.token_rows().values()]
+        return max([0, *tokens, *([saved.shape[0]] if saved is not None else [])])
 
     def alphas(self) -> dict[str, float]:
         """`lora_alpha` of each adapted module."""

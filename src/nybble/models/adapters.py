@@ -19,7 +19,9 @@ from nybble.errors import ModelError
 from nybble.guard import brief
 from nybble.models.adapter_files import read_adapter
 from nybble.models.sharding import full_tensors, shard_like
+from nybble.models.skeleton import embeddings_and_head
 from nybble.models.targets import lora_config
+from nybble.models.vocabulary import grow_vocabulary
 from nybble.nn import Linear4bit
 from nybble.recipe import LoraSection
 
@@ -63,6 +65,7 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
     from peft import PeftModel
 
     files = read_adapter(folder)
+    grow_vocabulary(model, files.n_embeddings(embeddings_and_head(model)[0]))
     config = files.to_peft(model)
     with _fitting(folder):
         return _unmergeable(PeftModel.from_pretrained(model, folder, config=config))
@@ -74,7 +77,11 @@ def add_adapter(adapted: Any, folder: Path, name: str) -> None:
     Raises:
         ModelError: as `load_adapter`.
     """
-    config = read_adapter(folder).to_peft(adapted.get_base_model())
+    files, base = read_adapter(folder), adapted.get_base_model()
+    size = base.config.get_text_config().vocab_size
+    if files.n_embeddings(embeddings_and_head(base)[0]) > size:
+        raise ModelError(f"{folder}: has rows for tokens beyond the {size:,} of the first adapter; ask it separately")
+    config = files.to_peft(base)
     with _fitting(folder):
         adapted.add_adapter(name, config)
         adapted.load_adapter(folder, name)

@@ -16,13 +16,13 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, NonNegativeInt, ValidationError
 
-from nybble.errors import InputError, ModelError
+from nybble.errors import CannotRunError, InputError, ModelError
 from nybble.guard import as_path, check_links, read_object
 from nybble.hardware import Device
-from nybble.models.adapter_files import read_settings
+from nybble.models.adapter_files import read_adapter, read_settings
 from nybble.models.adapters import load_adapter
 from nybble.models.load import load_model
-from nybble.models.skeleton import compute_dtype
+from nybble.models.skeleton import compute_dtype, embeddings_and_head, model_without_weights
 from nybble.models.source import ModelSource, find_model
 from nybble.models.tokenizer import load_tokenizer
 from nybble.recipe import (
@@ -124,6 +124,21 @@ def find_artifact(name: str, overrides: Mapping[str, Any] | None = None) -> Arti
     return _noted(name, source.folder, section, section, "qlora" if source.is_4bit else "lora", is_adapter=False)
 
 
+def source_of(tuned: Artifact, section: ModelSection | None = None) -> ModelSource:
+    """The model that the artifact stands on, or the one that `section` of it names.
+
+    Raises:
+        ModelError, CannotRunError: it is missing; the message says how to name another place.
+    """
+    section = section or tuned.base
+    try:
+        return find_model(section)
+    except (ModelError, CannotRunError) as error:
+        if not tuned.is_adapter:
+            raise
+        raise type(error)(f"{tuned.name}: its base: {error} (--model_name_or_path says where it is now)") from error
+
+
 def check_original(tuned: Artifact, source: ModelSource) -> None:
     """Check that `source` is the model that the artifact was trained on.
 
@@ -144,7 +159,7 @@ def load_artifact(tuned: Artifact, device: Device) -> tuple[Any, Any, torch.dtyp
         ModelError: the base is missing, is another model, or does not fit the adapter.
     """
     dtype, _notes = compute_dtype(tuned.quantization.bnb_4bit_compute_dtype, device)
-    source = find_model(tuned.base)
+    source = source_of(tuned)
     if tuned.is_adapter and tuned.base == tuned.original:
         check_original(tuned, source)
     tokenizer = tokenizer_of(tuned, source)
@@ -154,8 +169,11 @@ def load_artifact(tuned: Artifact, device: Device) -> tuple[Any, Any, torch.dtyp
 
 def tokenizer_of(tuned: Artifact, source: ModelSource) -> Any:
     """The tokenizer next to the weights, with the chat template of the training; or that of the base."""
+    own = tuned.base.model_copy(update={"tokenizer_name_or_path": str(tuned.folder)})
+    embeddings, _head = embeddings_and_head(model_without_weights(source.config))
     try:
-        return load_tokenizer(source, tuned.base.model_copy(update={"tokenizer_name_or_path": str(tuned.folder)}))
+        n_embeddings = read_adapter(tuned.folder).n_embeddings(embeddings) if tuned.is_adapter else 0
+        return load_tokenizer(source, own, n_embeddings)
     except ModelError:
         return load_tokenizer(source, tuned.base)
 
@@ -199,7 +217,7 @@ def _of_adapter(name: str, folder: Path, on: ModelSection) -> Artifact:
     base = on.model_name_or_path or named
     if not base:
         raise ModelError(
-            f"{folder}/adapter_config.json does not name the base model; set base_model_name_or_path there"
+            f"{folder}/adapter_config.json does not name the base model; say where it is with --model_name_or_path"
         )
     section = on.model_copy(update={"model_name_or_path": base})
     return _noted(name, folder, section, section, "qlora", is_adapter=True)

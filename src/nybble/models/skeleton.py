@@ -66,6 +66,14 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     return []
 
 
+def embeddings_and_head(model: Any) -> tuple[str, str]:
+    """The names of the input embeddings and of the output head in a bare model; empty where it has none."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = {id(module): name for name, module in model.named_modules()}
+    first, last = (names.get(id(module), "") for module in ends)
+    return first, last
+
+
 def recomputable_layers(model: Any) -> list[nn.Module]:
     """The decoder layers whose activations can be recomputed in the backward pass, in order."""
     from transformers.modeling_layers import GradientCheckpointingLayer

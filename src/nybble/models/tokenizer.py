@@ -5,11 +5,12 @@ Padding with the end token hides every real end token from the loss: the model n
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
-from nybble.errors import ModelError
+from nybble.errors import CannotRunError, ModelError
 from nybble.guard import MOST_JSON_BYTES, library_faults, read_object, shown
 from nybble.models.folder_checks import read_numbers
 from nybble.models.source import ModelSource, find_folder
@@ -18,11 +19,15 @@ from nybble.recipe import ModelSection
 _MOST_BYTES = 128 << 20  # of a vocabulary; the largest known, of 262,144 tokens, has 33 million
 _MOST_GROWTH = 1 << 14
 _UNKNOWN = "\ue000 \U0001f9ff"  # rarely in a vocabulary: the unknown token is looked up, which may be missing
+_SENTENCEPIECE = b"\n"  # a protocol buffer whose first field is a list of pieces; tiktoken's files begin with letters
+_READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}  # package -> its module
 _NAMES = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
 
 
-def load_tokenizer(source: ModelSource, model: ModelSection) -> Any:
-    """The tokenizer of a model that will be trained, with a pad token that is not its end token.
+def load_tokenizer(source: ModelSource, model: ModelSection, n_embeddings: int = 0) -> Any:
+    """The tokenizer of a model, with a pad token that is not its end token.
+
+    An adapter may give the model more embeddings than its config says: `n_embeddings`.
 
     Raises:
         ModelError: there is none, it has no end token, or it has more tokens than the model.
@@ -32,7 +37,7 @@ def load_tokenizer(source: ModelSource, model: ModelSection) -> Any:
     folder = find_folder(name, with_weights=False, with_code=code) if name else source.folder
     tokenizer = _read(folder, code)
     size = max(tokenizer.get_vocab().values(), default=0) + 1
-    if size > source.config.vocab_size:
+    if size > max(source.config.vocab_size, n_embeddings):
         raise ModelError(
             f"{folder}: token {size - 1:,}, the model has embeddings for {source.config.vocab_size:,}; "
             "give the tokenizer that belongs to the model"
@@ -72,6 +77,7 @@ def _read(folder: Path, trust_remote_code: bool) -> Any:
     settings = folder / "tokenizer_config.json"
     if settings.is_file() and read_object(settings, ModelError, advice).get("auto_map") and not trust_remote_code:
         advice = "it brings Python code along (auto_map): read that, then say --trust_remote_code"
+    _check_sentencepiece(folder)
     with library_faults(f"{folder}: no usable tokenizer", ModelError, advice):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     _check_growth(folder, tokenizer)
@@ -85,6 +91,32 @@ def _read(folder: Path, trust_remote_code: bool) -> Any:
         tokenizer.pad_token = _padding(tokenizer)
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _check_sentencepiece(folder: Path) -> None:
+    """Check that what reads a SentencePiece model is installed, where the folder has nothing else.
+
+    Raises:
+        CannotRunError: it is not; transformers would name a package for another kind of file.
+    """
+    if (folder / "tokenizer.json").is_file():
+        return
+    for file in sorted(folder.glob("*.model")):
+        with file.open("rb") as stream:
+            is_sentencepiece = stream.read(1) == _SENTENCEPIECE
+        missing = [package for package, module in _READERS.items() if not _is_installed(module)]
+        if is_sentencepiece and missing:
+            raise CannotRunError(
+                f"{file} is a SentencePiece model, and {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
+                f"not installed; pip install {' '.join(missing)}, or give a folder with tokenizer.json"
+            )
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that the module is in
+        return False
 
 
 def _check_growth(folder: Path, tokenizer: Any) -> None:
