@@ -24,6 +24,7 @@ from nybble.models import (
     put_weights_back,
     save_adapter,
     save_whole,
+    start_from,
 )
 from nybble.preparation import RunInputs, trains_in_shards
 from nybble.run.context import RunContext
@@ -133,6 +134,8 @@ def _attach(run: RunContext, inputs: RunInputs, module: Any, starts: Starts) -> 
     torch.manual_seed(inputs.recipe.training.seed)  # of the adapters' first values
     base_name = str(base.resolve()) if base.is_dir() else inputs.source.name
     module = attach(module, inputs.recipe.lora, base_name, starts)
+    if inputs.recipe.lora.adapter_name_or_path:
+        start_from(module, inputs.recipe.lora.adapter_name_or_path)
     if starts and run.processes.is_main:
         with atomic_folder(start) as folder:
             save_adapter(module, folder)

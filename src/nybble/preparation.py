@@ -18,7 +18,16 @@ from nybble.data import Example, Groups, Prepared, fixed_clock, packs_of, prepar
 from nybble.diagnostics import choose_backends
 from nybble.errors import InputError, RecipeError
 from nybble.hardware import detect_device
-from nybble.models import ModelSource, find_model, for_shards, hash_of, load_tokenizer, shards_among
+from nybble.models import (
+    ModelSource,
+    check_adapter_base,
+    find_model,
+    for_shards,
+    hash_of,
+    load_tokenizer,
+    shards_among,
+    take_over_adapter,
+)
 from nybble.planning import Batches, among, plan_training, profile_of, share_of
 from nybble.recipe import EvaluationSection, Plan, Recipe, for_one_process, rows_per_step, step_in_words, within_context
 from nybble.run.context import OnExisting, RunContext
@@ -169,7 +178,7 @@ def prepare(recipe: Recipe, run: RunContext, *, force: bool = False) -> RunInput
 def _prepare(recipe: Recipe, run: RunContext, *, force: bool) -> RunInputs:
     note = run.observer.note
     count = run.processes.count
-    recipe = fit_to_processes(recipe, run.processes)
+    recipe = fit_to_processes(take_over_adapter(recipe), run.processes)
     parents = folders_of(run.directory.path, recipe.training)
     checkpoint = find_checkpoint(parents, note) if run.resumes else None
     if run.resumes and checkpoint is None:
@@ -178,6 +187,8 @@ def _prepare(recipe: Recipe, run: RunContext, *, force: bool) -> RunInputs:
 
     run.observer.stage("rows")
     source = find_model(recipe.model)
+    for line in check_adapter_base(recipe, source):
+        note(line)
     tokenizer = load_tokenizer(source, recipe.model)
     recipe = within_context(recipe, getattr(source.config, "max_position_embeddings", None), note)
     cache = rows_cache(recipe.quantization)

@@ -338,7 +338,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
     if "init_lora_weights" in content.get("lora", {}):  # starts plain LoRA on a 4-bit base
         content["method"] = "qlora"
         content["lora"].pop("use_dora", None)
-    if content["training"].get("loraplus_lr_ratio"):
+    if content["training"].get("loraplus_lr_ratio") or content.get("lora", {}).get("adapter_name_or_path"):
         content["method"] = "qlora"
     if content["training"].get("train_batch_size"):  # the accumulation follows from it
         content["training"].pop("gradient_accumulation_steps", None)

@@ -23,6 +23,7 @@ from nybble.models.artifact import (
 from nybble.models.base_weights import BaseWeights
 from nybble.models.blocks import SwapReport, blocks_of, swap_blocks
 from nybble.models.calibrate import Calibration, Starts, calibrate, needs_calibration
+from nybble.models.continued import adapter_weights, check_adapter_base, start_from, take_over_adapter
 from nybble.models.load import LoadReport, count_parameters, hash_of, load_model, save_whole
 from nybble.models.load_sharded import for_shards, load_in_shards
 from nybble.models.memory_savers import MEMORY_SAVERS, MemorySavers
@@ -61,11 +62,13 @@ __all__ = [
     "Starts",
     "SwapReport",
     "adapted_linears",
+    "adapter_weights",
     "add_adapter",
     "attach",
     "base_of",
     "blocks_of",
     "calibrate",
+    "check_adapter_base",
     "check_original",
     "compute_dtype",
     "config_with_layers",
@@ -106,8 +109,10 @@ __all__ = [
     "shard_like",
     "shards_among",
     "source_of",
+    "start_from",
     "swap_blocks",
     "tables",
+    "take_over_adapter",
     "tokenizer_of",
     "trained_parameters",
     "trained_weights",

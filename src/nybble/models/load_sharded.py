@@ -9,6 +9,7 @@ import torch
 from nybble.errors import RecipeError
 from nybble.hardware import Device
 from nybble.models.adapters import attach
+from nybble.models.continued import start_from
 from nybble.models.load import LoadReport, load_model
 from nybble.models.meta_model import meta_model
 from nybble.models.sharding import shard, shards_among
@@ -64,6 +65,8 @@ def load_in_shards(
             description = (report, _packing_of(model, recipe.quantization, report))
             torch.manual_seed(recipe.training.seed)  # of the adapters' first values
             model = attach(model, recipe.lora, base_name)
+            if recipe.lora.adapter_name_or_path:
+                start_from(model, recipe.lora.adapter_name_or_path)
     report, packing = processes.gather(description)[0]
     if model is None:
         model = meta_model(source.config, recipe.model_copy(update={"quantization": packing}), dtype)

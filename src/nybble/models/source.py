@@ -66,7 +66,15 @@ def find_model(section: ModelSection) -> ModelSource:
         raise ModelError("no model is given; set --model_name_or_path to a folder or a hub id")
     folder = find_folder(name, section.model_revision, with_code=section.trust_remote_code)
     if (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder} contains an adapter without its base model; give the folder of the base model")
+        raise ModelError(
+            f"{folder} contains an adapter without its base model; give the folder of the base model, and this one as "
+            "--adapter_name_or_path to train it further"
+        )
+    if (folder / "run.json").is_file():
+        raise ModelError(
+            f"{folder} is a run and no model; give the folder of its base model, and this one as "
+            "--adapter_name_or_path to train its adapter further"
+        )
     config = read_config(folder, section.trust_remote_code)
     if (folder / "generation_config.json").is_file():
         read_numbers(folder / "generation_config.json")

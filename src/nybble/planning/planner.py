@@ -35,7 +35,7 @@ from typing import Any
 from nybble.data import examine_rows, packs_of
 from nybble.errors import ModelError, NybbleError
 from nybble.hardware import detect_device
-from nybble.models import compute_dtype, find_folder, find_tokenizer, read_config
+from nybble.models import compute_dtype, find_folder, find_tokenizer, read_config, take_over_adapter
 from nybble.planning.devices import Profile, named_profile, profile_of
 from nybble.planning.extrapolate import TracedModel
 from nybble.planning.phases import Batches, Forecast
@@ -71,7 +71,7 @@ def plan(
     Raises:
         InputError: a setting, the model or the device's name is wrong. A run that does not fit is valid: see `fits`.
     """
-    resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides)
+    resolved = take_over_adapter(recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides))
     config, note = find_config(resolved.model)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit and resolved.data.max_length > limit:

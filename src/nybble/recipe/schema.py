@@ -180,6 +180,14 @@ class LoraSection(Section):
         "adapter to the base of this run.",
         aliases=("init",),
     )
+    adapter_name_or_path: str | None = setting(
+        None,
+        "Folder of an adapter, or of the run that made it, from which training continues; its rank, scale and layers "
+        "are taken over.",
+        unset="a fresh adapter",
+        aliases=("adapter_path", "lora_model_dir", "resume_adapter"),
+        neutral=True,
+    )
     use_rslora: bool = setting(False, "Scale the adapters by lora_alpha / sqrt(r) instead (rsLoRA).")
     use_dora: bool = setting(False, "Learn the magnitudes of the weights separately from their directions (DoRA).")
 
@@ -674,6 +682,11 @@ class Recipe(Section):
             raise ValueError("push_to_hub needs hub_model_id; name the repository, e.g. --hub_model_id you/adapter")
         if training.loraplus_lr_ratio and self.method == "full":
             raise ValueError("loraplus_lr_ratio is about adapters; use it with method: qlora or lora, or remove it")
+        if lora.adapter_name_or_path and self.method == "full":
+            raise ValueError(
+                "adapter_name_or_path continues with an adapter; use it with method: qlora or lora, or merge the "
+                "adapter first (nybble merge)"
+            )
         if training.fsdp_cpu_offload and training.distributed != "fsdp":
             raise ValueError("fsdp_cpu_offload only works with distributed: fsdp; set that, or remove fsdp_cpu_offload")
         if training.fsdp_shards and training.distributed != "fsdp":

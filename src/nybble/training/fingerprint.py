@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble.data import Prepared
+from nybble.models import adapter_weights
 from nybble.recipe import Recipe, all_settings, rows_per_step
 
 _ROWS = "rows per step"
@@ -73,8 +74,14 @@ def identify(
         base=_digest(sorted(hash_of(file) for file in base.glob("*.safetensors"))),
         tokenizer=_tokenizer(tokenizer),
         rows=_rows(prepared),
-        settings=_settings(recipe, n_processes),
+        settings=_settings(recipe, n_processes) | _start(recipe, hash_of),
     )
+
+
+def _start(recipe: Recipe, hash_of: Callable[[Path], str]) -> dict[str, Any]:
+    """The adapter that training continues from, wherever it lies."""
+    name = recipe.lora.adapter_name_or_path
+    return {"the adapter": hash_of(adapter_weights(name))} if name else {}
 
 
 def _settings(recipe: Recipe, n_processes: int) -> dict[str, Any]:
