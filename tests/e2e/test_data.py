@@ -82,7 +82,7 @@ def test_many_rows_are_tokenized_in_sight_and_once(nybble: Callable[..., Any], w
 def test_rows_are_no_longer_than_the_models_context(
     nybble: Callable[..., Any], words: tuple[object, ...], tiny_llama: Callable[..., Path]
 ) -> None:
-    Path(str(words[4])).write_text(json.dumps({"text": "a " * 400}) + "\n")
+    Path(str(words[4])).write_text(json.dumps({"text": "[INST] a [/INST] " + "a " * 400}) + "\n")
     done = nybble("data", "--model", tiny_llama(), *words[3:], "--max_length", "9999", "--json", "--allow_no_stop")
     assert done.code == 0, done.err
     assert "max_length 9999 is above the model's context: 256 is used" in done.err

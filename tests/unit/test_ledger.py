@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from nybble.data import IGNORED, Prepared, contexts, prepare_rows, read_rows
@@ -238,3 +239,47 @@ def test_the_held_out_rows_are_drawn_by_a_seed_of_their_own(prepare: Callable[..
 
     assert drawn(seed=1) != drawn(seed=2)
     assert drawn(seed=1, eval_seed=3) == drawn(seed=2, eval_seed=3) == drawn(seed=3)
+
+
+BOOK = "".join(f"On day {n} it rained {n * 7 % 31} mm. " for n in range(60)).strip()
+
+
+@pytest.mark.parametrize("overlong", ["truncate", "split"])
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_raw_text_is_parted_and_every_token_is_learned_once(
+    prepare: Call, tok: Any, overlong: str, adds_bos: bool
+) -> None:
+    if not adds_bos:
+        tok.backend_tokenizer.post_processor = processors.ByteLevel()
+    (whole,) = prepare([{"text": BOOK}], max_length=100_000).train
+    begin = whole.input_ids[:1] if adds_bos else []
+    # The second size leaves one token for the last piece of a tokenizer without begin token.
+    for size in (50, len(whole.input_ids) - 1):
+        done = prepare([{"text": BOOK}, {"text": "short"}], max_length=size, overlong=overlong)
+        *parts, short = done.train
+        assert all(part.input_ids[: len(begin)] == begin for part in parts)
+        assert [i for part in parts for i in part.input_ids[len(begin) :]] == whole.input_ids[len(begin) :]
+        assert [i for part in parts for i in part.labels[len(begin) :]] == whole.labels[len(begin) :]
+        assert {len(part.input_ids) for part in parts[:-1]} <= {size, size - 1}
+        assert all(part.n_trained for part in parts)
+        assert [part.n_stops for part in parts] == [0] * (len(parts) - 1) + [1]
+        for part in parts:
+            learned = {i for a, b, _kind in part.spans for i in range(a, b)}
+            assert learned == {i for i, label in enumerate(part.labels) if label != IGNORED}
+        assert tok.decode(short.input_ids, skip_special_tokens=True) == "short"
+        assert (done.ledger.rows_split, done.ledger.rows_truncated, done.ledger.turns) == (1, 0, 2)
+        assert (done.ledger.stop_tokens_trained, done.ledger.stop_tokens_cut) == (2, 0)
+
+
+def test_raw_text_is_parted_between_its_documents(prepare: Call, tok: Any) -> None:
+    first, second = BOOK[:200], BOOK[200:300].strip()
+    done = prepare([{"text": f"<s>{first}</s><s>{second}</s>"}], max_length=60)
+    texts = [tok.decode(example.input_ids) for example in done.train]
+    assert "".join(texts).replace("</s>", "\n").replace("<s>", "") == f"{first}\n{second}\n"
+    assert [text.endswith("</s>") for text in texts].count(True) == 2
+    assert done.ledger.rows_split == 1
+
+
+def test_raw_text_may_be_dropped(prepare: Call) -> None:
+    ledger = prepare([{"text": BOOK}, {"text": "short"}], max_length=50, overlong="drop").ledger
+    assert (ledger.rows_used, ledger.rows_dropped) == (1, 1)

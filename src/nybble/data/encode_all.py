@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,10 @@ from nybble.data.columns import Layout, convert_row
 from nybble.data.encode import EncodedRow, Example, encode_row
 from nybble.data.files import Row
 from nybble.data.rows import Placed, Rows
-from nybble.data.shapes import Turn
+from nybble.data.shapes import Form, Turn, prompt_form_of
 from nybble.data.store import Examples, map_records, to_records, write_records
 from nybble.data.templates import dates_in
-from nybble.data.tokens import IGNORED
+from nybble.data.tokens import IGNORED, adds_bos
 from nybble.errors import CannotRunError, RowsError
 from nybble.recipe import DataSection
 from nybble.run.record import Observer
@@ -44,6 +44,7 @@ _CHUNK_BYTES = 8 << 20  # approximate limit for a chunk as JSON; each worker has
 _MOST_WORKERS = 16  # with more workers, reading the rows is the bottleneck
 # Part of every cache key: raise it when the same rows and settings give different tokens or a different record layout.
 _VERSION = 3
+_NO_LIMIT = 1 << 40  # tokens
 
 _Chunk = tuple[int, list[Placed]]  # the number of rows before the chunk, and the chunk's rows
 
@@ -100,7 +101,12 @@ class Encoder:
                 f"{where}: {self.layout.shape} rows need a chat template and this tokenizer has none; "
                 "set --chat_template inst, chatml or a .jinja file"
             )
-        encoded = encode_row(form, self.tokenizer, data.max_length, data.loss_on, data.overlong, data.reasoning, where)
+        encoded = self._encode_form(form, data.max_length, where)
+        is_text = self.layout.shape == "text" and not prompt_form_of(form)
+        if is_text and encoded.length > data.max_length and data.overlong != "drop":
+            # No part of a text without answers is worth less than its beginning.
+            documents = [self._encode_form([piece], _NO_LIMIT, where).examples[0] for piece in form]
+            encoded = replace(encoded, examples=[part for whole in documents for part in self._parts(whole)])
         answer = row.get(self.answer_field)
         examples = [
             replace(
@@ -112,6 +118,31 @@ class Encoder:
         ]
         notes = (*converted.notes, *encoded.notes)
         return replace(encoded, examples=examples, not_used=converted.not_used, notes=notes)
+
+    def _encode_form(self, form: Form, max_length: int, where: str) -> EncodedRow:
+        data = self.data
+        return encode_row(form, self.tokenizer, max_length, data.loss_on, data.overlong, data.reasoning, where)
+
+    def _parts(self, whole: Example) -> Iterator[Example]:
+        """Part a text into pieces of `max_length` tokens, each with a begin token if the text has one."""
+        begin = [self.tokenizer.bos_token_id] if adds_bos(self.tokenizer) else []
+        end = len(whole.input_ids)
+        cuts = list(range(len(begin), end, self.data.max_length - len(begin)))
+        if len(cuts) > 1 and end - cuts[-1] + len(begin) < 2:  # a piece of one token predicts nothing
+            cuts[-1] -= 1
+        for first, last in pairwise([*cuts, end]):
+            shift = len(begin) - first
+            spans = ((max(a, first) + shift, min(b, last) + shift, kind) for a, b, kind in whole.spans)
+            yield replace(
+                whole,
+                input_ids=begin + whole.input_ids[first:last],
+                labels=[IGNORED] * len(begin) + whole.labels[first:last],
+                spans=tuple((a, b, kind) for a, b, kind in spans if a < b),
+                n_answers=int(last == end),
+                n_stops=int(last == end),
+                stop_tokens=whole.stop_tokens if last == end else (),
+                last_answer_start=len(begin),
+            )
 
 
 def _not_learned(example: Example) -> Example:

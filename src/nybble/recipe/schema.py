@@ -318,7 +318,8 @@ class DataSection(Section):
     overlong: Literal["truncate", "drop", "split"] = setting(
         "truncate",
         "What happens to rows longer than max_length: truncate cuts them, drop leaves them out, split makes several "
-        "rows of them, between an answer and the next question. The run reports how many.",
+        "rows of them, between an answer and the next question. Text without answers is parted into pieces of "
+        "max_length, unless it is dropped. The run reports how many.",
     )
     max_length: int = setting(
         1024,
