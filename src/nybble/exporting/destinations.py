@@ -174,7 +174,7 @@ def _faults(measured: Mapping[str, Any], outtype: str) -> list[str]:
 
 def _write_ollama(whole: _Whole, folder: Path, outtype: str, watch: Observer) -> dict[str, Any]:
     with fixed_clock(whole.clock):
-        text = modelfile(whole.tokenizer, whole.form, whole.stop_tokens, "model.gguf")  # before any work
+        text = modelfile(whole.tokenizer, whole.form, whole.stop_tokens, "model.gguf", watch.note)  # before any work
     remove_left_overs(folder.parent, of=folder)
     with atomic_folder(folder) as unfinished:
         measured = _write_checked(whole, unfinished / "model.gguf", outtype, watch)
