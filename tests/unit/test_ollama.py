@@ -155,8 +155,8 @@ def test_a_template_of_one_exchange_stays_one(tokenizer: Any) -> None:
 
 def test_what_concerns_earlier_turns_alone_is_told(tokenizer: Any) -> None:
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<' + m.role + ' ' + (loop.index if not loop.last else 0) | string + '>' + m.content }}"
-        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+        "{% for m in messages %}{{ '<' + m.role + ' ' + (loop.index if not loop.last else 0) | string + '>' }}"
+        "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     notes: list[str] = []
     template = ollama_template(tokenizer, "template", notes.append)
