@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig
 
-from nybble.data import Example, Groups
+from nybble.data import Example, Examples, FlatBatch, Groups, PadBatch
+from nybble.data.encode import EncodedRow
+from nybble.data.store import to_records
+from nybble.data.tree import merge_contexts
 from nybble.hardware import detect_device
+from nybble.kernels import Choice, dispatcher
 from nybble.models import MEMORY_SAVERS, MemorySavers, attach, find_model, load_model, materialize, meta_model
 from nybble.nn.workspace import workspace
 from nybble.planning.devices import named_profile
@@ -42,6 +47,13 @@ def setting_of(kind: str = "llama", method: str = "qlora", **changes: Any) -> Tr
     lora = {"r": 4, "lora_dropout": 0.1, "target_modules": "q_proj,down_proj"} if method != "full" else {}
     recipe = load_recipe(None, {"method": method, **lora})
     return TracedModel(AutoConfig.for_model(kind, **{**SIZES, **changes}), recipe, torch.bfloat16)
+
+
+def padding() -> TracedModel:
+    """A family without our blocks, whose rows are padded."""
+    sizes = {name: value for name, value in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
+    recipe = load_recipe(None, {"method": "lora", "target_modules": "all-linear"})
+    return TracedModel(AutoConfig.for_model("gpt_neox", **sizes), recipe, torch.bfloat16)
 
 
 def measured(
@@ -75,13 +87,7 @@ def measured(
 def test_the_predicted_peak_is_that_of_real_tensors(
     kind: str, method: str, changes: dict[str, Any], depth: int
 ) -> None:
-    if kind == "gpt_neox":  # a family without our blocks, padded
-        names = {"target_modules": "all-linear"}
-        sizes = {name: value for name, value in SIZES.items() if name not in ("num_key_value_heads", "head_dim")}
-        recipe = load_recipe(None, {"method": method, **names})
-        setting = TracedModel(AutoConfig.for_model(kind, **sizes), recipe, torch.bfloat16)
-    else:
-        setting = setting_of(kind, method, **changes)
+    setting = padding() if kind == "gpt_neox" else setting_of(kind, method, **changes)
     first, later = measured(setting, ROWS, depth)
     curve = StepAtLevels(setting, ROWS)
     assert curve.steady(depth).peak.total_bytes == pytest.approx(later.peak.total_bytes, rel=0.01)
@@ -321,3 +327,53 @@ def _train(
         observer=observer,
         step_memory=memory,
     )
+
+
+def _trees(*contexts: list[tuple[int, int, int]]) -> Examples:
+    """Examples whose contexts share a prefix: (shared tokens, own tokens, learned of them) of each context."""
+    made = []
+    for number, parts in enumerate(contexts):
+        rows = []
+        for at, (shared, own, learned) in enumerate(parts):
+            ids = [5] * shared + [6 + at] * own
+            rows.append((ids, [-100] * (len(ids) - learned) + ids[len(ids) - learned :]))
+        ids, labels, segments = merge_contexts(rows)
+        example = Example(ids, labels, 1, 1, 0, (2,), 0, 0, False, number + 1, None, segments)
+        made.append(EncodedRow([example], len(ids), 1, number, ""))
+    return Examples([to_records(made)])
+
+
+def test_trees_are_planned_as_batches_hold_them() -> None:
+    examples = _trees([(40, 9, 4), (40, 20, 20), (25, 7, 3)], [(10, 5, 5)], [(30, 8, 8), (30, 16, 2)])
+    recipe = load_recipe(None, {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 3})
+    batches = Batches.of(SimpleNamespace(train=examples, held_out=examples), None, recipe)  # type: ignore[arg-type]
+    groups = Groups(examples)
+    for rows, chosen in ((batches.longest, (0, 2)), (batches.evaluation, (0, 2, 1))):
+        assert rows.learned == sum(examples[i].n_trained for i in chosen)
+        for setting, collate in ((setting_of(), FlatBatch()), (padding(), PadBatch(0))):
+            real = collate([groups[i] for i in chosen])["input_ids"]
+            assert setting.laid_out(rows) == real.numel()
+            model = meta_model(setting.config, setting.recipe, setting.dtype)
+            assert batch_of(model, rows)["input_ids"].shape == real.shape
+    assert batches.average.lengths == (48, 49)  # 76, 15 and 54 tokens
+    assert batches.average.unfolded == ((2, 40), (2, 40))  # 3, 1 and 2 rows, of 60, 15 and 46 tokens at most
+    assert batches.longest.first(1, None).padded == (60, 60, 60)
+
+
+@pytest.mark.parametrize("path", [None, "sdpa"])
+def test_a_step_over_trees_takes_no_more_than_the_plan_of_so_many_tokens(path: str | None) -> None:
+    if path:
+        dispatcher.choose(torch.device("cpu"), {"attend": Choice(path, "as asked")})
+    examples = _trees([(150, 9, 4), (150, 20, 20), (100, 7, 3), (150, 30, 30)], [(90, 40, 8), (90, 50, 2)])
+    groups = Groups(examples)
+    setting, depth = setting_of(num_hidden_layers=3), 2
+    batch = FlatBatch()([groups[0], groups[1]])
+    model = meta_model(setting.config, setting.recipe, setting.dtype)
+    materialize(model)
+    with reusing():
+        live = MemoryTracer()
+        adopt(live, model, MemorySavers(model))
+        _first, later = run_steps(live, model, batch, depth, setting.dtype)
+    lengths = tuple(examples.column("length").tolist())
+    planned = StepAtLevels(setting, BatchShape(lengths, int(examples.column("n_trained").sum())))
+    assert later.peak.total_bytes <= 1.01 * planned.steady(depth).peak.total_bytes

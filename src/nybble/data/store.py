@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from nybble.data.encode import EncodedRow, Example, key_of
 from nybble.data.kinds import KINDS
 from nybble.data.tokens import IGNORED
+from nybble.data.tree import paths
 
 _COPIED = ("row", "answer", "n_answers", "n_stops", "n_cut_stops", "n_empty", "last_answer_start", "is_truncated")
 _SCHEMA = pa.schema(
@@ -37,6 +38,8 @@ _SCHEMA = pa.schema(
         "spans": pa.list_(pa.int32()),  # first token, end and kind (its index in KINDS) of each in turn
         # Columns for the ledger: first those of the example, then those of its row.
         "length": pa.int32(),
+        "n_paths": pa.int32(),  # rows that a padded batch has for it
+        "longest_path": pa.int32(),  # the tokens of the longest of them
         "n_trained": pa.int32(),
         "key": pa.uint64(),  # hash of the ids
         "row_length": pa.int32(),
@@ -62,6 +65,8 @@ def to_records(rows: Iterable[EncodedRow]) -> pa.RecordBatch:
             record = {name: getattr(example, name) for name in (*_COPIED, "stop_tokens")}
             record["segments"] = list(chain.from_iterable(example.segments))
             record["spans"] = [n for first, end, kind in example.spans for n in (first, end, KINDS.index(kind))]
+            ends = [sum(example.segments[i][0] for i in path) for path in paths(example.segments)] or [len(ids)]
+            record |= {"n_paths": len(ends), "longest_path": max(ends)}
             record |= {"tokens": np.where(learned, ids, ~ids), "length": len(ids), "key": key_of(example.input_ids)}
             record |= {"n_trained": int(learned[1:].sum()), "row_length": row.length, "row_turns": row.n_turns}
             records.append(record | once | {"row_key": row.key, "row_form": row.prompt_form})

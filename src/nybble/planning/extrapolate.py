@@ -73,7 +73,7 @@ class TracedModel:
 
     def laid_out(self, rows: BatchShape) -> int:
         """Tokens that go through the model for `rows`: flattened and filled up, or padded to the longest row."""
-        return filled(rows.tokens) if self._is_flat else max(rows.lengths) * len(rows.lengths)
+        return filled(rows.tokens) if self._is_flat else max(rows.padded) * len(rows.padded)
 
     @cached_property
     def savers(self) -> tuple[str, ...]:

@@ -45,21 +45,17 @@ class Batches:
         drawn = _drawn(prepared.train, packs)
         size = min(recipe.training.per_device_train_batch_size, len(drawn))
         longest = _together(sorted(drawn, reverse=True)[:size])
-        tokens, learned = (sum(part) / len(drawn) for part in zip(*drawn, strict=True))
-        lengths = tuple(round(tokens * (i + 1)) - round(tokens * i) for i in range(size))
+        means = [sum(part) / len(drawn) for part in zip(*drawn, strict=True)]
+        average = _together([_nth_of(means, i) for i in range(size)])
         held = sorted(_drawn(prepared.held_out, None), reverse=True)
         checked = held[: recipe.evaluation.per_device_eval_batch_size]
-        return cls(
-            BatchShape(lengths, round(learned * size)), longest, _together(checked) if checked else longest, len(drawn)
-        )
+        return cls(average, longest, _together(checked) if checked else longest, len(drawn))
 
     def split(self, n: int) -> Batches:
         """The same with each batch split into n parts of equally many rows."""
 
         def part(rows: BatchShape) -> BatchShape:
-            size = -(-len(rows.lengths) // n)
-            learned = None if rows.learned is None else min(-(-rows.learned // n), sum(rows.lengths[:size]))
-            return BatchShape(rows.lengths[:size], learned)
+            return rows.first(-(-len(rows.lengths) // n), None if rows.learned is None else -(-rows.learned // n))
 
         return replace(self, average=part(self.average), longest=part(self.longest))
 
@@ -220,9 +216,7 @@ class Forecast:
 
     def _evaluation(self, rest: dict[str, int], n_rows: int) -> StepCost:
         rows = self.batches.evaluation
-        lengths = rows.lengths[:n_rows]
-        few = BatchShape(lengths, None if rows.learned is None else min(rows.learned, sum(lengths)))
-        work = evaluation(self.setting, few)
+        work = evaluation(self.setting, rows.first(n_rows, rows.learned))
         # The optimizer's state is still there after training.
         name, peak = next(iter(work.peaks.items()))
         return replace(work, peaks={name: _with(peak, "optimizer", rest["optimizer"])})
@@ -252,18 +246,36 @@ class Forecast:
         return _with(Peak(), "workspace", trained)
 
 
-def _drawn(examples: Examples, packs: Sequence[Sequence[int]] | None) -> list[tuple[int, int]]:
-    """Tokens and learned tokens of each row, or of each pack of rows."""
+_Drawn = tuple[int, int, int, int]  # tokens, those that are learned, rows of a padded batch, tokens of the longest
+
+
+def _drawn(examples: Examples, packs: Sequence[Sequence[int]] | None) -> list[_Drawn]:
+    """What is known of each row, or of each pack of rows."""
     if not len(examples):
         return []
-    pairs = list(zip(examples.column("length").tolist(), examples.column("n_trained").tolist(), strict=True))
+    columns = [examples.column(name).tolist() for name in ("length", "n_trained", "n_paths", "longest_path")]
+    rows: list[_Drawn] = list(zip(*columns, strict=True))
     if packs is None:
-        return pairs
-    return [(sum(pairs[row][0] for row in pack), sum(pairs[row][1] for row in pack)) for pack in packs]
+        return rows
+    return [_as_one([rows[row] for row in pack]) for pack in packs]
 
 
-def _together(pairs: Sequence[tuple[int, int]]) -> BatchShape:
-    return BatchShape(tuple(length for length, _ in pairs), sum(learned for _, learned in pairs))
+def _as_one(rows: Sequence[_Drawn]) -> _Drawn:
+    tokens, learned, n_rows, longest = zip(*rows, strict=True)
+    return sum(tokens), sum(learned), sum(n_rows), max(longest)
+
+
+def _nth_of(means: Sequence[float], n: int) -> _Drawn:
+    """The row numbered `n` of a batch in which the first rows together always have so many in the mean, rounded."""
+    tokens, learned, n_rows = (round(mean * (n + 1)) - round(mean * n) for mean in means[:3])
+    return tokens, learned, max(1, n_rows), round(means[3])
+
+
+def _together(rows: Sequence[_Drawn]) -> BatchShape:
+    unfolded = tuple((n, longest) for _tokens, _learned, n, longest in rows)
+    lengths = tuple(tokens for tokens, *_ in rows)
+    learned = sum(learned for _tokens, learned, *_ in rows)
+    return BatchShape(lengths, learned, unfolded if any(n > 1 for n, _longest in unfolded) else ())
 
 
 def _state_bytes(recipe: Recipe) -> float:

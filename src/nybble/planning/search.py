@@ -232,7 +232,8 @@ def _stretched(batches: Batches, length: int) -> Batches:
 def _cut(batches: Batches, length: int) -> Batches:
     def cut(rows: BatchShape) -> BatchShape:
         lengths = tuple(min(length, n) for n in rows.lengths)
-        return BatchShape(lengths, None if rows.learned is None else min(rows.learned, sum(lengths)))
+        unfolded = tuple((n, min(length, longest)) for n, longest in rows.unfolded)
+        return BatchShape(lengths, None if rows.learned is None else min(rows.learned, sum(lengths)), unfolded)
 
     return Batches(cut(batches.average), cut(batches.longest), cut(batches.evaluation))
 

@@ -35,17 +35,29 @@ class BatchShape:
 
     lengths: tuple[int, ...]  # tokens of each row
     learned: int | None = None  # tokens that are learned; None: all that can be
+    # Of each row, if some are trees or packs: how many rows a padded batch has for it, and the tokens of the longest.
+    unfolded: tuple[tuple[int, int], ...] = ()
 
     @property
     def tokens(self) -> int:
         """Tokens of all rows together."""
         return sum(self.lengths)
 
-    def groups(self) -> list[Group]:
+    @property
+    def padded(self) -> tuple[int, ...]:
+        """Tokens of each row of a padded batch."""
+        return tuple(longest for n, longest in self.unfolded for _ in range(n)) or self.lengths
+
+    def first(self, n: int, learned: int | None) -> BatchShape:
+        """The first `n` rows, of which no more than `learned` tokens are learned; None: as many as can be."""
+        lengths = self.lengths[:n]
+        return BatchShape(lengths, None if learned is None else min(learned, sum(lengths)), self.unfolded[:n])
+
+    def groups(self, pads: bool = False) -> list[Group]:
         """Rows of this shape as a collator takes them, one in each group; learned tokens stand at a row's end."""
         left = self.tokens if self.learned is None else self.learned
         made: list[Group] = []
-        for length in self.lengths:
+        for length in self.padded if pads else self.lengths:
             n = min(left, length)
             left -= n
             made.append([{"input_ids": [0] * length, "labels": [-100] * (length - n) + [0] * n}])
@@ -79,7 +91,7 @@ def adopt(live: MemoryTracer, model: Any, savers: MemorySavers | None = None) ->
 
 def batch_of(model: Any, rows: BatchShape) -> dict[str, Any]:
     """The batch that the collator makes of `rows`, in real tensors; it must not be called under a fake mode."""
-    return (FlatBatch() if blocks_of(model).flattened else PadBatch(0))(rows.groups())
+    return FlatBatch()(rows.groups()) if blocks_of(model).flattened else PadBatch(0)(rows.groups(pads=True))
 
 
 def _like(batch: dict[str, Any]) -> dict[str, Any]:
