@@ -42,13 +42,19 @@ def test_json_is_one_object_and_nothing_else(nybble: Callable[..., Any], words: 
     assert {"row", "tokens", "trained", "stops", "truncated"} <= row.keys()
     assert (row["stops"], row["truncated"]) == (1, False)
     assert 0 < row["trained"] < row["tokens"]
+    answer, end = row["spans"]
+    assert (answer["kind"], answer["end"] - answer["first"], end["kind"]) == ("answer", row["trained"] - 1, "end")
+    assert (end["first"], end["end"]) == (answer["end"], len(row["input_ids"]))
+    assert row["input_ids"][end["first"]] in ledger["stop_tokens"]
+    kinds = ledger["tokens_by_kind"]
+    assert (kinds["end"], sum(kinds.values())) == (40, ledger["tokens_trained"])
 
 
 def test_the_terminal_shows_ledger_and_rows(nybble: Callable[..., Any], words: tuple[object, ...]) -> None:
     done = nybble(*words, "--show", "2", "--find", "three?")
     assert done.code == 0, done.err
     assert re.search(r"rows read +40\n", done.out)
-    assert done.out.count("[INST] What is three? [/INST] It is four. </s>") == 2
+    assert done.out.count("[INST] What is three? [/INST][[ It is four. </s>]]") == 2
     assert re.search(r"\nrow 3.*: \d+ of \d+ tokens learned, 1 end token\n", done.out)
 
 
@@ -64,6 +70,7 @@ def test_a_terminal_gets_colours_and_no_steering(
     assert "\u202e" not in done.out
     assert re.search(r"\x1b\[[0-9;]*32m", done.out)  # learned: green
     assert re.search(r"\x1b\[[0-9;]*2m", done.out)  # masked: dim
+    assert "[[" not in done.out
 
 
 def test_many_rows_are_tokenized_in_sight_and_once(nybble: Callable[..., Any], words: tuple[object, ...]) -> None:

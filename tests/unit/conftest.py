@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from nybble.data import IGNORED, Example, Prepared, prepare_rows
+from nybble.data.tree import unfold
 from nybble.recipe import DataSection, EvaluationSection
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
@@ -75,6 +76,17 @@ def learns(prepare: Callable[..., Prepared], tok: Any) -> Callable[..., Prepared
         done = prepare([row], tokenizer=tokenizer, **settings)
         _assert_learned(done.train[0], tokenizer or tok, *segments)
         return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def contexts_of() -> Callable[..., list[tuple[str, str]]]:
+    """`contexts_of(example, tokenizer)` -> the text of each context in it, and the text that is learned in it."""
+
+    def run(example: Example, tokenizer: Any) -> list[tuple[str, str]]:
+        rows = unfold(example.input_ids, example.labels, example.segments)
+        return [(tokenizer.decode(ids), tokenizer.decode([i for i in labels if i != IGNORED])) for ids, labels in rows]
 
     return run
 

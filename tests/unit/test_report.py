@@ -25,7 +25,8 @@ LOADERS = {"src", "href", "xlink:href", "srcset", "data", "action", "formaction"
 
 def record(**changes: Any) -> RunRecord:
     """What run.json holds when the run has just begun."""
-    ledger = {field.name: "text" if field.type == "str" else 3 for field in fields(Ledger)}
+    samples = {"str": "text", "dict[str, int]": {"answer": 3}, "tuple[str, ...]": ["text"]}
+    ledger = {field.name: samples.get(str(field.type), 3) for field in fields(Ledger)}
     recipe = load_recipe(None, {"model_name_or_path": "models/tiny", "dataset_name": "rows.jsonl"})
     values: dict[str, Any] = {
         "status": "running",

@@ -16,8 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nybble.data import IGNORED, Example, Prepared, encode_prompt
-from nybble.data.tree import unfold
+from nybble.data import IGNORED, Prepared, encode_prompt
 from nybble.errors import RowsError
 
 Call = Callable[..., Prepared]
@@ -145,14 +144,6 @@ def expected(family: Family, pairs: list[tuple[str, str]], system: str = "") -> 
     return [*segments, open_text] if open_text else segments
 
 
-def contexts_of(example: Example, tokenizer: Any) -> list[tuple[str, str]]:
-    """The text of each context in an example, and the text that is learned in it."""
-    if not example.segments:
-        return [(tokenizer.decode(example.input_ids), tokenizer.decode([i for i in example.labels if i != IGNORED]))]
-    rows = unfold(example.input_ids, example.labels, example.segments)
-    return [(tokenizer.decode(ids), tokenizer.decode([i for i in labels if i != IGNORED])) for ids, labels in rows]
-
-
 @EACH
 @pytest.mark.parametrize("system", ["", "Be brief."])
 @pytest.mark.parametrize(
@@ -181,7 +172,11 @@ def test_answers_and_their_ends_are_learned(
 @pytest.mark.parametrize("system", ["", "Be brief."])
 @pytest.mark.parametrize("pairs", [[("Q", "A")], [("a", ""), ("汉", "</s>é")], [("Q", "A"), ("R", "B"), ("S", "C")]])
 def test_an_answer_whose_thoughts_are_dropped_later_has_a_context_of_its_own(
-    prepare: Call, speak: Callable[[str], Any], pairs: list[tuple[str, str]], system: str
+    prepare: Call,
+    speak: Callable[[str], Any],
+    contexts_of: Callable[..., list[tuple[str, str]]],
+    pairs: list[tuple[str, str]],
+    system: str,
 ) -> None:
     tokenizer, family = speak("qwen-3")
     done = prepare([messages(pairs, system)], tokenizer=tokenizer)
@@ -308,7 +303,9 @@ TOOL_TURNS = [
 ]
 
 
-def test_tools_go_through_a_template_that_knows_them(prepare: Call, speak: Callable[[str], Any]) -> None:
+def test_tools_go_through_a_template_that_knows_them(
+    prepare: Call, speak: Callable[[str], Any], contexts_of: Callable[..., list[tuple[str, str]]]
+) -> None:
     tokenizer, _ = speak("qwen-3")
     example = prepare([{"messages": TOOL_TURNS, "tools": TOOLS}], tokenizer=tokenizer).train[0]
     call = f"{THOUGHT}<tool_call>{json.dumps(CALL)}</tool_call><|im_end|>"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,7 +31,7 @@ def data(
         bool, typer.Option("--json", help="Print the counts of all rows and of each shown row on stdout as JSON.")
     ] = False,
 ) -> None:
-    """Count the rows and show which tokens are learned.
+    """Count the rows and show which tokens are learned: in green, or in [[..]] where there are no colours.
 
     Nothing is trained. The folder of a tokenizer is enough; no model is needed.
     """
@@ -51,12 +52,17 @@ def data(
     if html is not None:
         write_text(html, rows_page(found.source, ledger, found.rows))
     if as_json:
-        names = ("row", "use", "tokens", "trained", "stops", "truncated")
-        print_json({"ledger": ledger, "rows": [{name: getattr(row, name) for name in names} for row in found.rows]})
+        print_json({"ledger": ledger, "rows": [_as_json(row) for row in found.rows]})
     else:
         _print(ledger_lines(ledger), found.rows, html)
     if found.fault:
         raise RowsError(found.fault)
+
+
+def _as_json(row: ShownRow) -> dict[str, Any]:
+    names = ("row", "use", "tokens", "trained", "stops", "truncated", "input_ids", "segments")
+    spans = [{"first": first, "end": end, "kind": kind} for first, end, kind in row.spans]
+    return {name: getattr(row, name) for name in names} | {"spans": spans}
 
 
 def _print(lines: Sequence[tuple[str, str]], rows: Sequence[ShownRow], html: Path | None) -> None:
@@ -74,9 +80,14 @@ def _print(lines: Sequence[tuple[str, str]], rows: Sequence[ShownRow], html: Pat
     for row in rows:
         console.print(Text(f"\n{row.title}", style="bold"))
         text = Text()
-        for part in row.parts:
-            style = "green" if part.is_learned else "dim"
-            text.append(visible(part.text), style=f"{style} reverse" if part.is_control else style)
+        is_colourless = console.color_system is None or console.no_color
+        for is_learned, parts in groupby(row.parts, key=lambda part: part.is_learned):
+            brackets = ("[[", "]]") if is_learned and is_colourless else ("", "")
+            text.append(brackets[0])
+            for part in parts:
+                style = "green" if is_learned else "dim"
+                text.append(visible(part.text), style=f"{style} reverse" if part.is_control else style)
+            text.append(brackets[1])
         console.print(text, soft_wrap=True)
     if html is not None:
         console.print(f"\npage: {html}", markup=False, soft_wrap=True)

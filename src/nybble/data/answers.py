@@ -21,6 +21,7 @@ from nybble.errors import RowsError
 from nybble.guard import shown
 
 _OPENED = re.compile(r"<think>\s*\Z")  # ends a prompt after which the model begins by reasoning
+_CLOSED = re.compile(r"<think>\s*</think>\s*\Z")  # ends a prompt after which the model answers without reasoning
 _OTHER = "or set --chat_template to one that does"
 
 
@@ -84,6 +85,11 @@ class Conversation:
             n_header = n_common(a, b)
             return newest[:n_header], newest[n_header:]
         asked = self._render(k, asks=True)
+        if _CLOSED.search(asked) and self.parts(k).closing:
+            raise RowsError(
+                f"{self._where}: the generation prompt of the chat template ends the reasoning before the answer, so "
+                "the reasoning of this row would never be generated; set --reasoning drop, " + _OTHER
+            )
         if newest.startswith(asked):
             return asked, newest[len(asked) :]
         opened = _OPENED.search(asked)
@@ -94,11 +100,6 @@ class Conversation:
         completion = self._after_header(k, newest, header) if header.strip() else None
         if completion is not None:
             return asked, completion
-        if "</think>" in header and self.parts(k).closing:
-            raise RowsError(
-                f"{self._where}: the generation prompt of the chat template ends the reasoning before the answer, so "
-                "the reasoning of this row would never be generated; set --reasoning drop, " + _OTHER
-            )
         raise RowsError(
             f"{self._where}: the chat template does not write the answer of turn {k + 1} behind its generation prompt, "
             "so what is to be learned cannot be located; set --chat_template to another one, or --loss_on all"

@@ -43,6 +43,7 @@ class Ledger:
     length_p95: int
     length_p99: int  # the max_length that keeps 99 % of the rows whole
     length_max: int
+    tokens_by_kind: dict[str, int] = field(default_factory=dict)  # tokens learned of each of `kinds.KINDS`
     rows_skipped: int = 0  # rows read that cannot be used, under `on_bad_row: skip`
     skipped: tuple[str, ...] = ()  # why the first ten of them cannot be used
     not_used: dict[str, int] = field(default_factory=dict)  # column or message key -> rows that hold something there
@@ -58,6 +59,8 @@ class Ledger:
             f"{self.tokens_trained:,} of {self.tokens_total:,} tokens are learned; "
             f"{100 * self.stop_token_trained_fraction:.1f} % of the answers keep their end token",
         ]
+        if self.tokens_by_kind.keys() & {"reasoning", "call"}:
+            lines.append("learned: " + ", ".join(f"{n:,} tokens of {kind}" for kind, n in self.tokens_by_kind.items()))
         if self.not_used:
             names = [f"{name} in {_rows(rows)}" for name, rows in self.not_used.items()]
             lines.append(f"not used: {', '.join(names)}")
@@ -129,6 +132,7 @@ def count_rows(read: Examples, is_used: NDArray[np.bool_], n_held_out: int, max_
         length_p95=_percentile(lengths, 0.95),
         length_p99=_percentile(lengths, 0.99),
         length_max=int(lengths[-1]),
+        tokens_by_kind=used.learned_by_kind(),
         rows_skipped=len(rows) - len(good),
         skipped=tuple(fault for fault in faults if fault is not None)[:_MOST_NAMED],
         not_used=read.counts("not_used"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -10,17 +10,20 @@ from typing import Any
 import numpy as np
 
 from nybble.data.encode import Example
+from nybble.data.kinds import KINDS, Span
 from nybble.data.prepare import Prepared
 from nybble.data.tokens import IGNORED, special_tokens
+from nybble.data.tree import Segments, unfold
 
 
 @dataclass(frozen=True)
 class Stretch:
-    """Consecutive tokens that are all learned or all masked; each control token is a stretch by itself."""
+    """Consecutive tokens that are all masked or all of one kind; each control token is a stretch by itself."""
 
     text: str
     is_learned: bool
     is_control: bool
+    kind: str = ""  # of learned tokens: one of `kinds.KINDS`
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,9 @@ class ShownRow:
     trained: int
     stops: int  # end-of-turn tokens learned
     truncated: bool
+    input_ids: list[int]
+    spans: tuple[Span, ...]  # the learned tokens: first, end, kind
+    segments: Segments  # of a row whose answers have contexts of their own: (number of tokens, parent or -1)
     parts: list[Stretch]
 
     @property
@@ -77,25 +83,47 @@ def _shown(use: str, example: Example, tokenizer: Any, control: frozenset[int]) 
         trained=example.n_trained,
         stops=example.n_stops,
         truncated=example.is_truncated,
-        parts=list(_stretches(example, tokenizer, control)),
+        input_ids=example.input_ids,
+        spans=example.spans,
+        segments=example.segments,
+        parts=list(_parts(example, tokenizer, control)),
     )
 
 
-def _stretches(example: Example, tokenizer: Any, control: frozenset[int]) -> Iterator[Stretch]:
+def _parts(example: Example, tokenizer: Any, control: frozenset[int]) -> Iterator[Stretch]:
+    """The stretches of an example; of a tree, those of each context, in which only its own answers are learned."""
+    kinds = [""] * len(example.input_ids)
+    for first, end, kind in example.spans:
+        kinds[first:end] = [kind] * (end - first)
+    if not example.segments:
+        yield from _stretches(example.input_ids, kinds, tokenizer, control)
+        return
+    codes = [IGNORED if not kind else KINDS.index(kind) for kind in kinds]
+    rows = unfold(example.input_ids, codes, example.segments)
+    for number, (ids, row_codes) in enumerate(rows, start=1):
+        yield Stretch(f"{chr(10) if number > 1 else ''}context {number} of {len(rows)}:", False, is_control=True)
+        yield Stretch("\n", False, is_control=False)
+        row_kinds = ["" if code == IGNORED else KINDS[code] for code in row_codes]
+        yield from _stretches(ids, row_kinds, tokenizer, control)
+
+
+def _stretches(
+    token_ids: Sequence[int], kinds: Sequence[str], tokenizer: Any, control: frozenset[int]
+) -> Iterator[Stretch]:
     marked = [
         # The position makes each control token a group by itself.
-        (label != IGNORED, place if token in control else -1, token)
-        for place, (token, label) in enumerate(zip(example.input_ids, example.labels, strict=True))
+        (kind, place if token in control else -1, token)
+        for place, (token, kind) in enumerate(zip(token_ids, kinds, strict=True))
     ]
     ids: list[int] = []
     before = ""
-    for (is_learned, place), group in groupby(marked, key=lambda entry: entry[:2]):
+    for (kind, place), group in groupby(marked, key=lambda entry: entry[:2]):
         group_ids = [token for *_, token in group]
         ids += group_ids
         # A decoder may drop a leading space, so the text of a stretch is what it adds to the text before it.
         whole = _decode(ids, tokenizer)
         text = whole[len(before) :] if whole.startswith(before) else _decode(group_ids, tokenizer)
-        yield Stretch(text, is_learned, place >= 0)
+        yield Stretch(text, bool(kind), place >= 0, kind)
         before = whole
 
 

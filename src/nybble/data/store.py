@@ -148,6 +148,13 @@ class Examples(Sequence[Example]):
         counted = pa.compute.value_counts(pa.compute.list_flatten(values)).to_pylist()
         return {entry["values"]: entry["counts"] for entry in sorted(counted, key=lambda entry: -entry["counts"])}
 
+    def learned_by_kind(self) -> dict[str, int]:
+        """How many learned tokens there are of each kind; the first token of a sequence is never predicted."""
+        values = self._column("spans").take(pa.array(self._index))
+        first, end, kind = pa.compute.list_flatten(values).to_numpy().reshape(-1, 3).T
+        counts = np.bincount(kind, weights=end - np.maximum(first, 1), minlength=len(KINDS))
+        return {name: int(count) for name, count in zip(KINDS, counts, strict=True) if count}
+
     def distinct(self, name: str) -> list[Any]:
         """The distinct values of a column, or of the lists in it, in order of first appearance."""
         values = self._column(name).take(pa.array(self._index))

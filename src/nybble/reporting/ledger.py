@@ -35,10 +35,14 @@ _LINES: tuple[tuple[str, str], ...] = (
     ("longest row", "length_max"),
 )
 
+_KINDS = {"answer": "answers", "call": "tool calls", "end": "ends of turns", "text": "other text"}
+
 
 def ledger_lines(ledger: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Pairs of label and count; counts that an older record lacks are omitted."""
     lines = [(label, _show(name, ledger[name])) for label, name in _LINES if name in ledger]
+    kinds = ledger.get("tokens_by_kind", {})
+    lines += [(f"tokens learned: {_KINDS.get(kind, kind)}", format_count(n)) for kind, n in kinds.items()]
     lines += [(f"not used: {name}", _rows(count)) for name, count in ledger.get("not_used", {}).items()]
     lines += [(note, _rows(count)) for note, count in ledger.get("notes", {}).items()]
     lines += [("file not read", name) for name in ledger.get("files_not_read", ())]
