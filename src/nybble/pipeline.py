@@ -279,7 +279,7 @@ def inspect_rows(
         resolved.data, resolved.evaluation, tokenizer, resolved.training.seed, rows_cache(resolved.quantization), watch
     )
     shown = show_rows(prepared, tokenizer, show, find)
-    return Inspection(resolved.data.dataset_name, prepared.ledger, shown, prepared.fault)
+    return Inspection(resolved.data.source, prepared.ledger, shown, prepared.fault)
 
 
 def probe(

@@ -68,7 +68,7 @@ def test_a_developer_is_a_system(learns: Call, template: str) -> None:
 )
 def test_pairs_are_read_by_their_usual_names(learns: Call, template: str, question: str, answer: str) -> None:
     done = learns({"id": 3, question: "Q", answer: "A"}, "<s>u:Q|a:", "A</s>", chat_template=template)
-    assert (done.ledger.shape, done.ledger.not_used) == ("question_answer", {"id": 1})
+    assert (done.ledger.shape, done.ledger.not_used) == ("qa", {"id": 1})
 
 
 def test_pairs_without_a_template_have_alpacas_form(learns: Call) -> None:

@@ -136,11 +136,11 @@ def test_verbs_list_the_settings_that_they_take(
 ) -> None:
     for verb in ("plan", "probe", "compare", "demo"):
         assert "Training settings:" in help_of(verb, 80, monkeypatch, capsys)
-    for verb in ("data", "quantize", "merge", "export"):
+    for verb in ("data", "quantize", "merge", "export", "ask", "chat"):
         text = help_of(verb, 80, monkeypatch, capsys)
         assert "Model settings:" in text
         assert "Training settings:" not in text
-    for verb in ("ask", "chat", "doctor", "report", "resume-check", "settings"):
+    for verb in ("doctor", "report", "resume-check", "settings"):
         assert "settings:" not in help_of(verb, 80, monkeypatch, capsys)
 
 

@@ -8,7 +8,8 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Sequence
-from datetime import date
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nybble.data import Example, Prepared, encode_all
+from nybble.data import Example, Prepared, encode_all, templates
+from nybble.data.columns import Layout
 from nybble.data.rows import _load_hub, _read_hub
 from nybble.errors import CannotRunError, RowsError
 from nybble.recipe import DataSection
@@ -24,6 +26,7 @@ from nybble.run.record import Silent
 from nybble.storage.cache import Cache
 
 Call = Callable[..., Prepared]
+_TEXT = Layout("text", {"text": "text"})
 NUMBERED = [{"text": f"<s>[INST] {i} [/INST] {i} </s>"} for i in range(40)]
 MANY = [{"text": f"<s>[INST] {i % 600} [/INST] {'a' * (i % 50)} </s>", "answer": str(i)} for i in range(700)]
 
@@ -252,12 +255,14 @@ class TestKept:
         assert notes() == []
 
     def test_the_key_is_of_everything_that_decides_the_tokens(self, tok: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        def key(shape: str = "text", answer_field: str = "answer", **data: Any) -> str:
-            return encode_all.Encoder(tok, shape, DataSection(**data), answer_field).key()
+        def key(layout: Layout = _TEXT, answer_field: str = "answer", **data: Any) -> str:
+            return encode_all.Encoder(tok, layout, DataSection(**data), answer_field).key()
 
         decide: list[dict[str, Any]] = [
-            {}, {"shape": "alpaca"}, {"answer_field": "a"}, {"dataset_text_field": "t"}, {"loss_on": "last_answer"},
-            {"overlong": "drop"}, {"max_length": 9},
+            {}, {"layout": Layout("text", {"text": "t"})}, {"layout": Layout("alpaca", {"text": "text"})},
+            {"layout": replace(_TEXT, given={"system": "s"})}, {"answer_field": "a"},
+            {"layout": replace(_TEXT, ignored=frozenset({"system"}))}, {"loss_on": "last_answer"},
+            {"overlong": "drop"}, {"max_length": 9}, {"on_bad_row": "skip"},
         ]  # fmt: skip
         assert len({key(**changed) for changed in decide}) == len(decide)
         assert key(dataset_name="x", eval_fraction=0.5, dataset_num_proc=3) == key()
@@ -265,8 +270,8 @@ class TestKept:
         for template in ("{{ strftime_now('%d') }}", "{{ messages }}"):
             tok.chat_template = template
             for day in (1, 2):  # a template may tell the date
-                now = SimpleNamespace(date=lambda day=day: date(2026, 1, day))
-                monkeypatch.setattr(encode_all, "datetime", SimpleNamespace(now=lambda _zone, now=now: now))
+                now = datetime(2026, 1, day, tzinfo=UTC)
+                monkeypatch.setattr(templates, "template_clock", lambda now=now: now)
                 keys.add(key())
         assert len(keys) == 3
 

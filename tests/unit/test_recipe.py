@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
 from nybble.errors import InputError, RecipeError
-from nybble.recipe import Recipe, Setting, all_settings, json_schema, load_recipe, save_recipe
+from nybble.recipe import DataSet, Recipe, Setting, all_settings, json_schema, load_recipe, save_recipe
+from nybble.recipe.schema import COLUMN_ROLES
 from nybble.recipe.setting import Bytes, Steps, StepsOrNone
 
 SETTINGS = all_settings()
@@ -59,6 +60,8 @@ def other_value(item: Setting) -> Any:
         return 0.125
     if item.is_mapping:
         return {"one": 7, ".*two": 8}
+    if item.name == "columns":
+        return ["question=one", "answer=two"]
     if get_origin(kind) is tuple:
         return ["one", "two"] if item.values == "NAMES" else [0, 2]
     return "other"
@@ -311,6 +314,11 @@ def values(kind: Any, limits: dict[str, float]) -> st.SearchStrategy[Any]:
         return st.lists(values(get_args(kind)[0], {}), max_size=3)
     if get_origin(kind) is dict:
         return st.dictionaries(MODULES, values(get_args(kind)[1], {}), max_size=3)
+    if kind is DataSet:
+        taken = st.one_of(
+            st.just({}), st.builds(dict, rows=st.integers(1, 9)), st.builds(dict, weight=st.floats(0.1, 9))
+        )
+        return st.builds(lambda path, taken: {"path": path, **taken}, MODULES, taken)
     if kind is float:
         low, high = limits.get("ge", limits.get("gt", -1e300)), limits.get("le", limits.get("lt", 1e300))
         return st.floats(low, high, exclude_min="gt" in limits, exclude_max="lt" in limits, allow_nan=False)
@@ -330,6 +338,11 @@ def recipes(draw: st.DrawFn) -> Recipe:
         for item in chosen
         if item.name in ("target_modules", "exclude_modules")
     }
+    roles = st.lists(st.sampled_from(COLUMN_ROLES), max_size=3, unique=True)
+    named = roles.flatmap(
+        lambda some: st.tuples(*[MODULES.map(lambda name, role=role: f"{role}={name}") for role in some])
+    )
+    given_values |= {item.path: draw(named) for item in chosen if item.name == "columns"}
     content: dict[str, Any] = {"training": {"hub_model_id": "me/" + draw(st.text())}}
     for path, value in given_values.items():
         section, _, name = path.rpartition(".")
@@ -345,6 +358,11 @@ def recipes(draw: st.DrawFn) -> Recipe:
     if content["training"].get("fsdp_cpu_offload") or content["training"].get("fsdp_shards"):
         content["training"]["distributed"] = "fsdp"
     content.get("lora", {}).pop("layers_pattern", None)
+    if isinstance(content.get("data", {}).get("dataset_name"), list):  # several sets have their own rows and splits
+        content["data"] = {
+            k: v for k, v in content["data"].items() if k not in ("max_train_rows", "eval_dataset_split")
+        }
+        content["data"]["dataset_name"] = content["data"]["dataset_name"] or "none"
     return Recipe.model_validate(content)
 
 

@@ -105,7 +105,7 @@ def find_layout(rows: Rows, data: DataSection) -> Layout:
             "with --columns, e.g. --columns question=ask,answer=reply"
         )
     columns = {role: given.get(role, role) for role in _roles_of(shape, present, data)}
-    if shape == "question_answer":
+    if shape == "qa":
         question = "question" if "question" in given else _first_text(_QUESTIONS, present) or "question"
         answer = "answer" if "answer" in given else _first_text(_ANSWERS, present) or "answer"
         columns = {"question": given.get(question, question), "answer": given.get(answer, answer)}
@@ -134,13 +134,13 @@ def _find_shape(present: Mapping[str, Any], given: Mapping[str, str], data: Data
     """The shape, or None. What the setting `columns` names comes first; then a shape that has its usual names."""
     chat = _find_chat(present)
     usual: list[tuple[str, bool]] = [
-        ("question_answer", bool({"question", "answer"} & given.keys())),
+        ("qa", bool({"question", "answer"} & given.keys())),
         ("sharegpt", chat is not None and "from" in (_first_message(present[chat]) or ())),
         ("messages", chat is not None),
         ("prompt_completion", "prompt" in present and "completion" in present),
         ("alpaca", "instruction" in present and "output" in present),
         ("text", data.dataset_text_field in present),
-        ("question_answer", bool(_first_text(_QUESTIONS, present) and _first_text(_ANSWERS, present))),
+        ("qa", bool(_first_text(_QUESTIONS, present) and _first_text(_ANSWERS, present))),
         # These hold no conversation in the first row, which is then named as a fault.
         ("messages", "messages" in present),
         ("sharegpt", "conversations" in present),

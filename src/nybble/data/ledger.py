@@ -49,6 +49,7 @@ class Ledger:
     not_used: dict[str, int] = field(default_factory=dict)  # column or message key -> rows that hold something there
     notes: dict[str, int] = field(default_factory=dict)  # what was changed in rows -> number of rows
     files_not_read: tuple[str, ...] = ()  # files of the folder that hold no rows
+    sets: dict[str, Ledger] = field(default_factory=dict)  # the ledger of each set, if there are several
 
     @property
     def in_words(self) -> list[str]:
@@ -61,6 +62,9 @@ class Ledger:
         ]
         if self.tokens_by_kind.keys() & {"reasoning", "call"}:
             lines.append("learned: " + ", ".join(f"{n:,} tokens of {kind}" for kind, n in self.tokens_by_kind.items()))
+        for name, part in self.sets.items():
+            share = part.tokens_trained / max(self.tokens_trained, 1)
+            lines.append(f"{name}: {_rows(part.rows_used)} to train, {100 * share:.1f} % of the learned tokens")
         if self.not_used:
             names = [f"{name} in {_rows(rows)}" for name, rows in self.not_used.items()]
             lines.append(f"not used: {', '.join(names)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from numpy.typing import NDArray
 from nybble.data.columns import find_layout
 from nybble.data.encode_all import Encoder, encode_rows
 from nybble.data.ledger import Ledger, count_rows, first_of_rows
+from nybble.data.mixture import mix_sets
 from nybble.data.rows import Rows, read_rows
 from nybble.data.store import Examples
 from nybble.data.templates import find_template
 from nybble.data.tree import path_before
 from nybble.errors import RowsError
-from nybble.recipe import DataSection, EvaluationSection, QuantizationSection
+from nybble.recipe import DataSection, DataSet, EvaluationSection, QuantizationSection
 from nybble.run.record import Observer, Silent
 from nybble.storage.cache import Cache
 
@@ -80,11 +82,15 @@ def examine_rows(
         encoder = Encoder(tokenizer, find_layout(rows, data), data, evaluation.answer_field)
         return encode_rows(rows, encoder, cache, watch or Silent())
 
-    rows = read_rows(data.dataset_name, data.dataset_split, data.max_train_rows, data.dataset_config, data.on_bad_row)
+    sets = [
+        read_rows(part.path, part.split or "train", part.rows or data.max_train_rows, part.config, data.on_bad_row)
+        for part in data.sets
+    ]
     eval_rows = _read_eval_rows(data, evaluation)
     # The held-out rows are few, so they are encoded first: their faults show at once.
     eval_examples = encode(eval_rows) if eval_rows is not None else None
-    read = encode(rows)
+    mixture = mix_sets(data.sets, sets, [encode(rows) for rows in sets])
+    read = mixture.examples
     useful = _useful(read)
     if eval_examples is not None:
         held_out = eval_examples
@@ -92,7 +98,7 @@ def examine_rows(
         is_held_out = np.zeros_like(useful)
     else:
         eval_seed = seed if data.eval_seed is None else data.eval_seed
-        is_held_out = _hold_out(len(rows), data.eval_fraction, eval_seed, evaluation.max_eval_rows)
+        is_held_out = _hold_out(len(useful), data.eval_fraction, eval_seed, evaluation.max_eval_rows)
         held_out = _of_rows(read, is_held_out)
         held_out_useful = useful
     leaks = np.logical_or.reduceat(np.isin(read.column("key"), held_out.column("key")), first_of_rows(read))
@@ -101,22 +107,46 @@ def examine_rows(
     dropped = is_good & ~used & ~(is_held_out & useful)
     held_out = _of_rows(held_out, held_out_useful)
     is_used = used[read.column("row") - 1]
-    n_held_out = len(np.unique(held_out.column("row")))
-    ledger = count_rows(read, is_used, n_held_out, data.max_length, find_layout(rows, data).shape)
-    ledger = replace(ledger, rows_dropped=int(dropped.sum()), files_not_read=rows.files_not_read)
+    shapes = [find_layout(rows, data).shape for rows in sets]
+
+    def count(is_counted: NDArray[np.bool_], shape: str) -> Ledger:
+        """The ledger of those rows for which `is_counted`, `(rows,)`, is true."""
+        of_rows = is_counted[read.column("row") - 1]
+        held = np.unique(held_out.column("row"))
+        n_held_out = len(held) if eval_examples is not None else int(is_counted[held - 1].sum())
+        ledger = count_rows(read.take(of_rows), is_used[of_rows], n_held_out, data.max_length, shape)
+        return replace(ledger, rows_dropped=int((dropped & is_counted).sum()))
+
+    ledger = count(np.ones_like(useful), " + ".join(dict.fromkeys(shapes)))
+    parts = zip(_names_of(data.sets), shapes, strict=True)
+    several = {name: count(mixture.set_of_row == k, shape) for k, (name, shape) in enumerate(parts)}
+    ledger = replace(
+        ledger,
+        files_not_read=tuple(file for rows in sets for file in rows.files_not_read),
+        sets=several if len(sets) > 1 else {},
+    )
+    fingerprint = mixture.fingerprint
     return Prepared(
         train=read.take(is_used),
         held_out=held_out,
         ledger=ledger,
-        fingerprint=rows.fingerprint if eval_rows is None else f"{rows.fingerprint}+{eval_rows.fingerprint}",
+        fingerprint=fingerprint if eval_rows is None else f"{fingerprint}+{eval_rows.fingerprint}",
         dropped=_of_rows(read, dropped),
-        fault=_fault(ledger, rows.source, data),
+        fault=_fault(ledger, data.source, data),
     )
+
+
+def _names_of(sets: Sequence[DataSet]) -> list[str]:
+    """A name for each set: its path, with a number where several sets have one."""
+    paths = [part.path for part in sets]
+    return [
+        path if paths.count(path) == 1 else f"{path} ({paths[: k + 1].count(path)})" for k, path in enumerate(paths)
+    ]
 
 
 def _read_eval_rows(data: DataSection, evaluation: EvaluationSection) -> Rows | None:
     """The held-out rows of a separate file, data set or split, if the recipe names one."""
-    name = data.eval_dataset_name or (data.dataset_name if data.eval_dataset_split else None)
+    name = data.eval_dataset_name or (data.source if data.eval_dataset_split else None)
     if name is None:
         return None
     if data.eval_dataset_name is None and Path(name).expanduser().is_file():

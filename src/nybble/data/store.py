@@ -90,14 +90,34 @@ def map_records(file: Path) -> list[pa.RecordBatch]:
 class Examples(Sequence[Example]):
     """A sequence of examples backed by Arrow records; each `Example` is built on access."""
 
-    def __init__(self, batches: Sequence[pa.RecordBatch], index: NDArray[np.int64] | None = None) -> None:
+    def __init__(
+        self,
+        batches: Sequence[pa.RecordBatch],
+        index: NDArray[np.int64] | None = None,
+        rows: NDArray[np.int64] | None = None,
+    ) -> None:
         """Args:
         batches: the records.
         index: which records, in which order, `(len,) int64`, counted across all batches; None for all of them.
+        rows: their row numbers, `(len,) int64`; None for those in the records.
         """
         self._batches = batches
         self._ends = np.cumsum([batch.num_rows for batch in batches])
         self._index = np.arange(self._ends[-1]) if index is None else index
+        self._rows = self._numbers("row") if rows is None else rows
+
+    @classmethod
+    def join(cls, parts: Sequence[Examples], order: NDArray[np.int64], rows: NDArray[np.int64]) -> Examples:
+        """Examples of several sequences, in any order and with new row numbers.
+
+        Args:
+            parts: the sequences.
+            order: which examples, `(len,) int64`, counted across all parts.
+            rows: their row numbers, `(len,) int64`.
+        """
+        sizes = [int(part._ends[-1]) for part in parts]
+        index = np.concatenate([part._index + sum(sizes[:k]) for k, part in enumerate(parts)])
+        return cls([batch for part in parts for batch in part._batches], index[order], rows)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -110,7 +130,7 @@ class Examples(Sequence[Example]):
 
     def __getitem__(self, at: int | slice) -> Example | Examples:
         if isinstance(at, slice):
-            return Examples(self._batches, self._index[at])
+            return Examples(self._batches, self._index[at], self._rows[at])
         place = int(self._index[at])
         number = int(np.searchsorted(self._ends, place, side="right"))
         batch = self._batches[number]
@@ -124,7 +144,8 @@ class Examples(Sequence[Example]):
             stop_tokens=tuple(batch.column("stop_tokens")[record].as_py()),
             segments=tuple((length, parent) for length, parent in pairs),
             spans=tuple((first, end, KINDS[kind]) for first, end, kind in triples),
-            **{name: batch.column(name)[record].as_py() for name in _COPIED},
+            **{name: batch.column(name)[record].as_py() for name in _COPIED if name != "row"},
+            row=int(self._rows[at]),
         )
 
     def __iter__(self) -> Iterator[Example]:
@@ -132,10 +153,13 @@ class Examples(Sequence[Example]):
 
     def take(self, chosen: NDArray[Any]) -> Examples:
         """A subset of the examples, chosen by indices or by a boolean mask `(len,)`."""
-        return Examples(self._batches, self._index[chosen])
+        return Examples(self._batches, self._index[chosen], self._rows[chosen])
 
     def column(self, name: str) -> NDArray[Any]:
         """One column of numbers, `(len,)`; this reads no tokens."""
+        return self._rows if name == "row" else self._numbers(name)
+
+    def _numbers(self, name: str) -> NDArray[Any]:
         return np.asarray(self._column(name).to_numpy()[self._index])
 
     def is_null(self, name: str) -> NDArray[np.bool_]:

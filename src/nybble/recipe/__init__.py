@@ -21,6 +21,7 @@ from nybble.recipe.plan import (
 )
 from nybble.recipe.schema import (
     DataSection,
+    DataSet,
     EvaluationSection,
     LoraSection,
     ModelSection,
@@ -34,6 +35,7 @@ __all__ = [
     "SECTIONS",
     "Change",
     "DataSection",
+    "DataSet",
     "EvaluationSection",
     "LevelPlan",
     "LoraSection",

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from nybble.errors import RecipeError
 from nybble.guard import shown
-from nybble.recipe.schema import Recipe
+from nybble.recipe.schema import DataSet, Recipe
 from nybble.recipe.setting import Bytes, BytesOrGiB, Numbers, Section
 from nybble.units import exact_size
 
@@ -173,6 +173,7 @@ _WORDS: dict[Any, str] = {
     bool: "true|false",
     str: "TEXT",
     tuple[str, ...]: "NAMES",
+    tuple[DataSet, ...]: "SETS",
     Numbers: "{NAME: VALUE}",
     Bytes: "SIZE",
     BytesOrGiB: "SIZE",

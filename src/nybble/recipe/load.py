@@ -138,13 +138,20 @@ def _check_secrets(values: Mapping[str, Mapping[str, Any]]) -> None:
     """What a recipe says is written into the run, its reports and its model card."""
     for section, settings in values.items():
         for name, value in settings.items():
-            several = value.values() if isinstance(value, dict) else value
-            texts = several if isinstance(value, list | tuple | dict) else [value]
-            if any(redact(text) != text for text in texts if isinstance(text, str)):
+            if any(redact(text) != text for text in _texts_in(value)):
                 raise RecipeError(
                     f"{section}{'.' if section else ''}{name}: holds a token or a password, and a recipe is kept with "
                     "the run; leave it out and log in with `hf auth login`"
                 )
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """Every text in a value, which may be a list or a mapping of others."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts_in(inner)
 
 
 def _flat(content: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:

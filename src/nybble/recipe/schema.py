@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from nybble.recipe.setting import (
     Bytes,
@@ -240,12 +240,38 @@ class LoraSection(Section):
         return self
 
 
+class DataSet(BaseModel):
+    """One of several sets of training rows."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    path: str = Field(min_length=1, description="A file, a folder, or a hub id.")
+    weight: float = Field(1, gt=0, description="How often each row is taken: 2 takes the set twice, 0.5 half of it.")
+    rows: int | None = Field(
+        None, ge=1, description="Take this many of the first rows instead, repeating them if needed."
+    )
+    split: str | None = Field(None, description="Its split; dataset_split by default.")
+    config: str | None = Field(None, description="Its configuration on the hub; dataset_config by default.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataSet:
+        if self.rows is not None and self.weight != 1:
+            raise ValueError("rows and weight both say how much of a set is taken; give one of them")
+        return self
+
+
 class DataSection(Section):
     """The rows, and which of their tokens are learned."""
 
-    dataset_name: str = setting(
+    dataset_name: str | tuple[DataSet, ...] = setting(
         "",
-        "The training rows: a parquet, json, jsonl, csv or text file, a folder of such files, or a hub id.",
+        "The training rows: a parquet, json, jsonl, csv or text file, a folder of such files, or a hub id. Several "
+        "sets are a list of {path, weight or rows, split, config}; their rows are mixed in proportion.",
         unset="none; it must be given",
         aliases=("dataset", "dataset_path", "data", "train_file"),
         neutral=True,
@@ -272,10 +298,8 @@ class DataSection(Section):
         ge=1,
         neutral=True,
     )
-    data_format: Literal["auto", "text", "prompt_completion", "question_answer", "alpaca", "sharegpt", "messages"] = (
-        setting(
-            "auto", "Format of the rows; auto reads it from their columns.", aliases=("format_type", "dataset_format")
-        )
+    data_format: Literal["auto", "text", "prompt_completion", "qa", "alpaca", "sharegpt", "messages"] = setting(
+        "auto", "Format of the rows; auto reads it from their columns.", aliases=("format_type", "dataset_format")
     )
     columns: tuple[str, ...] = setting(
         (),
@@ -372,6 +396,31 @@ class DataSection(Section):
     @classmethod
     def _names(cls, value: Any) -> Any:
         return split_names(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _sets(self) -> DataSection:
+        if not isinstance(self.dataset_name, str):
+            if not self.dataset_name:
+                raise ValueError("dataset_name names no set; write a list of {path: FILE, weight: 1}")
+            if self.max_train_rows is not None:
+                raise ValueError("max_train_rows is for one data set; give rows to each set in dataset_name")
+            if self.eval_dataset_split is not None and self.eval_dataset_name is None:
+                raise ValueError("eval_dataset_split is for one data set; name it in eval_dataset_name")
+        return self
+
+    @property
+    def sets(self) -> tuple[DataSet, ...]:
+        """The sets of training rows, with their splits and configurations."""
+        sets = self.dataset_name
+        if isinstance(sets, str):
+            sets = (DataSet.model_construct(path=sets),)  # an empty path is refused where rows are read
+        filled = {"split": self.dataset_split, "config": self.dataset_config}
+        return tuple(s.model_copy(update={k: v for k, v in filled.items() if getattr(s, k) is None}) for s in sets)
+
+    @property
+    def source(self) -> str:
+        """The training rows, as a person names them."""
+        return self.dataset_name if isinstance(self.dataset_name, str) else ", ".join(s.path for s in self.dataset_name)
 
     @field_validator("columns")
     @classmethod

@@ -43,6 +43,9 @@ def ledger_lines(ledger: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = [(label, _show(name, ledger[name])) for label, name in _LINES if name in ledger]
     kinds = ledger.get("tokens_by_kind", {})
     lines += [(f"tokens learned: {_KINDS.get(kind, kind)}", format_count(n)) for kind, n in kinds.items()]
+    for name, part in ledger.get("sets", {}).items():
+        trained = f"{format_count(part['tokens_trained'])} tokens learned"
+        lines.append((name, f"{_rows(part['rows_used'])} to train, {trained}"))
     lines += [(f"not used: {name}", _rows(count)) for name, count in ledger.get("not_used", {}).items()]
     lines += [(note, _rows(count)) for note, count in ledger.get("notes", {}).items()]
     lines += [("file not read", name) for name in ledger.get("files_not_read", ())]
