@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from nybble.data import Prepared, encode_chat
+from nybble.data.contexts import encode_turns
 from nybble.data.shapes import Turn
 from nybble.data.tree import merge_contexts, unfold
 from nybble.errors import RowsError
@@ -379,3 +382,58 @@ def test_a_border_whose_tokens_depend_on_the_answer_is_cut_as_in_generation(cont
     got = contexts(template, turns)
     assert [learned for _, learned in got] == [":c</s>", "e</s>"]
     assert got[0][0] == "<s>user:b|assistant::c</s>"
+
+
+ANY = st.text(st.characters(categories=("L", "N", "P", "Sc", "Zs")), min_size=1, max_size=8)
+WORDS = ANY.map(str.strip).filter(bool)
+WRITES = {"keeps": "true", "drops": "loop.last", "thinks last": "loop.index0 > last.q"}
+ENDS = {"token": "eos_token", "line": "eos_token + '\n'", "none": "''", "only the last": "eos_token if loop.last"}
+OPENS = {"no": "", "yes": "<think>"}
+
+
+def any_template(later: str, end: str, opens: str, trims: bool) -> str:
+    """A template by when it writes reasoning, how it ends an answer, what it prompts with, and whether it trims."""
+    text = "m.content|trim" if trims else "m.content"
+    return (
+        "{%- set last = namespace(q=0) %}{% for m in messages %}{% if m.role == 'user' %}{% set last.q = loop.index0 %}"
+        "{% endif %}{% endfor %}{{ bos_token }}{% for m in messages %}{{ '[' + m.role + ']' }}"
+        "{% if m.role == 'assistant' and (" + WRITES[later] + ") %}"
+        "{{ '<think>' + (m.reasoning_content or '') + '</think>' }}{% endif %}{{ " + text + " }}"
+        "{% if m.role == 'assistant' %}{{ " + ENDS[end] + " }}{% else %}{{ '|' }}{% endif %}{% endfor %}"
+        "{{ '[assistant]" + OPENS[opens] + "' if add_generation_prompt }}"
+    )
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    pairs=st.lists(st.tuples(WORDS, WORDS, st.one_of(st.just(""), WORDS), st.booleans()), min_size=1, max_size=5),
+    system=st.one_of(st.just(""), WORDS),
+    later=st.sampled_from(sorted(WRITES)),
+    end=st.sampled_from(sorted(ENDS)),
+    opens=st.sampled_from(sorted(OPENS)),
+    trims=st.booleans(),
+)
+def test_what_is_learned_is_what_generation_has_to_produce(
+    tok: Any, pairs: list[tuple[str, str, str, bool]], system: str, later: str, end: str, opens: str, trims: bool
+) -> None:
+    tok.chat_template = any_template(later, end, opens, trims)
+    turns = [Turn("system", system)] if system else []
+    for question, answer, why, is_learned in pairs:
+        turns += [Turn("user", question), Turn("assistant", answer, reasoning=why, learn=is_learned)]
+    contexts, _notes = encode_turns(turns, tok, where="row 1")
+    found = [(context.ids, answer) for context in contexts for answer in context.answers]
+    wanted = [k for k, turn in enumerate(turns) if turn.role == "assistant" and turn.learn]
+    assert len(found) == len(wanted)
+    messages = [
+        {"role": turn.role, "content": turn.content} | ({"reasoning_content": turn.reasoning} if turn.reasoning else {})
+        for turn in turns
+    ]
+    for k, (ids, answer) in zip(wanted, found, strict=True):
+        asked = tok.apply_chat_template(messages[:k], tokenize=False, add_generation_prompt=True)
+        assert ids[: answer.first] == tok(asked, add_special_tokens=False).input_ids
+        newest = tok.apply_chat_template(messages[: k + 1], tokenize=False)
+        produced = tok.decode(ids[answer.first : answer.end])
+        assert newest.startswith(asked)
+        assert produced == newest[len(asked) :].removesuffix("\n").removesuffix("</s>") + "</s>"
+        assert ids[answer.end - 1] == tok.eos_token_id
+        assert [kind for _, _, kind in answer.spans][-2:] == ["answer", "end"]
