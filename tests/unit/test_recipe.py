@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
 from nybble.errors import InputError, RecipeError
-from nybble.recipe import DataSet, Recipe, Setting, all_settings, json_schema, load_recipe, save_recipe
+from nybble.recipe import DataSet, Recipe, Setting, all_settings, json_schema, load_recipe, path_of, save_recipe
+from nybble.recipe.other_tools import ANSWERS
 from nybble.recipe.schema import COLUMN_ROLES
 from nybble.recipe.setting import Bytes, Steps, StepsOrNone
 
@@ -438,3 +441,41 @@ def test_infinity_is_refused(name: str) -> None:
 
 def test_skip_modules_takes_names_with_commas() -> None:
     assert load_recipe(None, {"skip_modules": "lm_head"}).quantization.skip_modules == ("lm_head",)
+
+
+def fields_of_other_tools() -> list[str]:
+    """Every name in the configurations of the installed transformers, TRL and PEFT."""
+    from peft import LoraConfig
+    from transformers import TrainingArguments
+    from trl import ModelConfig, ScriptArguments, SFTConfig
+
+    kinds = (TrainingArguments, SFTConfig, ModelConfig, ScriptArguments, LoraConfig)
+    return sorted({field.name for kind in kinds for field in dataclasses.fields(kind)})
+
+
+def test_every_setting_of_transformers_trl_and_peft_is_honoured_or_answered() -> None:
+    names = fields_of_other_tools()
+    assert len(names) > 180
+    told = {}
+    for name in names:
+        try:
+            path_of(name)
+        except RecipeError as error:
+            told[name] = str(error).partition("; ")[2]
+    assert len(names) - len(told) > 60
+    vague = [name for name, answer in told.items() if not re.match(r"(use|remove it:|train|log in) ", answer)]
+    assert vague == [], "these names have no answer in recipe/other_tools.py"
+
+
+@pytest.mark.parametrize("name", sorted(ANSWERS))
+def test_an_answer_names_settings_that_exist(name: str) -> None:
+    """What it says to use is a setting with such a value, or a flag."""
+    answer = ANSWERS[name]
+    assert len(answer) < 130
+    assert "\n" not in answer
+    known = {item.name: item for item in SETTINGS}
+    named = r"\b(?:use|and|or) (\w+_\w+|method|device|lean|loss_on|packing)(?:: (\w+))?"
+    for setting, value in re.findall(named, answer):
+        assert setting in known, answer
+        if value and not known[setting].is_mapping:
+            load_recipe(None, {setting: value})

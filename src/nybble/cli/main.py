@@ -19,6 +19,7 @@ from nybble.cli import (
     demo,
     doctor,
     export,
+    import_recipe,
     merge,
     plan,
     probe,
@@ -67,6 +68,7 @@ app.command("quantize", cls=SettingsCommand)(quantize.quantize)
 app.command("doctor")(doctor.doctor)
 app.command("report")(report.report)
 app.command("resume-check")(resume_check.resume_check)
+app.command("import")(import_recipe.import_recipe)
 app.command("settings")(settings.settings)
 
 

@@ -13,21 +13,10 @@ from pydantic.fields import FieldInfo
 
 from nybble.errors import RecipeError
 from nybble.guard import shown
+from nybble.recipe.other_tools import ANSWERS
 from nybble.recipe.schema import DataSet, Recipe
 from nybble.recipe.setting import Bytes, BytesOrGiB, Numbers, Section
 from nybble.units import exact_size
-
-# Settings of other tools that are not a renaming of one of ours.
-_HINTS = {
-    "load_in_4bit": "method: qlora",
-    "load_in_8bit": "method: qlora (4 bits) or method: lora (16 bits)",
-    "quantization_bit": "method: qlora",
-    "adapter": "method: qlora",
-    "bf16": "bnb_4bit_compute_dtype: bfloat16",
-    "fp16": "bnb_4bit_compute_dtype: float16",
-    "train_on_inputs": "loss_on: answers",
-    "train_on_prompt": "loss_on: answers",
-}
 
 
 @dataclass(frozen=True)
@@ -110,8 +99,8 @@ def path_of(key: str, others: Iterable[str] = ()) -> str:
     section, _, last = spelling.rpartition(".")
     if section and last in names and names[last].startswith(f"{section}."):
         return names[last]
-    if last in _HINTS:
-        raise RecipeError(f"unknown setting {shown(key)}; use {_HINTS[last]}")
+    if last in ANSWERS:
+        raise RecipeError(f"unknown setting {shown(key)}; {ANSWERS[last]}")
     near = difflib.get_close_matches(last, [*names, *others], n=1, cutoff=0.6)
     hint = f"did you mean {near[0]!r}?" if near else "`nybble settings` lists all settings"
     raise RecipeError(f"unknown setting {shown(key)}; {hint}")

@@ -35,7 +35,7 @@ def load_recipe(path: Path | str | None = None, overrides: Mapping[str, Any] | N
     """
     values: dict[str, dict[str, Any]] = {}
     said: dict[str, str] = {}
-    for key, value in _flat(_read(path) if path is not None else {}, str(path)):
+    for key, value in _flat(read_yaml(path) if path is not None else {}, str(path)):
         setting_path = path_of(key)
         if setting_path in said:
             raise RecipeError(f"{path}: {shown(said[setting_path])} and {shown(key)} are the same setting; keep one")
@@ -78,7 +78,12 @@ def json_schema() -> dict[str, Any]:
     return Recipe.model_json_schema()
 
 
-def _read(path: Path | str) -> Mapping[str, Any]:
+def read_yaml(path: Path | str) -> Mapping[str, Any]:
+    """The names and values of a YAML file, as plain data.
+
+    Raises:
+        RecipeError: there is none, it is too large, or holds something else.
+    """
     file = Path(path)
     if not file.is_file():
         raise RecipeError(f"recipe {str(file)!r} does not exist; give a YAML file, or flags alone")

@@ -324,7 +324,7 @@ class DataSection(Section):
         None,
         "Template for rows that are conversations: inst, chatml or a .jinja file.",
         unset="the tokenizer's own",
-        aliases=("template",),
+        aliases=("template", "chat_template_path"),
     )
     loss_on: Literal["answers", "last_answer", "tool_calls", "content", "all"] = setting(
         "answers",
