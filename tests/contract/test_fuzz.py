@@ -19,16 +19,24 @@ from tools.fuzz import run as fuzz_run
 
 FIRST = 10_000_000  # beyond the numbers of a full run: other inputs
 # Reader -> inputs; all others take the default. Some go through slow libraries.
-INPUTS = {"tokenizer": 20, "model config": 60, "report": 8, "chat template": 100, "recipe": 300}
+INPUTS = {"tokenizer": 20, "model config": 60, "report": 8, "chat template": 100, "recipe": 300, "foreign recipe": 200}
 DEFAULT = 400
 NAMES = (
-    *("recipe", "rows, jsonl", "rows, json", "rows, csv", "rows, txt", "rows, parquet", "chat template"),
+    *(
+        "recipe",
+        "foreign recipe",
+        "rows, jsonl",
+        "rows, json",
+        "rows, csv",
+        "rows, txt",
+        "rows, parquet",
+        "chat template",
+    ),
     *("safetensors header", "safetensors index", "4-bit state", "model config", "tokenizer", "adapter config"),
     *("adapter weights", "adapter note", "run record", "events", "report", "comparison", "questions"),
 )
-OF_JSON = [
-    name for name in NAMES if name not in ("recipe", "rows, csv", "rows, txt", "tokenizer", "model config", "report")
-]
+OF_TEXT = ("recipe", "foreign recipe", "rows, csv", "rows, txt", "tokenizer", "model config", "report")
+OF_JSON = [name for name in NAMES if name not in OF_TEXT]
 ANY_JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),

@@ -234,7 +234,7 @@ def test_no_name_is_dropped_unsaid(tmp_path: Path, text: str) -> None:
     """Without any one of its names that is no remark, what is written is another recipe, or the value is a default."""
     whole = imported(tmp_path, text)
     content = yaml.safe_load(text)
-    silent = {"dtype", "use_peft", "do_train", "overwrite_output_dir", "stage"}  # said twice, or by the verb
+    silent = {"dtype", "bf16", "use_peft", "do_train", "overwrite_output_dir", "stage"}  # said twice, or by the verb
     for name, value in content.items():
         if value is None or value is False or name in silent or any(r.startswith(name) for r in whole.remarks):
             continue
@@ -310,7 +310,7 @@ def test_values_that_are_not_allowed_here_are_left_out_and_said(tmp_path: Path) 
 def test_odd_values_are_left_out_and_said(tmp_path: Path, content: dict[str, Any]) -> None:
     found = imported(tmp_path, content)
     assert found.remarks
-    assert load_recipe(None, {k: v for k, v in found.settings.items()}) == found.recipe
+    assert load_recipe(None, found.settings) == found.recipe
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,12 @@ _ADAPTER = (
     b'"target_modules": ["q_proj"], "use_rslora": false, "use_dora": false, "bias": "none", "modules_to_save": null, '
     b'"alpha_pattern": {}, "rank_pattern": {}, "lora_dropout": 0.0, "megatron_core": "megatron.core"}'
 )
+_FOREIGN = [
+    b"base_model: a\nadapter: qlora\ndatasets:\n  - path: rows.jsonl\n    type: alpaca\nval_set_size: 0.1\n"
+    b"num_epochs: 2\nevals_per_epoch: 4\nlora_r: 8\nspecial_tokens: {pad_token: x}\nflash_attention: true\n",
+    b"model_name_or_path: a\nstage: sft\nfinetuning_type: lora\nlora_target: all\ndataset: a,b\ntemplate: llama3\n",
+    b"model_name_or_path: a\ndtype: bfloat16\nuse_peft: true\nlora_target_modules: [q_proj]\neval_steps: 100\n",
+]
 _CONFIG = json.dumps(
     {
         "model_type": "llama",
@@ -85,6 +91,7 @@ def readers() -> dict[str, Reader]:
     reported = {"events.jsonl": events, "samples.jsonl": b'{"prompt": "a", "base": "b", "tuned": "c", "expected": ""}'}
     return {
         "recipe": Reader(30_000, _recipes(), change_bytes, _recipe, "recipe.yaml", {}, 60_000, 6 << 20),
+        "foreign recipe": Reader(30_000, _FOREIGN, change_bytes, _foreign_recipe, "recipe.yaml", {}, 60_000, 6 << 20),
         "rows, jsonl": Reader(250_000, lines, change_lines, partial(_rows, "r.jsonl"), "r.jsonl", guided=60_000),
         "rows, json": Reader(80_000, whole, change_json, partial(_rows, "r.json"), "r.json", guided=40_000),
         "rows, csv": Reader(120_000, _tables(), change_bytes, partial(_rows, "r.csv"), "r.csv", guided=40_000),
@@ -184,6 +191,12 @@ def _states() -> list[bytes]:
     plain = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": [4, 32]}
     nested = {**plain, "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.25}
     return [json.dumps(plain).encode(), json.dumps(nested).encode()]
+
+
+def _foreign_recipe(folder: Path) -> None:
+    from nybble.recipe.importing import import_recipe
+
+    import_recipe(folder / "recipe.yaml").to_yaml("recipe.yaml")
 
 
 def _recipe(folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from nybble.guard import shown
 from nybble.recipe.setting import (
     Bytes,
     BytesOrGiB,
@@ -207,7 +208,9 @@ class LoraSection(Section):
             check_pattern(value)
         for name in value if isinstance(value, tuple) else ():
             if not is_name(name):
-                raise ValueError(f"{name!r} is not the end of a name; give a regular expression alone, not in a list")
+                raise ValueError(
+                    f"{shown(name)} is not the end of a name; give a regular expression alone, not in a list"
+                )
         return value
 
     @field_validator("rank_pattern", "alpha_pattern")
@@ -234,8 +237,8 @@ class LoraSection(Section):
             raise ValueError("layers_pattern says which layers layers_to_transform counts; set that too, or remove it")
         if self.layers_to_transform and isinstance(targets, str) and targets != "all-linear" and not is_name(targets):
             raise ValueError(
-                f"target_modules {targets!r} is a regular expression, to which layers_to_transform does not apply; "
-                "write the numbers of the layers into it, or give names"
+                f"target_modules {shown(targets)} is a regular expression, to which layers_to_transform does not "
+                "apply; write the numbers of the layers into it, or give names"
             )
         return self
 
@@ -429,7 +432,8 @@ class DataSection(Section):
         for pair, role in zip(value, roles, strict=True):
             if role not in COLUMN_ROLES or not pair.partition("=")[2] or roles.count(role) > 1:
                 raise ValueError(
-                    f"{pair!r} names no column; write role=column once a role, with one of {', '.join(COLUMN_ROLES)}"
+                    f"{shown(pair)} names no column; write role=column once a role, with one of "
+                    f"{', '.join(COLUMN_ROLES)}"
                 )
         return value
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationInfo, field_validator
 
+from nybble.guard import clipped, shown
 from nybble.units import exact_size, parse_bytes
 
 
@@ -68,7 +69,9 @@ def check_pattern(text: str) -> None:
     try:
         re.compile(text)
     except re.error as error:
-        raise ValueError(f"{text!r} is not a regular expression ({error}); escape what is meant literally") from error
+        raise ValueError(
+            f"{shown(text)} is not a regular expression ({clipped(str(error))}); escape what is meant literally"
+        ) from error
 
 
 def _reader_of_sizes(bare_unit: str) -> Callable[[Any], int]:
