@@ -11,7 +11,7 @@ import yaml
 
 from nybble.cli.main import run as run_nybble
 from nybble.errors import RecipeError
-from nybble.recipe import load_recipe
+from nybble.recipe import DataSet, load_recipe
 from nybble.recipe.catalogue import spellings
 from nybble.recipe.importing import DEFAULTS, Imported, import_recipe
 
@@ -173,7 +173,7 @@ EXPECTED = {
     },
     AXOLOTL: {
         "method": "qlora",
-        "data.dataset_name": "rows/support.jsonl",
+        "data.dataset_name": (DataSet(path="rows/support.jsonl"), DataSet(path="rows/other.jsonl")),
         "data.max_length": 8192,
         "data.loss_on": "answers",
         "data.eval_fraction": 0.1,
@@ -196,10 +196,9 @@ EXPECTED = {
         "lora.lora_alpha": 16,  # twice the rank
         "lora.init_lora_weights": "pissa",
         "lora.target_modules": "all-linear",
-        "data.dataset_name": "identity",
+        "data.dataset_name": (DataSet(path="identity"), DataSet(path="alpaca_en_demo")),
         "data.loss_on": "last_answer",
         "data.eval_fraction": 0.1,
-        "data.max_train_rows": 1000,
         "training.warmup_ratio": 0.1,
     },
 }
@@ -207,7 +206,7 @@ REMARKED = {
     TRL: "lora_modules_to_save eos_token gradient_checkpointing_kwargs dataloader_num_workers tf32",
     AXOLOTL: "model_type tokenizer_type datasets datasets.field_messages dataset_prepared_path pad_to_sequence_len "
     "wandb_project flash_attention tokens special_tokens",
-    LLAMA_FACTORY: "quantization_method dataset template overwrite_cache plot_loss ddp_timeout flash_attn",
+    LLAMA_FACTORY: "quantization_method dataset max_samples template overwrite_cache plot_loss ddp_timeout flash_attn",
 }
 TOOL = {TRL: "TRL", AXOLOTL: "Axolotl", LLAMA_FACTORY: "LLaMA-Factory"}
 
@@ -280,6 +279,7 @@ def test_what_the_tools_do_by_default_is_written_out(tmp_path: Path) -> None:
         ({"base_model": "a", "test_datasets": [{"path": "t"}]}, "data.eval_dataset_name", "t"),
         ({"stage": "pt", "finetuning_type": "full", "model_name_or_path": "a"}, "data.loss_on", "all"),
         ({"finetuning_type": "lora", "dataset": "rows.json", "lora_rank": 4}, "lora.lora_alpha", 8),
+        ({"finetuning_type": "lora", "dataset": "a.json", "max_samples": 9}, "data.max_train_rows", 9),
         ({"finetuning_type": "lora", "pissa_init": True, "lora_rank": 2}, "lora.r", 2),  # the start is left out
         ({"finetuning_type": "lora", "deepspeed": "ds_z3.json"}, "training.distributed", "fsdp"),
         ({"finetuning_type": "lora", "adapter_name_or_path": "x"}, "lora.adapter_name_or_path", "x"),

@@ -31,9 +31,10 @@ def data(
         bool, typer.Option("--json", help="Print the counts of all rows and of each shown row on stdout as JSON.")
     ] = False,
 ) -> None:
-    """Count the rows and show which tokens are learned: in green, or in [[..]] where there are no colours.
+    """Count the rows and show which tokens are learned.
 
-    Nothing is trained. The folder of a tokenizer is enough; no model is needed.
+    They are green, or in [[..]] where there are no colours. Nothing is trained. The folder of a tokenizer is enough; no
+    model is needed.
     """
     from dataclasses import asdict
 

@@ -161,6 +161,8 @@ class _Conversion:
             self.remark(
                 "pissa_init", "only adapters on a 4-bit base (method: qlora) start otherwise than by default here"
             )
+        if isinstance(said.get("data.dataset_name"), list) and said.pop("data.max_train_rows", None):
+            self.remarks.append("max_samples: of several sets, `rows` of each says how many are taken (dataset_name)")
         if self.tool == "llama_factory" and said["method"] != "full" and isinstance(said["lora.r"], int):
             said.setdefault("lora.lora_alpha", 2 * said["lora.r"])
         if self.tool == "trl" and "data.loss_on" not in said:
@@ -253,25 +255,34 @@ def _loss_on_all(everything: _Conversion, said: Any) -> Settings:
 
 
 def _data_sets(everything: _Conversion, said: Any) -> Settings:
-    return _data_set(everything, said, "datasets", {"path": "data.dataset_name", "split": "data.dataset_split"})
+    """A list of data sets, as Axolotl and TRL have them."""
+    paths = {"path": "data.dataset_name", "split": "data.dataset_split"}
+    each = [_data_set(everything, one, "datasets", paths) for one in _listed(said)]
+    if len(each) < 2:
+        return each[0] if each else {}
+    own = {"path": "data.dataset_name", "split": "data.dataset_split", "config": "data.dataset_config"}
+    sets = [{key: one.pop(path) for key, path in own.items() if path in one} for one in each]
+    shared = {path: value for path, value in each[0].items() if all(one.get(path) == value for one in each)}
+    for path in sorted({path for one in each for path in one} - set(shared)):
+        everything.remarks.append(f"datasets: {path} differs from set to set; it is left to what the columns say")
+    return {"data.dataset_name": [one for one in sets if one], **shared}
 
 
 def _test_sets(everything: _Conversion, said: Any) -> Settings:
+    first, *others = _listed(said)
+    if others:
+        everything.remarks.append(f"test_datasets: {len(others)} more are left out; eval_dataset_name is one")
     paths = {"path": "data.eval_dataset_name", "split": "data.eval_dataset_split"}
-    return _data_set(everything, said, "test_datasets", paths)
+    return _data_set(everything, first, "test_datasets", paths)
+
+
+def _listed(said: Any) -> list[Any]:
+    return said if isinstance(said, list) else [said]
 
 
 def _data_set(everything: _Conversion, said: Any, name: str, paths: Mapping[str, str]) -> Settings:
-    """The first of a list of data sets, as Axolotl and TRL have them."""
-    sets = [one if isinstance(one, dict) else {"path": one} for one in (said if isinstance(said, list) else [said])]
-    if not sets:
-        return {}
-    first, *others = sets
-    for other in others:
-        left = brief_value(other.get("path"))
-        everything.remarks.append(f"{name}: {left} is left out; dataset_name is one file, folder or hub id")
     found: Settings = {}
-    for key, value in first.items():
+    for key, value in ({"path": said} if isinstance(said, str) else dict(said)).items():
         if value is not None and key != "ds_type":
             found |= _of_data_set(everything, name, key, value, paths)
     return found
@@ -281,7 +292,7 @@ def _of_data_set(everything: _Conversion, name: str, key: str, value: Any, paths
     """What one key of a data set is here."""
     is_trained_on = name == "datasets"
     if key in paths:
-        return {paths[key]: value}
+        return {paths[key]: str(value)}
     if key == "data_files":
         return {paths["path"]: value[0] if isinstance(value, list) and value else value}
     if is_trained_on and key == "name":
@@ -313,10 +324,14 @@ def _chat_template(everything: _Conversion, said: Any) -> Settings:
 def _names_of_data_sets(everything: _Conversion, said: Any) -> Settings:
     """LLaMA-Factory's `dataset`: names in its dataset_info.json, or files."""
     names = [part.strip() for part in said.split(",")] if isinstance(said, str) else list(said)
-    text = "names of dataset_info.json are not known here; dataset_name is the path of a file or folder, or a hub id"
-    if len(names) > 1 or not Path(str(names[0])).suffix:
+    if not names:
+        return {}
+    if any(not Path(name).suffix for name in names):
+        text = (
+            "names of dataset_info.json are not known here; dataset_name is the path of a file or folder, or a hub id"
+        )
         everything.remark("dataset", text)
-    return {"data.dataset_name": str(names[0])} if names else {}
+    return {"data.dataset_name": names[0] if len(names) == 1 else [{"path": name} for name in names]}
 
 
 def _held_out(everything: _Conversion, said: Any) -> Settings:
