@@ -26,6 +26,11 @@ TEMPLATES = {
     "recursive": "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
     "escaping": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "long": "x" * 300_000,
+    "silent": "{% for m in messages %}{{ m.role ~ eos_token }}{% endfor %}",
+    "shut": "{% for m in messages %}{{ '<think></think>' if m.role == 'assistant' }}{{ m.content ~ eos_token }}"
+    "{% endfor %}{{ '<think></think>' if add_generation_prompt }}",
+    "counting": "{{ messages|length }}{% for m in messages %}{{ m.content ~ eos_token }}{% endfor %}",
+    "dropping": "{% for m in messages %}{{ m.content ~ eos_token }}{% endfor %}{# tool_calls #}",
 }
 RECIPES = {
     "list": "- a\n- b\n",
@@ -56,6 +61,12 @@ ROWS = {
     "not.parquet": "PAR1 and no more",
     "long.jsonl": '{"text": "' + "x" * 2_000_001 + '"}\n',
     "chat.jsonl": "".join(json.dumps(chat) + "\n" for chat in CHATS),
+    "thought.jsonl": '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", '
+    '"reasoning_content": "c"}]}\n',
+    "call.jsonl": '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", '
+    '"tool_calls": [{"function": {"name": "c", "arguments": {}}}]}]}\n',
+    "flag.jsonl": '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", '
+    '"weight": 0}]}\n',
     "role.jsonl": '{"messages": [{"role": "judge", "content": "a"}]}\n',
     "silent.jsonl": '{"messages": [{"role": "user", "content": "a"}]}\n',
     "order.jsonl": '{"messages": [{"role": "assistant", "content": "a"}, {"role": "system", "content": "a"}]}\n',

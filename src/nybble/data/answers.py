@@ -22,7 +22,6 @@ from nybble.guard import shown
 
 _OPENED = re.compile(r"<think>\s*\Z")  # ends a prompt after which the model begins by reasoning
 _CLOSED = re.compile(r"<think>\s*</think>\s*\Z")  # ends a prompt after which the model answers without reasoning
-_OTHER = "or set --chat_template to one that does"
 
 
 class LostError(RowsError):
@@ -88,7 +87,8 @@ class Conversation:
         if _CLOSED.search(asked) and self.parts(k).closing:
             raise RowsError(
                 f"{self._where}: the generation prompt of the chat template ends the reasoning before the answer, so "
-                "the reasoning of this row would never be generated; set --reasoning drop, " + _OTHER
+                "the reasoning of this row would never be generated; set --reasoning drop, or --chat_template to "
+                "another one"
             )
         if newest.startswith(asked):
             return asked, newest[len(asked) :]
@@ -150,7 +150,7 @@ class Conversation:
         speaker = {"assistant": "an answer", "tools": "the tools"}.get(turn.role, f"a {turn.role} turn")
         advice = "set --chat_template to one that writes it"
         if what.startswith("the reasoning"):
-            advice = "set --reasoning drop to train without reasoning, " + _OTHER
+            advice = "set --reasoning drop to train without it, or --chat_template to one that writes it"
         return LostError(f"{self._where}: the chat template leaves out {what} of {speaker}; {advice}")
 
     def gaps(self) -> Mapping[int, tuple[int, int, tuple[str, str]]]:
