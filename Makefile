@@ -74,7 +74,7 @@ fix: install
 
 # Everything that is measured, in hours: bench/harness.py says how. Those on real models need a folder with models/ and
 # rows/: make bench DATA=FOLDER. TINY=1 takes the smallest sizes, which only shows that all of it runs.
-MEASURED := speed.engine speed.attention speed.row_operators speed.generate speed.loading speed.saving \
+MEASURED := speed.engine speed.attention speed.trees speed.row_operators speed.generate speed.loading speed.saving \
 	speed.plan_depths speed.plan_seconds memory.live_step memory.plan memory.seven_b memory.merge_memory \
 	"memory.distributed held" "memory.distributed live" "memory.distributed table" quality.doctor_tolerances
 ON_DATA := speed.step "speed.rows large" "speed.rows trl" "quality.distributed killed" "quality.distributed learning" \

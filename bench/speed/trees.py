@@ -116,7 +116,7 @@ if __name__ == "__main__":
     run(
         measure,
         __doc__,
-        Option("answers", ("2", "4", "8", "16"), tiny=("2",)),
+        Option("answers", ("2", "4", "8"), tiny=("2",)),
         Option("system", 200, tiny=5, help="tokens of the system text"),
         Option("question", 60, tiny=5, help="tokens of a question"),
         Option("reasoning", 300, tiny=9, help="tokens of an answer's reasoning"),
