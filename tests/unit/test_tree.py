@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nybble.data import IGNORED, Groups
+from nybble.data import IGNORED, Groups, Ledger, Prepared
 from nybble.data.encode import EncodedRow, Example
 from nybble.data.store import Examples, map_records, to_records, write_records
 from nybble.data.tree import merge_contexts, path_before, paths, places_in_tree, unfold
+from nybble.exporting.verify import Reference
 
 Context = tuple[list[int], list[int]]
 
@@ -104,3 +106,20 @@ def test_segments_are_stored_with_the_examples(tmp_path: Path) -> None:
         assert list(examples) == [tree, plain]
         assert examples[0].prompt_ids == [1, 4]
         assert [row["segments"] for group in Groups(examples) for row in group] == [segments, ()]
+
+
+def test_what_takes_whole_rows_is_given_the_contexts_of_a_tree() -> None:
+    first, second = learned([1, 2, 7, 8, 3], 2, 3, 4), learned([1, 2, 3, 4, 9, 3], 4, 5)
+    ids, labels, segments = merge_contexts([first, second])
+    tree = Example(ids, labels, 2, 2, 0, (3,), 0, 7, False, 1, None, segments)
+    examples = Examples([to_records([EncodedRow([tree], len(ids), 2, 0, "")])])
+    none = examples[:0]
+    prepared = Prepared(examples, none, cast(Ledger, None), "", none, None)
+    assert prepared.calibration_rows(4) == [second[0]]
+    reference = Reference(list(examples), 8, (3,))
+    reference._choose(vocabulary=300)
+    assert reference._chosen == [
+        {"ids": first[0], "first": 0, "positions": [2, 3, 4]},
+        {"ids": second[0], "first": 3, "positions": [4, 5]},
+    ]
+    assert reference.prompts == [[1, 2, 3, 4]]
