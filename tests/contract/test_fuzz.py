@@ -22,16 +22,8 @@ FIRST = 10_000_000  # beyond the numbers of a full run: other inputs
 INPUTS = {"tokenizer": 20, "model config": 60, "report": 8, "chat template": 100, "recipe": 300, "foreign recipe": 200}
 DEFAULT = 400
 NAMES = (
-    *(
-        "recipe",
-        "foreign recipe",
-        "rows, jsonl",
-        "rows, json",
-        "rows, csv",
-        "rows, txt",
-        "rows, parquet",
-        "chat template",
-    ),
+    *("recipe", "foreign recipe", "rows, jsonl", "rows, json", "rows, csv", "rows, txt", "rows, parquet"),
+    *("rows, arrow", "chat template"),
     *("safetensors header", "safetensors index", "4-bit state", "model config", "tokenizer", "adapter config"),
     *("adapter weights", "adapter note", "run record", "events", "report", "comparison", "questions"),
 )

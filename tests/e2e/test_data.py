@@ -166,3 +166,41 @@ def test_train_says_what_became_of_long_rows(
     ledger = json.loads((tmp_path / "run" / "run.json").read_text())["rows"]["ledger"]
     assert (ledger["rows_split"], ledger["turns"], ledger["stop_tokens_cut"]) == (4, 12, 0)
     assert "| rows split | 4 |" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_what_is_left_out_is_said_before_the_first_step(
+    nybble: Callable[..., Any], words: tuple[object, ...], tmp_path: Path
+) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows: list[dict[str, Any]] = [{"prompt": f"{n} ", "completion": "x", "source": "web"} for n in range(6)]
+    rows[3] = {"prompt": 3, "completion": "x"}
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "notes.txt").write_text("not a row")
+    told = (*words[:3], "--dataset_name", folder, "--on_bad_row", "skip", "--eval_fraction", 0)
+    done = nybble(*told)
+    assert done.code == 0, done.err
+    assert re.search(r"not used: source +5 rows\n", done.out)
+    assert re.search(r"file not read +notes.txt\n", done.out)
+    assert re.search(r"rows skipped +1\nskipped: \S+rows.jsonl row 4: column 'prompt' is of type int", done.out)
+    ledger = nybble(*told, "--json").json["ledger"]
+    assert (ledger["rows_skipped"], ledger["not_used"]) == (1, {"source": 5})
+    assert nybble(*told, "--on_bad_row", "stop").code == 2
+
+
+def test_train_mixes_sets_and_counts_each(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    more = tmp_path / "more.jsonl"
+    more.write_text("".join(json.dumps({"question": f"{n}?", "answer": f"{n}."}) + "\n" for n in range(9)))
+    sets = json.dumps([{"path": str(rows_file)}, {"path": str(more), "weight": 2}])
+    words = ("train", "--model_name_or_path", tiny_llama(), "--dataset_name", sets, "--chat_template", "inst")
+    done = nybble(*words, "--max_steps", 2, "--eval_fraction", 0, "--output_dir", tmp_path / "run")
+    assert done.code == 0, done.err
+    assert f"{more}: 18 rows to train" in done.err
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["rows"]["ledger"]["sets"][str(more)]["rows_used"] == 18
+    assert record["recipe"]["data"]["dataset_name"][1]["weight"] == 2
+    assert f"| {more} | 18 rows to train," in (tmp_path / "run" / "report.md").read_text()
+    resumed = nybble(*words, "--max_steps", 3, "--eval_fraction", 0, "--output_dir", tmp_path / "run", "--resume")
+    assert "more.jsonl" in resumed.err + resumed.out

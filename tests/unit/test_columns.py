@@ -129,8 +129,9 @@ CALL = {"name": "f", "arguments": {"x": [1]}}
         {"tool_calls": json.dumps([CALL])},
         {"function_call": {"name": "f", "arguments": '{"x": [1]}'}, "content": ""},
         {"from": "function_call", "value": CALL},
+        {"from": "tool_call", "value": [CALL]},
     ],
-    ids=["object", "arguments", "bare", "text", "old", "sharegpt"],
+    ids=["object", "arguments", "bare", "text", "old", "sharegpt", "swift"],
 )
 def test_calls_are_the_same_as_text_and_as_objects(learns: Call, template: str, calls: dict[str, Any]) -> None:
     turn = calls if "from" in calls else {"role": "assistant", **calls}
@@ -165,6 +166,11 @@ def test_a_row_whose_answer_is_bad_is_not_learned(prepare: Call, template: str, 
 
 def test_earlier_answers_of_a_prompt_are_context(learns: Call, template: str) -> None:
     row = {"prompt": messages()[:3], "completion": messages()[3:]}
+    learns(row, "<s>u:Q|a:A</s>u:R|a:", "B</s>", chat_template=template)
+
+
+def test_a_prompt_of_turns_may_have_a_text_as_answer(learns: Call, template: str) -> None:
+    row = {"prompt": messages()[:3], "completion": "B"}
     learns(row, "<s>u:Q|a:A</s>u:R|a:", "B</s>", chat_template=template)
 
 
@@ -203,6 +209,13 @@ def test_what_is_not_used_is_counted_by_name(prepare: Call, template: str) -> No
     done = prepare(rows, chat_template=template)
     assert done.ledger.not_used == {"source": 2, "score": 1, "messages.id": 1}
     assert "not used: source in 2 rows, score in 1 row, messages.id in 1 row" in done.ledger.in_words
+
+
+def test_thousands_of_names_are_counted_together(prepare: Call) -> None:
+    rows = [{"text": "a", "every": 1, **{f"name {n} {k}\n": 1 for k in range(20)}} for n in range(30)]
+    not_used = prepare(rows).ledger.not_used
+    assert (len(not_used), not_used["every"], not_used["(others)"]) == (51, 30, 600 - 49)
+    assert not any("\n" in name for name in not_used)
 
 
 @pytest.mark.parametrize(
@@ -254,6 +267,11 @@ def test_columns_may_be_named(learns: Call, template: str) -> None:
 def test_names_of_columns_are_checked(named: str) -> None:
     with pytest.raises(RecipeError, match=r"data.columns: got .*; .* names no column; write role=column once a role"):
         load_recipe(None, {"columns": named})
+
+
+def test_a_named_column_that_has_no_place_is_refused(prepare: Call) -> None:
+    with pytest.raises(RowsError, match="row 1: 'rules' holds what prompt_completion rows do not use"):
+        prepare([{"prompt": "a", "completion": "b", "rules": "c"}], columns="system=rules")
 
 
 def test_a_named_column_that_is_missing_is_refused(prepare: Call) -> None:

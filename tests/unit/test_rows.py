@@ -129,10 +129,11 @@ def test_text_and_metadata_beside_rows_are_named_and_not_read(tmp_path: Path) ->
     write_lines(tmp_path / "data" / "b.jsonl", [{"text": "2"}])
     (tmp_path / "data" / "ideas.txt").write_text("buy milk")
     (tmp_path / "LICENSE.txt").write_text("do what you want")
+    (tmp_path / "more.jsonl.gz").write_bytes(b"x")
     (tmp_path / "dataset_infos.json").write_text('{"default": {"description": "x"}}')
     found = read_rows(str(tmp_path))
     assert [row for _, row in found] == [{"text": "2"}]
-    assert found.files_not_read == ("LICENSE.txt", "data/ideas.txt", "dataset_infos.json")
+    assert found.files_not_read == ("LICENSE.txt", "data/ideas.txt", "dataset_infos.json", "more.jsonl.gz")
 
 
 def test_a_folder_of_text_gives_its_text(tmp_path: Path) -> None:

@@ -21,6 +21,18 @@ TEXTS = [
     CHAT,
     SHARED,
     {"tools": '[{"name": "f"}]', **CHAT},
+    {"question": "a", "answer": "b", "system": "c", "history": [["d", "e"]], "thinking": "f", "label": True, "x": 1},
+    {
+        "messages": [
+            {"from": "human", "value": "a"},
+            {"from": "function_call", "value": {"name": "f", "arguments": "{}"}},
+        ]
+    },
+    {"functions": [{"name": "f", "parameters": "{}"}], "loss_mask": [0, 1], **CHAT},
+    {"conversation": '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]'},
+    {"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:]},
+    {"text": "[SYSTEM_PROMPT] s[/SYSTEM_PROMPT][INST] a[/INST] b</s>[INST] c[/INST] d</s>"},
+    {"text": "### Human: a### Assistant: b### Human: c### Assistant: d"},
 ]
 EVENT = {"step": 1, "total_steps": 2, "loss": 1.5, "learning_rate": 1e-4, "tokens": 9, "seconds": 1.0, "peak_bytes": 9}
 TEMPLATE = (
@@ -97,6 +109,7 @@ def readers() -> dict[str, Reader]:
         "rows, csv": Reader(120_000, _tables(), change_bytes, partial(_rows, "r.csv"), "r.csv", guided=40_000),
         "rows, txt": Reader(20_000, [b"a\n\nb\n"], change_bytes, partial(_rows, "r.txt"), "r.txt"),
         "rows, parquet": Reader(20_000, [_parquet()], change_bytes, partial(_rows, "r.parquet"), "r.parquet"),
+        "rows, arrow": Reader(20_000, [_arrow()], change_bytes, partial(_rows, "r.arrow"), "r.arrow"),
         "chat template": Reader(4_000, [TEMPLATE.encode()], change_bytes, _template, "t.jinja", tokens),
         "safetensors header": Reader(100_000, [_factors()], change_safetensors, _header, "model.safetensors"),
         "safetensors index": Reader(40_000, [index], change_json, _index, "model.safetensors.index.json", shards),
@@ -185,6 +198,16 @@ def _parquet() -> bytes:
     file = pyarrow.BufferOutputStream()
     parquet.write_table(pyarrow.Table.from_pylist([CHAT | {"text": "a" * 50, "n": i} for i in range(20)]), file)
     return bytes(file.getvalue())
+
+
+def _arrow() -> bytes:
+    import pyarrow as pa
+
+    table = pa.Table.from_pylist([{"messages": CHAT["messages"], "name": name} for name in ("a", None, "b")])
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    return bytes(sink.getvalue())
 
 
 def _states() -> list[bytes]:

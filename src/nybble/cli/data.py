@@ -17,6 +17,8 @@ from nybble.recipe import load_recipe
 if TYPE_CHECKING:
     from nybble.data import ShownRow
 
+_LONGEST_IN_TABLE = 40  # characters; longer values, such as why a row was skipped, are printed below the table
+
 
 @takes_settings(("model", "data"))
 def data(
@@ -76,8 +78,12 @@ def _print(lines: Sequence[tuple[str, str]], rows: Sequence[ShownRow], html: Pat
     table.add_column()
     table.add_column(justify="right")
     for what, value in lines:
-        table.add_row(what, value)
+        if len(value) <= _LONGEST_IN_TABLE:
+            table.add_row(Text(visible(what)), Text(visible(value)))
     console.print(table)
+    for what, value in lines:
+        if len(value) > _LONGEST_IN_TABLE:
+            console.print(Text(visible(f"{what}: {value}")), soft_wrap=True)
     for row in rows:
         console.print(Text(f"\n{row.title}", style="bold"))
         text = Text()

@@ -19,6 +19,7 @@ _CALL_KEYS = ("tool_calls", "function_call")
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 FLAG_KEYS = ("weight", "train", "loss_mask")  # message keys that say whether a turn is learned
 _USED_KEYS = {*_ROLE_KEYS, *_CONTENT_KEYS, *_CALL_KEYS, *REASONING_KEYS, *FLAG_KEYS, "name", "tool_call_id"}
+_PLAIN_KEYS = {"role", "content"}
 _ROLES = {
     "system": "system",
     "developer": "system",
@@ -30,12 +31,16 @@ _ROLES = {
     "model": "assistant",
     "bot": "assistant",
     "chatgpt": "assistant",
+    "ai": "assistant",
     "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
     "function": "tool",
+    "tool_response": "tool",
     "ipython": "tool",
     "observation": "tool",
 }
+_CALLERS = ("function_call", "tool_call")  # roles whose content is a call
 _ALLOWED_ROLES = ("system", "user", "assistant", "tool")
 # Role -> the roles that may precede it; "" is the beginning.
 _BEFORE = {
@@ -119,6 +124,11 @@ def _join(first: Turn, second: Turn, where: str) -> Turn:
 
 
 def _turn(message: Any, where: str) -> Turn:
+    if type(message) is dict and message.keys() == _PLAIN_KEYS:  # most messages need no further look
+        role, content = message["role"], message["content"]
+        if role in _ALLOWED_ROLES and type(content) is str:
+            check_text(content, where)
+            return Turn(role, content)
     keys = message.keys() if isinstance(message, Mapping) else ()
     role_key = next((key for key in _ROLE_KEYS if key in keys), None)
     content_key = next((key for key in _CONTENT_KEYS if key in keys), "content")
@@ -130,7 +140,7 @@ def _turn(message: Any, where: str) -> Turn:
         raise RowsError(f"{where}: unknown role {shown(given)}; allowed: {', '.join(_ALLOWED_ROLES)}")
     content = message.get(content_key)
     calls = _calls(message, where)
-    if given == "function_call" and isinstance(content, Mapping | list):
+    if given in _CALLERS and isinstance(content, Mapping | list):
         calls += _as_calls(content, where)
         content = ""
     if calls and content is None:

@@ -187,9 +187,9 @@ def convert_row(row: Row, layout: Layout, where: str, has_template: bool, answer
         (role,) = layout.columns
         form = reader.conversation(reader.listed(role), role)
     elif layout.shape == "prompt_completion" and isinstance(row.get(layout.columns["prompt"]), list):
-        completion = reader.listed("completion")
+        completion = reader.completion()
         asked = [replace(turn, learn=False) for turn in read_turns(reader.listed("prompt"), where)]
-        form = reader.with_beside([*asked, *read_turns(completion, where)])
+        form = reader.with_beside([*asked, *completion])
     elif layout.shape == "prompt_completion":
         prompt = reader.text("prompt")
         form = [Piece(prompt + reader.text("completion"), len(prompt))]
@@ -238,6 +238,13 @@ class _Reader:
             )
         self.unused_keys += sorted(f"{column}.{key}" for key in unused_keys([m for m in value if isinstance(m, dict)]))
         return value
+
+    def completion(self) -> list[Turn]:
+        """What follows a prompt that is a list of turns: turns, or the text of an answer."""
+        value = self.row.get(self.layout.columns["completion"])
+        if isinstance(value, str) and self.row[self.layout.columns["prompt"]]:
+            return [Turn("assistant", self.text("completion"))]
+        return read_turns(self.listed("completion"), self.where)
 
     def beside(self, role: str) -> tuple[str, Any]:
         """The column of a role that need not be there, and what it holds: ("", None) without one.
@@ -380,12 +387,13 @@ class _Reader:
         unused += self.unused_keys
         for name in unused:
             key = name.rpartition(".")[2]
-            if key in _CARRIERS and name not in self.layout.ignored:
+            is_given = name in self.layout.given.values()
+            if (is_given or key in _CARRIERS) and name not in self.layout.ignored:
                 raise RowsError(
                     f"{self.where}: {name!r} holds what {self.layout.shape} rows do not use; {self._advice(key)}, or "
                     f" leave it out with --ignore_columns {name}"
                 )
-        return tuple(unused)
+        return tuple(map(clipped, unused))
 
     def _advice(self, key: str) -> str:
         if key in _MEDIA:

@@ -138,6 +138,8 @@ def _rows_of_batches(batches: Iterator[Any], fault: str, advice: str) -> Iterato
     while True:
         with library_faults(fault, RowsError, advice):
             batch = next(batches, None)
+            if batch is not None:
+                batch.validate(full=True)  # offsets of a damaged file may lie outside of it
             rows = rows_of_batch(batch) if batch is not None else []
         if batch is None:
             return

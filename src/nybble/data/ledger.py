@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from nybble.data.store import Examples
 
+_MOST_NAMES = 50  # of columns that are not used
 _MOST_NAMED = 10  # rows that are skipped and named
 
 
@@ -48,7 +49,7 @@ class Ledger:
     skipped: tuple[str, ...] = ()  # why the first ten of them cannot be used
     not_used: dict[str, int] = field(default_factory=dict)  # column or message key -> rows that hold something there
     notes: dict[str, int] = field(default_factory=dict)  # what was changed in rows -> number of rows
-    files_not_read: tuple[str, ...] = ()  # files of the folder that hold no rows
+    files_not_read: tuple[str, ...] = ()  # files of the folder that are not read
     sets: dict[str, Ledger] = field(default_factory=dict)  # the ledger of each set, if there are several
 
     @property
@@ -139,9 +140,16 @@ def count_rows(read: Examples, is_used: NDArray[np.bool_], n_held_out: int, max_
         tokens_by_kind=used.learned_by_kind(),
         rows_skipped=len(rows) - len(good),
         skipped=tuple(fault for fault in faults if fault is not None)[:_MOST_NAMED],
-        not_used=read.counts("not_used"),
+        not_used=_most(read.counts("not_used")),
         notes=read.counts("notes"),
     )
+
+
+def _most(counts: dict[str, int]) -> dict[str, int]:
+    """The most frequent names with their counts, and the number of all others together."""
+    names = list(counts)[:_MOST_NAMES]
+    others = sum(counts.values()) - sum(counts[name] for name in names)
+    return {name: counts[name] for name in names} | ({"(others)": others} if others else {})
 
 
 def first_of_rows(read: Examples) -> NDArray[np.intp]:

@@ -60,14 +60,10 @@ CHAT_FORMATS = {
     "human": ChatFormat("### Assistant:", "</s>", "### Human: {}### Assistant:", needs_stop=False),
     "human-lines": ChatFormat("### Assistant:", "</s>", "### Human: {}\n### Assistant:", needs_stop=False),
 }
-# Marks of formats that are not known here, and names of speakers at the beginning of a line.
-_UNKNOWN_MARK = re.compile(
-    r"<\|[a-z_]+\|>|<\uff5c\w+\uff5c>|<start_of_turn>|\[INST\]|</?(?:user|assistant)>", re.IGNORECASE
-)
-_ASKS = re.compile(r"(?-i:\bUSER:)|^[ \t#*]*(?:user|human|instruction|question|q)\**:", re.IGNORECASE | re.MULTILINE)
-_ANSWERS = re.compile(
-    r"(?-i:\bASSISTANT:)|^[ \t#*]*(?:assistant|ai|bot|response|answer|a)\**:", re.IGNORECASE | re.MULTILINE
-)
+# Marks of formats that are not known here, and names of speakers at the beginning of a line; all in lower case.
+_UNKNOWN_MARK = re.compile(r"<\|[a-z_]+\|>|<\uff5c\w+\uff5c>|<start_of_turn>|\[inst\]|</?(?:user|assistant)>")
+_ASKS = re.compile(r"\n[ \t#*]*(?:user|human|instruction|question|q)\**:")
+_ANSWERS = re.compile(r"\n[ \t#*]*(?:assistant|ai|bot|response|answer|a)\**:")
 _SEARCHED_CHARACTERS = 20_000
 
 
@@ -89,7 +85,7 @@ def _mistral_of(text: str) -> str:
     """Which of Mistral's formats a text with [INST] has; "" for Llama 2's, which begins every question with <s>."""
     if "</s>" not in text or re.search(r"</s>\s*<s>\s*\[INST\]", text):
         return ""
-    if "[SYSTEM_PROMPT]" in text or re.search(r"\S\[/INST\]", text):
+    if "[SYSTEM_PROMPT]" in text or not text.partition("[/INST]")[0][-1:].isspace():
         return "mistral-v3" if "[INST] " in text else "mistral-tekken"
     return "mistral-v1" if re.search(r"</s>\s*\[INST\]", text) and text.lstrip().startswith("<s>") else ""
 
@@ -130,7 +126,10 @@ def find_spans(text: str, chat_format: ChatFormat) -> list[tuple[int, int]]:
 def looks_like_turns(text: str) -> bool:
     """Whether text without known marks seems to be a conversation all the same."""
     begin = text[:_SEARCHED_CHARACTERS]
-    return bool(_UNKNOWN_MARK.search(begin) or (_ASKS.search(begin) and _ANSWERS.search(begin)))
+    lines = f"\n{begin.lower()}"
+    has_mark = ("<" in begin or "[" in begin) and _UNKNOWN_MARK.search(lines) is not None
+    has_speakers = "USER:" in begin and "ASSISTANT:" in begin
+    return has_mark or has_speakers or (_ASKS.search(lines) is not None and _ANSWERS.search(lines) is not None)
 
 
 def with_system(prompt: str, first: str, form: str) -> str:

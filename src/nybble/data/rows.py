@@ -32,6 +32,7 @@ _SPLITS = {
 }
 # Files that describe a data set: those of `datasets` and of the hub, and text files that begin with these words.
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json"}
+_PACKED = {".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".lz4"}  # files that may hold rows and are not unpacked
 _DESCRIPTIONS = {"readme", "license", "licence", "notice", "citation", "requirements", "changelog", "authors"}
 
 
@@ -45,7 +46,7 @@ class Rows:
     n_bytes: int  # size of all rows as JSON
     n_rows: int
     read: Callable[[], Iterator[Placed]]
-    files_not_read: tuple[str, ...] = ()  # files of the folder that hold no rows, as paths inside it
+    files_not_read: tuple[str, ...] = ()  # files of the folder that are not read, as paths inside it
 
     def __iter__(self) -> Iterator[Placed]:
         return self.read()
@@ -163,17 +164,21 @@ def check_text(text: str, where: str) -> None:
 
 
 def _files_of(folder: Path, split: str) -> tuple[list[Path], list[Path]]:
-    """The files below `folder` that belong to `split`, according to the words in their paths, and those without rows.
+    """The files below `folder` that belong to `split`, according to the words in their paths, and those not read.
 
     Files that describe a data set are no rows, and neither are text files beside files of other kinds.
     """
     found = [
         file
         for file in sorted(folder.rglob("*"))
-        if file.suffix.lower() in EXTENSIONS
+        if file.suffix.lower() in {*EXTENSIONS, *_PACKED}
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     ]
-    kinds = {file: EXTENSIONS[file.suffix.lower()] for file in found if not _is_description(file)}
+    kinds = {
+        file: EXTENSIONS[file.suffix.lower()]
+        for file in found
+        if file.suffix.lower() in EXTENSIONS and not _is_description(file)
+    }
     if set(kinds.values()) != {"text"}:
         kinds = {file: kind for file, kind in kinds.items() if kind != "text"}
     files_by_split: dict[str, list[Path]] = {}
