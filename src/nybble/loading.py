@@ -133,7 +133,7 @@ def _attach(run: RunContext, inputs: RunInputs, module: Any, starts: Starts) -> 
     start = base / "start"  # the adapters' first values, if calibration chose them
     torch.manual_seed(inputs.recipe.training.seed)  # of the adapters' first values
     base_name = str(base.resolve()) if base.is_dir() else inputs.source.name
-    module = attach(module, inputs.recipe.lora, base_name, starts)
+    module = attach(module, inputs.recipe.lora, base_name, starts, inputs.tokens)
     if inputs.recipe.lora.adapter_name_or_path:
         start_from(module, inputs.recipe.lora.adapter_name_or_path)
     if starts and run.processes.is_main:

@@ -19,7 +19,7 @@ from nybble.data import Ledger, ShownRow, examine_rows, rows_cache, show_rows
 from nybble.errors import RecipeError
 from nybble.kernels import dispatcher
 from nybble.loading import TrainableModel, load
-from nybble.models import find_tokenizer, push_folder, save_adapter, trained_parameters, write_note
+from nybble.models import add_new_tokens, find_tokenizer, push_folder, save_adapter, trained_parameters, write_note
 from nybble.preparation import RunInputs, check_directory_is_shared, open_run, prepare
 from nybble.recipe import Recipe, for_one_process, in_micro_batches, load_recipe, refusal, save_recipe, within_context
 from nybble.reporting import model_card, rewrite_report, write_report
@@ -274,6 +274,7 @@ def inspect_rows(
     """
     resolved, watch = _as_recipe(recipe, overrides), observer or Silent()
     tokenizer, context = find_tokenizer(resolved.model)
+    add_new_tokens(tokenizer, resolved.lora.new_tokens)
     resolved = within_context(resolved, context, watch.note)
     prepared = examine_rows(
         resolved.data, resolved.evaluation, tokenizer, resolved.training.seed, rows_cache(resolved.quantization), watch

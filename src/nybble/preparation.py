@@ -6,6 +6,7 @@ checkpoint that it continues from). A mistake in the input therefore costs secon
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from nybble.errors import InputError, RecipeError
 from nybble.hardware import detect_device
 from nybble.models import (
     ModelSource,
+    NewTokens,
+    add_new_tokens,
     check_adapter_base,
     find_model,
     for_shards,
@@ -58,6 +61,7 @@ class RunInputs:
     recipe: Recipe  # without what the model or the number of processes does not allow
     source: ModelSource
     tokenizer: Any
+    tokens: NewTokens  # whose rows are learned
     rows: Prepared
     groups: Groups
     plan: Plan
@@ -190,6 +194,10 @@ def _prepare(recipe: Recipe, run: RunContext, *, force: bool) -> RunInputs:
     for line in check_adapter_base(recipe, source):
         note(line)
     tokenizer = load_tokenizer(source, recipe.model)
+    tokens = add_new_tokens(tokenizer, recipe.lora.new_tokens)
+    if tokens.ids:
+        known = sum(token < tokens.n_known for token in tokens.ids)
+        note(f"rows of {len(tokens.ids)} tokens are learned; {known} of them were in the vocabulary")
     recipe = within_context(recipe, getattr(source.config, "max_position_embeddings", None), note)
     cache = rows_cache(recipe.quantization)
     with fixed_clock(run.clock):
@@ -203,7 +211,7 @@ def _prepare(recipe: Recipe, run: RunContext, *, force: bool) -> RunInputs:
     share = share_of(recipe, count)
     plan = plan_training(
         share,
-        source.config,
+        _config_before(source.config, tokens),
         profile_of(run.device, run.processes.beside_on(run.device.type)),
         among(Batches.of(rows, packs, share), count),
         checkpoint.micro_batch if checkpoint else None,
@@ -224,11 +232,20 @@ def _prepare(recipe: Recipe, run: RunContext, *, force: bool) -> RunInputs:
         recipe=recipe,
         source=source,
         tokenizer=tokenizer,
+        tokens=tokens,
         rows=rows,
         groups=Groups(rows.train, packs),
         plan=plan,
         checkpointing=checkpointing(recipe, parents, identity, checkpoint, force, note),
     )
+
+
+def _config_before(config: Any, tokens: NewTokens) -> Any:
+    """The config to which a plan adds the rows of `tokens`: they may have places already that no token takes."""
+    n_rows = max(config.get_text_config().vocab_size, tokens.n_embeddings)
+    before = copy.deepcopy(config)
+    before.get_text_config().vocab_size = n_rows - len(tokens.ids)
+    return before
 
 
 def check_directory_is_shared(run: RunContext) -> None:

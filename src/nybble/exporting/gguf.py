@@ -93,8 +93,9 @@ def write_adapter_gguf(source: ModelSource, folder: Path, file: Path) -> None:
     architecture = ARCHITECTURES[config.model_type]
     names = gguf.get_tensor_name_map(_architecture_number(gguf, architecture), config.num_hidden_layers)
     with AdapterDelta(folder) as delta:
-        if delta.is_dora:
-            raise ModelError(f"{folder}: GGUF does not support DoRA adapters; merge it and export the whole model")
+        more = "DoRA adapters" if delta.is_dora else "adapters with whole modules or rows of tokens"
+        if delta.is_dora or delta.saved() or delta.rows:
+            raise ModelError(f"{folder}: GGUF does not support {more}; merge it and export the whole model")
         writer = gguf.GGUFWriter(file, architecture)
         writer.add_type("adapter")
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")

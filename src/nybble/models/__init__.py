@@ -44,7 +44,7 @@ from nybble.models.source import ModelSource, find_folder, find_model, read_conf
 from nybble.models.targets import adapted_linears, same_in_every_layer
 from nybble.models.tokenizer import find_tokenizer, load_tokenizer
 from nybble.models.upload import push_folder
-from nybble.models.vocabulary import grow_vocabulary, with_mean_rows
+from nybble.models.vocabulary import NewTokens, add_new_tokens, grow_vocabulary, with_mean_rows
 
 __all__ = [
     "CONFIG",
@@ -58,12 +58,14 @@ __all__ = [
     "LoadReport",
     "MemorySavers",
     "ModelSource",
+    "NewTokens",
     "NybbleConfig",
     "Starts",
     "SwapReport",
     "adapted_linears",
     "adapter_weights",
     "add_adapter",
+    "add_new_tokens",
     "attach",
     "base_of",
     "blocks_of",

@@ -18,16 +18,21 @@ from torch import Tensor, nn
 from nybble.errors import ModelError
 from nybble.guard import brief
 from nybble.models.adapter_files import read_adapter
+from nybble.models.blocks import blocks_of, use_token_rows
 from nybble.models.sharding import full_tensors, shard_like
 from nybble.models.skeleton import embeddings_and_head
-from nybble.models.targets import lora_config
-from nybble.models.vocabulary import grow_vocabulary
+from nybble.models.targets import lora_config, token_indices
+from nybble.models.vocabulary import NewTokens, grow_vocabulary, make_room
 from nybble.nn import Linear4bit
 from nybble.recipe import LoraSection
 
 
 def attach(
-    model: nn.Module, lora: LoraSection, base_name: str, starts: Mapping[str, tuple[Tensor, Tensor]] | None = None
+    model: nn.Module,
+    lora: LoraSection,
+    base_name: str,
+    starts: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    tokens: NewTokens | None = None,
 ) -> Any:
     """`model` with fresh adapters, everything else frozen; adapters are float32.
 
@@ -36,6 +41,7 @@ def attach(
         lora: the adapters' settings.
         base_name: what the saved adapter names as its base.
         starts: for some linears, A `(r, in)` and B `(out, r)` to start from; the others start as PEFT starts them.
+        tokens: tokens whose rows of embeddings and head are learned too; the model grows where it lacks them.
 
     Raises:
         RecipeError: a name, a number of a layer or a pattern matches nothing.
@@ -45,8 +51,11 @@ def attach(
     from nybble.models.lora_linear import use_our_layer
 
     config = lora_config(model, lora)
+    if tokens is not None and tokens.ids:
+        make_room(model, tokens)
+        config.trainable_token_indices = token_indices(model, tokens.ids)
     use_our_layer(config)
-    adapted = get_peft_model(model, config)
+    adapted = _with_token_rows(get_peft_model(model, config))
     adapted.peft_config["default"].base_model_name_or_path = base_name
     with torch.no_grad():
         for name, (a, b) in (starts or {}).items():
@@ -68,7 +77,7 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
     grow_vocabulary(model, files.n_embeddings(embeddings_and_head(model)[0]))
     config = files.to_peft(model)
     with _fitting(folder):
-        return _unmergeable(PeftModel.from_pretrained(model, folder, config=config))
+        return _unmergeable(_with_token_rows(PeftModel.from_pretrained(model, folder, config=config)))
 
 
 def add_adapter(adapted: Any, folder: Path, name: str) -> None:
@@ -85,6 +94,15 @@ def add_adapter(adapted: Any, folder: Path, name: str) -> None:
     with _fitting(folder):
         adapted.add_adapter(name, config)
         adapted.load_adapter(folder, name)
+
+
+def _with_token_rows(adapted: Any) -> Any:
+    """The same model, whose learned rows of tokens run through our blocks if the rest does."""
+    if blocks_of(adapted).flattened:
+        for module in adapted.modules():
+            if hasattr(module, "token_adapter"):
+                use_token_rows(module)
+    return adapted
 
 
 @contextmanager

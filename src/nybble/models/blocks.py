@@ -21,7 +21,7 @@ from nybble.models.skeleton import base_of, decoder_layers
 from nybble.nn.attention import Span, attend_cached, attend_rows
 from nybble.nn.gated_mlp import GatedMlp
 from nybble.nn.lora_projection import Projection, project, projection_of
-from nybble.nn.loss import Head, next_token_loss, token_losses
+from nybble.nn.loss import Head, TokenRows, next_token_loss, token_losses
 from nybble.nn.norm import rms_norm
 
 
@@ -190,6 +190,57 @@ def _head(module: nn.Linear, x: Tensor, loss: Callable[..., Tensor] | None = Non
     return project(x, (Projection(module, module.weight.dtype),))[0]
 
 
+def use_token_rows(wrapper: Any) -> None:
+    """Let PEFT's wrapper of embeddings or head use learned rows (`trainable_token_indices`) without copying the table.
+
+    `wrapper` is a `TrainableTokensWrapper` in a model that runs through our blocks.
+    """
+    if isinstance(wrapper.token_adapter.base_layer, nn.Embedding):
+        _set(wrapper, _embeddings_with_rows)
+    elif getattr(wrapper.token_adapter.base_layer.forward, "__func__", None) is _head:
+        _set(wrapper, _head_with_rows)
+
+
+def _token_rows(wrapper: Any) -> TokenRows | None:
+    """The rows that apply now; None where PEFT's own forward must decide."""
+    adapter = wrapper.token_adapter
+    active = adapter.active_adapters
+    is_off = wrapper.disable_adapters or adapter.disable_adapters or adapter.merged
+    if is_off or len(active) != 1 or active[0] not in adapter.token_indices:
+        return None
+    values = adapter.trainable_tokens_delta[active[0]]
+    known = vars(wrapper).get("nybble_numbers")
+    if known is None or known[0] != active[0] or known[1].device != values.device:
+        known = (active[0], torch.tensor(adapter.token_indices[active[0]], device=values.device))
+        wrapper.nybble_numbers = known
+    return TokenRows(known[1], values)
+
+
+def _embeddings_with_rows(wrapper: Any, ids: Tensor) -> Tensor:
+    rows = _token_rows(wrapper)
+    if rows is None:
+        return type(wrapper).forward(wrapper, ids)  # type: ignore[no-any-return]
+    table = wrapper.token_adapter.base_layer
+    hidden = table(ids)
+    hits = ids.unsqueeze(-1) == rows.numbers
+    learned = nn.functional.embedding(hits.int().argmax(dim=-1), rows.values).to(hidden.dtype)
+    scale = getattr(table, "embed_scale", None)  # Gemma's embeddings are scaled
+    learned = learned if scale is None else learned * scale.to(hidden.dtype)
+    return torch.where(hits.any(dim=-1, keepdim=True), learned, hidden)
+
+
+def _head_with_rows(wrapper: Any, x: Tensor, loss: Callable[..., Tensor] | None = None, softcap: float = 0.0) -> Tensor:
+    rows, head = _token_rows(wrapper), wrapper.token_adapter.base_layer
+    if rows is None:
+        settings = () if loss is None else (loss, softcap)
+        return type(wrapper).forward(wrapper, x, *settings)  # type: ignore[no-any-return]
+    if loss is not None:
+        return loss(x, head=Head(head.weight, head.bias, softcap, rows))
+    logits = head(x)
+    learned = nn.functional.linear(x, rows.values.to(x.dtype)).to(logits.dtype)
+    return logits.index_copy(-1, rows.numbers, learned)  # type: ignore[no-any-return]
+
+
 def _norm(family: Family, module: Any, x: Tensor) -> Tensor:
     if module.weight.requires_grad and torch.is_grad_enabled():
         return type(module).forward(module, x)  # type: ignore[no-any-return]
@@ -236,7 +287,7 @@ def _next_token(
 def has_fused_head(model: Any) -> bool:
     """True if the loss computes its gradient in the head's forward pass: the head has no adapter and is not trained."""
     head = getattr(model, "lm_head", None)
-    return getattr(getattr(head, "forward", None), "__func__", None) is _head
+    return getattr(getattr(head, "forward", None), "__func__", None) in (_head, _head_with_rows)
 
 
 def _losses_of_logits(logits: Tensor, targets: Tensor, softcap: float) -> Tensor:

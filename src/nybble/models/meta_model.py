@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nybble.models.adapters import attach
 from nybble.models.blocks import swap_blocks
 from nybble.models.skeleton import linears_to_pack, model_without_weights, swap_linears
+from nybble.models.vocabulary import NewTokens
 from nybble.nn import Linear4bit
 from nybble.quant import PackedWeight
 from nybble.quant.packed import NESTED_BLOCK_SIZE
@@ -39,7 +40,8 @@ def config_with_layers(config: Any, n_layers: int) -> Any:
 def meta_model(config: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
     """The model of `recipe` as loading and attaching make it, on the meta device.
 
-    It must not be called under a fake mode. Raises what transformers or PEFT raise for a config they cannot build.
+    The rows of new tokens are added to those of the config. It must not be called under a fake mode. Raises what
+    transformers or PEFT raise for a config they cannot build.
     """
     model = model_without_weights(
         config,
@@ -53,7 +55,8 @@ def meta_model(config: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
         model.eval()
         swap_blocks(model)
         if recipe.method != "full":
-            model = attach(model, recipe.lora, "planned")
+            first, n = config.get_text_config().vocab_size, len(recipe.lora.new_tokens)
+            model = attach(model, recipe.lora, "planned", tokens=NewTokens(tuple(range(first, first + n)), first))
     return model
 
 

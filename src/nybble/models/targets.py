@@ -7,14 +7,14 @@ before that, and a name that matches nothing is refused here instead of being pa
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from nybble.errors import RecipeError
-from nybble.models.skeleton import base_of, decoder_layers
+from nybble.models.skeleton import base_of, decoder_layers, embeddings_and_head
 from nybble.recipe import LoraSection, is_name
 
 
@@ -48,6 +48,20 @@ def adapted_linears(model: nn.Module, lora: LoraSection) -> dict[str, AdapterSiz
         alpha = lora.alpha_pattern.get(_key(lora.alpha_pattern, name), lora.lora_alpha)
         sizes[name] = AdapterSize(r, alpha / (r**0.5 if lora.use_rslora else r))
     return sizes
+
+
+def token_indices(model: Any, ids: Sequence[int]) -> dict[str, list[int]]:
+    """PEFT's `trainable_token_indices` for the rows `ids` of the embeddings, and of a head that is not tied to them.
+
+    Raises:
+        RecipeError: the head has a bias or is missing, so PEFT cannot learn single rows of it.
+    """
+    names = embeddings_and_head(model)
+    first, last = model.get_input_embeddings(), model.get_output_embeddings()
+    if not all(names) or getattr(last, "bias", None) is not None:
+        raise RecipeError("lora.new_tokens: this model's head has a bias or is missing; single rows cannot be learned")
+    is_tied = first.weight is last.weight
+    return {name: list(ids) for name in (names[:1] if is_tied else names)}
 
 
 def same_in_every_layer(model: nn.Module, lora: LoraSection) -> tuple[LoraSection, bool]:
@@ -120,6 +134,11 @@ def _matched(model: nn.Module, lora: LoraSection) -> list[str]:
     if not found:
         raise RecipeError(
             "lora: target_modules, exclude_modules and layers_to_transform together leave no linear layer; change one"
+        )
+    if lora.new_tokens and _head(model) in found:
+        raise RecipeError(
+            f"lora.target_modules: {_head(model)} cannot have an adapter while new_tokens learns rows of it; leave it "
+            "out"
         )
     for setting in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(lora, setting):

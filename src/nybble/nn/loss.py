@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,13 @@ _PIECE_BYTES = 1 << 26  # bytes of logits that are computed at a time
 _LEAST_ROWS, _MOST_ROWS = 256, 1024  # rows in a product; one of this size is as fast as a larger one
 
 
+class TokenRows(NamedTuple):
+    """Rows of a head or of embeddings that are learned while all others are frozen."""
+
+    numbers: Tensor  # (k,) int64: which rows
+    values: Tensor  # (k, hidden): the master weights
+
+
 @dataclass(frozen=True)
 class Head:
     """The output head; a trained one (tied or not) gets its gradient, a frozen one needs none."""
@@ -30,6 +37,7 @@ class Head:
     weight: Tensor  # (vocabulary, hidden)
     bias: Tensor | None  # (vocabulary,), frozen
     softcap: float  # logits become c tanh(logits / c); 0: no cap
+    rows: TokenRows | None = None  # take the place of the weight's own; the bias must be None
 
 
 def next_token_loss(
@@ -43,7 +51,8 @@ def next_token_loss(
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
     with torch.autocast(hidden.device.type, enabled=False):
-        total = _SummedLoss.apply(hidden.to(dtype), head.weight, targets, head)
+        values = head.rows.values if head.rows else None
+        total = _SummedLoss.apply(hidden.to(dtype), head.weight, values, targets, head)
     return total / n_items  # type: ignore[no-any-return]
 
 
@@ -71,6 +80,8 @@ def _pieces(hidden: Tensor, low: Tensor, targets: Tensor, head: Head) -> Iterato
         torch.mm(piece, low.t(), out=logits)
         if head.bias is not None:
             logits += head.bias.to(logits.dtype)
+        if head.rows is not None:
+            logits[:, head.rows.numbers] = piece @ head.rows.values.detach().to(piece.dtype).t()
         losses = pointwise.cross_entropy_(logits, targets[chosen], head.softcap)
         yield chosen, logits, losses
 
@@ -83,25 +94,38 @@ def _back_through(d_logits: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(d_logits, weight, out=out)
 
 
+def _taken_out(d_logits: Tensor, rows: TokenRows) -> Tensor:
+    """The gradient of the logits of `rows`, which is zero in `d_logits` afterwards."""
+    taken = d_logits[:, rows.numbers]
+    d_logits[:, rows.numbers] = 0
+    return taken
+
+
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, head: Head) -> Tensor:
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, values: Tensor | None, targets: Tensor, head: Head) -> Tensor:
+        wants_hidden, wants_weight, wants_values = ctx.needs_input_grad[:3]
         low = weight.detach().to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
         d_weight = torch.zeros_like(weight) if wants_weight else None
+        d_values = torch.zeros_like(values) if values is not None and wants_values else None
         for chosen, logits, losses in _pieces(hidden, low, targets, head):
             total += losses.sum()
+            d_rows = _taken_out(logits, head.rows) if head.rows else None
             if d_hidden is not None:
                 _back_through(logits, low, d_hidden[chosen])
+            if d_rows is not None and values is not None and d_hidden is not None:
+                d_hidden[chosen] += d_rows @ values.detach().to(hidden.dtype)
+            if d_rows is not None and d_values is not None:
+                d_values += d_rows.t() @ hidden[chosen]
             if d_weight is not None:
                 d_weight += logits.t() @ hidden[chosen]
-        ctx.save_for_backward(*(t for t in (d_hidden, d_weight) if t is not None))
+        ctx.save_for_backward(*(t for t in (d_hidden, d_weight, d_values) if t is not None))
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         saved = iter(ctx.saved_tensors)
-        made = [next(saved) if wanted else None for wanted in ctx.needs_input_grad[:2]]
+        made = [next(saved) if wanted else None for wanted in ctx.needs_input_grad[:3]]
         return (*(None if d is None else d.mul_(grad.to(d.dtype)) for d in made), None, None)

@@ -35,7 +35,7 @@ from typing import Any
 from nybble.data import examine_rows, packs_of
 from nybble.errors import ModelError, NybbleError
 from nybble.hardware import detect_device
-from nybble.models import compute_dtype, find_folder, find_tokenizer, read_config, take_over_adapter
+from nybble.models import add_new_tokens, compute_dtype, find_folder, find_tokenizer, read_config, take_over_adapter
 from nybble.planning.devices import Profile, named_profile, profile_of
 from nybble.planning.extrapolate import TracedModel
 from nybble.planning.phases import Batches, Forecast
@@ -243,6 +243,7 @@ def read_batches(recipe: Recipe) -> tuple[Batches | None, str | None]:
         return None, None
     try:
         tokenizer, _ = find_tokenizer(recipe.model)
+        add_new_tokens(tokenizer, recipe.lora.new_tokens)
         prepared = examine_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed)
     except NybbleError as error:
         return None, f"the rows cannot be read: {error}"

@@ -174,6 +174,14 @@ class LoraSection(Section):
         unset="any list of layers",
         aliases=("lora_layers_pattern", "peft_layers_pattern"),
     )
+    new_tokens: tuple[str, ...] = setting(
+        (),
+        "Tokens that are added to the tokenizer, separated by commas, as <tool>,</tool>. Their rows of embeddings and "
+        "head start as the mean of all tokens and are learned with the adapters (PEFT's trainable_token_indices); a "
+        "token that is known already keeps its row as the start.",
+        unset="none",
+        aliases=("add_tokens",),
+    )
     init_lora_weights: Literal["default", "loftq", "qera", "pissa"] = setting(
         "default",
         "How the adapters start: default changes nothing at first; loftq restores what 4 bits lost of the weights, "
@@ -220,7 +228,15 @@ class LoraSection(Section):
             check_pattern(pattern)
         return value
 
-    @field_validator("layers_pattern", mode="before")
+    @field_validator("new_tokens")
+    @classmethod
+    def _tokens(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for token in value:
+            if not token.strip() or value.count(token) > 1:
+                raise ValueError(f"{token!r} is {'given twice' if token.strip() else 'empty'}; give each token once")
+        return value
+
+    @field_validator("layers_pattern", "new_tokens", mode="before")
     @classmethod
     def _words(cls, value: Any) -> Any:
         return split_names(value) if isinstance(value, str) else value
@@ -745,6 +761,10 @@ class Recipe(Section):
             raise ValueError("fsdp_cpu_offload only works with distributed: fsdp; set that, or remove fsdp_cpu_offload")
         if training.fsdp_shards and training.distributed != "fsdp":
             raise ValueError("fsdp_shards only works with distributed: fsdp; set that, or remove fsdp_shards")
+        if lora.new_tokens and self.method == "full":
+            raise ValueError("new_tokens learns rows beside adapters; use it with method: qlora or lora")
+        if lora.new_tokens and lora.adapter_name_or_path:
+            raise ValueError("new_tokens cannot be added to the adapter of adapter_name_or_path; remove one of them")
         if lora.init_lora_weights != "default" and (self.method != "qlora" or lora.use_dora):
             raise ValueError(
                 f"init_lora_weights {lora.init_lora_weights!r} starts plain LoRA on a 4-bit base; "
