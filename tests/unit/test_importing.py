@@ -172,6 +172,7 @@ EXPECTED = {
         "quantization.bnb_4bit_compute_dtype": "bfloat16",
     },
     AXOLOTL: {
+        "lora.new_tokens": ("<|tool|>",),
         "method": "qlora",
         "data.dataset_name": (DataSet(path="rows/support.jsonl"), DataSet(path="rows/other.jsonl")),
         "data.max_length": 8192,
@@ -205,7 +206,7 @@ EXPECTED = {
 REMARKED = {
     TRL: "lora_modules_to_save eos_token gradient_checkpointing_kwargs dataloader_num_workers tf32",
     AXOLOTL: "model_type tokenizer_type datasets datasets.field_messages dataset_prepared_path pad_to_sequence_len "
-    "wandb_project flash_attention tokens special_tokens",
+    "wandb_project flash_attention special_tokens",
     LLAMA_FACTORY: "quantization_method dataset max_samples template overwrite_cache plot_loss ddp_timeout flash_attn",
 }
 TOOL = {TRL: "TRL", AXOLOTL: "Axolotl", LLAMA_FACTORY: "LLaMA-Factory"}

@@ -429,6 +429,7 @@ _BY_TOOL: dict[str, dict[str, Convert]] = {
         "evals_per_epoch": _times_an_epoch("evaluation.eval_steps", "evaluation.eval_strategy"),
         "saves_per_epoch": _times_an_epoch("training.save_steps", "training.save_strategy"),
         "eval_max_new_tokens": _to("evaluation.max_new_tokens"),
+        "tokens": _to("lora.new_tokens"),
         "noisy_embedding_alpha": _to("training.neftune_noise_alpha"),
         "cosine_min_lr_ratio": _least_rate,
         "flash_attention": _flash,
@@ -437,6 +438,7 @@ _BY_TOOL: dict[str, dict[str, Convert]] = {
         "wandb_name": _to("training.run_name"),
     },
     "llama_factory": {
+        "add_special_tokens": _to("lora.new_tokens"),
         "stage": _stage,
         "finetuning_type": _kind,
         "quantization_bit": _nothing,  # decides the method

@@ -55,8 +55,8 @@ ANSWERS: dict[str, str] = {
     **_all("bias fan_in_fan_out lora_bias", _REMOVE + "adapters have no bias and follow the layout of their layer"),
     **_all("modules_to_save lora_modules_to_save additional_target", _REMOVE + "adapters alone are trained; " + _WHOLE),
     **_all(
-        "trainable_token_indices new_tokens tokens added_tokens",
-        _REMOVE + "embeddings stay as they are under qlora and lora; " + _WHOLE,
+        "trainable_token_indices tokens added_tokens add_special_tokens new_special_tokens",
+        "use new_tokens with the texts of the tokens",
     ),
     **_all("target_parameters lora_target_parameters", "use target_modules with the names of linear layers"),
     "lora_target_linear": "use target_modules: all-linear",
