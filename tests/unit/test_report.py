@@ -27,6 +27,8 @@ def record(**changes: Any) -> RunRecord:
     """What run.json holds when the run has just begun."""
     samples = {"str": "text", "dict[str, int]": {"answer": 3}, "tuple[str, ...]": ["text"]}
     ledger = {field.name: samples.get(str(field.type), 3) for field in fields(Ledger)}
+    ledger |= {"not_used": {"<b>": 3}, "notes": {"joined": 1}, "files_not_read": ["x.txt"], "skipped": ["row 2: bad"]}
+    ledger |= {"sets": {"a.jsonl": {"rows_used": 3, "tokens_trained": 3}}}
     recipe = load_recipe(None, {"model_name_or_path": "models/tiny", "dataset_name": "rows.jsonl"})
     values: dict[str, Any] = {
         "status": "running",
