@@ -25,6 +25,14 @@ setting is a flag (`--learning_rate 2e-4`), with dashes or underscores; `nybble 
 Settings marked with `=` are neutral: they do not change what is learned, or they name something that counts by its
 content. `--resume` accepts another value for them. A SIZE is written as `8GiB`, `7.5GB` or a number of bytes.
 `make docs` writes this page from the schema.
+
+Names of transformers, TRL and PEFT mean here what they mean there. A name of theirs that is not on this page is
+answered in one line with what does the same, or why nothing is needed. A whole recipe is converted by
+
+    nybble import axolotl.yaml --output recipe.yaml
+
+which reads YAML of TRL (`SFTConfig`, `ModelConfig` and `ScriptArguments`), Axolotl and LLaMA-Factory, writes out the
+defaults of that tool where they differ, and names each setting that means something else or nothing here.
 """
 DOCTOR = """# The doctor
 
