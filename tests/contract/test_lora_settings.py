@@ -224,3 +224,59 @@ def test_adapters_of_unequal_rank_start_from_what_packing_lost(init: str, tiny_l
         left[name] = float((together - weight_of(original, name)).norm()) / lost[name]
     assert max(left.values()) < 1
     assert left["model.layers.0.self_attn.q_proj"] < 0.7 * left["model.layers.0.self_attn.o_proj"]
+
+
+@pytest.mark.parametrize(
+    "whole", [("lm_head",), ("embed_tokens",), ("norm", "layers.1.input_layernorm"), ("lm_head", "norm")]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_modules_that_are_trained_whole_are_those_of_peft(
+    whole: tuple[str, ...], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    base, padded = bare().to(dtype), [[row] for row in rows()]
+    lora = {"modules_to_save": whole, "target_modules": ("q_proj",)}
+    mine, stock = ours(base, **lora), theirs(base, **lora)
+    masters = {name: parameter.dtype for name, parameter in mine.named_parameters() if parameter.requires_grad}
+    assert set(masters.values()) == {torch.float32}
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+        expected_loss, expected = gradients(stock, PadBatch(0)(padded))
+        loss, found = gradients(mine, FlatBatch()(padded))
+    assert loss == pytest.approx(expected_loss, rel=tolerance)
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        error = (grad - expected[name].float()).norm() / expected[name].float().norm()
+        assert float(error) < 20 * tolerance, name
+    save_adapter(mine, tmp_path)
+    ids = torch.arange(4, 36).view(2, 16)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    with torch.no_grad():
+        seen, here = loaded(ids).logits, mine.eval()(ids).logits
+    torch.testing.assert_close(seen, here, rtol=10 * tolerance, atol=10 * tolerance)
+    recipe = load_recipe(None, {"r": 4, "method": "lora", "max_length": 32, **lora})
+    plan = make_plan(recipe, config(), named_profile("rtx4090"))
+    assert plan.trainable_parameters == sum(p.numel() for p in mine.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"modules_to_save": "down_proj"}, "model.layers.0.mlp.down_proj is packed in 4 bits"),
+        ({"modules_to_save": "layers.1"}, "model.layers.1 is packed in 4 bits"),
+        ({"modules_to_save": "heads"}, "'heads' matches no module, such as model.layers.0"),
+        ({"modules_to_save": "embed_tokens", "new_tokens": "<a>"}, "keep one of both"),
+    ],
+)
+def test_what_cannot_be_trained_whole_is_refused_when_the_run_is_planned(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        make_plan(load_recipe(None, {"max_length": 32, **settings}), config(), named_profile("rtx4090"))
+    assert said in str(caught.value)
+
+
+def test_embeddings_that_share_their_weight_with_the_head_are_not_trained_whole() -> None:
+    tied = config()
+    tied.tie_word_embeddings = True
+    for end in ("lm_head", "embed_tokens"):
+        recipe = load_recipe(None, {"max_length": 32, "modules_to_save": end})
+        with pytest.raises(RecipeError, match=r"embed_tokens and lm_head share one weight"):
+            make_plan(recipe, tied, named_profile("rtx4090"))

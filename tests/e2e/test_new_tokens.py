@@ -80,3 +80,26 @@ def test_an_adapter_with_new_tokens_is_exported_as_one_file(
     assert done.json["mean_kl"] < 1e-4
     fields = gguf.GGUFReader(file).fields
     assert fields["tokenizer.ggml.tokens"].contents()[-3:] == ["<say>", "</say>", "<pause>"]
+
+
+def test_modules_that_are_trained_whole_leave_with_the_model(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    flags = {"model_name_or_path": tiny_llama(), "dataset_name": rows_file, "output_dir": run, "r": 4}
+    flags |= {"modules_to_save": "lm_head,embed_tokens", "learning_rate": 1e-2, "max_steps": 6, "report_to": "none"}
+    flags |= {"gradient_checkpointing": "always", "n_samples": 0, "device": "cpu"}
+    done = nybble("train", *(word for name, value in flags.items() for word in (f"--{name}", value)))
+    assert done.code == 0, done.err
+    record = json.loads((run / "run.json").read_text())
+    assert record["plan"]["trainable_parameters"] == record["trainable_parameters"]
+    stored = load_file(run / "adapter/adapter_model.safetensors")
+    base = load_file(tiny_llama() / "model.safetensors")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert stored[f"base_model.model.{name}"].dtype == torch.float32
+        assert not torch.allclose(stored[f"base_model.model.{name}"], base[name], atol=1e-3)
+    merged = nybble("merge", run, "--out", tmp_path / "merged", "--into", "dequantized", "--json")
+    assert merged.code == 0, merged.err
+    assert merged.json["verified"]
+    asked = [nybble("ask", one, "What is two?", "--json").json["answers"][0] for one in (run, tmp_path / "merged")]
+    assert asked[0]["tuned"] == asked[1]["tuned"]

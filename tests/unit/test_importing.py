@@ -155,6 +155,7 @@ def imported(tmp_path: Path, text: str | dict[str, Any]) -> Imported:
 
 EXPECTED = {
     TRL: {
+        "lora.modules_to_save": ("lm_head",),
         "method": "qlora",
         "model.model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct",
         "lora.r": 32,
@@ -204,7 +205,7 @@ EXPECTED = {
     },
 }
 REMARKED = {
-    TRL: "lora_modules_to_save eos_token gradient_checkpointing_kwargs dataloader_num_workers tf32",
+    TRL: "eos_token gradient_checkpointing_kwargs dataloader_num_workers tf32",
     AXOLOTL: "model_type tokenizer_type datasets datasets.field_messages dataset_prepared_path pad_to_sequence_len "
     "wandb_project flash_attention special_tokens",
     LLAMA_FACTORY: "quantization_method dataset max_samples template overwrite_cache plot_loss ddp_timeout flash_attn",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nybble.errors import ModelError
 from nybble.guard import brief
 from nybble.models.adapter_files import read_adapter
-from nybble.models.blocks import blocks_of, use_token_rows
+from nybble.models.blocks import blocks_of, use_token_rows, use_whole_head
 from nybble.models.sharding import full_tensors, shard_like
 from nybble.models.skeleton import embeddings_and_head
 from nybble.models.targets import lora_config, token_indices
@@ -56,6 +56,7 @@ def attach(
         config.trainable_token_indices = token_indices(model, tokens.ids)
     use_our_layer(config)
     adapted = _with_token_rows(get_peft_model(model, config))
+    _as_masters(adapted)
     adapted.peft_config["default"].base_model_name_or_path = base_name
     with torch.no_grad():
         for name, (a, b) in (starts or {}).items():
@@ -94,6 +95,19 @@ def add_adapter(adapted: Any, folder: Path, name: str) -> None:
     with _fitting(folder):
         adapted.add_adapter(name, config)
         adapted.load_adapter(folder, name)
+
+
+def _as_masters(adapted: Any) -> None:
+    """Let modules that are trained whole have float32 weights, and give on what the frozen ones gave."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for wrapper in adapted.modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        dtype = next(wrapper.original_module.parameters()).dtype
+        wrapper.modules_to_save.float()
+        if not use_whole_head(wrapper):
+            wrapper.modules_to_save["default"].register_forward_hook(lambda _m, _x, y, dtype=dtype: y.to(dtype))
 
 
 def _with_token_rows(adapted: Any) -> Any:

@@ -201,6 +201,20 @@ def use_token_rows(wrapper: Any) -> None:
         _set(wrapper, _head_with_rows)
 
 
+def use_whole_head(wrapper: Any) -> bool:
+    """Let PEFT's wrapper of a head that is trained whole compute the loss without logits; whether it is one."""
+    if getattr(wrapper.original_module.forward, "__func__", None) is not _head:
+        return False
+    _set(wrapper, _whole_head)
+    return True
+
+
+def _whole_head(wrapper: Any, x: Tensor, *loss: Any) -> Tensor:
+    active = wrapper.active_adapters
+    is_trained = not wrapper.disable_adapters and len(active) == 1 and active[0] in wrapper.modules_to_save
+    return (wrapper.modules_to_save[active[0]] if is_trained else wrapper.original_module)(x, *loss)  # type: ignore[no-any-return]
+
+
 def _token_rows(wrapper: Any) -> TokenRows | None:
     """The rows that apply now; None where PEFT's own forward must decide."""
     adapter = wrapper.token_adapter
@@ -287,7 +301,7 @@ def _next_token(
 def has_fused_head(model: Any) -> bool:
     """True if the loss computes its gradient in the head's forward pass: the head has no adapter and is not trained."""
     head = getattr(model, "lm_head", None)
-    return getattr(getattr(head, "forward", None), "__func__", None) in (_head, _head_with_rows)
+    return getattr(getattr(head, "forward", None), "__func__", None) in (_head, _head_with_rows, _whole_head)
 
 
 def _losses_of_logits(logits: Tensor, targets: Tensor, softcap: float) -> Tensor:

@@ -39,6 +39,7 @@ def for_shards(recipe: Recipe) -> Recipe:
         f"init_lora_weights: {lora.init_lora_weights}": lora.init_lora_weights != "default",
         "use_dora": lora.use_dora,
         "new_tokens": bool(lora.new_tokens),
+        "modules_to_save": bool(lora.modules_to_save),
         "lean: always": training.lean == "always",
         "parity_steps": bool(training.parity_steps),
         f"optim: {training.optim} (but {', '.join(_OPTIMIZERS)} do)": training.optim not in _OPTIMIZERS,

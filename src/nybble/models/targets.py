@@ -15,6 +15,7 @@ from torch import nn
 
 from nybble.errors import RecipeError
 from nybble.models.skeleton import base_of, decoder_layers, embeddings_and_head
+from nybble.nn import Linear4bit
 from nybble.recipe import LoraSection, is_name
 
 
@@ -50,6 +51,34 @@ def adapted_linears(model: nn.Module, lora: LoraSection) -> dict[str, AdapterSiz
     return sizes
 
 
+def saved_modules(model: Any, lora: LoraSection) -> list[str]:
+    """The modules of `model`, which has no adapters yet, that `modules_to_save` trains whole.
+
+    Raises:
+        RecipeError: a name matches nothing, what is packed in 4 bits, or one of two modules that share a weight.
+    """
+    found: list[str] = []
+    for end in lora.modules_to_save:
+        names = [name for name, _ in model.named_modules() if name.endswith(end)]  # as PEFT matches them
+        if not names:
+            raise RecipeError(f"lora.modules_to_save: {end!r} matches no module{_such_as(_linears(model))}")
+        for name in names:
+            if any(isinstance(module, Linear4bit) for module in model.get_submodule(name).modules()):
+                raise RecipeError(
+                    f"lora.modules_to_save: {name} is packed in 4 bits; keep it out of that with skip_modules, or give "
+                    "it an adapter"
+                )
+        found += names
+    ends = embeddings_and_head(model)
+    weights = [model.get_submodule(name).weight for name in ends if name]
+    if {*ends} & {*found} and len(weights) == 2 and weights[0] is weights[1]:
+        raise RecipeError(
+            f"lora.modules_to_save: {' and '.join(ends)} share one weight in this model, and would be two afterwards; "
+            "learn rows with new_tokens, or give lm_head an adapter"
+        )
+    return found
+
+
 def token_indices(model: Any, ids: Sequence[int]) -> dict[str, list[int]]:
     """PEFT's `trainable_token_indices` for the rows `ids` of the embeddings, and of a head that is not tied to them.
 
@@ -73,12 +102,18 @@ def same_in_every_layer(model: nn.Module, lora: LoraSection) -> tuple[LoraSectio
     inside = [f"{names[id(layer)]}." for layer in decoder_layers(model)]
     largest: dict[str, int] = {}
     counted: dict[str, list[int]] = {}
+    whole: dict[str, None] = {}
     for name, size in adapted_linears(model, lora).items():
         prefix = next((prefix for prefix in inside if name.startswith(prefix)), "")
         end = name.removeprefix(prefix)
         largest[end] = max(size.r, largest.get(end, 0))
         if prefix:
             counted.setdefault(end, []).append(size.r)
+    for name in saved_modules(model, lora):
+        prefix = next((prefix for prefix in inside if name.startswith(prefix)), "")
+        whole.setdefault(name.removeprefix(prefix))
+        if prefix:
+            counted.setdefault(name.removeprefix(prefix), []).append(0)
     are_alike = all(len(ranks) == len(inside) and len(set(ranks)) == 1 for ranks in counted.values())
     changes = {
         "target_modules": tuple(largest),
@@ -87,6 +122,7 @@ def same_in_every_layer(model: nn.Module, lora: LoraSection) -> tuple[LoraSectio
         "exclude_modules": (),
         "layers_to_transform": (),
         "layers_pattern": (),
+        "modules_to_save": tuple(whole),
     }
     return lora.model_copy(update=changes), are_alike
 
@@ -109,6 +145,7 @@ def _config(model: nn.Module, lora: LoraSection, ranks: Mapping[str, int], alpha
         layers_pattern=list(lora.layers_pattern) or None,
         rank_pattern=dict(ranks),
         alpha_pattern={key: _whole(alpha) for key, alpha in alphas.items()},
+        modules_to_save=list(lora.modules_to_save) or None,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
     )
@@ -127,6 +164,7 @@ def _matched(model: nn.Module, lora: LoraSection) -> list[str]:
         raise RecipeError(
             f"lora.layers_to_transform: {beyond[0]}, but this model has {n_layers} decoder layers, 0 to {n_layers - 1}"
         )
+    whole = saved_modules(model, lora)
     config = _config(model, lora, {}, {})
     if config.target_modules == "all-linear":
         config.target_modules = {name for name in linears if name != _head(model)}
@@ -135,6 +173,8 @@ def _matched(model: nn.Module, lora: LoraSection) -> list[str]:
         raise RecipeError(
             "lora: target_modules, exclude_modules and layers_to_transform together leave no linear layer; change one"
         )
+    if lora.new_tokens and {*embeddings_and_head(model)} & {*whole}:
+        raise RecipeError("lora.new_tokens: modules_to_save trains embeddings or head whole; keep one of both")
     if lora.new_tokens and _head(model) in found:
         raise RecipeError(
             f"lora.target_modules: {_head(model)} cannot have an adapter while new_tokens learns rows of it; leave it "

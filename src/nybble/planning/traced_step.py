@@ -85,8 +85,13 @@ def adopt(live: MemoryTracer, model: Any, savers: MemorySavers | None = None) ->
     """Count the tensors of `model` as weights or adapters, and those that are on the host as host memory."""
     live.adopt([*model.parameters(), *model.buffers()], "weights")
     # A tied or packed tensor counts once; adapters are what PEFT added.
-    live.adopt([p for name, p in model.named_parameters() if "lora_" in name or "trainable_tokens" in name], "adapters")
+    live.adopt([p for name, p in model.named_parameters() if _is_adapter(name)], "adapters")
     live.adopt(savers.on_host if savers else (), HOST)
+
+
+def _is_adapter(name: str) -> bool:
+    """Whether PEFT added the parameter of this name."""
+    return any(part in name for part in ("lora_", "trainable_tokens", "modules_to_save"))
 
 
 def batch_of(model: Any, rows: BatchShape) -> dict[str, Any]:

@@ -53,7 +53,6 @@ ANSWERS: dict[str, str] = {
     "no_cuda": "use device: cpu",
     # adapters
     **_all("bias fan_in_fan_out lora_bias", _REMOVE + "adapters have no bias and follow the layout of their layer"),
-    **_all("modules_to_save lora_modules_to_save additional_target", _REMOVE + "adapters alone are trained; " + _WHOLE),
     **_all(
         "trainable_token_indices tokens added_tokens add_special_tokens new_special_tokens",
         "use new_tokens with the texts of the tokens",

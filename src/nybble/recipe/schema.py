@@ -174,6 +174,13 @@ class LoraSection(Section):
         unset="any list of layers",
         aliases=("lora_layers_pattern", "peft_layers_pattern"),
     )
+    modules_to_save: tuple[str, ...] = setting(
+        (),
+        "Modules beside the adapters that are trained whole and saved with them, as lm_head, embed_tokens or norm: the "
+        "ends of their names, separated by commas. They must not be packed in 4 bits.",
+        unset="none",
+        aliases=("lora_modules_to_save", "additional_target"),
+    )
     new_tokens: tuple[str, ...] = setting(
         (),
         "Tokens that are added to the tokenizer, separated by commas, as <tool>,</tool>. Their rows of embeddings and "
@@ -209,7 +216,7 @@ class LoraSection(Section):
                 return names
         return "all-linear" if value in ("all", "all_linear") else value
 
-    @field_validator("target_modules", "exclude_modules")
+    @field_validator("target_modules", "exclude_modules", "modules_to_save")
     @classmethod
     def _usable(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if isinstance(value, str):
@@ -236,7 +243,7 @@ class LoraSection(Section):
                 raise ValueError(f"{token!r} is {'given twice' if token.strip() else 'empty'}; give each token once")
         return value
 
-    @field_validator("layers_pattern", "new_tokens", mode="before")
+    @field_validator("layers_pattern", "modules_to_save", "new_tokens", mode="before")
     @classmethod
     def _words(cls, value: Any) -> Any:
         return split_names(value) if isinstance(value, str) else value
