@@ -97,11 +97,16 @@ def test_what_is_done_with_a_run_keeps_its_date(
     assert merged.code == 0, merged.err
     assert merged.json["faults"] == []
     asked: list[str] = []
-    tokenized = "nybble.data.encode.tokenize"
-    from nybble.data import encode
+    from nybble.generation import questions
 
-    before = encode.tokenize
-    monkeypatch.setattr(tokenized, lambda text, *more: asked.append(text) or before(text, *more))
+    encode = questions.encode_prompt
+
+    def listen(question: str, tokenizer: Any, *more: Any) -> list[int]:
+        ids = encode(question, tokenizer, *more)
+        asked.append(tokenizer.decode(ids))
+        return ids
+
+    monkeypatch.setattr(questions, "encode_prompt", listen)
     for place in (out, out / "adapter", tmp_path / "merged"):
         assert nybble("ask", place, "What is one?").code == 0
     assert len(asked) == 3
