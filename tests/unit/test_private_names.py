@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src" / "nybble"
 PAGE = ROOT / "docs" / "design" / "private-names.md"
-OS_NAMES = ("_exit",)  # os._exit is documented
+DOCUMENTED = ("_exit", "_replace", "_fields")  # of os and of named tuples
 
 
 def is_private(name: str) -> bool:
@@ -36,7 +36,7 @@ def foreign_names(tree: ast.Module, own: set[str]) -> Iterator[str]:
     """Private names of others that a module reads, sets or imports."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
-            if node.attr not in (*own, *OS_NAMES) or ast.unparse(node.value) == "super()":
+            if node.attr not in (*own, *DOCUMENTED) or ast.unparse(node.value) == "super()":
                 yield node.attr
         elif isinstance(node, ast.ImportFrom) and any(map(is_private, (node.module or "").split("."))):
             yield node.module or ""
