@@ -16,6 +16,7 @@ from nybble.planning.traced_step import BatchShape, StepCost
 from nybble.recipe import PhasePlan, Recipe, StepMemory, saving_pace
 
 _SMALL = BatchShape((16,))  # where the curve over tokens begins
+_NOT_TRACED = 1 << 62  # bytes: more than there is room for
 # Bytes of optimizer state for each trained parameter, by a word in the optimizer's name; AdamW has 8.
 _STATES = {"8bit": 2.03, "4bit": 1.06, "adafactor": 0.05, "lion": 4.0, "sgd": 0.0, "rmsprop": 4.0, "adagrad": 4.0}
 
@@ -87,11 +88,19 @@ class Forecast:
         """The peaks by tokens and level, from which the training takes the level of each batch.
 
         Where even the longest batch takes less than half of the budget, deeper levels are not worth tracing: they count
-        as the shallowest, which is no less. Nor are levels beyond `deepest`, that of the longest batch.
+        as the shallowest, which is no less. Nor are levels beyond `deepest`, that of the longest batch. Where the
+        longest fits at no level, all batches of a training that is forced take the last one.
         """
         n, levels = self.setting.n_layers, self.setting.saver_levels
         rest = self.average.steady(0).rest
         base = rest["weights"] + rest["adapters"]
+        savers = ("embedding",) if self.setting.host_embedding else ()
+        if self.level_for(self.longest, budget_bytes) is None:
+            peaks = (
+                *[_NOT_TRACED] * (n + len(levels)),
+                self.beside_a_step + self.longest.steady(deepest).peak.total_bytes,
+            )
+            return StepMemory((self.setting.laid_out(self.longest.rows),), (peaks,), base, levels, savers)
         ample = 2 * self.total(self.longest.steady(0).peak) < budget_bytes
         found: dict[int, tuple[int, ...]] = {}
         beside = self.beside_a_step
@@ -104,7 +113,6 @@ class Forecast:
             small = self.curve(_SMALL).steady(0).peak.total_bytes  # of so few tokens the level does not matter
             found.setdefault(_SMALL.tokens, (beside + small,) * (n + 1 + len(levels)))
         tokens = tuple(sorted(found))
-        savers = ("embedding",) if self.setting.host_embedding else ()
         return StepMemory(tokens, tuple(found[size] for size in tokens), base, levels, savers)
 
     def total(self, peak: Peak) -> int:

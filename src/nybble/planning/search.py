@@ -143,19 +143,28 @@ def _slices(forecast: Forecast, level: int) -> bool:
 
 
 def cheapest_changes(forecast: Forecast, budget_bytes: int) -> tuple[Change, ...]:
-    """Changes that would make the run smaller, those that cost learning least first."""
+    """Changes that would make the run smaller, those that cost learning least first.
+
+    Where weights and optimizer state alone exceed the budget, changes of the batch are not tried: they cannot help.
+    """
+    has_room = forecast.leaves_room(forecast.average, budget_bytes)
     now = smallest_peak(forecast)
     found = []
     for setting, value, recipe, batches, meaning in _variants(forecast):
+        if setting in _OF_THE_BATCH and not has_room:
+            continue
         other = replace(forecast, setting=forecast.setting.of(recipe=recipe), batches=batches)
         peak = smallest_peak(other)
         if peak < 0.995 * now:
             found.append(Change(setting, value, peak, peak <= budget_bytes, meaning))
-    length = largest_length(forecast, budget_bytes)
+    length = largest_length(forecast, budget_bytes) if has_room else None
     if length is not None and length < max(forecast.batches.longest.lengths):
         peak = smallest_peak(replace(forecast, batches=_cut(forecast.batches, length)))
         found.append(Change("max_length", str(length), peak, True, "longer rows are cut"))
     return tuple(found)
+
+
+_OF_THE_BATCH = ("gradient_checkpointing", "per_device_train_batch_size")  # weights and states stay as they are
 
 
 def _variants(forecast: Forecast) -> Iterator[tuple[str, str, Recipe, Batches, str]]:
