@@ -207,6 +207,20 @@ def test_every_answer_ends_where_the_template_has_no_end_token(contexts: Context
     ]  # fmt: skip
 
 
+def test_a_control_token_before_the_words_is_no_end(contexts: Contexts, tok: Any) -> None:
+    tok.add_special_tokens({"extra_special_tokens": ["<|mid|>"]})
+    template = PLAIN.replace("eos_token if m.role == 'assistant' else '|'", "'|'").replace(
+        "m.content +", "('<|mid|>' if m.role == 'assistant' else '') + m.content +"
+    )
+    assert contexts(template, TWO[:2]) == [(f"{ASKED}<|mid|>7|</s>", "<|mid|>7|</s>")]
+
+
+def test_a_template_that_counts_the_turns_gives_each_answer_its_own_count(contexts: Contexts) -> None:
+    template = PLAIN.replace("{{ bos_token }}", "{{ bos_token ~ messages|length }}")
+    second = "<s>3user: 3 + 4?|assistant: 7</s>user: Twice?|assistant: 14</s>"
+    assert contexts(template, TWO) == [("<s>1user: 3 + 4?|assistant: 7</s>", "7</s>"), (second, "14</s>")]
+
+
 def test_a_system_text_that_moves_to_the_last_question_is_where_each_answer_meets_it(contexts: Contexts) -> None:
     template = (
         "{%- set first = messages[0].content if messages[0].role == 'system' else '' %}{{ bos_token }}"

@@ -153,6 +153,8 @@ class _Encoder:
         context = self._whole(chosen) if loss_on == "all" else self._in_one(chosen)
         contexts = [context] if context else [self._alone(k) for k in self._limited(chosen)]
         self._check_rest(chosen)
+        if reasoning != "mask" and loss_on not in ("tool_calls", "content"):
+            return contexts
         return [replace(c, answers=[_chosen(a, loss_on, reasoning) for a in c.answers]) for c in contexts]
 
     def _whole(self, chosen: Sequence[int]) -> Context:

@@ -122,6 +122,9 @@ def _encode(
 
 def _examples(contexts: Sequence[Context], max_length: int, loss_on: str) -> Iterator[Example]:
     """The contexts in as few examples as a greedy search finds: each joins the tree before it if that still fits."""
+    if len(contexts) == 1:
+        yield _example(contexts, max_length, loss_on)
+        return
     group: list[Context] = []
     size = 0
     for context in contexts:

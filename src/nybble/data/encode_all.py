@@ -32,7 +32,7 @@ from nybble.data.files import Row
 from nybble.data.rows import Placed, Rows
 from nybble.data.shapes import Form, Turn, prompt_form_of
 from nybble.data.store import Examples, map_records, to_records, write_records
-from nybble.data.templates import dates_in
+from nybble.data.templates import dates_in, many_renderings
 from nybble.data.tokens import IGNORED, adds_bos
 from nybble.errors import CannotRunError, RowsError
 from nybble.recipe import DataSection
@@ -79,7 +79,8 @@ class Encoder:
     def encode(self, chunk: _Chunk) -> RecordBatch:
         """Encode the rows of a chunk as records."""
         before, rows = chunk
-        return to_records(self._encode(number, *placed) for number, placed in enumerate(rows, start=before + 1))
+        with many_renderings():
+            return to_records(self._encode(number, *placed) for number, placed in enumerate(rows, start=before + 1))
 
     def _encode(self, number: int, where: str, row: Row | RowsError) -> EncodedRow:
         try:

@@ -40,6 +40,9 @@ _MOST_MEMORY = 1 << 30  # bytes of address space beyond what the process already
 _MOST_CHARACTERS = 8 << 20
 _MOST_TEMPLATE_BYTES = 256 << 10
 _NAMED = {"inst": INST, "chatml": CHATML}
+# The bytes of address space that the process had when `many_renderings` was entered; None outside of it.
+_present: ContextVar[int | None] = ContextVar("_present", default=None)
+_is_running: ContextVar[bool] = ContextVar("_is_running", default=False)  # a template is being rendered
 _DATE = re.compile(r"strftime_now\b(?!\s+is\b)(?:\(\s*(['\"])(.*?)\1\s*\))?")  # a use; its format if it is written out
 _CODES = "aAbBcCdDeFgGhHIjklmMpPrRsSTuUVwWxXyYzZf"  # letters of strftime
 # `strftime_now` of the codes in `clock`; what it begins with leaves the white space of the template after it alone.
@@ -152,19 +155,44 @@ class _TooLongError(Exception):
 
 
 @contextmanager
-def _in_time() -> Iterator[None]:
-    """Raise `_TooLongError` in the body after `MOST_SECONDS`; only the main thread can be interrupted this way."""
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+def many_renderings() -> Iterator[None]:
+    """Within, what the limits of each rendering need is prepared once, which takes a quarter of a rendering's time: the
+    signal handler, and the memory that the process has."""
+    if _present.get() is not None or not _can_interrupt():
         yield
         return
     former = signal.signal(signal.SIGVTALRM, _stop)
-    # The timer repeats because jinja swallows exceptions that are raised while it folds constants.
-    signal.setitimer(signal.ITIMER_VIRTUAL, MOST_SECONDS, MOST_SECONDS / 10)
+    token = _present.set(_present_bytes())
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        _present.reset(token)
         signal.signal(signal.SIGVTALRM, former)
+
+
+def _can_interrupt() -> bool:
+    """Only the main thread can be interrupted by a timer."""
+    return threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
+
+
+@contextmanager
+def _in_time() -> Iterator[None]:
+    """Raise `_TooLongError` in the body after `MOST_SECONDS`, in the main thread."""
+    if not _can_interrupt():
+        yield
+        return
+    with many_renderings():
+        _is_running.set(True)
+        # The timer repeats because jinja swallows exceptions that are raised while it folds constants.
+        signal.setitimer(signal.ITIMER_VIRTUAL, MOST_SECONDS, MOST_SECONDS / 10)
+        try:
+            try:
+                yield
+            finally:
+                _is_running.set(False)
+        finally:  # a signal may have come before the flag was set
+            _is_running.set(False)
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
 @contextmanager
@@ -176,9 +204,8 @@ def _in_memory() -> Iterator[None]:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - runs for each rendering; a Path doubles the time
-        present = int(file.read().partition(b" ")[0]) * resource.getpagesize()
-    wanted = present + _MOST_MEMORY
+    present = _present.get()
+    wanted = (_present_bytes() if present is None else present) + _MOST_MEMORY
     if soft == resource.RLIM_INFINITY or wanted < soft:
         resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
     try:
@@ -187,5 +214,16 @@ def _in_memory() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+def _present_bytes() -> int:
+    """The address space that this process has, in bytes; 0 except on Linux."""
+    if sys.platform != "linux":
+        return 0
+    import resource
+
+    with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - may run for each rendering; a Path doubles the time
+        return int(file.read().partition(b" ")[0]) * resource.getpagesize()
+
+
 def _stop(_number: int, _frame: Any) -> None:
-    raise _TooLongError
+    if _is_running.get():  # a signal may still come when the timer is off
+        raise _TooLongError
