@@ -39,6 +39,7 @@ RECIPES = {
     "alias": "a: &a [x, x, x]\nb: &b [*a, *a, *a]\n",
     "deep": "a: " + "[" * 5000,
     "twice": "lr: 1e-4\nlearning_rate: 2e-4\n",
+    "again": "lora:\n  r: 64\nseed: 1\nlora:\n  lora_dropout: 0.1\n",
     "section": "optimisation:\n  lr: 1e-4\n",
     "token": "run_name: hf_abcdefghijklmnopqrstuvwx\n",
     "password": "dataset_name: https://me:secret@example.org/rows.jsonl\n",

@@ -24,6 +24,7 @@ SETTINGS = all_settings()
 SECTIONS = sorted({item.section for item in SETTINGS if item.section})
 NOT_ALONE = ("push_to_hub", "fsdp_cpu_offload", "fsdp_shards", "layers_pattern")  # settings that need another
 ALIASES = [(item, alias) for item in SETTINGS for alias in item.aliases if item.name not in NOT_ALONE]
+NEED_ADAPTERS = {"adapter_name_or_path", "new_tokens"}
 MODULES = st.text("abc_.019", min_size=1)  # names of modules
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 LIMITS = ("ge", "gt", "le", "lt")
@@ -346,6 +347,8 @@ def recipes(draw: st.DrawFn) -> Recipe:
         lambda some: st.tuples(*[MODULES.map(lambda name, role=role: f"{role}={name}") for role in some])
     )
     given_values |= {item.path: draw(named) for item in chosen if item.name == "columns"}
+    names = st.lists(MODULES, max_size=3, unique=True)
+    given_values |= {item.path: draw(names) for item in chosen if item.name in ("modules_to_save", "new_tokens")}
     content: dict[str, Any] = {"training": {"hub_model_id": "me/" + draw(st.text())}}
     for path, value in given_values.items():
         section, _, name = path.rpartition(".")
@@ -354,8 +357,10 @@ def recipes(draw: st.DrawFn) -> Recipe:
     if "init_lora_weights" in content.get("lora", {}):  # starts plain LoRA on a 4-bit base
         content["method"] = "qlora"
         content["lora"].pop("use_dora", None)
-    if content["training"].get("loraplus_lr_ratio") or content.get("lora", {}).get("adapter_name_or_path"):
+    if content["training"].get("loraplus_lr_ratio") or content.get("lora", {}).keys() & NEED_ADAPTERS:
         content["method"] = "qlora"
+    if content.get("lora", {}).get("new_tokens"):
+        content["lora"].pop("adapter_name_or_path", None)
     if content["training"].get("train_batch_size"):  # the accumulation follows from it
         content["training"].pop("gradient_accumulation_steps", None)
     if content["training"].get("fsdp_cpu_offload") or content["training"].get("fsdp_shards"):
@@ -384,6 +389,39 @@ def test_a_saved_recipe_keeps_the_next_line_character(tmp_path: Path) -> None:
 
 def test_one_setting_under_two_names_is_refused(tmp_path: Path) -> None:
     assert "same setting" in refusal(written(tmp_path, "lr: 1.0e-3\nlearning_rate: 2.0e-3\n"))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("r: 8\nseed: 1\nr: 16\n", "'r' is given in line 1 and again in line 3"),
+        ("lora: {r: 64}\ntraining:\n  seed: 1\nlora:\n  r: 8\n", "'lora' is given in line 1 and again in line 4"),
+        ("training:\n  seed: 1\n  lr: 1\n  seed: 1\n", "'seed' is given in line 2 and again in line 4"),
+        ("lora: {r: 8, r: 8}\n", "'r' is given twice in line 1"),
+        ("rank_pattern:\n  up_proj: 1\n  down_proj: 2\n  up_proj: 3\n", "'up_proj' is given in line 2 and again in"),
+        ("dataset_name:\n- {path: a, weight: 1}\n- path: b\n  path: c\n", "'path' is given in line 3 and again in"),
+        ("'r': 8\nr: 16\n", "'r' is given in line 1 and again in line 2"),
+    ],
+)
+def test_what_is_given_twice_is_refused_with_both_lines(tmp_path: Path, content: str, said: str) -> None:
+    file = written(tmp_path, content)
+    message = refusal(file)
+    assert message.startswith(f"{file}: {said}")
+    assert message.endswith("; keep one of them")
+
+
+def test_a_value_and_overrides_that_say_a_thing_twice_are_refused() -> None:
+    assert refusal(None, {"rank_pattern": "{a: 1, a: 2}"}) == (
+        "lora.rank_pattern: 'a' is given twice in line 1; keep one of them"
+    )
+    assert refusal(None, {"lr": 1e-3, "learning_rate": 2e-3}) == (
+        "'lr' and 'learning_rate' are the same setting; keep one"
+    )
+
+
+def test_a_name_may_stand_in_several_mappings(tmp_path: Path) -> None:
+    recipe = load_recipe(written(tmp_path, "rank_pattern: {a: 1}\nalpha_pattern: {a: 2}\n"))
+    assert (recipe.lora.rank_pattern, recipe.lora.alpha_pattern) == ({"a": 1}, {"a": 2})
 
 
 def test_a_saved_recipe_holds_every_setting() -> None:

@@ -42,8 +42,12 @@ def load_recipe(path: Path | str | None = None, overrides: Mapping[str, Any] | N
         said[setting_path] = key
         _put(values, setting_path, value)
     settings = {item.path: item for item in all_settings()}
+    said = {}
     for key, value in (overrides or {}).items():
         setting_path = path_of(key)
+        if setting_path in said:
+            raise RecipeError(f"{shown(said[setting_path])} and {shown(key)} are the same setting; keep one")
+        said[setting_path] = key
         _put(values, setting_path, _from_text(value, settings[setting_path]))
     _check_secrets(values)
     nested: dict[str, Any] = {k: v for k, v in values.items() if k}
@@ -96,6 +100,8 @@ def read_yaml(path: Path | str) -> Mapping[str, Any]:
         content = _parse(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{file}: cannot be read ({error.strerror}); give a YAML file that can") from error
+    except _GivenTwice as error:
+        raise RecipeError(f"{file}: {error}; keep one of them") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{file}: not YAML ({_fault(error)}); repair it, see `nybble settings`") from error
     if content is None:
@@ -113,8 +119,15 @@ def _fault(error: Exception) -> str:
     return brief(error)
 
 
+class _GivenTwice(yaml.YAMLError):
+    """A key stands twice in one mapping; PyYAML takes the last of them."""
+
+
 class _Loader(yaml.SafeLoader):
-    """Plain data only, without aliases: a few lines of them stand for gigabytes, and a recipe has no use for them."""
+    """Plain data only, every key once.
+
+    There are no aliases: a few lines of them stand for gigabytes, and a recipe has no use for them.
+    """
 
     def fetch_flow_collection_start(self, token_class: Any) -> None:
         if self.flow_level >= _MOST_BRACKETS:
@@ -125,6 +138,18 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("an alias, *name: write the value itself")
         return super().compose_node(parent, index)
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        mapping = super().compose_mapping_node(anchor)
+        firsts: dict[tuple[str, str], yaml.Node] = {}
+        for key, _ in mapping.value:
+            if isinstance(key, yaml.ScalarNode):
+                first = firsts.setdefault((key.tag, key.value), key)
+                if first is not key:
+                    line, again = first.start_mark.line + 1, key.start_mark.line + 1
+                    where = f"in line {line} and again in line {again}" if again > line else f"twice in line {line}"
+                    raise _GivenTwice(f"{shown(key.value)} is given {where}")
+        return mapping
 
 
 def _parse(text: str) -> Any:
@@ -191,6 +216,8 @@ def _from_text(value: Any, setting: Setting) -> Any:
         return value
     try:
         return _parse(value)
+    except _GivenTwice as error:
+        raise RecipeError(f"{setting.path}: {error}; keep one of them") from error
     except (yaml.YAMLError, ValueError, RecursionError):
         return value
 
