@@ -117,6 +117,8 @@ def open_run(
         check_best_step(recipe.evaluation, recipe.training)
         tracker_names(recipe.training)
         device = detect_device(recipe.model.device)
+    if resumes and directory.holds_run and read_record(path)["status"] == "killed":
+        observer.note(f"the process that trained {path} ended without a word: it was killed, or the machine went down")
     limit = recipe.training.max_seconds
     clock = processes.gather(_clock(directory, resumes=resumes))[0]
     return RunContext(

@@ -69,7 +69,7 @@ def _cache(
 
 
 @pytest.fixture(scope="session")
-def _forking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def forking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A program that does what `python` does, in a process forked from one that has imported the libraries."""
     if not hasattr(os, "pidfd_open"):
         yield Path(sys.executable)
@@ -92,10 +92,10 @@ def _forking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def _children_are_forked(request: pytest.FixtureRequest, _forking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _children_are_forked(request: pytest.FixtureRequest, forking: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreters that Nybble starts take no seconds to import; those of tests marked `fresh` are new ones."""
     if not request.node.get_closest_marker("fresh"):
-        monkeypatch.setattr(subprocesses, "sys", SimpleNamespace(executable=str(_forking)))
+        monkeypatch.setattr(subprocesses, "sys", SimpleNamespace(executable=str(forking)))
 
 
 @pytest.fixture

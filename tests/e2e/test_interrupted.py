@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from nybble.run.directory import read_record
 from nybble.storage.checkpoints import list_checkpoints, verify
 
 ROOT = Path(__file__).parents[2]
@@ -49,10 +50,97 @@ def test_a_second_signal_ends_at_once_and_leaves_the_last_checkpoint_whole(
     verify(list_checkpoints([out / "checkpoints"])[0])
 
 
-def test_sigterm_outside_the_training_ends_as_ctrl_c_does() -> None:
+def started(python: Path, base: Path, rows: Path, out: Path, **streams: Any) -> subprocess.Popen[str]:
+    """A training that has logged steps and saves nothing unless it is told to."""
+    command = [str(python), "-m", "nybble", *words(base, rows, out, save_steps=4000)]
+    process = subprocess.Popen(command, text=True, **{"stderr": subprocess.PIPE, **streams})
+    deadline = time.monotonic() + 120
+    while not (out / "events.jsonl").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process
+
+
+def status(out: Path) -> str:
+    return str(read_record(out)["status"])
+
+
+@pytest.mark.parametrize("second", [signal.SIGHUP, None])
+def test_a_terminal_that_closes_saves_and_ends_the_training(
+    forking: Path, tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path, second: signal.Signals | None
+) -> None:
+    """The shell and the kernel both send SIGHUP: the second is no wish to end at once."""
+    out = tmp_path / "run"
+    process = started(forking, tiny_llama(), rows_file, out)
+    assert status(out) == "running"
+    process.send_signal(signal.SIGHUP)
+    if second:
+        time.sleep(0.002)
+        process.send_signal(second)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 4, err
+    assert "SIGHUP at step" in err.splitlines()[-1]
+    assert status(out) == "stopped"
+    step = json.loads((out / "events.jsonl").read_text().splitlines()[-1])["step"]
+    newest = list_checkpoints([out / "checkpoints"])[0]
+    verify(newest)
+    assert int(newest.name.removeprefix("checkpoint-").split(".")[0]) >= step
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored(
+    forking: Path, tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        program = (
+            "import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); from nybble.cli.main import main; main()"
+        )
+        command = [str(forking), "-c", program, *words(tiny_llama(), rows_file, out, max_steps=60, save_steps=4000)]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    deadline = time.monotonic() + 120
+    while not (out / "events.jsonl").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGHUP)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert status(out) == "done"
+
+
+def test_a_run_whose_process_is_gone_is_called_killed(
+    nybble: Callable[..., Any], forking: Path, tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    base, out = tiny_llama(), tmp_path / "run"
+    process = started(forking, base, rows_file, out)
+    process.kill()
+    process.communicate(timeout=120)
+    deadline = time.monotonic() + 10
+    while status(out) == "running":  # the process dies a moment after the one that stands in its place
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert status(out) == "killed"
+    assert json.loads((out / "run.json").read_text())["status"] == "running"
+    assert nybble("report", out).code == 0
+    assert "killed: it is not finished, and its process is gone" in (out / "report.md").read_text()
+    refused = nybble("ask", out, "What is one?", "--device", "cpu")
+    assert refused.code == 2
+    assert "its process was killed: continue it with nybble train --resume" in refused.err
+    done = nybble(*words(base, rows_file, out, max_steps=2, save_steps=4000), "--resume")
+    assert done.code == 0, done.err
+    assert "ended without a word: it was killed, or the machine went down" in done.err
+    assert status(out) == "done"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_outside_the_training_ends_as_ctrl_c_does(name: str) -> None:
     program = (
         "import os, signal, sys; from nybble.cli import main; "
-        "main.app.command('wait')(lambda: os.kill(os.getpid(), signal.SIGTERM)); "
+        f"main.app.command('wait')(lambda: os.kill(os.getpid(), signal.{name})); "
         "sys.argv = ['nybble', 'wait']; main.main()"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120)

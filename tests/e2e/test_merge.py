@@ -301,7 +301,7 @@ def test_a_run_without_an_adapter_and_no_run_are_refused(
 ) -> None:
     shutil.copytree(trained(), tmp_path / "run")
     shutil.rmtree(tmp_path / "run/adapter")
-    assert "no trained weights yet" in nybble("merge", tmp_path / "run", "--out", tmp_path / "x").err
+    assert "no trained weights (adapter/)" in nybble("merge", tmp_path / "run", "--out", tmp_path / "x").err
     done = nybble("merge", tmp_path, "--out", tmp_path / "x")
     assert (done.code, "is not a run directory" in done.err) == (2, True)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import sys
+
+from nybble.run.signals import HANG_UP, handle_stop_signals, ignore_further_hang_ups
 
 _MMAP_THRESHOLD = 1 << 20  # bytes
 _M_MMAP_THRESHOLD = -3  # the number of this option in glibc's malloc.h
@@ -32,15 +33,17 @@ def own_process() -> None:
 
 
 def stop_as_by_ctrl_c() -> None:
-    """SIGTERM, as schedulers send it, ends what is under way as SIGINT does; training handles both itself."""
+    """SIGTERM and SIGHUP end what is under way as SIGINT does; training handles all three itself."""
     owner = os.getpid()
 
     def stop(number: int, _frame: object) -> None:
         if os.getpid() != owner:  # a child that was forked since
             os._exit(128 + number)
+        if number == HANG_UP:
+            ignore_further_hang_ups()
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, stop)
+    handle_stop_signals(stop)
 
 
 def quiet_libraries() -> None:

@@ -14,6 +14,7 @@ from nybble.errors import NybbleError, StoppedError
 from nybble.recipe import Recipe
 from nybble.run.directory import RunDirectory, read_record
 from nybble.run.record import Observer
+from nybble.run.signals import HANG_UP, handle_stop_signals
 from nybble.subprocesses import Child
 
 _DOES_NOT_FIT = 3
@@ -79,16 +80,11 @@ def predict(recipe: Recipe) -> dict[str, Any] | None:
 
 @contextmanager
 def _passing_on_signals(child: Child) -> Iterator[None]:
-    def pass_on(_number: int, _frame: object) -> None:
-        child.send_signal(signal.SIGINT)
+    def pass_on(number: int, _frame: object) -> None:
+        child.send_signal(number if number == HANG_UP else signal.SIGINT)
 
-    former: dict[signal.Signals, Any] = {}
+    former = handle_stop_signals(pass_on)
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                former[number] = signal.signal(number, pass_on)
-            except ValueError:  # this is not the main thread: the host program owns the signals
-                break
         yield
     finally:
         for number, handler in former.items():

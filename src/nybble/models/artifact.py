@@ -191,7 +191,7 @@ def _of_run(name: str, folder: Path, overrides: Mapping[str, Any] | None) -> Art
     is_adapter = recipe.method != "full"
     weights = run.adapter if is_adapter else run.full_model
     if not weights.is_dir():
-        raise InputError(f"{name} contains no trained weights yet ({weights.name}/); wait for the run, or --resume it")
+        raise InputError(f"{name} contains no trained weights ({weights.name}/); {_why_without_weights(record)}")
     if not isinstance(record["rows"].get("ledger"), dict):
         raise InputError(f"{folder}/run.json is damaged (no ledger); give another run")
     note = _note(folder / "run.json", record["rows"]["ledger"])
@@ -210,6 +210,17 @@ def _of_run(name: str, folder: Path, overrides: Mapping[str, Any] | None) -> Art
         fingerprint=record["model"].get("fingerprint"),
         clock=clock_of(record),
     )
+
+
+def _why_without_weights(record: Mapping[str, Any]) -> str:
+    notes = record.get("notes")
+    last = f": {notes[-1]}" if isinstance(notes, list) and notes and record["status"] == "failed" else ""
+    return {
+        "running": "the run goes on: wait for it",
+        "killed": "its process was killed: continue it with nybble train --resume",
+        "stopped": "it was stopped: continue it with nybble train --resume",
+        "failed": f"the run failed{last}; mend that, then train again",
+    }.get(record["status"], "they were removed since the run was done; give another run")
 
 
 def _of_adapter(name: str, folder: Path, on: ModelSection) -> Artifact:

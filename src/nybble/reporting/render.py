@@ -85,7 +85,7 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     bits = 8 * model["packed_bytes"] / model["packed_elements"] if model.get("packed_elements") else None
     speed = record.get("tokens_per_second")
     facts = [
-        ("status", str(record["status"])),
+        ("status", _status(record)),
         ("device", str(record["device"]["name"])),
         ("trained parameters", f"{format_count(trainable)}{share}"),
         ("training loss", format_number(record.get("train_loss"))),
@@ -101,6 +101,14 @@ def _facts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
         packed = f"{format_bytes(model['packed_bytes'])}, {bits:.3f} bits per weight"
         facts.insert(3, ("4-bit weights", packed))
     return facts
+
+
+def _status(record: Mapping[str, Any]) -> str:
+    status = str(record["status"])
+    notes = record.get("notes")
+    if status == "killed":
+        return "killed: it is not finished, and its process is gone"
+    return f"failed: {notes[-1]}" if status == "failed" and isinstance(notes, list) and notes else status
 
 
 def environment(record: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -288,7 +288,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_record(path: Path | str) -> dict[str, Any]:
-    """The content of a run directory's run.json.
+    """The content of a run directory's run.json; a run that is "running" there and that nobody runs is "killed".
 
     Raises:
         InputError: it is not a run directory, or run.json is damaged.
@@ -302,7 +302,25 @@ def read_record(path: Path | str) -> dict[str, Any]:
     missing = sorted(name for name in needed if not isinstance(record.get(name), str if name in texts else dict))
     if missing:
         raise InputError(f"{file} is damaged (no {', '.join(missing)}); give another run")
+    if record["status"] == "running" and not _is_held(file.parent):
+        record["status"] = "killed"
     return record
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a process holds the lock of a run; where locks cannot be asked for, it is taken to."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return True
+    try:
+        if fcntl is not None:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return fcntl is None
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
 
 
 def clock_of(record: Mapping[str, Any]) -> datetime | None:

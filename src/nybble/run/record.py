@@ -68,7 +68,7 @@ class Phase:
 class RunRecord:
     """The content of run.json."""
 
-    status: str  # "running", "done", "stopped" or "failed"
+    status: str  # "running", "done", "stopped" or "failed"; `read_record` knows "killed" besides
     recipe: dict[str, Any]
     versions: dict[str, str]
     device: dict[str, Any]

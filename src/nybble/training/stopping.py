@@ -1,4 +1,4 @@
-"""Stopping a training early: on SIGINT, on SIGTERM, and before its time is up."""
+"""Stopping a training early: on SIGINT, SIGTERM and SIGHUP, and before its time is up."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from collections.abc import Callable
 from typing import Any
 
 from nybble.run.processes import Processes
+from nybble.run.signals import HANG_UP, handle_stop_signals, ignore_further_hang_ups
 
 
 class Stops:
-    """Lets the micro-batch under way end, so that the state is saved; a second signal ends the process at once."""
+    """Lets the micro-batch under way end, so that the state is saved; a second signal ends the process at once.
+
+    SIGHUP is never that second signal, and is ignored after the first: see `ignore_further_hang_ups`.
+    """
 
     def __init__(
         self,
@@ -30,11 +34,7 @@ class Stops:
 
     def __enter__(self) -> Stops:
         self._looked = time.monotonic()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._former[number] = signal.signal(number, self._handle)
-            except ValueError:  # not in the main thread: the host program owns the signals
-                return self
+        self._former = handle_stop_signals(self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -54,10 +54,13 @@ class Stops:
         return self.reason is not None
 
     def _handle(self, number: int, _frame: object) -> None:
-        if self.reason is not None:
+        if number == HANG_UP:
+            ignore_further_hang_ups()
+            self._former.pop(HANG_UP, None)
+        elif self.reason is not None:
             self.__exit__()
             raise KeyboardInterrupt
-        self.reason = signal.Signals(number).name
+        self.reason = self.reason or signal.Signals(number).name
 
     def _look(self) -> None:
         now = time.monotonic()
