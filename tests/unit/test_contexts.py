@@ -88,6 +88,13 @@ def test_reasoning_is_learned_in_each_answer_and_gone_in_later_contexts(contexts
     assert contexts(THINKS, turns, loss_on="last_answer") == [(second, learned[1])]
 
 
+@pytest.mark.parametrize(("thought", "words"), [("hi", "I"), ("t", "h"), ("think", "nk")])
+def test_a_thought_that_stands_in_its_own_tag_too_is_masked_whole(contexts: Contexts, thought: str, words: str) -> None:
+    turns = [ask("3 + 4?"), say(words, reasoning_content=thought)]
+    assert contexts(THINKS, turns, reasoning="mask")[0][1] == f"{words}</s>"
+    assert contexts(THINKS, turns)[0][1] == f"<think>{thought}</think>{words}</s>"
+
+
 def test_the_ledger_counts_each_kind(prepare: Call, tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text(THINKS)
     turns = [ask("3 + 4?"), say("7", reasoning_content="add", tool_calls=[call("note", {"n": 1})])]

@@ -37,7 +37,10 @@ def _begins(completion: str, parts: Parts, calls: Sequence[Mapping[str, Any]]) -
     reasoning = parts.reasoning.strip()
     words = parts.words.strip()
     name = str(calls[0].get("function", calls[0]).get("name", "")) if calls else ""
-    thought = max(completion.find(reasoning), 0) + len(reasoning) if parts.closing else 0
+    if parts.closing and "</think>" in completion and "</think>" not in reasoning:
+        thought = completion.index("</think>")  # a short thought may also stand within the tag that opens it
+    else:
+        thought = max(completion.find(reasoning), 0) + len(reasoning) if parts.closing else 0
     said = completion.find(words, thought) if words else -1
     called = completion.find(name, said + len(words) if said >= 0 else thought) if calls else -1
     is_called_first = bool(calls) and called < 0 <= said
