@@ -18,18 +18,27 @@ def format_bytes(n_bytes: float | None) -> str:
 
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
+_LEAST_BARE = 10**6  # a number without a unit below it is hardly bytes
+
+
+class UnlikelySizeError(ValueError):
+    """A number without a unit that somebody thought to be in GB or MB."""
+
 
 def parse_bytes(text: str, bare_unit: str = "") -> int:
     """Parse a size such as `"8GiB"` (8_589_934_592 bytes), `"7.5 GB"` or `"900M"`; a bare number counts `bare_unit`.
 
     Raises:
+        UnlikelySizeError: a number alone counts bytes and is too small for anything.
         ValueError: the text is anything else, or the size is not above 0.
     """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kmgt]i?)?(b?)", text.strip().lower())
     unit = "" if match is None else match[2] or ("" if match[3] else bare_unit.lower().removesuffix("b"))
     size = int(Fraction(match[1]) * _BYTES[unit]) if match else 0
-    if size <= 0:
+    if match is None or size <= 0:
         raise ValueError(f"{text!r} is not an amount of memory; write one such as 8GiB, 7.5GB or a number of bytes")
+    if size < _LEAST_BARE and not match[2] and not match[3] and not bare_unit:
+        raise UnlikelySizeError(f"{size:,} bytes; write {size}{'GiB' if size < 1024 else 'MiB'} if that is meant")
     return size
 
 

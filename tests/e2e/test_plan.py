@@ -62,6 +62,25 @@ def test_a_known_shape_is_planned_without_network_or_weights(nybble: Callable[..
     assert any("rows are not known" in note for note in plan["notes"])
 
 
+def test_the_budget_of_a_plan_is_what_was_said(nybble: Callable[..., Any], tiny_llama: Callable[..., Path]) -> None:
+    words = ("--model", tiny_llama(), "--max_length", "32", "--device", "cpu", "--json")
+    own = nybble("plan", *words).json
+    assert not any("budget" in note for note in own["notes"])
+    beyond = nybble("plan", *words, "--memory", "900TiB").json
+    assert beyond["budget_bytes"] == 900 * 2**40
+    assert any("the budget is more than the" in note and "has free now" in note for note in beyond["notes"])
+    among = nybble("plan", *words, "--memory", "900TiB", "--processes", "2").json
+    assert among["plan"]["budget_bytes"] == 900 * 2**40
+
+
+def test_a_training_plans_with_what_this_machine_has(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    words = train_words(tiny_llama(), rows_file, tmp_path / "run")
+    done = nybble("train", *words, "--memory_budget", "900TiB", "--json")
+    assert done.json["plan"]["budget_bytes"] < 2**50
+
+
 def test_a_smaller_budget_means_more_recomputation_and_more_time(nybble: Callable[..., Any]) -> None:
     ample, tight = (nybble("plan", *SMALL, "--memory", memory, "--json").json for memory in ("8GB", "1600MB"))
     assert max(phase["peak_bytes"] for phase in tight["phases"]) <= 1_600_000_000

@@ -19,9 +19,9 @@ from nybble.recipe import load_recipe, save_recipe
         ("900M", 900_000_000),
         ("0.1TiB", 109951162777),
         (".5kib", 512),
-        ("4096", 4096),
+        ("4096000", 4_096_000),
         ("12b", 12),
-        (4096, 4096),
+        (4_096_000, 4_096_000),
         ("none", None),
     ],
 )
@@ -60,3 +60,11 @@ def test_a_size_that_cannot_be_meant_is_refused(name: str, value: Any) -> None:
     pattern = f"{name}: got .*; write an amount of memory such as 8GiB, 7.5GB or a number of (GiB|bytes)"
     with pytest.raises(RecipeError, match=pattern):
         load_recipe(None, {name: value})
+
+
+@pytest.mark.parametrize(("value", "meant"), [("8", "8GiB"), (24, "24GiB"), ("1023", "1023GiB"), (8192, "8192MiB")])
+def test_bytes_that_are_hardly_meant_are_answered_with_what_is(value: Any, meant: str) -> None:
+    said = f"memory_budget: got .*; this is {int(value):,} bytes; write {meant} if that is meant"
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(None, {"memory_budget": value})
+    load_recipe(None, {"memory_budget": meant})

@@ -21,7 +21,7 @@ def plan(
     recipe: RecipeFile = None,
     memory: Annotated[
         str | None,
-        typer.Option("--memory", metavar="SIZE", help="Memory that the run may take; the same as --memory_budget."),
+        typer.Option("--memory", metavar="SIZE", help="Memory that the run may take, whatever is free here."),
     ] = None,
     profile: Annotated[
         str | None,

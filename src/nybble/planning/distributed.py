@@ -27,7 +27,7 @@ from nybble.planning.phases import Batches
 from nybble.planning.planner import find_config, make_plan, read_batches
 from nybble.planning.sharded_memory import Sizes
 from nybble.recipe import Plan, Recipe, for_one_process, in_micro_batches, load_recipe, rows_per_step, step_in_words
-from nybble.units import format_bytes, format_seconds, parse_bytes
+from nybble.units import UnlikelySizeError, format_bytes, format_seconds, parse_bytes
 
 _HOST_LINK = 25e9  # bytes a second between host and device: PCIe 4.0 x16, less what its protocol takes; assumed
 
@@ -90,6 +90,8 @@ def plan_processes(
     if link_rate is not None:
         try:
             device = replace(device, links=Links(parse_bytes(link_rate)))
+        except UnlikelySizeError as error:
+            raise InputError(f"--link-rate {link_rate!r} is {error}") from error
         except ValueError as error:
             raise InputError(f"--link-rate {link_rate!r} is not a rate; write bytes a second, e.g. 12GB") from error
     share = share_of(resolved, n)
@@ -139,7 +141,13 @@ def plan_shared(recipe: Recipe, config: Any, profile: Profile, n: int, batches: 
 def plan_training(
     recipe: Recipe, config: Any, profile: Profile, batches: Batches, micro_batch: int | None = None, n_shards: int = 1
 ) -> Plan:
-    """The plan of a training; `micro_batch` is the rows at a time of the run that it resumes."""
+    """The plan of a training on this machine, whatever larger budget it was given.
+
+    `micro_batch` is the rows at a time of the run that it resumes.
+    """
+    budget = min(recipe.training.memory_budget or profile.memory_bytes, profile.memory_bytes)
+    training = recipe.training.model_copy(update={"memory_budget": budget})
+    recipe = recipe.model_copy(update={"training": training})
     # Dropout follows the micro-steps, so a resumed run keeps its split as long as that divides the batch.
     if micro_batch and recipe.training.per_device_train_batch_size % micro_batch:
         micro_batch = None

@@ -50,6 +50,7 @@ from nybble.planning.search import (
 )
 from nybble.planning.shapes import config_of, known_shape, not_known
 from nybble.recipe import ModelSection, Plan, Recipe, for_one_process, load_recipe, step_in_words
+from nybble.units import format_bytes
 
 
 def plan(
@@ -88,7 +89,10 @@ def plan(
             largest_length=largest_length(result.forecast, result.budget_bytes),
             largest_model=largest_model(result.forecast, result.budget_bytes),
         )
-    return replace(made, notes=tuple(n for n in (note, why_not, *made.notes) if n))
+    has = f"which {device.name} has" if device.is_estimate else f"which {device.name} has free now"
+    beyond = f"the budget is more than the {format_bytes(device.memory_bytes)} {has}"
+    notes = (note, why_not, beyond if result.budget_bytes > device.memory_bytes else None, *made.notes)
+    return replace(made, notes=tuple(n for n in notes if n))
 
 
 def make_plan(
@@ -127,8 +131,6 @@ def _search(
 ) -> _Result:
     training = recipe.training
     budget = training.memory_budget or profile.memory_bytes
-    if not profile.is_estimate:
-        budget = min(budget, profile.memory_bytes)
     dtype, _notes = compute_dtype(recipe.quantization.bnb_4bit_compute_dtype, profile)
     setting = TracedModel(config, recipe, dtype, profile.rounding, profile.shares_memory, n_shards)
     forecast = Forecast(setting, batches or Batches.full(recipe), profile)

@@ -13,12 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from nybble.guard import shown
 from nybble.recipe.setting import (
+    MAX_ROWS,
     Bytes,
     BytesOrGiB,
     Numbers,
     Rate,
     Section,
     Steps,
+    StepsOrEpochs,
     StepsOrNone,
     Tokens,
     check_pattern,
@@ -88,7 +90,7 @@ class QuantizationSection(Section):
         "Allow the search to choose negative scales, which bitsandbytes decodes exactly; set it to false for readers "
         "that expect none.",
     )
-    calibration_rows: int = setting(128, "Rows that calibration reads.", unit="rows", ge=1)
+    calibration_rows: int = setting(128, "Rows that calibration reads.", unit="rows", ge=1, le=10**6)
     cache: bool = setting(
         True,
         "Keep the packed base and the tokenized rows on disk, so that the next start does not compute them again.",
@@ -272,9 +274,11 @@ class DataSet(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     path: str = Field(min_length=1, description="A file, a folder, or a hub id.")
-    weight: float = Field(1, gt=0, description="How often each row is taken: 2 takes the set twice, 0.5 half of it.")
+    weight: float = Field(
+        1, gt=0, le=1000, description="How often each row is taken: 2 takes the set twice, 0.5 half of it."
+    )
     rows: int | None = Field(
-        None, ge=1, description="Take this many of the first rows instead, repeating them if needed."
+        None, ge=1, le=10**8, description="Take this many of the first rows instead, repeating them if needed."
     )
     split: str | None = Field(None, description="Its split; dataset_split by default.")
     config: str | None = Field(None, description="Its configuration on the hub; dataset_config by default.")
@@ -322,6 +326,7 @@ class DataSection(Section):
         unset="one per core, at most 16",
         aliases=("preprocessing_num_workers",),
         ge=1,
+        le=1024,
         neutral=True,
     )
     data_format: Literal["auto", "text", "prompt_completion", "qa", "alpaca", "sharegpt", "messages"] = setting(
@@ -377,6 +382,7 @@ class DataSection(Section):
         unit="tokens",
         aliases=("max_seq_length", "max_seq_len", "cutoff_len", "sequence_len"),
         ge=8,
+        le=2**24,
     )
     packing: bool | Tokens = setting(
         False,
@@ -407,7 +413,7 @@ class DataSection(Section):
         lt=1,
     )
     eval_seed: int | None = setting(
-        None, "Seed that chooses the held-out rows.", unset="the seed of the training", ge=0
+        None, "Seed that chooses the held-out rows.", unset="the seed of the training", ge=0, le=2**32 - 1
     )
     max_train_rows: int | None = setting(
         None,
@@ -466,10 +472,10 @@ class TrainingSection(Section):
 
     output_dir: str = setting("runs/latest", "Folder of the run.", neutral=True)
     num_train_epochs: float = setting(
-        3.0, "Passes over the training rows.", unit="epochs", aliases=("epochs", "num_epochs"), gt=0
+        3.0, "Passes over the training rows.", unit="epochs", aliases=("epochs", "num_epochs"), gt=0, le=10**6
     )
-    max_steps: int = setting(
-        -1, "Stop after this many optimizer steps; -1 trains for num_train_epochs.", unit="steps", ge=-1
+    max_steps: StepsOrEpochs = setting(
+        -1, "Stop after this many optimizer steps; -1 trains for num_train_epochs.", unit="steps"
     )
     per_device_train_batch_size: int = setting(
         4,
@@ -478,6 +484,7 @@ class TrainingSection(Section):
         unit="rows",
         aliases=("micro_batch_size", "batch_size"),
         ge=1,
+        le=MAX_ROWS,
         neutral=True,
     )
     gradient_accumulation_steps: int = setting(
@@ -486,6 +493,7 @@ class TrainingSection(Section):
         unit="micro-batches",
         aliases=("grad_accum",),
         ge=1,
+        le=10**6,
         neutral=True,
     )
     train_batch_size: int | None = setting(
@@ -496,6 +504,7 @@ class TrainingSection(Section):
         unset="per_device_train_batch_size x gradient_accumulation_steps x devices",
         aliases=("global_batch_size",),
         ge=1,
+        le=10**8,
         neutral=True,
     )
     learning_rate: Rate = setting(
@@ -588,6 +597,7 @@ class TrainingSection(Section):
         "Run this many first steps with the reference operators too, and stop if the fast ones differ.",
         unit="steps",
         ge=0,
+        le=10**9,
         neutral=True,
     )
     logging_steps: int = setting(10, "Steps between two lines in events.jsonl.", unit="steps", ge=1, neutral=True)
@@ -621,6 +631,7 @@ class TrainingSection(Section):
         unset="no limit",
         neutral=True,
         gt=0,
+        le=10**9,
     )
     deterministic: bool = setting(
         False,
@@ -640,8 +651,8 @@ class TrainingSection(Section):
         neutral=True,
         ge=0,
     )
-    seed: int = setting(42, "Seed of the row order, the adapters and dropout.", ge=0)
-    data_seed: int | None = setting(None, "Another seed for the row order.", unset="seed", ge=0)
+    seed: int = setting(42, "Seed of the row order, the adapters and dropout.", ge=0, le=2**32 - 1)
+    data_seed: int | None = setting(None, "Another seed for the row order.", unset="seed", ge=0, le=2**32 - 1)
     report_to: str = setting(
         "auto",
         "Trackers, by their names in accelerate, separated by commas; auto takes tensorboard if it is installed.",
@@ -671,7 +682,13 @@ class EvaluationSection(Section):
     """What is measured on the held-out rows, and the answers that the report shows."""
 
     per_device_eval_batch_size: int = setting(
-        16, "Rows of one batch in the evaluation.", unit="rows", aliases=("eval_batch_size",), ge=1, neutral=True
+        16,
+        "Rows of one batch in the evaluation.",
+        unit="rows",
+        aliases=("eval_batch_size",),
+        ge=1,
+        le=MAX_ROWS,
+        neutral=True,
     )
     eval_strategy: Literal["no", "steps", "epoch"] | None = setting(
         None,
@@ -714,12 +731,15 @@ class EvaluationSection(Section):
     answer_field: str = setting(
         "answer", "Column that holds the exact answer; if the rows have it, exact match is measured.", neutral=True
     )
-    max_new_tokens: int = setting(64, "Largest length of a generated answer.", unit="tokens", ge=1, neutral=True)
+    max_new_tokens: int = setting(
+        64, "Largest length of a generated answer.", unit="tokens", ge=1, le=2**20, neutral=True
+    )
     n_samples: int = setting(
         3,
         "Held-out prompts that the base and the tuned model answer in the report.",
         unit="prompts",
         ge=0,
+        le=10**4,
         neutral=True,
     )
 

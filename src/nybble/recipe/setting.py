@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationInfo, field_validator
 
 from nybble.guard import clipped, shown
-from nybble.units import exact_size, parse_bytes
+from nybble.units import UnlikelySizeError, exact_size, parse_bytes
 
 
 def setting(
@@ -81,6 +81,8 @@ def _reader_of_sizes(bare_unit: str) -> Callable[[Any], int]:
         if isinstance(value, str | int | float) and not isinstance(value, bool):
             try:
                 return parse_bytes(str(value), bare_unit)
+            except UnlikelySizeError as error:
+                raise ValueError(f"this is {error}") from error
             except ValueError:
                 pass
         bare = f"a number of {bare_unit}" if bare_unit else "a number of bytes"
@@ -97,12 +99,15 @@ Bytes = Annotated[
 BytesOrGiB = Annotated[
     int, BeforeValidator(_reader_of_sizes("GiB"), json_schema_input_type=float | str), PlainSerializer(exact_size)
 ]
+MAX_ROWS = 2**16  # of one forward pass, far beyond any device
 Rate = Annotated[float, Field(gt=0)] | Literal["probe"]
-Tokens = Annotated[int, Field(ge=8)]
+Tokens = Annotated[int, Field(ge=8, le=2**24)]
 # A number of optimizer steps, or, below 1, a fraction of all steps.
 Steps = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
 StepsOrNone = Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)]  # 0: never
+StepsOrEpochs = Annotated[int, Field(ge=1, le=10**9)] | Literal[-1]  # -1: as many as the epochs have
 Numbers = dict[str, int | float | bool | str]  # what is given to a function by name
+_OF_NUMBERS = (Rate, Steps, StepsOrNone, StepsOrEpochs)
 
 
 class Section(BaseModel):
@@ -115,6 +120,6 @@ class Section(BaseModel):
     def _refuse_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         """Pydantic reads true as 1; a flag without its value must not become one."""
         wanted = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and wanted in (int, float, int | None, float | None, Rate, Steps, StepsOrNone):
+        if isinstance(value, bool) and wanted in (int, float, int | None, float | None, *_OF_NUMBERS):
             raise ValueError(f"input should be a number, not {str(value).lower()}")
         return value
