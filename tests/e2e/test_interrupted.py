@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -134,6 +136,32 @@ def test_a_run_whose_process_is_gone_is_called_killed(
     assert done.code == 0, done.err
     assert "ended without a word: it was killed, or the machine went down" in done.err
     assert status(out) == "done"
+
+
+@pytest.mark.parametrize("streams", ["stderr", "stdout and stderr", "a terminal", "a full disk"])
+def test_output_that_nobody_reads_is_dropped(
+    forking: Path, tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path, streams: str
+) -> None:
+    reader, writer = pty.openpty() if streams == "a terminal" else os.pipe()
+    if streams == "a full disk":
+        os.close(writer)
+        writer = os.open("/dev/full", os.O_WRONLY)
+    command = [
+        forking,
+        "-m",
+        "nybble",
+        *words(tiny_llama(), rows_file, tmp_path / "run", max_steps=40, save_steps=4000),
+    ]
+    stdout = writer if streams == "stdout and stderr" else subprocess.PIPE
+    process = subprocess.Popen([*command, "--json"], text=True, stdout=stdout, stderr=writer)
+    os.close(writer)
+    if streams != "a full disk":
+        os.read(reader, 1)
+    os.close(reader)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert status(tmp_path / "run") == "done"
+    assert stdout == writer or json.loads(out)["status"] == "done"
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])

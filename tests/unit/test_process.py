@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
 from nybble.cli.process import own_process
+from nybble.cli.streams import unbreakable
 
 
 def test_waiting_threads_sleep_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,3 +50,30 @@ def test_freed_blocks_go_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> 
     assert resident_megabytes("own") < 100
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
     assert resident_megabytes("own") > 200, "a user's own choice stays"
+
+
+def test_a_pipe_that_does_not_wait_is_waited_for() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    got: list[bytes] = []
+
+    def read_late() -> None:
+        time.sleep(0.1)
+        while part := os.read(reader, 1 << 16):
+            got.append(part)
+
+    listener = threading.Thread(target=read_late)
+    listener.start()
+    with os.fdopen(writer, "w") as stream:
+        print("x" * 300_000, file=unbreakable(stream), flush=True)
+    listener.join()
+    os.close(reader)
+    assert b"".join(got) == b"x" * 300_000 + b"\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")  # noqa: PTH110
+def test_a_result_that_a_full_disk_refuses_is_no_silent_loss() -> None:
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        print("for people", file=unbreakable(full, drops_all=True), flush=True)
+        with pytest.raises(OSError, match="No space left"):
+            print("a result", file=unbreakable(full), flush=True)

@@ -31,6 +31,7 @@ from nybble.cli import (
 )
 from nybble.cli.options import SettingsCommand
 from nybble.cli.process import own_process, stop_as_by_ctrl_c
+from nybble.cli.streams import make_output_unbreakable
 from nybble.cli.terminal import visible
 from nybble.errors import CannotRunError, InputError, NybbleError
 from nybble.guard import redact, refused_by_system
@@ -74,6 +75,7 @@ app.command("settings")(settings.settings)
 
 def main() -> None:
     """Run the command line and exit: 0 done, 2 wrong input, 3 cannot run here, 4 stopped and saved, 1 our fault."""
+    make_output_unbreakable()
     own_process()
     stop_as_by_ctrl_c()
     sys.exit(run(sys.argv[1:]))
