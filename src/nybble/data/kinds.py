@@ -37,14 +37,15 @@ def _begins(completion: str, parts: Parts, calls: Sequence[Mapping[str, Any]]) -
     reasoning = parts.reasoning.strip()
     words = parts.words.strip()
     name = str(calls[0].get("function", calls[0]).get("name", "")) if calls else ""
-    if parts.closing and "</think>" in completion and "</think>" not in reasoning:
-        thought = completion.index("</think>")  # a short thought may also stand within the tag that opens it
+    closing = _CLOSING.search(completion) if parts.closing and "</think>" not in reasoning else None
+    if closing:  # short texts may stand within the tags themselves
+        thought, closed = closing.start(), closing.end()
     else:
-        thought = max(completion.find(reasoning), 0) + len(reasoning) if parts.closing else 0
-    said = completion.find(words, thought) if words else -1
-    called = completion.find(name, said + len(words) if said >= 0 else thought) if calls else -1
+        thought = closed = max(completion.find(reasoning), 0) + len(reasoning) if parts.closing else 0
+    said = completion.find(words, closed) if words else -1
+    called = completion.find(name, said + len(words) if said >= 0 else closed) if calls else -1
     is_called_first = bool(calls) and called < 0 <= said
-    following = completion.find(name, thought) if is_called_first else said if said >= 0 else called
+    following = completion.find(name, closed) if is_called_first else said if said >= 0 else called
     closings = list(_CLOSING.finditer(completion, thought, following if following >= 0 else len(completion)))
     # What a template writes between the reasoning and the words belongs to the reasoning.
     answer = closings[-1].end() if closings else 0
