@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,6 +119,61 @@ def test_a_stop_that_cannot_be_saved_says_so(
     with pytest.raises(CannotRunError, match=r"SIGTERM at step 3 of 7, and its state could not be saved \(.*No space"):
         made.train(tmp_path / "out")
     assert names(tmp_path / "out") == ["checkpoint-1"]
+
+
+@pytest.fixture
+def minute_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock by which every step takes a minute."""
+    minutes = 0
+
+    def at_a_steps_end() -> float:
+        nonlocal minutes
+        minutes += 1
+        return 60.0 * minutes
+
+    monkeypatch.setattr("nybble.training.loop.time", SimpleNamespace(monotonic=at_a_steps_end))
+    monkeypatch.setattr("nybble.training.checkpoint.time", SimpleNamespace(monotonic=lambda: 60.0 * minutes))
+
+
+@pytest.mark.usefixtures("minute_a_step")
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"save_minutes": 3}, [7, 6, 3]),
+        ({"save_minutes": 3, "save_steps": 2}, [7, 6, 4, 2]),  # the time counts from the latest checkpoint
+        ({"save_minutes": 2.5, "save_strategy": "epoch"}, [7, 6, 3]),
+        ({"save_minutes": 5, "save_strategy": "epoch"}, [7, 6, 3]),
+        ({"save_minutes": 0}, [7]),
+        ({"save_minutes": 1, "save_strategy": "no"}, []),
+    ],
+)
+def test_a_checkpoint_is_written_when_there_was_none_for_save_minutes(
+    world: World, tmp_path: Path, settings: dict[str, Any], steps: list[int]
+) -> None:
+    world(save_total_limit=9, **settings).train(tmp_path)
+    assert names(tmp_path) == [f"checkpoint-{step}" for step in steps]
+
+
+def test_what_is_saved_by_time_changes_nothing_and_is_resumed_from(
+    world: World, everything: Left, assert_same: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world(save_minutes=0).train(tmp_path / "straight")
+    made, step = world(save_minutes=1e-9), loop.clip_gradients
+    made.train(tmp_path / "saved")
+    assert_same(everything(tmp_path / "saved"), everything(tmp_path / "straight"))
+
+    def die(t: Any) -> Any:
+        if t.state.step == 4:
+            raise MemoryError
+        return step(t)
+
+    monkeypatch.setattr(loop, "clip_gradients", die)
+    with pytest.raises(MemoryError):
+        made.train(tmp_path / "out")
+    monkeypatch.setattr(loop, "clip_gradients", step)
+    assert names(tmp_path / "out")[0] == "checkpoint-4"
+    made.train(tmp_path / "out", resume=True)
+    assert_same(everything(tmp_path / "out"), everything(tmp_path / "straight"))
 
 
 @pytest.mark.parametrize("at", [8, None])

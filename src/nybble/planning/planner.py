@@ -49,7 +49,7 @@ from nybble.planning.search import (
     plan_levels,
 )
 from nybble.planning.shapes import config_of, known_shape, not_known
-from nybble.recipe import ModelSection, Plan, Recipe, for_one_process, load_recipe, step_in_words
+from nybble.recipe import ModelSection, Plan, Recipe, for_one_process, load_recipe, saving_in_words, step_in_words
 from nybble.units import format_bytes
 
 
@@ -182,6 +182,7 @@ class _Result:
             total_parameters=total,
             cheapest_changes=() if chosen.fits else cheapest_changes(self.forecast, self.budget_bytes),
             step_memory=chosen.forecast.step_memory(self.budget_bytes, chosen.longest_level),
+            saving_rule=saving_in_words(training),
             notes=(unknown,) if n_rows is None else (),
         )
 

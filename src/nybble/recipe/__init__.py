@@ -10,7 +10,7 @@ from nybble.recipe.load import (
     stored_recipe,
     within_context,
 )
-from nybble.recipe.pace import Pace, evaluation_pace, saving_pace
+from nybble.recipe.pace import Pace, evaluation_pace, saves_by_time, saving_in_words, saving_pace
 from nybble.recipe.plan import (
     Change,
     LevelPlan,
@@ -61,6 +61,8 @@ __all__ = [
     "refusal",
     "rows_per_step",
     "save_recipe",
+    "saves_by_time",
+    "saving_in_words",
     "saving_pace",
     "step_in_words",
     "stored_recipe",

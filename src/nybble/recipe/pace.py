@@ -31,6 +31,24 @@ def saving_pace(section: TrainingSection, max_steps: int, steps_an_epoch: int) -
     return Pace(section.save_strategy, _steps(section.save_steps, max_steps), steps_an_epoch)
 
 
+def saves_by_time(section: TrainingSection) -> bool:
+    """Whether a checkpoint is also written when none was for `save_minutes`."""
+    return section.save_minutes > 0 and section.save_strategy in ("steps", "epoch")
+
+
+def saving_in_words(section: TrainingSection) -> str:
+    """When checkpoints are written, for people."""
+    steps = section.save_steps
+    often = {
+        "no": "only when the run is stopped",
+        "best": "at each best evaluation, and at the end",
+        "epoch": "after each epoch, and at the end",
+        "steps": f"every {f'{100 * steps:g} % of the' if steps < 1 else f'{steps:,.0f}'} steps, and at the end",
+    }[section.save_strategy]
+    by_time = f"; also after {section.save_minutes:g} minutes without one" if saves_by_time(section) else ""
+    return f"checkpoints {often}{by_time}"
+
+
 def evaluation_pace(
     section: EvaluationSection, logging_steps: float = 0, max_steps: int = 1, steps_an_epoch: int = 1
 ) -> Pace:

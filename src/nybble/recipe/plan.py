@@ -126,6 +126,7 @@ class Plan:
     largest_model: tuple[str, int] | None = None  # known shape and its peak in bytes; only on request
     step_memory: StepMemory | None = None
     step_rule: str = ""  # where rows_per_step comes from, in words
+    saving_rule: str = ""  # when checkpoints are written, in words
     notes: tuple[str, ...] = ()
 
     @property
@@ -160,7 +161,7 @@ class Plan:
             f"of it {', '.join(f'{name} {format_bytes(n)}' for name, n in parts[:4])}",
             f"{self.micro_batch} rows at a time, {recomputed}{further}; {self.flops_per_step / 1e12:.3g} TFLOP a step, "
             f"{format_seconds(self.step_seconds)} at {rate / 1e12:.3g} TFLOP/s{estimate}",
-            *([self.step_rule] if self.step_rule else []),
+            *(rule for rule in (self.step_rule, self.saving_rule) if rule),
         )
 
     def to_json(self) -> dict[str, Any]:

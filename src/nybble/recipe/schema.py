@@ -611,6 +611,13 @@ class TrainingSection(Section):
     save_steps: Steps = setting(
         500, "Steps between two checkpoints; below 1, a fraction of all steps.", unit="steps", neutral=True
     )
+    save_minutes: float = setting(
+        10.0,
+        "Minutes without a checkpoint after which one is written, under save_strategy steps and epoch; 0: no limit.",
+        unit="minutes",
+        ge=0,
+        neutral=True,
+    )
     save_total_limit: int = setting(
         2,
         "Checkpoints that are kept; older ones are removed, but not the best one if it is loaded at the end.",

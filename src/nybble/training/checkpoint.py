@@ -261,6 +261,7 @@ class CheckpointWriter:
         self.last_good = resumed
         self.refusal: str | None = None  # why the latest could not be written
         self.seconds = 0.0  # that the longest took to write
+        self.saved = time.monotonic()  # when the latest was begun, or else when the training was
         for parent in parents:
             remove_left_overs(parent)
 
@@ -283,6 +284,7 @@ class CheckpointWriter:
 
         All processes call it, since they gather what is in shards; the one that has folders writes.
         """
+        self.saved = time.monotonic()
         weights, texts = trained_weights(model)
         content = state.state_dict()
         if not self._parents:

@@ -11,6 +11,7 @@ of a training together.
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -23,7 +24,7 @@ from nybble.hardware import Device
 from nybble.models import full_tensors
 from nybble.nn.dropout_seed import DropoutSeeds
 from nybble.nn.workspace import workspace
-from nybble.recipe import Pace, TrainingSection
+from nybble.recipe import Pace, TrainingSection, saves_by_time
 from nybble.run.directory import RunDirectory
 from nybble.run.processes import Processes
 from nybble.run.record import Observer
@@ -127,6 +128,8 @@ def train(t: Training) -> None:
         is_wanted = is_best and (state.best.is_loaded_at_end or section.save_strategy == "best")
         if is_stopped or is_wanted or t.saves.is_due(state.step) or (is_last and section.save_strategy != "no"):
             save(t)
+        else:
+            save_if_overdue(t)
         if is_stopped:
             return
 
@@ -254,6 +257,15 @@ def save(t: Training) -> None:
     if bad is not None:
         refuse_bad_step(t, bad)
     t.writer.save(t.model, t.state, t.section.optim)
+
+
+def save_if_overdue(t: Training) -> None:
+    """Write a checkpoint if the latest is `save_minutes` old, by the clock of any process."""
+    if not saves_by_time(t.section):
+        return
+    if t.processes.any(time.monotonic() - t.writer.saved >= 60 * t.section.save_minutes):
+        save(t)
+        t.writer.finish()  # the plan has no room for this copy beside a step
 
 
 def refuse_bad_step(t: Training, bad: BadStep) -> NoReturn:
