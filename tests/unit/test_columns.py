@@ -139,6 +139,36 @@ def test_calls_are_the_same_as_text_and_as_objects(learns: Call, template: str, 
     learns(row, "<s>u:Q|a:", f"{json.dumps(CALL)}</s>", chat_template=template)
 
 
+@pytest.mark.parametrize("call", [{"arguments": ""}, {"arguments": None}, {"arguments": "{}"}, {"arguments": {}}, {}])
+def test_a_call_without_arguments_has_an_empty_object(learns: Call, template: str, call: dict[str, Any]) -> None:
+    turn = {"role": "assistant", "tool_calls": [{"function": {"name": "f", **call}}]}
+    said = '{"name": "f", "arguments": {}}</s>'
+    learns({"messages": [*messages()[:1], turn]}, "<s>u:Q|a:", said, chat_template=template)
+
+
+def test_calls_in_turns_of_their_own_are_calls_where_the_template_has_them(
+    learns: Call, template: str, tmp_path: Path
+) -> None:
+    texts = ['{"name": "f",  "arguments": {"x": [1]}}', '[{"name": "g", "arguments": "{}"}]']
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    turns += [{"from": "Function_Call", "value": text} for text in texts]
+    said = f'A{json.dumps(CALL)}{{"name": "g", "arguments": {{}}}}</s>'
+    assert "calls" not in " ".join(
+        learns({"conversations": turns}, "<s>u:Q|a:", said, chat_template=template).ledger.notes
+    )
+    # Without a place for calls, they stay the text that they are.
+    (tmp_path / "plain.jinja").write_text(TEMPLATE.replace("m.tool_calls", "m.none"))
+    said = "\n\n".join(["A", *texts]) + "</s>"
+    done = learns({"conversations": turns}, "<s>u:Q|a:", said, chat_template=str(tmp_path / "plain.jinja"))
+    assert done.ledger.notes["calls learned as the text that the row has"] == 1
+
+
+@pytest.mark.parametrize("text", ["call f", '{"x": 1}', "[]", '["f"]', "{"])
+def test_a_turn_of_a_caller_that_holds_no_call_is_words(learns: Call, template: str, text: str) -> None:
+    turns = [{"from": "human", "value": "Q"}, {"from": "function_call", "value": text}]
+    learns({"conversations": turns}, "<s>u:Q|a:", f"{text}</s>", chat_template=template)
+
+
 def test_arguments_that_are_no_json_stay_text(learns: Call, template: str) -> None:
     turn = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "x = 1"}]}
     said = '{"name": "f", "arguments": "x = 1"}</s>'
@@ -151,7 +181,10 @@ def test_a_column_of_flags_keeps_answers_out(learns: Call, template: str, column
     learns(row, "<s>u:Q|a:A</s>u:R|a:", "B</s>", chat_template=template)
 
 
-@pytest.mark.parametrize(("flags", "said"), [([1, 1], "has 2 flags for 4 turns"), ([0, 0, 0, 0.3], "loss_mask is 0.3")])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [([1, 1], "has 2 flags for 4 turns"), ([0, 0, 0, 0.3], "column 'loss_mask' is 0.3; .*--ignore_columns loss_mask")],
+)
 def test_flags_that_do_not_fit_are_refused(prepare: Call, template: str, flags: Any, said: str) -> None:
     with pytest.raises(RowsError, match=f"row 1: .*{said}"):
         prepare([{"messages": messages(), "loss_mask": flags}], chat_template=template)
@@ -180,6 +213,9 @@ def test_turns_of_one_role_are_joined_and_this_is_said(learns: Call, template: s
     done = learns(row, "<s>u:P\n\nQ|a:", "A\n\nB</s>", chat_template=template)
     assert done.ledger.notes == {"turns of one role joined": 1}
     assert "turns of one role joined in 1 row" in done.ledger.in_words
+    systems = [{"role": role, "content": text} for role, text in (("system", "S"), ("developer", "T"))]
+    row = {"messages": [*systems, *messages()[:2]]}
+    learns(row, "<s>s:S\n\nT|u:Q|a:", "A</s>", chat_template=template)
 
 
 @pytest.mark.parametrize(

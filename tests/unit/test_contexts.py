@@ -258,9 +258,75 @@ def test_a_system_text_without_a_place_goes_before_the_first_question(
 
 
 def test_results_become_one_user_turn_where_the_template_has_no_tool_role(contexts: Contexts) -> None:
-    template = PLAIN + "{# tool_calls #}"
     turns = [ask("Go"), say("call it"), *({"role": "tool", "content": text} for text in "ab"), say("Done.")]
-    assert contexts(template, turns)[0][0] == "<s>user: Go|assistant: call it</s>user: a\n\nb|assistant: Done.</s>"
+    assert contexts(PLAIN, turns)[0][0] == "<s>user: Go|assistant: call it</s>user: a\n\nb|assistant: Done.</s>"
+    # A template that knows calls, and writes every role by its name, has a tool role.
+    named = "<s>user: Go|assistant: call it</s>tool: a|tool: b|assistant: Done.</s>"
+    assert contexts(PLAIN + "{# knows tool_calls #}", turns)[0][0] == named
+    refuses = "{% if messages|selectattr('role', 'eq', 't' ~ 'ool')|list %}{{ raise_exception('no tools') }}{% endif %}"
+    assert "user: a\n\nb|" in contexts(PLAIN + refuses + "{# knows tool_calls #}", turns)[0][0]
+
+
+CHANNELS = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}{% if m.role == 'assistant' %}"
+    "{% if m.thinking and loop.last %}{{ '<why>' + m.thinking + '<unk>assistant' }}{% endif %}"
+    "{{ '<say>' + m.content + (eos_token if loop.last else '<unk>') }}{% else %}{{ ': ' + m.content + '<unk>' }}"
+    "{% endif %}{% endfor %}{{ 'assistant' if add_generation_prompt }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "learned"),
+    [
+        (say("Hello."), "<say>Hello.</s>"),
+        (say("Hello.", thinking="greet"), "<why>greet<unk>assistant<say>Hello.</s>"),
+        (say("Hello.", thinking="Hello"), "<why>Hello<unk>assistant<say>Hello.</s>"),
+    ],
+)
+def test_an_answer_that_nothing_precedes_follows_the_header_of_generation(
+    contexts: Contexts, said: dict[str, Any], learned: str
+) -> None:
+    assert contexts(CHANNELS, [said]) == [("<s>assistant" + learned, learned)]
+
+
+@pytest.mark.parametrize(("why", "said"), [("It is 14", "It is 14."), ("14", "14"), ("1\n", "14")])
+def test_words_that_repeat_the_reasoning_do_not_stand_for_it(contexts: Contexts, why: str, said: str) -> None:
+    # The earlier answer ends otherwise than before, so the newest one is located by its header.
+    counts = CHANNELS.replace("{{ bos_token }}", "{{ bos_token }}{{ messages|length }} ")
+    _first, (_context, learned) = contexts(counts, [*TWO[:3], say(said, thinking=why)])
+    assert learned == f"<why>{why}<unk>assistant<say>{said}</s>"
+
+
+def test_the_header_of_a_first_answer_is_never_cut(contexts: Contexts) -> None:
+    no_prompt = CHANNELS.replace("{{ 'assistant' if add_generation_prompt }}", "")
+    assert contexts(no_prompt, [say("Hello.")]) == [("<s>assistant<say>Hello.</s>", "Hello.</s>")]
+    with pytest.raises(RowsError, match="row 1: the chat template does not write the answer of turn 1 behind its gen"):
+        contexts(no_prompt, [say("Hello.", thinking="greet")])
+
+
+@pytest.mark.parametrize("filter_", ["string", "tojson"])
+def test_a_content_in_parts_that_the_template_prints_as_an_object_is_refused(contexts: Contexts, filter_: str) -> None:
+    # The content as text loses the answer, so it is tried in parts, which this template prints as they are.
+    template = PLAIN.replace("m.content +", "('' if m.content == '14' else m.content|" + filter_ + ") +") + "{# type #}"
+    with pytest.raises(RowsError, match="row 1: the chat template leaves out the words '14' of an answer; set --chat"):
+        contexts(template, TWO)
+
+
+def test_a_content_that_spells_a_part_is_text(contexts: Contexts) -> None:
+    parts = PLAIN.replace("m.content +", "m.content[0].text +") + "{# type #}"
+    words = '{"type": "text", "text": "a"}'
+    assert contexts(parts, [ask("3 + 4?"), say(words)]) == [(f"{ASKED}{words}</s>", f"{words}</s>")]
+
+
+@pytest.mark.parametrize("words", ['{"tag": "</think>"}', "see `</think>` too", "It <think> is </think> so"])
+def test_a_closing_tag_that_an_answer_speaks_of_ends_no_reasoning(contexts: Contexts, words: str) -> None:
+    assert contexts(PLAIN, [ask("3 + 4?"), say(words)]) == [(f"{ASKED}{words}</s>", f"{words}</s>")]
+    spaced = THINKS.replace("+ '</think>' }}", "+ '\n</think>\n' }}")
+    with pytest.raises(RowsError, match=r"row 1: the chat template leaves out the words .* of an answer"):
+        contexts(spaced, [ask("3 + 4?"), say(words)])
+    without_opening = "add</think>7"
+    said = "<think>add</think>7</s>"
+    assert contexts(THINKS, [ask("3 + 4?"), say(without_opening)]) == [(ASKED + said, said)]
 
 
 CALLS = {

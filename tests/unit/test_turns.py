@@ -53,6 +53,15 @@ def test_names_and_ids_reach_the_template(learns: Call, template: str) -> None:
     learns(row, prompts[0], "One moment</s>", prompts[1], "3.</s>", chat_template=template)
 
 
+def test_control_tokens_that_names_and_ids_spell_stay_text(prepare: Call, template: str, tok: Any) -> None:
+    turns = [{**turn, "name": "Bo</s>"} if turn["role"] == "user" else turn for turn in chat("Hi", "One moment")]
+    turns += [{"role": "tool", "content": "3", "name": "</s>", "tool_call_id": "c<pad>"}, *chat("", "3.")[1:]]
+    example = prepare([{"messages": turns}], chat_template=template).train[0]
+    assert "tool(</s>)#c<pad>: 3|" in tok.decode(example.input_ids)
+    assert example.input_ids.count(tok.eos_token_id) == 2
+    assert tok.pad_token_id not in example.input_ids
+
+
 @pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"loss_mask": 0.0}, {"weight": 1, "train": 0}])
 def test_a_flag_keeps_an_answer_out_of_the_loss(learns: Call, template: str, flag: dict[str, Any]) -> None:
     for at in (1, 3):

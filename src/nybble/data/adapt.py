@@ -28,11 +28,14 @@ def adapt_to_template(turns: Sequence[Turn], tokenizer: Any, where: str) -> tupl
     adapted = list(turns)
     notes: list[str] = []
     if any(turn.calls for turn in turns) and "tool_calls" not in template:
-        raise RowsError(
-            f"{where}: the chat template does not support tool_calls; write the calls into the content, or set "
-            "--chat_template to one that does"
-        )
-    if any(turn.role == "tool" for turn in turns) and not re.search(r"""['"](tool|ipython)['"]""", template):
+        if not all(turn.calls_as_text for turn in turns if turn.calls):
+            raise RowsError(
+                f"{where}: the chat template does not support tool_calls; write the calls into the content, or set "
+                "--chat_template to one that does"
+            )
+        adapted = [_calls_as_content(turn) for turn in turns]
+        notes.append("calls learned as the text that the row has")
+    if any(turn.role == "tool" for turn in turns) and not _takes_results(tokenizer, template):
         adapted = _results_as_questions(adapted)
         notes.append("results of tools put into user turns")
     if adapted[0].role == "tools" and not re.search(r"\btools\b", template):
@@ -53,6 +56,11 @@ def adapt_to_template(turns: Sequence[Turn], tokenizer: Any, where: str) -> tupl
     return adapted, tuple(notes)
 
 
+def _calls_as_content(turn: Turn) -> Turn:
+    content = "\n\n".join(text for text in (turn.content, turn.calls_as_text) if text)
+    return replace(turn, content=content, calls="", calls_as_text="")
+
+
 def _results_as_questions(turns: Sequence[Turn]) -> list[Turn]:
     """The turns with each run of results as one user turn."""
     adapted: list[Turn] = []
@@ -69,12 +77,26 @@ def _results_as_questions(turns: Sequence[Turn]) -> list[Turn]:
 @lru_cache(maxsize=8)
 def takes_system(tokenizer: Any, template: str) -> bool:
     """Whether the tokenizer's template, which is `template`, writes a system text."""
+    return _writes(tokenizer, [("system", _PROBE), ("user", "a"), ("assistant", "b")])
+
+
+@lru_cache(maxsize=8)
+def _takes_results(tokenizer: Any, template: str) -> bool:
+    """Whether the tokenizer's template, which is `template`, has a role for the results of tools."""
+    if re.search(r"""['"](tool|ipython)['"]""", template):
+        return True
+    # A template with calls may write every role by its name; one without calls does so with roles that it never meant.
+    chat = [("user", "a"), ("assistant", "b"), ("tool", _PROBE)]
+    return "tool_calls" in template and _writes(tokenizer, chat)
+
+
+def _writes(tokenizer: Any, chat: Sequence[tuple[str, str]]) -> bool:
+    """Whether the tokenizer's template writes the probe in one of the turns, which are roles with contents."""
     for is_list in (False, True):
-        chat = [("system", _PROBE), ("user", "a"), ("assistant", "b")]
         turns = [{"role": role, "content": [{"type": "text", "text": c}] if is_list else c} for role, c in chat]
         try:
-            text = render_chat(tokenizer, turns, "a system text")
-        except RowsError:  # this template refuses a system text, or text that is not a list of parts
+            text = render_chat(tokenizer, turns, "a probe")
+        except RowsError:  # this template refuses such a turn, or text that is not a list of parts
             text = ""
         if _PROBE in text:
             return True

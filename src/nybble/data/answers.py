@@ -23,6 +23,9 @@ from nybble.guard import shown
 _OPENED = re.compile(r"<think>\s*\Z")  # ends a prompt after which the model begins by reasoning
 _CLOSED = re.compile(r"<think>\s*</think>\s*\Z")  # ends a prompt after which the model answers without reasoning
 
+# A content in parts, as Python or JSON prints it.
+_PARTS = re.compile(r"""\{(['"])type\1: ?\1text\1, ?\1text\1: ?['"]""")
+
 
 class LostError(RowsError):
     """The template renders the turns, but leaves out something that they say."""
@@ -50,6 +53,12 @@ class Conversation:
         self._template = str(tokenizer.chat_template)
         self._answers: dict[int, tuple[str, str]] = {}
         self.text = self._render(len(turns))
+        is_spelled = any(_PARTS.search(turn.content) for turn in turns)
+        if style.content_as_parts and not is_spelled and _PARTS.search(self.text):
+            raise RowsError(
+                f"{where}: the chat template writes a content in parts as an object, not as its text; set "
+                "--chat_template to another one"
+            )
         calls = [call for turn in turns for call in calls_of(turn)]
         if not style.arguments_as_text and any(_is_python(call, self.text) for call in calls):
             raise RowsError(
@@ -77,12 +86,8 @@ class Conversation:
 
     def _find_answer(self, k: int) -> tuple[str, str]:
         newest = self._render(k + 1)
-        # Templates cannot render an empty chat, so the header of a first turn is found by rendering two contents: it
-        # ends where the results begin to differ.
         if self.is_first(k):
-            a, b = (self._render_other([*self.turns[:k], Turn("assistant", content)]) for content in ("a", "b"))
-            n_header = n_common(a, b)
-            return newest[:n_header], newest[n_header:]
+            return self._find_first_answer(k, newest)
         asked = self._render(k, asks=True)
         if _CLOSED.search(asked) and self.parts(k).closing:
             raise RowsError(
@@ -100,7 +105,26 @@ class Conversation:
         completion = self._after_header(k, newest, header) if header.strip() else None
         if completion is not None:
             return asked, completion
-        raise RowsError(
+        raise self._cannot_be_located(k)
+
+    def _find_first_answer(self, k: int, newest: str) -> tuple[str, str]:
+        """The header and the completion of an answer that nothing precedes: templates cannot render an empty chat."""
+        question = [*self.turns[:k], Turn("user", "a")]
+        before = self._render_other(question)
+        asked = self._render_other(question, asks=True)
+        header = asked[len(before) :] if asked.startswith(before) else ""
+        completion = self._after_header(k, newest, header) if header.strip() else None
+        if completion is not None:
+            return newest[: len(newest) - len(completion)], completion
+        # Without a header behind a question, it ends where two contents make the results differ.
+        a, b = (self._render_other([*self.turns[:k], Turn("assistant", content)]) for content in ("a", "b"))
+        n_header = n_common(a, b)
+        if not newest.startswith(a[:n_header]):
+            raise self._cannot_be_located(k)
+        return newest[:n_header], newest[n_header:]
+
+    def _cannot_be_located(self, k: int) -> RowsError:
+        return RowsError(
             f"{self._where}: the chat template does not write the answer of turn {k + 1} behind its generation prompt, "
             "so what is to be learned cannot be located; set --chat_template to another one, or --loss_on all"
         )
@@ -133,6 +157,9 @@ class Conversation:
             return next((f"the tool {shown(name)}" for name in tool_names(turn) if name not in text), None)
         if parts.closing and not contains(text, self._plain(parts.reasoning)):
             return f"the reasoning {shown(self._plain(parts.reasoning).strip())}"
+        thought = self._plain(parts.reasoning).strip()
+        if parts.closing and thought in text:  # words that repeat the reasoning do not stand for it
+            text = text[text.index(thought) + len(thought) :]
         if not contains(text, self._plain(parts.words)):
             return f"the words {shown(self._plain(parts.words).strip())}"
         at = 0
@@ -198,7 +225,10 @@ def tool_names(turn: Turn) -> list[str]:
 
 def contains(text: str, words: str) -> bool:
     """Whether `text` contains the words, as they are, escaped as in JSON, or with other white space."""
-    return _find(text, words) >= 0 or "".join(words.split()) in "".join(text.split())
+    if _find(text, words) >= 0:
+        return True
+    # A template that takes a spelled </think> for the end of reasoning inserts white space there.
+    return "</think>" not in words and "".join(words.split()) in "".join(text.split())
 
 
 def _find(text: str, words: str, start: int = 0) -> int:

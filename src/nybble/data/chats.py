@@ -86,7 +86,7 @@ def in_order(turns: Iterable[Turn], where: str) -> tuple[list[Turn], bool]:
     number = 0
     for number, turn in enumerate(turns, start=1):
         former = joined[-1].role if joined else ""
-        if former == turn.role and turn.role in ("user", "assistant"):
+        if former == turn.role and turn.role != "tool":
             joined[-1] = _join(joined[-1], turn, f"{where} turn {number}")
             continue
         if former not in _BEFORE[turn.role]:
@@ -119,8 +119,15 @@ def _join(first: Turn, second: Turn, where: str) -> Turn:
             "the row"
         )
     content = "\n\n".join(text for text in (first.content, second.content) if text)
-    calls = [call for text in (first.calls, second.calls) if text for call in json.loads(text)]
-    return replace(first, content=content, calls=json.dumps(calls, ensure_ascii=False) if calls else "")
+    callers = [turn for turn in (first, second) if turn.calls]
+    calls = [call for turn in callers for call in json.loads(turn.calls)]
+    texts = [turn.calls_as_text for turn in callers]
+    return replace(
+        first,
+        content=content,
+        calls=json.dumps(calls, ensure_ascii=False) if calls else "",
+        calls_as_text="\n\n".join(texts) if all(texts) else "",
+    )
 
 
 def _turn(message: Any, where: str) -> Turn:
@@ -135,13 +142,16 @@ def _turn(message: Any, where: str) -> Turn:
     if role_key is None or not (content_key in keys or any(key in keys for key in _CALL_KEYS)):
         raise RowsError(f"{where}: needs 'role' and 'content', got {shown(message)}; repair the row")
     given = message[role_key]
-    role = _ROLES.get(given.strip().lower()) if isinstance(given, str) else None
+    name = given.strip().lower() if isinstance(given, str) else ""
+    role = _ROLES.get(name)
     if role is None:
         raise RowsError(f"{where}: unknown role {shown(given)}; allowed: {', '.join(_ALLOWED_ROLES)}")
     content = message.get(content_key)
     calls = _calls(message, where)
-    if given in _CALLERS and isinstance(content, Mapping | list):
-        calls += _as_calls(content, where)
+    as_text = ""
+    if name in _CALLERS and not calls and _holds_calls(content):
+        calls = _as_calls(content, where)
+        as_text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
         content = ""
     if calls and content is None:
         content = ""
@@ -156,6 +166,7 @@ def _turn(message: Any, where: str) -> Turn:
         role=role,
         content=content,
         calls=json.dumps(calls, ensure_ascii=False) if calls else "",
+        calls_as_text=as_text,
         reasoning=_reasoning(message, where),
         name=_word(message, "name", where),
         tool_call_id=_word(message, "tool_call_id", where),
@@ -180,6 +191,17 @@ def _calls(message: Mapping[str, Any], where: str) -> list[Any]:
     ]
 
 
+def _holds_calls(content: Any) -> bool:
+    """Whether a content is a call or a list of calls, as objects or as JSON text."""
+    if isinstance(content, str):
+        try:
+            content = json.loads(content)
+        except (ValueError, RecursionError):  # words, or calls in the form of some template
+            return False
+    calls = content if isinstance(content, list) else [content]
+    return bool(calls) and all(isinstance(call, Mapping) and ("name" in call or "function" in call) for call in calls)
+
+
 def _as_calls(value: Any, where: str, key: str = "the call") -> list[Any]:
     """One call or a list of calls, as objects or as JSON text, in the form that chat templates expect:
     `{"type": "function", "function": {"name": .., "arguments": {..}}}`."""
@@ -187,7 +209,15 @@ def _as_calls(value: Any, where: str, key: str = "the call") -> list[Any]:
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, Mapping) for call in calls):
         raise RowsError(f"{where}: {key} holds {shown(value)}, not calls as objects; repair the row")
-    return [as_function(call, "arguments") for call in calls]
+    return [_with_arguments(as_function(call, "arguments")) for call in calls]
+
+
+def _with_arguments(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The call with an empty object for arguments that are null, empty text or absent; templates would print them."""
+    function = call.get("function")
+    if not isinstance(function, Mapping) or function.get("arguments") not in (None, ""):
+        return call
+    return {**call, "function": {**function, "arguments": {}}}
 
 
 def as_function(value: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -239,12 +269,15 @@ def _word(message: Mapping[str, Any], key: str, where: str) -> str:
     return value
 
 
-def read_flag(value: Any, where: str) -> bool:
-    """Whether what has this flag is learned.
+def read_flag(value: Any, where: str, column: str = "") -> bool:
+    """Whether what has this flag is learned; a flag from a `column` may be something else of the same name.
 
     Raises:
         RowsError: the flag is neither 0 nor 1.
     """
     if isinstance(value, int | float) and value in (0, 1):
         return bool(value)
-    raise RowsError(f"{where} is {shown(value)}; allowed are 0 and false (not learned) and 1 and true (learned)")
+    advice = f"; if it is no flag, set --ignore_columns {column}" if column else ""
+    raise RowsError(
+        f"{where} is {shown(value)}; allowed are 0 and false (not learned) and 1 and true (learned){advice}"
+    )

@@ -280,7 +280,7 @@ class _Reader:
                     raise RowsError(
                         f"{self.where}: column {column!r} has {len(flags)} flags for {len(turns)} turns; give one each"
                     )
-                marks = [read_flag(flag, f"{self.where}: {column}") for flag in flags]
+                marks = [read_flag(flag, f"{self.where}: column {column!r}", column) for flag in flags]
                 turns = [replace(turn, learn=turn.learn and mark) for turn, mark in zip(turns, marks, strict=True)]
         return self.with_beside(turns)
 
@@ -370,7 +370,7 @@ class _Reader:
         for column in self._flag_columns():
             if isinstance(self.row[column], int | float):
                 self.used.add(column)
-                learned = read_flag(self.row[column], f"{self.where}: {column}") and learned
+                learned = read_flag(self.row[column], f"{self.where}: column {column!r}", column) and learned
         return learned
 
     def _flag_columns(self) -> list[str]:
@@ -391,7 +391,7 @@ class _Reader:
             if (is_given or key in _CARRIERS) and name not in self.layout.ignored:
                 raise RowsError(
                     f"{self.where}: {name!r} holds what {self.layout.shape} rows do not use; {self._advice(key)}, or "
-                    f" leave it out with --ignore_columns {name}"
+                    f"leave it out with --ignore_columns {name}"
                 )
         return tuple(map(clipped, unused))
 

@@ -30,6 +30,7 @@ from nybble.data.tokens import (
 from nybble.errors import RowsError
 
 _MOST_SEARCHED = 1000  # answers of one row; locating each renders all turns before it, and 1,000 take about 20 s
+_PRINTED = ("content", "reasoning", "calls", "name", "tool_call_id")  # what a template may print of a turn
 _WINDOW = 48  # characters before an answer that are tokenized again to see whether its border changes their tokens
 
 
@@ -110,15 +111,15 @@ def _tokenize(text: str, sign: str, tokenizer: Any) -> tuple[list[int], list[int
 
 def mark_turns(turns: Sequence[Turn], tokenizer: Any, template: str) -> tuple[list[Turn], str]:
     """The turns with a mark before each control token that their texts spell, and the mark."""
-    texts = [text for turn in turns for text in (turn.content, turn.reasoning, turn.calls)]
+    texts = [text for turn in turns for text in (getattr(turn, name) for name in _PRINTED)]
     marked, sign = mark(texts, tokenizer)
     if not sign:
         return list(turns), ""
-    fields = zip(marked[::3], marked[1::3], marked[2::3], strict=True)
-    changed = [
-        replace(turn, content=content, reasoning=reasoning, calls=calls)
-        for turn, (content, reasoning, calls) in zip(turns, fields, strict=True)
-    ]
+    fields = iter(marked)
+    changed: list[Turn] = []
+    for turn in turns:
+        texts_of_turn: dict[str, Any] = {name: next(fields) for name in _PRINTED}
+        changed.append(replace(turn, **texts_of_turn))
     # The tags of reasoning in a content are meant as tags, whether or not they are control tokens.
     for k, turn in enumerate(turns):
         if parts_of(turn, template).closing and not turn.reasoning:

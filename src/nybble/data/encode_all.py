@@ -43,7 +43,7 @@ CHUNK = 250  # rows per task of a worker; fewer if the rows are long
 _CHUNK_BYTES = 8 << 20  # approximate limit for a chunk as JSON; each worker has at most three chunks in flight
 _MOST_WORKERS = 16  # with more workers, reading the rows is the bottleneck
 # Part of every cache key: raise it when the same rows and settings give different tokens or a different record layout.
-_VERSION = 5
+_VERSION = 6
 _NO_LIMIT = 1 << 40  # tokens
 
 _Chunk = tuple[int, list[Placed]]  # the number of rows before the chunk, and the chunk's rows

@@ -22,6 +22,8 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # no template r
 _TAGGED = re.compile(r"(\s*<think>\n*)(.*?)(\n*</think>\n*)(.*)", re.DOTALL)
 _CLOSED = re.compile(r"(\s*(?:<think>\n*)?)(.*?)(\n*</think>\n*)(.*)", re.DOTALL)
 
+_MENTIONED = re.compile(r"""<think>|["'`]\Z""")  # before a closing tag: it is spoken of, and ends no reasoning
+
 
 @dataclass(frozen=True)
 class Style:
@@ -48,7 +50,7 @@ def parts_of(turn: Turn, template: str) -> Parts:
         return Parts("<think>\n", turn.reasoning, "\n</think>\n\n", turn.content)
     if turn.role == "assistant" and "</think>" in turn.content:
         match = (_CLOSED if "</think>" in template else _TAGGED).fullmatch(turn.content)
-        if match:
+        if match and ("<think>" in match[1] or not _MENTIONED.search(match[2])):
             return Parts(*match.groups())
     return Parts("", "", "", turn.content)
 

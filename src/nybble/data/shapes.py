@@ -27,6 +27,7 @@ class Turn:
     role: str  # "system", "user", "assistant", "tool", or "tools" (the functions that may be called, as a JSON list)
     content: str
     calls: str = ""  # the calls that an assistant makes, as a JSON list
+    calls_as_text: str = ""  # the calls as a row writes them in a content; for templates that take no calls
     reasoning: str = ""  # what an assistant thinks before it answers
     name: str = ""  # of the speaker, or of the function whose result a tool turn is
     tool_call_id: str = ""  # the id of the call whose result a tool turn is
