@@ -171,6 +171,7 @@ def train_on_rows(
     record.train_loss = result.train_loss
     record.skipped_steps = result.skipped_steps
     record.best = result.best
+    record.weights_step = result.weights_step
     record.tokens_per_second = result.tokens_per_second
     record.seconds_to_first_step = seconds_before + (result.seconds_to_first_step or 0.0)
 

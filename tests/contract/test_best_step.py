@@ -67,6 +67,7 @@ def test_the_best_weights_are_kept_and_loaded(
     done = made.train(tmp_path / "out", held_out=True)
     assert seen == [2, 4, 6, 7]
     assert done.best == {"step": 4, "metric": "eval_loss", "value": 1.0}
+    assert done.weights_step == 4
     assert "best eval_loss 1.0000 at step 4, its weights are taken" in made.said
     names = [path.name for path in list_checkpoints([tmp_path / "out" / "checkpoints"])]
     assert names == ["checkpoint-7", *(["checkpoint-6"] if save_total_limit == 2 else []), "checkpoint-4"]
@@ -82,7 +83,8 @@ def test_the_last_weights_stay_where_they_are_the_best_or_nothing_is_loaded(
     assert_weights(made.model, tmp_path / "last" / "checkpoints" / "checkpoint-7")
     planned(LOSSES)
     made = world(eval_steps=2, early_stopping_patience=9)
-    assert made.train(tmp_path / "patient", held_out=True).best["step"] == 4
+    patient = made.train(tmp_path / "patient", held_out=True)
+    assert (patient.best["step"], patient.weights_step) == (4, 7)
     assert_weights(made.model, tmp_path / "patient" / "checkpoints" / "checkpoint-7")
 
 
@@ -97,11 +99,23 @@ def test_a_best_checkpoint_that_is_damaged_leaves_the_last_weights_and_is_said(
     assert_weights(made.model, tmp_path / "out" / "checkpoints" / "checkpoint-7")
 
 
+def logged(out: Path) -> list[int]:
+    events = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    return [event["step"] for event in events if event["loss"] is not None]
+
+
+@pytest.mark.parametrize(("every", "steps"), [(2, [1, 2, 4, 6, 7]), (7, [1, 7]), (10, [1, 7])])
+def test_the_last_step_is_always_logged(world: World, tmp_path: Path, every: int, steps: list[int]) -> None:
+    world(logging_steps=every).train(tmp_path)
+    assert logged(tmp_path) == steps
+
+
 def test_patience_ends_the_training(world: World, planned: Callable[..., list[int]], tmp_path: Path) -> None:
     seen = planned({1: 3.0, 2: 1.0, 3: 1.5, 4: 1.2, 5: 0.1})
-    made = world(eval_steps=1, early_stopping_patience=2, load_best_model_at_end=True)
+    made = world(eval_steps=1, early_stopping_patience=2, load_best_model_at_end=True, logging_steps=3)
     done = made.train(tmp_path / "out", held_out=True)
     assert (done.steps, seen) == (4, [1, 2, 3, 4])
+    assert logged(tmp_path / "out") == [1, 3, 4]
     assert "stopped early at step 4 of 7, best eval_loss 1.0000 at step 2, its weights are taken" in made.said
     resumed = made.train(tmp_path / "out", held_out=True, resume=True)  # nothing is left to do
     assert (resumed.steps, resumed.best, seen) == (4, done.best, [1, 2, 3, 4])

@@ -16,6 +16,7 @@ from nybble.data import Ledger
 from nybble.errors import InputError
 from nybble.recipe import load_recipe
 from nybble.reporting import write_report
+from nybble.reporting.events import held_out_points
 from nybble.run.directory import RunDirectory
 from nybble.run.record import Evaluation, Phase, RunRecord, Sample, StepEvent
 
@@ -176,8 +177,9 @@ def test_the_same_run_gives_the_same_bytes(run: RunDirectory) -> None:
 
 
 def test_a_run_that_has_just_begun_has_a_report(run: RunDirectory) -> None:
-    text = write(run, record())
-    assert "running" in text
+    with run.held():
+        text = write(run, record())
+    assert "· running</p>" in text
     assert "<svg" not in text
     assert {file.name for file in run.path.iterdir()} == {"run.json", "report.html", "report.md", "report.json"}
 
@@ -187,6 +189,43 @@ def test_a_run_under_way_has_a_report_with_curves(run: RunDirectory) -> None:
     text = write(run, record(evaluation_base=base, phases={"load": Phase(None, 5, 1.0)}), 2)
     assert "<svg" in text
     assert "exact match" not in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({}, "killed: it is not finished, and its process is gone"),
+        ({"status": "failed", "notes": ["an earlier note", "the loss is not a number"]}, "failed: the loss is not"),
+    ],
+)
+def test_the_status_says_why_there_is_no_result(run: RunDirectory, changes: dict[str, Any], shown: str) -> None:
+    text = write(run, record(**changes))
+    assert "· running</p>" not in text
+    assert shown in text
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 3])
+def test_a_short_run_has_curves(run: RunDirectory, n_steps: int) -> None:
+    text = write(run, finished(weights_step=n_steps), n_steps)
+    drawings = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    assert len(drawings) == 3
+    marks = [svg for svg in drawings if re.search(r"<use [^>]*(stroke|fill): #(0072b2|777777)", svg)]
+    assert len(marks) == {1: 3, 2: 1, 3: 0}[n_steps]  # a curve of one point has no line
+
+
+@pytest.mark.parametrize(
+    ("weights_step", "expected"),
+    [
+        (5, [(0, 2.5), (2, 1.0), (5, 0.5)]),
+        (2, [(0, 2.5), (2, 0.5)]),  # the best weights were loaded at the end
+        (None, [(0, 2.5), (2, 1.0), (4, 0.5)]),  # of an older version: the last step that was logged
+    ],
+)
+def test_the_tuned_models_loss_stands_at_the_step_of_its_weights(
+    weights_step: int | None, expected: list[tuple[int, float]]
+) -> None:
+    events = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None, "eval_loss": 1.0}, {"step": 4, "loss": 1.5}]
+    assert held_out_points(finished(weights_step=weights_step).to_json(), events) == expected
 
 
 def test_a_line_cut_short_does_not_stop_the_report(run: RunDirectory) -> None:

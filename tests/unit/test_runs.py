@@ -170,7 +170,9 @@ def test_a_record_reads_back_as_written(run: RunDirectory) -> None:
     written = record()
     written.notes.append("naïve 😀")
     run.write_record(written)
-    assert read_record(run.path) == written.to_json()
+    with run.held():
+        assert read_record(run.path) == written.to_json()
+    assert read_record(run.path) == {**written.to_json(), "status": "killed"}  # nobody runs it
     assert read_record(str(run.path))["run_dir"] == str(run.path)
 
 

@@ -600,7 +600,13 @@ class TrainingSection(Section):
         le=10**9,
         neutral=True,
     )
-    logging_steps: int = setting(10, "Steps between two lines in events.jsonl.", unit="steps", ge=1, neutral=True)
+    logging_steps: int = setting(
+        10,
+        "Steps between two lines in events.jsonl; the first and the last step are always logged.",
+        unit="steps",
+        ge=1,
+        neutral=True,
+    )
     save_strategy: Literal["no", "steps", "epoch", "best"] = setting(
         "steps",
         "When checkpoints are written: every save_steps (steps), after each epoch, after each evaluation that is the "

@@ -40,12 +40,12 @@ def held_out_points(record: Mapping[str, Any], events: Events) -> list[tuple[flo
     base = record.get("evaluation_base")
     tuned = record.get("evaluation_tuned")
     points = [(e["step"], e["eval_loss"]) for e in events if e.get("eval_loss") is not None]
-    steps = [e["step"] for e in events if e.get("loss") is not None]
+    step = record.get("weights_step") or max((e["step"] for e in events), default=None)
     if base:
         points.insert(0, (0, base["loss"]))
-    if tuned and steps:
-        points.append((steps[-1], tuned["loss"]))
-    return points
+    if tuned and step:
+        points = [*(point for point in points if point[0] != step), (step, tuned["loss"])]  # it was measured on all
+    return sorted(points)
 
 
 def memory_points(events: Events) -> Points:
@@ -57,6 +57,8 @@ def memory_points(events: Events) -> Points:
 def speed_points(events: Events) -> Points:
     """The steps, and the tokens per second since the previous logged step."""
     trained = [event for event in events if event.get("loss") is not None]
+    if len(trained) == 1:  # of a run of one step
+        trained.insert(0, {"step": 0, "tokens": 0, "seconds": 0.0})
     pairs = [(a, b) for a, b in pairwise(trained) if b["seconds"] > a["seconds"]]
     return [b["step"] for _, b in pairs], [
         (b["tokens"] - a["tokens"]) / (b["seconds"] - a["seconds"]) for a, b in pairs

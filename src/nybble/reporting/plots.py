@@ -36,7 +36,8 @@ def draw(lines: Sequence[Line], x_label: str, y_label: str, *, from_zero: bool =
         return ""
     with _figure(name) as (figure, axes):
         for line in lines:
-            axes.plot(line.x, line.y, line.style, color=line.color, label=line.label, marker=line.marker, linewidth=1.8)
+            marker = line.marker or ("o" if len(set(line.x)) == 1 else "")  # a point alone has no line
+            axes.plot(line.x, line.y, line.style, color=line.color, label=line.label, marker=marker, linewidth=1.8)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.grid(alpha=0.25)

@@ -42,6 +42,7 @@ def _write(run_dir: Path, record: Mapping[str, Any]) -> Path:
     content = {
         "title": _title(record),
         "record": record,
+        "status": _status(record),
         "comparison": _comparison(record),
         "facts": _facts(record),
         "ledger": ledger_lines(record["rows"]["ledger"]),

@@ -87,6 +87,7 @@ class RunRecord:
     train_loss: float | None = None
     skipped_steps: int = 0  # skipped under `bad_batch: skip` because loss or gradient was bad
     best: dict[str, Any] | None = None  # step, metric and value of the best evaluation during the training
+    weights_step: int | None = None  # after which the weights are those of the result: the last, or the best
     probe: dict[str, Any] | None = None  # how the learning rate was found, if it was probed
     evaluation_base: Evaluation | None = None
     evaluation_tuned: Evaluation | None = None

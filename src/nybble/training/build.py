@@ -50,6 +50,7 @@ class TrainResult:
     skipped_steps: int = 0  # steps with a loss or gradient that was bad
     notes: tuple[str, ...] = ()  # for people
     best: dict[str, Any] | None = None  # step, metric and value of the best evaluation on the way
+    weights_step: int = 0  # after which the weights are those that the training ends with
 
     @property
     def tokens_per_second(self) -> float:
@@ -163,7 +164,7 @@ def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSec
         t.writer.close()
     t.metrics.close()
     _check_for_early_stop(t)
-    best_notes = _end_with_best(t) if t.state.best.counts else []
+    best_notes, weights_step = _end_with_best(t) if t.state.best.counts else ([], t.state.step)
     return TrainResult(
         train_loss=t.state.mean_loss,
         steps=t.state.step,
@@ -174,6 +175,7 @@ def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSec
         skipped_steps=t.state.skipped_steps,
         notes=(*_notes(t), *best_notes),
         best=t.state.best.to_json(),
+        weights_step=weights_step,
     )
 
 
@@ -253,9 +255,10 @@ def _check_for_early_stop(t: Training) -> None:
     raise StoppedError(f"{at}: saved; continue with --resume")
 
 
-def _end_with_best(t: Training) -> list[str]:
-    """Load the best weights if they are asked for; what became of the evaluations, in words."""
+def _end_with_best(t: Training) -> tuple[list[str], int]:
+    """Load the best weights if they are asked for; what became of the evaluations, in words, and the weights' step."""
     best = t.state.best
+    step = t.state.step
     words = [best.in_words]
     if best.is_over and t.state.step < t.max_steps:
         words.insert(0, f"stopped early at step {t.state.step} of {t.max_steps}")
@@ -266,9 +269,10 @@ def _end_with_best(t: Training) -> list[str]:
         else:
             load_weights(t.model, found)
             words.append("its weights are taken")
+            step = best.step
     note = ", ".join(words)
     t.observer.note(note)
-    return [note]
+    return [note], step
 
 
 def _notes(t: Training) -> Iterator[str]:

@@ -117,13 +117,14 @@ def train(t: Training) -> None:
         state.finish_step(n_tokens, is_skipped=is_skipped)
         t.metrics.first_step_is_done()
 
-        if (step == 0 or state.step % section.logging_steps == 0) and state.unlogged_steps:
-            t.metrics.log_step(state, state.take_unlogged_loss(), learning_rate, norm)
         is_last = state.step == t.max_steps
+        is_wanted = step == 0 or state.step % section.logging_steps == 0 or is_last
+        log_step(t, learning_rate, norm, is_wanted=is_wanted)
         is_best = False
         if state.best.counts if is_last else t.evaluations.is_due(state.step):
             is_best = evaluate_on_the_way(t)
         is_stopped = t.stops.after_step()
+        log_step(t, learning_rate, norm, is_wanted=state.best.is_over)
         is_last = is_last or state.best.is_over
         is_wanted = is_best and (state.best.is_loaded_at_end or section.save_strategy == "best")
         if is_stopped or is_wanted or t.saves.is_due(state.step) or (is_last and section.save_strategy != "no"):
@@ -236,6 +237,12 @@ def update(t: Training) -> bool:
     if t.state.step == 0:
         check_optimizer_can_be_saved(optimizer, t.model, t.section.optim)
     return is_done
+
+
+def log_step(t: Training, learning_rate: float, norm: Tensor, *, is_wanted: bool) -> None:
+    """Log the mean loss of the steps that were not logged yet, if there are any."""
+    if is_wanted and t.state.unlogged_steps:
+        t.metrics.log_step(t.state, t.state.take_unlogged_loss(), learning_rate, norm)
 
 
 def evaluate_on_the_way(t: Training) -> bool:
