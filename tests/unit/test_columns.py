@@ -71,6 +71,15 @@ def test_pairs_are_read_by_their_usual_names(learns: Call, template: str, questi
     assert (done.ledger.shape, done.ledger.not_used) == ("qa", {"id": 1})
 
 
+@pytest.mark.parametrize(("column", "value"), [("answer", 2), ("question", None), ("answer", 0.5)])
+def test_pairs_whose_column_holds_no_text_are_refused_by_its_name(
+    prepare: Call, template: str, column: str, value: Any
+) -> None:
+    row = {"question": "Q", "answer": "A", column: value}
+    with pytest.raises(RowsError, match=f"row 1: column '{column}' is of type .*, not text"):
+        prepare([row], chat_template=template)
+
+
 def test_pairs_without_a_template_have_alpacas_form(learns: Call) -> None:
     prompt = "<s>### Instruction:\nQ\n\n### Input:\nC\n\n### Response:\n"
     learns({"question": "Q", "context": "C", "answer": "A"}, prompt, "A</s>")

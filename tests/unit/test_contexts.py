@@ -460,6 +460,10 @@ def test_overlong_holds_for_the_longest_context(prepare: Call, tmp_path: Path, o
     assert done.ledger.rows_over_max_length == 1
     assert done.ledger.stop_tokens_trained == n_answers + 1
     assert done.ledger.rows_dropped == (overlong == "drop")
+    # Answers of which max_length leaves nothing are counted too.
+    assert done.ledger.turns == (1 if overlong == "drop" else 7)
+    assert done.ledger.stop_tokens_cut == done.ledger.turns - done.ledger.stop_tokens_trained
+    assert done.ledger.rows_truncated == (overlong == "truncate")
 
 
 def test_a_border_whose_tokens_depend_on_the_answer_is_cut_as_in_generation(contexts: Contexts, tok: Any) -> None:

@@ -106,8 +106,8 @@ def find_layout(rows: Rows, data: DataSection) -> Layout:
         )
     columns = {role: given.get(role, role) for role in _roles_of(shape, present, data)}
     if shape == "qa":
-        question = "question" if "question" in given else _first_text(_QUESTIONS, present) or "question"
-        answer = "answer" if "answer" in given else _first_text(_ANSWERS, present) or "answer"
+        question = "question" if "question" in given else _find_column(_QUESTIONS, present) or "question"
+        answer = "answer" if "answer" in given else _find_column(_ANSWERS, present) or "answer"
         columns = {"question": given.get(question, question), "answer": given.get(answer, answer)}
     return Layout(shape, columns, given, ignored)
 
@@ -141,9 +141,10 @@ def _find_shape(present: Mapping[str, Any], given: Mapping[str, str], data: Data
         ("alpaca", "instruction" in present and "output" in present),
         ("text", data.dataset_text_field in present),
         ("qa", bool(_first_text(_QUESTIONS, present) and _first_text(_ANSWERS, present))),
-        # These hold no conversation in the first row, which is then named as a fault.
+        # These hold no conversation or no text in the first row, which is then named as a fault.
         ("messages", "messages" in present),
         ("sharegpt", "conversations" in present),
+        ("qa", bool(_find_column(_QUESTIONS, present) and _find_column(_ANSWERS, present))),
     ]
     return next((shape for shape, is_there in usual if is_there), None)
 
@@ -165,6 +166,12 @@ def _first_message(value: Any) -> Mapping[str, Any] | None:
 
 def _first_text(names: tuple[str, ...], present: Mapping[str, Any]) -> str | None:
     return next((name for name in names if isinstance(present.get(name), str)), None)
+
+
+def _find_column(names: tuple[str, ...], present: Mapping[str, Any]) -> str | None:
+    """The first of the names whose column holds text; if none does, the first that is a column of single values."""
+    single = (name for name in names if name in present and not isinstance(present[name], list | Mapping))
+    return _first_text(names, present) or next(single, None)
 
 
 def convert_row(row: Row, layout: Layout, where: str, has_template: bool, answer_field: str = "") -> Converted:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nybble.data.contexts import Answer, Context, encode_turns, n_tokens
@@ -99,11 +99,29 @@ def encode_row(
         forms = _split(form, tokenizer, max_length)
         parts = [_encode(part, tokenizer, loss_on, reasoning, where)[0] for part in forms]
     examples = [example for contexts in parts for example in _examples(contexts, max_length, loss_on)]
-    if len(examples) > 1:
-        examples = [example for example in examples if example.n_trained] or examples[:1]
     return EncodedRow(
-        examples, length, n_turns=len(answers_of(form)), key=key, prompt_form=prompt_form_of(form), notes=notes
+        _learned(examples),
+        length,
+        n_turns=len(answers_of(form)),
+        key=key,
+        prompt_form=prompt_form_of(form),
+        notes=notes,
     )
+
+
+def _learned(examples: list[Example]) -> list[Example]:
+    """The examples with something to learn, at least one; the answers of the others are counted in the first."""
+    learned = [example for example in examples if example.n_trained]
+    if len(learned) == len(examples) or not learned:
+        return learned or examples[:1]
+    others = [example for example in examples if not example.n_trained]
+    first = replace(
+        learned[0],
+        n_answers=learned[0].n_answers + sum(example.n_answers for example in others),
+        n_cut_stops=learned[0].n_cut_stops + sum(example.n_cut_stops for example in others),
+        is_truncated=learned[0].is_truncated or any(example.is_truncated for example in others),
+    )
+    return [first, *learned[1:]]
 
 
 def key_of(ids: Sequence[int]) -> int:
