@@ -1,7 +1,7 @@
 """Nybble: fine-tune large language models in 4 bits on one GPU, or on a CPU.
 
 Every verb of the command line is a function here. Names are loaded when first used, so that `import nybble` costs
-nothing.
+nothing; `__init__.pyi` tells their types.
 """
 
 from __future__ import annotations

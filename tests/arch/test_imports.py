@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -64,6 +65,8 @@ def test_nybble_alone_loads_none_of_its_parts() -> None:
 def test_all_is_sorted_and_complete() -> None:
     assert list(nybble.__all__) == sorted(set(nybble.__all__))
     assert set(nybble.__all__) <= set(dir(nybble))
+    seen = Path(nybble.__file__).with_suffix(".pyi").read_text(encoding="utf-8")
+    assert sorted(re.findall(r" as (\w+)$", seen, re.M)) == nybble.__all__
     assert {"Recipe", "NybbleError", "train", "ask", "quantize", "demo", "report"} <= set(nybble.__all__)
 
 
@@ -75,6 +78,35 @@ def test_every_public_name_can_be_imported(name: str) -> None:
 def test_no_public_name_is_hidden_by_a_module_of_the_same_name() -> None:
     modules = {path.stem for path in Path(nybble.__file__).parent.iterdir()}
     assert sorted(modules & set(nybble.__all__)) == []
+
+
+USERS_SCRIPT = """import nybble
+record = nybble.train("recipe.yaml", {"learning_rate": 1e-4}, on_existing="resume")
+loss: float | None = record.eval_loss
+answers = nybble.ask("runs/latest", "What is 2 + 2?")
+nybble.trian("recipe.yaml")
+nybble.train("recipe.yaml", on_existing="delete")
+nybble.merge(1.5, "merged")
+record.eval_los
+"""
+
+
+def test_type_checkers_see_the_functions_as_they_are(tmp_path: Path) -> None:
+    script = tmp_path / "users_script.py"
+    script.write_text(USERS_SCRIPT, encoding="utf-8")
+    root = Path(__file__).resolve().parents[2]
+    words = ("mypy", "--config-file", str(root / "pyproject.toml"), "--cache-dir", str(root / ".mypy_cache"))
+    done = subprocess.run(
+        [sys.executable, "-m", *words, str(script)],
+        cwd=root,
+        env={**os.environ, "MYPYPATH": "src"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    faults = [line for line in done.stdout.splitlines() if "error:" in line]
+    assert [int(fault.split(":")[1]) for fault in faults] == [5, 6, 7, 8], done.stdout
+    assert 'Module has no attribute "trian"' in faults[0]
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

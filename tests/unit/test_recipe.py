@@ -318,7 +318,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def values(kind: Any, limits: dict[str, float]) -> st.SearchStrategy[Any]:
     """Allowed values of a setting's type."""
     if kind == Bytes:
-        return st.integers(1, 10**15)
+        return st.integers(10**6, 10**15)
     if get_origin(kind) is Literal:
         return st.sampled_from(get_args(kind))
     if get_origin(kind) in (Union, types.UnionType):
