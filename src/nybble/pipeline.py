@@ -21,7 +21,16 @@ from nybble.kernels import dispatcher
 from nybble.loading import TrainableModel, load
 from nybble.models import add_new_tokens, find_tokenizer, push_folder, save_adapter, trained_parameters, write_note
 from nybble.preparation import RunInputs, check_directory_is_shared, open_run, prepare
-from nybble.recipe import Recipe, for_one_process, in_micro_batches, load_recipe, refusal, save_recipe, within_context
+from nybble.recipe import (
+    Recipe,
+    RecipeSource,
+    for_one_process,
+    in_micro_batches,
+    load_recipe,
+    refusal,
+    save_recipe,
+    within_context,
+)
 from nybble.reporting import model_card, rewrite_report, write_report
 from nybble.run.context import OnExisting, RunContext
 from nybble.run.record import Observer, RunRecord, Silent
@@ -42,7 +51,7 @@ from nybble.training import (
 
 
 def train(
-    recipe: Recipe | Path | str,
+    recipe: RecipeSource = None,
     overrides: Mapping[str, Any] | None = None,
     *,
     on_existing: OnExisting = "refuse",
@@ -55,7 +64,7 @@ def train(
     and reports to the observer.
 
     Args:
-        recipe: a Recipe, or a YAML file with `overrides` on top.
+        recipe: a Recipe, or a YAML file or a mapping of settings with `overrides` on top.
         overrides: settings by name.
         on_existing: what to do if output_dir is not empty. "refuse" raises an InputError. "overwrite" replaces an
             earlier run. "resume" continues from its newest undamaged checkpoint, or starts over if it has none yet.
@@ -259,7 +268,7 @@ class Inspection:
 
 
 def inspect_rows(
-    recipe: Recipe | Path | str | None,
+    recipe: RecipeSource,
     overrides: Mapping[str, Any] | None = None,
     *,
     show: int = 5,
@@ -285,7 +294,7 @@ def inspect_rows(
 
 
 def probe(
-    recipe: Recipe | Path | str | None, overrides: Mapping[str, Any] | None = None, *, observer: Observer | None = None
+    recipe: RecipeSource, overrides: Mapping[str, Any] | None = None, *, observer: Observer | None = None
 ) -> Probe:
     """The learning rate that `training.learning_rate: probe` would choose, with its curve; nothing is kept.
 
@@ -343,9 +352,9 @@ def report(run_dir: Path | str) -> Path:
     return rewrite_report(Path(run_dir))
 
 
-def _as_recipe(recipe: Recipe | Path | str | None, overrides: Mapping[str, Any] | None) -> Recipe:
+def _as_recipe(recipe: RecipeSource, overrides: Mapping[str, Any] | None) -> Recipe:
     if not isinstance(recipe, Recipe):
         return load_recipe(recipe, overrides)
     if overrides:
-        raise RecipeError("overrides go with a recipe file; a Recipe is already resolved")
+        raise RecipeError("overrides go with a recipe file or a mapping; a Recipe is already resolved")
     return recipe

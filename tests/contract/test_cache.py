@@ -134,3 +134,14 @@ def test_small_models_are_not_worth_keeping(source: Path, folder: Path, monkeypa
     monkeypatch.setattr(packed_cache, "SMALLEST", 1 << 28)
     load(source)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe garbage", b"\0" * 64, b"0" * 63, b"ab" * 32 + b"\n\n"])
+def test_a_remembered_hash_that_is_damaged_is_made_again(tmp_path: Path, damage: bytes) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(b"weights")
+    kept = PackedCache(10**6, tmp_path / "cache")
+    sha256 = kept.content(weights)
+    (memo,) = (tmp_path / "cache").rglob("*.txt")
+    memo.write_bytes(damage)
+    assert kept.content(weights) == sha256 == memo.read_text()

@@ -77,7 +77,7 @@ def written(tmp_path: Path, content: str | dict[str, Any]) -> Path:
     return file
 
 
-def refusal(path: Path | str | None = None, overrides: dict[str, Any] | None = None) -> str:
+def refusal(path: Any = None, overrides: dict[str, Any] | None = None) -> str:
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, overrides)
     message = str(caught.value)
@@ -529,3 +529,12 @@ def test_an_answer_names_settings_that_exist(name: str) -> None:
         assert setting in known, answer
         if value and not known[setting].is_mapping:
             load_recipe(None, {setting: value})
+
+
+def test_a_mapping_is_read_as_a_file_with_it_is(tmp_path: Path) -> None:
+    content = {"training": {"lr": "1e-3"}, "lora": {"r": 8}, "seed": 3}
+    assert load_recipe(content) == load_recipe(written(tmp_path, content))
+    assert load_recipe(content, {"seed": 4}).training.seed == 4
+    assert "unknown section 'lorra'" in refusal({"lorra": {"r": 8}})
+    assert "'lr' and 'learning_rate' are the same setting" in refusal({"lr": 1, "learning_rate": 2})
+    assert "give a YAML file, a mapping of settings, or a Recipe" in refusal(["lr"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,12 @@ class PackedCache(Cache):
         seen = digest(str(file.resolve()), state.st_size, state.st_mtime_ns, state.st_ino)
         memo = self.folder / "sources" / f"{seen}.txt"
         try:
-            return memo.read_text()
-        except OSError:
-            sha256 = sha256_of(file)
+            remembered = memo.read_text(encoding="ascii")
+        except (OSError, UnicodeError):
+            remembered = ""
+        if re.fullmatch("[0-9a-f]{64}", remembered):
+            return remembered
+        sha256 = sha256_of(file)  # nothing is remembered, or what is was damaged
         try:
             memo.parent.mkdir(parents=True, exist_ok=True)
             write_text(memo, sha256)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from nybble.errors import InputError
@@ -26,7 +25,16 @@ from nybble.planning.devices import Links, Profile, named_profile, profile_of
 from nybble.planning.phases import Batches
 from nybble.planning.planner import find_config, make_plan, read_batches
 from nybble.planning.sharded_memory import Sizes
-from nybble.recipe import Plan, Recipe, for_one_process, in_micro_batches, load_recipe, rows_per_step, step_in_words
+from nybble.recipe import (
+    Plan,
+    Recipe,
+    RecipeSource,
+    for_one_process,
+    in_micro_batches,
+    load_recipe,
+    rows_per_step,
+    step_in_words,
+)
 from nybble.units import UnlikelySizeError, format_bytes, format_seconds, parse_bytes
 
 _HOST_LINK = 25e9  # bytes a second between host and device: PCIe 4.0 x16, less what its protocol takes; assumed
@@ -69,7 +77,7 @@ class SharedPlan:
 
 
 def plan_processes(
-    recipe: Recipe | Path | str | None,
+    recipe: RecipeSource,
     overrides: Mapping[str, Any] | None = None,
     *,
     n: int,

@@ -49,12 +49,21 @@ from nybble.planning.search import (
     plan_levels,
 )
 from nybble.planning.shapes import config_of, known_shape, not_known
-from nybble.recipe import ModelSection, Plan, Recipe, for_one_process, load_recipe, saving_in_words, step_in_words
+from nybble.recipe import (
+    ModelSection,
+    Plan,
+    Recipe,
+    RecipeSource,
+    for_one_process,
+    load_recipe,
+    saving_in_words,
+    step_in_words,
+)
 from nybble.units import format_bytes
 
 
 def plan(
-    recipe: Recipe | Path | str | None,
+    recipe: RecipeSource,
     overrides: Mapping[str, Any] | None = None,
     *,
     profile: str | None = None,
@@ -63,8 +72,9 @@ def plan(
     """What a run will do and take in every phase, before any weight is read.
 
     Args:
-        recipe: a Recipe or a YAML file, with `overrides` on top. Its model may be a folder, a hub id (of which only the
-            small files are fetched) or a known shape such as `llama-2-7b`. Its rows are read where they can be.
+        recipe: a Recipe, or a YAML file or a mapping of settings, with `overrides` on top. Its model may be a folder, a
+            hub id (of which only the small files are fetched) or a known shape such as `llama-2-7b`. Its rows are read
+            where they can be.
         overrides: settings by name.
         profile: a device that is not here, by its name in `PROFILES`; default: the recipe's device.
         largest: find the largest `max_length` and the largest known model that fit, too.

@@ -3,6 +3,7 @@
 from nybble.recipe.batches import for_one_process, in_micro_batches, rows_per_step, step_in_words
 from nybble.recipe.catalogue import SECTIONS, Setting, all_settings, path_of
 from nybble.recipe.load import (
+    RecipeSource,
     first_fault,
     json_schema,
     load_recipe,
@@ -45,6 +46,7 @@ __all__ = [
     "Plan",
     "QuantizationSection",
     "Recipe",
+    "RecipeSource",
     "Setting",
     "StepMemory",
     "TrainingSection",

@@ -23,11 +23,17 @@ _MOST_BYTES = 16 << 10  # of a recipe; one with every setting has four thousand
 _MOST_BRACKETS = 16  # within each other; PyYAML takes the square of them in time
 
 
-def load_recipe(path: Path | str | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe in `path` (or the defaults) with `overrides` on top.
+# What functions of the library take as a recipe: one that is resolved, its settings, or its YAML file.
+RecipeSource = Recipe | Mapping[str, Any] | Path | str | None
+
+
+def load_recipe(
+    source: Mapping[str, Any] | Path | str | None = None, overrides: Mapping[str, Any] | None = None
+) -> Recipe:
+    """The recipe in `source` (or the defaults) with `overrides` on top.
 
     Args:
-        path: a YAML file.
+        source: a YAML file, or what one holds, as a mapping.
         overrides: setting name (any spelling that is understood) -> value; strings are read as YAML scalars.
 
     Raises:
@@ -35,10 +41,13 @@ def load_recipe(path: Path | str | None = None, overrides: Mapping[str, Any] | N
     """
     values: dict[str, dict[str, Any]] = {}
     said: dict[str, str] = {}
-    for key, value in _flat(read_yaml(path) if path is not None else {}, str(path)):
+    if not isinstance(source, Mapping | Path | str | None):
+        raise RecipeError(f"recipe: got {shown(source)}; give a YAML file, a mapping of settings, or a Recipe")
+    content, where = (read_yaml(source), str(source)) if isinstance(source, Path | str) else (source or {}, "recipe")
+    for key, value in _flat(content, where):
         setting_path = path_of(key)
         if setting_path in said:
-            raise RecipeError(f"{path}: {shown(said[setting_path])} and {shown(key)} are the same setting; keep one")
+            raise RecipeError(f"{where}: {shown(said[setting_path])} and {shown(key)} are the same setting; keep one")
         said[setting_path] = key
         _put(values, setting_path, value)
     settings = {item.path: item for item in all_settings()}

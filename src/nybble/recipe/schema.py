@@ -688,7 +688,8 @@ class TrainingSection(Section):
     @field_validator("report_to", mode="before")
     @classmethod
     def _joined(cls, value: Any) -> Any:
-        return ",".join(value) if isinstance(value, list) else value
+        is_names = isinstance(value, list) and all(isinstance(name, str) for name in value)
+        return ",".join(value) if is_names else value
 
 
 class EvaluationSection(Section):
