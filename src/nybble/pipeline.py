@@ -7,6 +7,7 @@ with a finished run (merge, export, ask, chat) is in `nybble.exporting` and `nyb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,8 +16,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 from nybble import bundled
-from nybble.data import Ledger, ShownRow, examine_rows, rows_cache, show_rows
-from nybble.errors import RecipeError
+from nybble.data import Example, Ledger, ShownRow, examine_rows, rows_cache, show_rows
+from nybble.errors import InputError, ModelError, RecipeError
 from nybble.kernels import dispatcher
 from nybble.loading import TrainableModel, load
 from nybble.models import add_new_tokens, find_tokenizer, push_folder, save_adapter, trained_parameters, write_note
@@ -141,6 +142,11 @@ def evaluate_base(run: RunContext, inputs: RunInputs, model: TrainableModel, rec
     arguments = (section, model.compute_dtype, run.processes)
     with recorder.phase("evaluate_base"):
         measured = evaluate(model.module, inputs.tokenizer, inputs.rows.held_out, *arguments)
+        if measured and not math.isfinite(measured.loss):
+            raise ModelError(
+                f"{inputs.recipe.model.model_name_or_path}: the base's loss on the held-out rows is not a number; give "
+                "an undamaged model, or --bnb_4bit_compute_dtype float32 if its numbers are too large for 16 bits"
+            )
         recorder.record.evaluation_base = measured
         answers = generate_answers(model.module, inputs.tokenizer, prompts, *arguments)
     return HeldOut(rows=inputs.rows.held_out, section=section, shown=inputs.shown, base_answers=answers)
@@ -226,6 +232,10 @@ def evaluate_tuned(
     arguments = (held_out.section, model.compute_dtype, run.processes)
     with recorder.phase("evaluate"):
         measured = evaluate(model.module, inputs.tokenizer, held_out.rows, *arguments)
+        # Nothing else looks at what the last update did: without held-out rows, a row of the training is tried.
+        tried = measured or evaluate(model.module, inputs.tokenizer, _first_row(inputs), *arguments)
+        if tried and not math.isfinite(tried.loss):
+            raise _diverged(inputs, "the tuned model's loss is not a number")
         for sample in sample_answers(model.module, inputs.tokenizer, held_out, model.compute_dtype, run.processes):
             run.directory.append_sample(sample)
     record = recorder.record
@@ -235,11 +245,26 @@ def evaluate_tuned(
     record.eval_loss = measured.loss if measured else None
 
 
+def _first_row(inputs: RunInputs) -> list[Example]:
+    return [replace(example, answer=None) for example in inputs.rows.train[:1]]
+
+
+def _diverged(inputs: RunInputs, what: str) -> InputError:
+    training = inputs.recipe.training
+    return InputError(
+        f"{what} after the last step: the training diverged, and no weights are written; lower --learning_rate "
+        f"({training.learning_rate}) or --weight_decay ({training.weight_decay:g}), and train again with --overwrite"
+    )
+
+
 def save(run: RunContext, inputs: RunInputs, model: TrainableModel, recorder: RunRecorder) -> None:
     """Write what was trained: the adapter, or the whole model if every parameter was trained."""
     run.observer.stage("save")
     with recorder.phase("save"):
         trained = trained_parameters(model.module)  # every process takes part
+        with run.processes.together():
+            if not all(bool(tensor.isfinite().all()) for tensor in trained.values()):
+                raise _diverged(inputs, "a trained weight is not finite")
         if not run.processes.is_main:
             return
         with atomic_folder(weights_folder(run, inputs)) as folder:

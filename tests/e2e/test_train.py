@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from nybble import pipeline
 from nybble.storage.checkpoints import list_checkpoints
 
 FAST = ("--learning_rate", "1e-2", "--max_steps", "12", "--logging_steps", "4", "--max_new_tokens", "8")
@@ -105,6 +106,77 @@ def test_resumed_equals_straight(
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     steps = [json.loads(line)["step"] for line in (resumed / "events.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (("--learning_rate", "1e30", "--eval_fraction", "0.2"), "the tuned model's loss is not a number"),
+        (("--learning_rate", "1e30", "--eval_fraction", "0"), "the tuned model's loss is not a number"),
+        (("--learning_rate", "1e30", "--method", "full"), "the tuned model's loss is not a number"),
+    ],
+)
+def test_a_run_whose_last_update_ends_in_nan_fails_and_leaves_no_weights(
+    nybble: Callable[..., Any],
+    tiny_llama: Callable[..., Path],
+    rows_file: Path,
+    tmp_path: Path,
+    flags: tuple[str, ...],
+    why: str,
+) -> None:
+    out = tmp_path / "run"
+    more = ("--lr_scheduler_type", "constant", "--n_samples", 0, "--max_steps", 1, *flags)
+    done = nybble(*train_words(tiny_llama(), rows_file, out, *more))
+    assert done.code == 2
+    assert done.err.splitlines()[-1].startswith(f"nybble: {why} after the last step: the training diverged")
+    assert "ask it" not in done.out
+    record = json.loads((out / "run.json").read_text())
+    assert record["status"] == "failed"
+    assert record["notes"][-1].startswith(why)
+    assert not (out / "adapter").exists()
+    assert not (out / "model").exists()
+    for words in (("merge", "--out", tmp_path / "m"), ("export", "--gguf", tmp_path / "m.gguf"), ("ask", "Hello")):
+        refused = nybble(words[0], out, *words[1:])
+        assert refused.code == 2
+        assert f"the run failed: {why}" in refused.err, refused.err
+
+
+def test_weights_that_are_not_finite_are_not_written_though_the_loss_is(
+    nybble: Callable[..., Any],
+    tiny_llama: Callable[..., Path],
+    rows_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As of a token that no row has."""
+    trained_parameters = pipeline.trained_parameters
+
+    def spoiled(model: Any) -> dict[str, torch.Tensor]:
+        trained = {name: tensor.clone() for name, tensor in trained_parameters(model).items()}
+        next(iter(trained.values()))[0, 0] = torch.inf
+        return trained
+
+    monkeypatch.setattr(pipeline, "trained_parameters", spoiled)
+    done = nybble(*train_words(tiny_llama(), rows_file, tmp_path / "run", "--max_steps", 1, "--n_samples", 0))
+    assert done.code == 2
+    assert "nybble: a trained weight is not finite after the last step" in done.err
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_base_whose_loss_is_not_a_number_is_refused_before_the_training(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama(), base)
+    tensors = load_file(base / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("norm.weight"):
+            tensor.fill_(3e38)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    done = nybble(*train_words(base, rows_file, tmp_path / "run", "--eval_fraction", "0.2"))
+    assert done.code == 2
+    assert "the base's loss on the held-out rows is not a number" in done.err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
