@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 
 from nybble.data import Prepared, encode_chat
 from nybble.data.contexts import encode_turns
@@ -464,6 +465,16 @@ def test_overlong_holds_for_the_longest_context(prepare: Call, tmp_path: Path, o
     assert done.ledger.turns == (1 if overlong == "drop" else 7)
     assert done.ledger.stop_tokens_cut == done.ledger.turns - done.ledger.stop_tokens_trained
     assert done.ledger.rows_truncated == (overlong == "truncate")
+
+
+@pytest.mark.parametrize("words", ["q", "a </s> q", "</s>", " </s>"])
+def test_the_space_before_an_answer_is_learned_whatever_the_answer_spells(
+    contexts: Contexts, tok: Any, words: str
+) -> None:
+    tok.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    template = PLAIN.replace("m.role + ': ' + m.content", "('<unk> ' if m.role == 'assistant' else '') + m.content")
+    template = template.replace("'assistant: '", "'<unk>'")
+    assert contexts(template, [ask("Q"), say(words)]) == [(f"<s>Q|<unk> {words}</s>", f" {words}</s>")]
 
 
 def test_a_border_whose_tokens_depend_on_the_answer_is_cut_as_in_generation(contexts: Contexts, tok: Any) -> None:

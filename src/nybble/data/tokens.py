@@ -128,7 +128,10 @@ def _tokenize_as_text(text: str, tokenizer: Any, lead: str) -> tuple[list[int], 
 
 def _tokenize(text: str, tokenizer: Any, **options: bool) -> tuple[list[int], list[tuple[int, int]]]:
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, **options)
-    return list(encoded["input_ids"]), list(encoded["offset_mapping"])
+    spans = list(encoded["offset_mapping"])
+    if len(spans) > 1 and spans[0] == (0, 0):  # a tokenizer may trim white space, and then the first token has none
+        spans[0] = (0, spans[1][0])
+    return list(encoded["input_ids"]), spans
 
 
 @lru_cache(maxsize=8)
