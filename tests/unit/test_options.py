@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import typer
 import nybble
 from nybble.cli.main import run as run_nybble
 from nybble.cli.options import RecipeFile, SettingsCommand, takes_settings
+from nybble.cli.train import print_outcome
 from nybble.errors import RecipeError
 from nybble.recipe import SECTIONS, all_settings, load_recipe
 
@@ -176,3 +178,19 @@ def test_help_and_a_wrong_option_are_answered_without_torch(words: list[str], co
 def test_the_library_takes_one_word_for_an_existing_run() -> None:
     with pytest.raises(RecipeError, match="got 'replace'; allowed: refuse, overwrite, resume, resume_if_any"):
         nybble.train(load_recipe(), on_existing="replace")
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_nybble(["--version"]) == 0
+    assert capsys.readouterr().out == f"nybble {nybble.__version__}\n"
+
+
+@pytest.mark.parametrize("run_dir", ["runs/with a space", "runs/$(date)", "runs/it's", "runs/plain"])
+def test_the_command_that_asks_a_run_can_be_pasted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run_dir: str
+) -> None:
+    names = ("evaluation_base", "evaluation_tuned", "tokens_per_second", "peak_bytes", "seconds")
+    monkeypatch.setattr("nybble.run.directory.read_record", lambda _: dict.fromkeys(names))
+    print_outcome(run_dir)
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert shlex.split(last.removeprefix("ask it: ")) == ["nybble", "ask", run_dir, "..."]

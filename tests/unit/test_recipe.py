@@ -446,11 +446,77 @@ def test_the_json_schema_holds_every_setting() -> None:
     for item in SETTINGS:
         properties = schema["properties"]
         if item.section:
-            reference = properties[item.section]
+            reference = properties[item.section]["anyOf"][0]
             name = (reference.get("$ref") or reference["allOf"][0]["$ref"]).rpartition("/")[2]
             properties = schema["$defs"][name]["properties"]
         assert properties[item.name]["description"] == item.meaning
     assert all(d.get("additionalProperties") is False for d in schema["$defs"].values())
+
+
+def fits(value: Any, schema: dict[str, Any], whole: dict[str, Any]) -> bool:
+    """Whether an editor with this JSON schema accepts a value; by the words of JSON Schema that ours has."""
+    kinds = {"string": str, "boolean": bool, "integer": int, "number": int | float, "null": type(None)}
+    kinds |= {"array": list, "object": dict}
+    if "$ref" in schema:
+        return fits(value, whole["$defs"][schema["$ref"].rpartition("/")[2]], whole)
+    if any(not fits(value, part, whole) for part in schema.get("allOf", ())):
+        return False
+    if "anyOf" in schema:
+        return any(fits(value, one, whole) for one in schema["anyOf"])
+    kind = schema.get("type")
+    if kind and (not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind != "boolean")):
+        return False
+    if value not in schema.get("enum", [value]) or value != schema.get("const", value):
+        return False
+    if kind in ("integer", "number") and not (
+        schema.get("minimum", value) <= value <= schema.get("maximum", value)
+        and schema.get("exclusiveMinimum", value - 1) < value < schema.get("exclusiveMaximum", value + 1)
+    ):
+        return False
+    if isinstance(value, str):
+        return re.search(schema.get("pattern", ""), value) is not None
+    if isinstance(value, list):
+        return all(fits(one, schema.get("items", {}), whole) for one in value)
+    if isinstance(value, dict):
+        known, rest = schema.get("properties", {}), schema.get("additionalProperties", {})
+        inner = [(one, known.get(name, rest)) for name, one in value.items()]
+        return all(part is not False and fits(one, part if part is not True else {}, whole) for one, part in inner)
+    return True
+
+
+@pytest.mark.parametrize("item", SETTINGS, ids=lambda item: item.path)
+def test_editors_accept_a_setting_in_every_spelling(item: Setting) -> None:
+    schema, value = json_schema(), other_value(item)
+    for name in (item.name, item.path, *item.aliases):
+        assert fits({name: value}, schema, schema), name
+    for name in (item.name, *item.aliases):
+        content = {item.section: {name: value}} if item.section else {name: value}
+        assert fits(content, schema, schema), name
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "learning_rate: 1e-3",
+        "lr: 2e-4\nlora_r: 8\nbatch_size: 2\nmodel: a/b\ndata: rows.jsonl",
+        "model: {model: a/b}\ntraining:\nlora: {target_modules: 'q_proj,v_proj', lora_alpha: 1e1}",
+        "training.seed: 3\nlean: true\nsave_strategy: no\ngrad_spike: 1e2\npacking: '40'",
+        "layers_to_transform: 0,2\nreport_to: [tensorboard, wandb]\nblocksize: '64'\nskip_modules: a,b",
+    ],
+)
+def test_editors_accept_what_is_read(tmp_path: Path, content: str) -> None:
+    load_recipe(written(tmp_path, content))
+    schema = json_schema()
+    assert fits(yaml.safe_load(content), schema, schema)
+
+
+@pytest.mark.parametrize(
+    "content", ["lerning_rate: 1", "lr: fast", "r: 0", "method: lorra", "lora: {rr: 1}", "seed: []"]
+)
+def test_editors_mark_what_is_refused(tmp_path: Path, content: str) -> None:
+    refusal(written(tmp_path, content))
+    schema = json_schema()
+    assert not fits(yaml.safe_load(content), schema, schema)
 
 
 def test_every_setting_has_a_meaning() -> None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import sys
 import traceback
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from nybble import __version__
 from nybble.cli import (
     ask,
     chat,
@@ -47,8 +48,19 @@ app = typer.Typer(
 )
 
 
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"nybble {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def before(context: typer.Context) -> None:
+def before(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     """Fine-tune large language models in 4 bits on one GPU (AMD, NVIDIA) or on a CPU."""
     if context.invoked_subcommand not in (None, "train"):
         refuse_launcher(str(context.invoked_subcommand))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Any
 
 import typer
@@ -102,4 +103,4 @@ def print_outcome(run_dir: str) -> None:
         f"{format_seconds(record['seconds'])} in all"
     )
     console.print(f"run: {run_dir}   report: {run_dir}/report.html", soft_wrap=True, markup=False)
-    console.print(f'ask it: nybble ask {run_dir} "..."', soft_wrap=True, markup=False)
+    console.print(f'ask it: nybble ask {shlex.quote(run_dir)} "..."', soft_wrap=True, markup=False)

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from nybble.errors import RecipeError
 from nybble.guard import brief, clipped, redact, shown
-from nybble.recipe.catalogue import Setting, all_settings, path_of
+from nybble.recipe.catalogue import SECTIONS, Setting, all_settings, path_of
 from nybble.recipe.schema import Recipe
 from nybble.recipe.setting import Section
 
@@ -87,8 +87,39 @@ def save_recipe(recipe: Recipe) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of a recipe in sections, for editors."""
-    return Recipe.model_json_schema()
+    """JSON schema of what `load_recipe` reads, for editors: settings flat, in sections or dotted, by every name."""
+    schema = Recipe.model_json_schema()
+    top: dict[str, Any] = schema["properties"]
+    sections = {name: top[name] for name in SECTIONS if name}
+    for item in all_settings():
+        inner = schema["$defs"][type(Recipe.model_fields[item.section].default).__name__] if item.section else schema
+        known = inner["properties"]
+        known[item.name] = _as_written(known[item.name])
+        known.update(dict.fromkeys(item.aliases, known[item.name]))
+        top.update(dict.fromkeys((item.name, item.path, *item.aliases), known[item.name]))
+    for name, section in sections.items():  # some are also an alias of a setting, as model
+        own = [] if top[name] is section else [top[name]]
+        top[name] = {"anyOf": [section, {"type": "null"}, *own]}
+    return schema
+
+
+def _as_written(own: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a setting's value, with the other ways to write it that are understood."""
+    about = {name: own[name] for name in own if name in ("title", "description", "default")}
+    value = {name: own[name] for name in own if name not in (*about, "unit", "unset", "aliases", "neutral")}
+    kinds = value.get("anyOf", [value])
+    others: list[dict[str, Any]] = []
+    types = {kind.get("type") for kind in kinds}
+    if "number" in types:
+        others.append({"type": "string", "pattern": r"^[-+]?[0-9.]+([eE][-+]?[0-9]+)?$"})  # as YAML 1.1 has 1e-3
+    elif "integer" in types:
+        others.append({"type": "string", "pattern": r"^[-+]?[0-9]+$"})
+    if "array" in types:
+        others.append({"type": "string"})  # separated by commas
+    words = {word for kind in kinds for word in kind.get("enum", ())}
+    if words & {"no", "always"}:
+        others.append({"type": "boolean"} if "always" in words else {"const": False})
+    return {**about, "anyOf": [*kinds, *others]} if others else {**about, **value}
 
 
 def read_yaml(path: Path | str) -> Mapping[str, Any]:

@@ -685,7 +685,7 @@ class TrainingSection(Section):
     def _never(cls, value: Any) -> Any:
         return "no" if value is False else value  # what YAML reads `no` as
 
-    @field_validator("report_to", mode="before")
+    @field_validator("report_to", mode="before", json_schema_input_type=str | list[str])
     @classmethod
     def _joined(cls, value: Any) -> Any:
         is_names = isinstance(value, list) and all(isinstance(name, str) for name in value)
