@@ -173,7 +173,11 @@ def rendering(template: str) -> Any:
         )
         return str(texts[0])
 
-    return SimpleNamespace(chat_template=template, apply_chat_template=apply_chat_template)
+    return SimpleNamespace(
+        chat_template=template,
+        get_chat_template=lambda tools: template,
+        apply_chat_template=apply_chat_template,
+    )
 
 
 def test_a_template_that_does_not_end_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

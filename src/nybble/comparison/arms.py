@@ -8,7 +8,7 @@ the recipe, and an arm of the other kind a tenth or ten times of it, unless a ra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,12 +21,12 @@ FULL_RATE = 0.1  # times the rate of adapters
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of an arm."""
+    """One run of an arm; the folder tells runs apart."""
 
     seed: int
     run_dir: Path
     recipe_file: Path  # the recipe that the run is started with
-    recipe: Recipe
+    recipe: Recipe = field(hash=False)
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,10 @@ def arms_of_methods(recipe: Recipe, methods: Sequence[str], seeds: int, folder: 
         if any(plan.name == method for plan in plans):
             raise RecipeError(f"--methods: {method} is named twice; name it once, and use --seeds for repeats")
         own, source = _rate(recipe, method, rate)
-        lora = {} if method == "qlora" else {"init_lora_weights": "default"}  # the other initialisations need 4 bits
-        arm = load_recipe(None, _flat(recipe) | {"method": method, "learning_rate": own} | lora)
+        lora = (
+            {} if method == "qlora" else {"lora.init_lora_weights": "default"}
+        )  # the other initialisations need 4 bits
+        arm = load_recipe(None, _flat(recipe) | {"method": method, "training.learning_rate": own} | lora)
         plans.append(_plan(method, source, arm, seeds, folder))
     return plans
 
@@ -110,7 +112,12 @@ def _plan(name: str, source: str, recipe: Recipe, seeds: int, folder: Path) -> A
     held_out_by = first if recipe.data.eval_seed is None else recipe.data.eval_seed
     for seed in range(first, first + seeds):
         label = name if seeds == 1 else f"{name}-seed{seed}"
-        changes = {"seed": seed, "eval_seed": held_out_by, "output_dir": str(folder / label), "push_to_hub": False}
+        changes = {
+            "training.seed": seed,
+            "data.eval_seed": held_out_by,
+            "training.output_dir": str(folder / label),
+            "training.push_to_hub": False,
+        }
         own = load_recipe(None, _flat(recipe) | changes)
         trials.append(Trial(seed, folder / label, folder / "recipes" / f"{label}.yaml", own))
     return ArmPlan(name, source, recipe, tuple(trials))

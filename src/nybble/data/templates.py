@@ -35,7 +35,9 @@ CHATML = (
     "{{ eos_token if turn['role'] == 'assistant' else '<|im_end|>' }}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-MOST_SECONDS = 0.5  # CPU time of this process for one rendering; a real template takes a thousandth of it
+# CPU time of this process for one rendering: a real template takes a thousandth of it, a collection of garbage that may
+# run meanwhile a second.
+MOST_SECONDS = 2.0
 _MOST_MEMORY = 1 << 30  # bytes of address space beyond what the process already has
 _MOST_CHARACTERS = 8 << 20
 _MOST_TEMPLATE_BYTES = 256 << 10

@@ -162,7 +162,7 @@ def _matched(model: nn.Module, lora: LoraSection) -> list[str]:
     beyond = [number for number in lora.layers_to_transform if number >= n_layers]
     if beyond:
         raise RecipeError(
-            f"lora.layers_to_transform: {beyond[0]}, but this model has {n_layers} decoder layers, 0 to {n_layers - 1}"
+            f"lora.layers_to_transform: got {beyond[0]}; allowed: 0 to {n_layers - 1}, the decoder layers of this model"
         )
     whole = saved_modules(model, lora)
     config = _config(model, lora, {}, {})
@@ -183,7 +183,10 @@ def _matched(model: nn.Module, lora: LoraSection) -> list[str]:
     for setting in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(lora, setting):
             if not any(_key((pattern,), name) == pattern for name in found):
-                raise RecipeError(f"lora.{setting}: {pattern!r} matches none of the adapted layers{_such_as(found)}")
+                raise RecipeError(
+                    f"lora.{setting}: {pattern!r} matches none of the adapted layers{_such_as(found)}; correct it, or "
+                    "remove it"
+                )
     return found
 
 
