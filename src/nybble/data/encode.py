@@ -18,7 +18,7 @@ from nybble.data.kinds import Span
 from nybble.data.rendered import CHAT_FORMATS, without_stop
 from nybble.data.shapes import Form, Piece, Turn, answers_of, as_first_unit, exchanges, prompt_form_of
 from nybble.data.tokens import IGNORED, adds_bos, special_tokens, tokenize
-from nybble.data.tree import Segments, merge_contexts, path_before, places_in_tree
+from nybble.data.tree import Segments, merge_contexts, n_shared, path_before, places_in_tree
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _examples(contexts: Sequence[Context], max_length: int, loss_on: str) -> Ite
     size = 0
     for context in contexts:
         ids = context.ids[:max_length]
-        n_new = len(ids) - max((_n_shared(ids, other.ids[:max_length]) for other in group), default=0)
+        n_new = len(ids) - max((n_shared(ids, other.ids[:max_length]) for other in group), default=0)
         if group and size + n_new > max_length:
             yield _example(group, max_length, loss_on)
             group = []
@@ -216,12 +216,6 @@ def _filled(spans: Sequence[Span], n_tokens: int) -> Iterator[Span]:
         if span[2]:
             yield span
         at = span[1]
-
-
-def _n_shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """The number of tokens that two contexts begin with."""
-    n = min(len(a), len(b))
-    return n if a[:n] == b[:n] else next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
 
 
 def _split(form: Form, tokenizer: Any, max_length: int) -> list[Form]:

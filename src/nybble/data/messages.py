@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple
 
+from nybble.data.chats import REASONING_KEYS
 from nybble.data.shapes import Turn
 from nybble.data.templates import render_chat
 
-REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # no template reads more than one of them
 # Line breaks next to a tag belong to the tag. A template that prompts with the opening tag expects answers without it.
 _TAGGED = re.compile(r"(\s*<think>\n*)(.*?)(\n*</think>\n*)(.*)", re.DOTALL)
 _CLOSED = re.compile(r"(\s*(?:<think>\n*)?)(.*?)(\n*</think>\n*)(.*)", re.DOTALL)
@@ -103,7 +103,7 @@ def _message(turn: Turn, template: str, style: Style) -> dict[str, Any]:
     if turn.calls:
         message["tool_calls"] = [_call(call, style) for call in json.loads(turn.calls)]
     if reasoning:
-        message |= dict.fromkeys(REASONING_KEYS, reasoning)
+        message |= dict.fromkeys(REASONING_KEYS, reasoning)  # no template reads more than one of them
     named = {"name": turn.name, "tool_call_id": turn.tool_call_id}
     return message | {key: text for key, text in named.items() if text}
 

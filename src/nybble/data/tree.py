@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from nybble.data.tokens import IGNORED
 
-__all__ = ["Segments", "merge_contexts", "path_before", "paths", "places_in_tree", "unfold"]
+__all__ = ["Segments", "merge_contexts", "n_shared", "path_before", "paths", "places_in_tree", "unfold"]
 
 Segments = tuple[tuple[int, int], ...]  # (number of tokens, index of the parent or -1), in pre-order
 
@@ -63,7 +63,7 @@ def _insert(root: _Node, ids: list[int], labels: list[int]) -> None:
             else:
                 node.children[ids[0]] = _Node(ids, labels)
             return
-        n = _n_shared(child.ids, ids)
+        n = n_shared(child.ids, ids)
         for at, label in enumerate(labels[:n]):
             if label != IGNORED:
                 child.labels[at] = label
@@ -77,8 +77,8 @@ def _insert(root: _Node, ids: list[int], labels: list[int]) -> None:
         node = child
 
 
-def _n_shared(a: list[int], b: list[int]) -> int:
-    """The length of the longest common prefix."""
+def n_shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """The number of tokens that two contexts begin with."""
     shortest = min(len(a), len(b))
     if a[:shortest] == b[:shortest]:
         return shortest
