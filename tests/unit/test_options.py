@@ -15,6 +15,7 @@ import pytest
 import typer
 
 import nybble
+from nybble import bundled
 from nybble.cli.main import run as run_nybble
 from nybble.cli.options import RecipeFile, SettingsCommand, takes_settings
 from nybble.cli.train import print_outcome
@@ -194,3 +195,10 @@ def test_the_command_that_asks_a_run_can_be_pasted(
     print_outcome(run_dir)
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert shlex.split(last.removeprefix("ask it: ")) == ["nybble", "ask", run_dir, "..."]
+
+
+def test_the_recipes_that_come_with_it_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_nybble(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(bundled.recipes())
+    assert all(len(line.split()) > 2 for line in lines)

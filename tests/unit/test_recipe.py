@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import tomllib
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -14,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
+from nybble import bundled
 from nybble.errors import InputError, RecipeError
 from nybble.recipe import DataSet, Recipe, Setting, all_settings, json_schema, load_recipe, path_of, save_recipe
 from nybble.recipe.other_tools import ANSWERS
@@ -26,7 +28,7 @@ NOT_ALONE = ("push_to_hub", "fsdp_cpu_offload", "fsdp_shards", "layers_pattern")
 ALIASES = [(item, alias) for item in SETTINGS for alias in item.aliases if item.name not in NOT_ALONE]
 NEED_ADAPTERS = {"adapter_name_or_path", "new_tokens"}
 MODULES = st.text("abc_.019", min_size=1)  # names of modules
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[2] / "src/nybble/bundled/recipes").glob("*.yaml"))
 LIMITS = ("ge", "gt", "le", "lt")
 
 
@@ -523,9 +525,16 @@ def test_every_setting_has_a_meaning() -> None:
     assert [item.path for item in SETTINGS if not item.meaning] == []
 
 
-def test_there_are_recipes_to_check() -> None:
-    folder = Path(__file__).parents[2] / "recipes"
-    assert RECIPES or not any(folder.glob("*"))
+def test_recipes_that_come_with_it_are_taken_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(bundled.recipes()) == [file.stem for file in RECIPES] != []
+    for file in RECIPES:
+        assert load_recipe(file.stem) == load_recipe(file)
+    assert "does not exist; give a YAML file, a name that `nybble recipes` lists" in refusal("llama2-7b-guanacos")
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "bundled/recipes/*" in project["tool"]["setuptools"]["package-data"]["nybble"]  # the wheel has them
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / RECIPES[0].stem).write_text("seed: 7\n")  # a file of one's own goes first
+    assert load_recipe(RECIPES[0].stem) == load_recipe(None, {"seed": 7})
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)

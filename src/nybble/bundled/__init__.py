@@ -1,4 +1,4 @@
-"""The bundled base model, its rows and the recipe of the demo; `tools/build_demo` builds them."""
+"""What comes with Nybble: recipes, and the demo's base model, rows and recipe, which `tools/build_demo` builds."""
 
 from __future__ import annotations
 
@@ -25,3 +25,8 @@ def heldout_rows_path() -> Path:
 def recipe_path() -> Path:
     """The demo's recipe; model and rows are filled in by `nybble demo`."""
     return _HERE / "recipe.yaml"
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that can be given by their names, in alphabetical order."""
+    return {file.stem: file for file in sorted((_HERE / "recipes").glob("*.yaml"))}

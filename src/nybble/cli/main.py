@@ -25,6 +25,7 @@ from nybble.cli import (
     plan,
     probe,
     quantize,
+    recipes,
     report,
     resume_check,
     settings,
@@ -82,6 +83,7 @@ app.command("doctor")(doctor.doctor)
 app.command("report")(report.report)
 app.command("resume-check")(resume_check.resume_check)
 app.command("import")(import_recipe.import_recipe)
+app.command("recipes")(recipes.recipes)
 app.command("settings")(settings.settings)
 
 

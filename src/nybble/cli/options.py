@@ -26,7 +26,10 @@ Assignments = Annotated[
     typer.Option("--set", metavar="NAME=VALUE", help="Set one setting of the recipe; may be repeated."),
 ]
 RecipeFile = Annotated[
-    str | None, typer.Argument(help="A recipe as a YAML file. Without one, every setting has its default.")
+    str | None,
+    typer.Argument(
+        help="A recipe: a YAML file, or a name that `nybble recipes` lists. Without one, every setting has its default."
+    ),
 ]
 
 

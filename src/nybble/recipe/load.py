@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from nybble import bundled
 from nybble.errors import RecipeError
 from nybble.guard import brief, clipped, redact, shown
 from nybble.recipe.catalogue import SECTIONS, Setting, all_settings, path_of
@@ -123,14 +124,18 @@ def _as_written(own: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_yaml(path: Path | str) -> Mapping[str, Any]:
-    """The names and values of a YAML file, as plain data.
+    """The names and values of a YAML file, or of a recipe that comes with Nybble, as plain data.
 
     Raises:
         RecipeError: there is none, it is too large, or holds something else.
     """
     file = Path(path)
+    if not file.exists():
+        file = bundled.recipes().get(str(path), file)
     if not file.is_file():
-        raise RecipeError(f"recipe {str(file)!r} does not exist; give a YAML file, or flags alone")
+        raise RecipeError(
+            f"recipe {str(file)!r} does not exist; give a YAML file, a name that `nybble recipes` lists, or flags alone"
+        )
     try:
         size = file.stat().st_size
         if size > _MOST_BYTES:
