@@ -152,7 +152,7 @@ def test_layers_that_differ_are_traced_with_the_largest_adapters() -> None:
         ({"target_modules": ("v_proj",), "alpha_pattern": {"q_proj": 3}}, "alpha_pattern: 'q_proj' matches none"),
         ({"target_modules": "q_proj|v_proj"}, "'q_proj|v_proj' matches no linear layer, such as model.layers.0.self_a"),
         ({"exclude_modules": ("head",)}, "exclude_modules: 'head' matches no linear layer; this model has down_proj"),
-        ({"layers_to_transform": (1, 6)}, "layers_to_transform: 6, but this model has 6 decoder layers, 0 to 5"),
+        ({"layers_to_transform": (1, 6)}, "layers_to_transform: got 6; allowed: 0 to 5, the decoder layers of this"),
         ({"target_modules": ("q_proj",), "exclude_modules": ("q_proj",)}, "together leave no linear layer"),
         ({"layers_to_transform": (0,), "layers_pattern": ("h",)}, "together leave no linear layer"),
     ],

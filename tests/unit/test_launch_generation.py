@@ -38,6 +38,7 @@ def test_torch_shows_a_new_start_the_addresses_of_the_dead(server: TCPStore, mon
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
         stores.append(next(rendezvous("env://"))[0])
     stores[0].set("address of 0", "dead")
+    assert stores[0].get("address of 0") == b"dead"  # `set` does not wait for the server
     assert stores[1].check(["address of 0"])  # torch: the key of the first start
     assert not PrefixStore(keys_of(2), stores[1]).check(["address of 0"])
 
