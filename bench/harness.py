@@ -58,12 +58,17 @@ def run(measure: Callable[[argparse.Namespace], Any], about: str | None, *option
     settings = {key: value for key, value in vars(asked).items() if key not in ("save", "part")}
     named = name.rpartition(".")[2] + (f"_{part}" if part else "")
     result = {**witness(named), "settings": settings, "results": measure(asked)}
-    text = json.dumps(result, default=str)
+    text = portable(json.dumps(result, default=str))
     print(text)
     if asked.save:
         file = RESULTS / f"{named}-{machine_name()}-{result['date']}.json"
         file.write_text(text + "\n", encoding="utf-8")
         print(f"wrote {file.relative_to(ROOT)}", file=sys.stderr)
+
+
+def portable(text: str) -> str:
+    """`text` with paths beside this checkout written relative to it: a result names no folder of one machine."""
+    return text.replace(f"{ROOT.parent}/", "../")
 
 
 def parse(

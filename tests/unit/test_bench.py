@@ -97,3 +97,8 @@ def test_a_result_says_what_ran_where_and_when(
     assert result["results"] == {"figure": 16}
     file = tmp_path / f"engine-{harness.machine_name()}-{result['date']}.json"
     assert json.loads(file.read_text()) == result
+
+
+def test_a_result_names_no_folder_of_one_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(harness, "ROOT", tmp_path / "here")
+    assert harness.portable(f'{{"data": "{tmp_path}/data", "other": "/tmp"}}') == '{"data": "../data", "other": "/tmp"}'
