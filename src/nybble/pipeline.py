@@ -267,6 +267,7 @@ def save(run: RunContext, inputs: RunInputs, model: TrainableModel, recorder: Ru
                 raise _diverged(inputs, "a trained weight is not finite")
         if not run.processes.is_main:
             return
+        recorder.record.model["weights_hash"] = inputs.checkpointing.identity().base
         with atomic_folder(weights_folder(run, inputs)) as folder:
             if inputs.recipe.method == "full":
                 model.module.save_pretrained(folder)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import nybble as library
 from nybble.exporting import arithmetic
 from nybble.exporting.arithmetic import AdapterDelta, write_merged
-from nybble.models import BaseWeights, find_artifact, find_model
+from nybble.models import BaseWeights, find_artifact, find_model, weights_hash
 from nybble.models import base_weights as weights_module
 from nybble.recipe import load_recipe
 
@@ -271,6 +271,56 @@ def test_wrong_input_is_one_line_and_leaves_nothing(
     assert done.code == code, done.err
     assert says in done.err.splitlines()[-1]
     assert {path.name for path in tmp_path.iterdir()} == {"other"}
+
+
+def copy_of(run: Path, copy: Path) -> Path:
+    """A copy of a run, whose base is a copy as well: `copy/base` and `copy/run`."""
+    shutil.copytree(run, copy / "run")
+    shutil.copytree(find_artifact(str(run)).original.model_name_or_path, copy / "base")
+    for name in ("run.json", "recipe.yaml"):
+        file = copy / "run" / name
+        file.write_text(file.read_text().replace(str(run.parent / "base"), str(copy / "base")))
+    return copy / "run"
+
+
+def add_to_one_element(file: Path, tensor: str, value: float) -> None:
+    """Change the first element of a tensor in place."""
+    tensors = load_file(file)
+    tensors[tensor].view(-1)[0] += value
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("words", [("merge", "--out"), ("export", "--gguf")], ids=" ".join)
+def test_a_base_with_one_other_weight_is_another_base(
+    words: tuple[str, ...], nybble: Callable[..., Any], trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = copy_of(trained(), tmp_path)
+    add_to_one_element(tmp_path / "base/model.safetensors", "model.layers.0.mlp.up_proj.weight", 5.0)
+    done = nybble(words[0], run, *words[1:], tmp_path / "out")
+    assert done.code == 2, done.err
+    assert "some of its weights have changed" in done.err.splitlines()[-1]
+    assert nybble("ask", run, "What is one?").code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_weights_in_other_files_are_the_same_base(trained: Callable[..., Path], tmp_path: Path) -> None:
+    base = find_model(find_artifact(str(trained())).original)
+    model = AutoModelForCausalLM.from_pretrained(base.folder)
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert weights_hash(tmp_path) == weights_hash(base.folder) == find_artifact(str(trained())).weights_hash
+
+
+def test_an_adapter_that_has_not_the_loss_of_its_run_is_not_merged(
+    nybble: Callable[..., Any], trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = copy_of(trained(), tmp_path)
+    weights = run / "adapter/adapter_model.safetensors"
+    save_file({name: 3 * value for name, value in load_file(weights).items()}, weights, {"format": "pt"})
+    done = nybble("merge", run, "--out", tmp_path / "out")
+    assert done.code == 2, done.err
+    assert "its run measured" in done.err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_is_seen_before_anything_is_written(

@@ -14,9 +14,11 @@ from __future__ import annotations
 import gc
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +47,10 @@ from nybble.models import (
     tokenizer_of,
 )
 from nybble.recipe import LoraSection, Recipe, load_recipe, stored_recipe
-from nybble.run.directory import read_record, to_json
-from nybble.run.record import Observer, Silent
+from nybble.run.directory import read_lines, read_record, to_json
+from nybble.run.record import Evaluation, Observer, Silent
 from nybble.storage.atomic import write_text
-from nybble.training import stop_at
+from nybble.training import evaluate, stop_at
 from nybble.units import format_bytes
 
 TARGETS = ("auto", "dequantized", "original", "4bit")
@@ -56,6 +58,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 UNVERIFIED = "UNVERIFIED"
 ENCODER = "calibrated"  # packs the merged weights
 _PACKED = "4bit-"  # followed by the base: a target that is packed again
+_TOKENS_COMPARED = 2048  # learned ones, of the first held-out rows
 _PACKED_SHARE = 0.5  # the most that a 4-bit folder takes of the 16-bit bytes: embeddings and head stay in 16 bits
 
 
@@ -112,7 +115,7 @@ def merge(
         fixed_clock(job.tuned.clock),
         Reference(compared.rows, job.recipe.evaluation.max_new_tokens, stops) as reference,
     ):
-        candidates = _Candidates(job, *_ask_adapter(job, reference))
+        candidates = _Candidates(job, *_ask_adapter(job, reference, compared))
         try:
             measured = [candidates.make(target, reference, compared.prepared) for target in job.bases]
             best = min(measured, key=lambda m: (not m.verified, m.loss))
@@ -275,11 +278,13 @@ def _rows(job: _Merge) -> _Compared:
     return _Compared("trained", prepared.train, prepared)
 
 
-def _ask_adapter(job: _Merge, reference: Reference) -> tuple[Any, Any, Any]:
+def _ask_adapter(job: _Merge, reference: Reference, compared: _Compared) -> tuple[Any, Any, Any]:
     """Store the answers of the adapter on its base; return its config, generation config and tokenizer."""
     job.watch.stage("reference")
     model, tokenizer, dtype = load_artifact(job.tuned, job.device)
     stop_at(model, job.tuned.stop_tokens)
+    if compared.kind == "held-out":
+        _check_against_run(job, compared.rows, partial(evaluate, model, tokenizer, compute_dtype=dtype))
     reference.capture(model, tokenizer, dtype)
     config, generation = model.config, model.generation_config
     del model
@@ -287,6 +292,32 @@ def _ask_adapter(job: _Merge, reference: Reference) -> tuple[Any, Any, Any]:
     if job.device.type == "cuda":
         torch.cuda.empty_cache()
     return config, generation, tokenizer
+
+
+def _check_against_run(job: _Merge, rows: Sequence[Example], evaluated: Callable[..., Evaluation | None]) -> None:
+    """Check that the adapter on its base has the loss that its run measured on the same held-out rows.
+
+    Whatever has changed since, base, adapter or the library's arithmetic, merging would keep it and find no difference.
+
+    Raises:
+        ModelError: the losses differ by more than the limit.
+    """
+    recorded = [line["tuned"] for line in read_lines(Path(job.tuned.name) / "held_out.jsonl")]
+    n_tokens = list(accumulate(row.n_trained for row in rows))
+    n_rows = max(1, bisect_right(n_tokens, _TOKENS_COMPARED))
+    then = recorded[:n_rows]
+    chosen = [replace(row, answer=None) for row in rows[:n_rows]]
+    if [(row.row, row.n_trained) for row in chosen] != [(line["row"], line["n_tokens"]) for line in then]:
+        job.watch.note("the held-out rows are not those of the run, so its loss on them is not compared")
+        return
+    section = job.recipe.evaluation.model_copy(update={"per_device_eval_batch_size": 1})
+    measured = evaluated(examples=chosen, section=section)
+    expected = sum(line["loss"] for line in then) / sum(line["n_tokens"] for line in then)
+    if measured is not None and not abs(measured.loss - expected) <= job.limits.loss_gap:
+        raise ModelError(
+            f"{job.tuned.name}: the adapter on its base has a loss of {measured.loss:.4f} on held-out rows, and "
+            f"its run measured {expected:.4f}; base or adapter have changed since, restore them or train again"
+        )
 
 
 class _Candidates:

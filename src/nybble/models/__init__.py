@@ -23,6 +23,7 @@ from nybble.models.artifact import (
 from nybble.models.base_weights import BaseWeights
 from nybble.models.blocks import SwapReport, blocks_of, swap_blocks
 from nybble.models.calibrate import Calibration, Starts, calibrate, needs_calibration
+from nybble.models.content import weights_hash
 from nybble.models.continued import adapter_weights, check_adapter_base, start_from, take_over_adapter
 from nybble.models.load import LoadReport, count_parameters, hash_of, load_model, save_whole
 from nybble.models.load_sharded import for_shards, load_in_shards
@@ -118,6 +119,7 @@ __all__ = [
     "tokenizer_of",
     "trained_parameters",
     "trained_weights",
+    "weights_hash",
     "with_mean_rows",
     "write_note",
 ]

@@ -18,12 +18,13 @@ from nybble.errors import ModelError, RecipeError
 from nybble.hardware import Device
 from nybble.models import packed_cache
 from nybble.models.blocks import swap_blocks
+from nybble.models.content import content_hash
 from nybble.models.quantizer import NybbleConfig, adopt_bnb, raising_faults, register
 from nybble.models.skeleton import compute_dtype
 from nybble.models.source import ModelSource
 from nybble.nn import Linear4bit
 from nybble.recipe import ModelSection, QuantizationSection
-from nybble.storage.atomic import atomic_folder, remove_left_overs, sha256_of
+from nybble.storage.atomic import atomic_folder, remove_left_overs
 
 SHARD_SIZE = "1GB"  # writing copies a shard's tensors: small ones bound that memory
 
@@ -98,8 +99,8 @@ def load_model(
 
 
 def hash_of(quantization: QuantizationSection) -> Callable[[Path], str]:
-    """A function that returns the SHA-256 of a file; with a cache, it is remembered until the file changes."""
-    return packed_cache.PackedCache(quantization.cache_limit).content if quantization.cache else sha256_of
+    """`content_hash` of a file; with a cache, it is remembered on disk until the file changes."""
+    return packed_cache.PackedCache(quantization.cache_limit).content if quantization.cache else content_hash
 
 
 def cached_source(source: ModelSource, quantization: QuantizationSection, dtype: torch.dtype) -> ModelSource:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nybble.storage.atomic import sha256_of, write_text
+from nybble.models.content import content_hash
+from nybble.storage.atomic import write_text
 from nybble.storage.cache import Cache, digest
 
 # Part of every key; raise it when an encoder's bytes change.
@@ -27,9 +28,9 @@ class PackedCache(Cache):
         return digest(_ENCODER_VERSION, {file.name: self.content(file) for file in files}, settings)
 
     def content(self, file: Path) -> str:
-        """SHA-256 of a file, remembered until its size, time or inode changes."""
+        """`content_hash` of a file, remembered on disk until its size, time or inode changes."""
         state = file.stat()
-        seen = digest(str(file.resolve()), state.st_size, state.st_mtime_ns, state.st_ino)
+        seen = digest("tensors", str(file.resolve()), state.st_size, state.st_mtime_ns, state.st_ino)
         memo = self.folder / "sources" / f"{seen}.txt"
         try:
             remembered = memo.read_text(encoding="ascii")
@@ -37,10 +38,10 @@ class PackedCache(Cache):
             remembered = ""
         if re.fullmatch("[0-9a-f]{64}", remembered):
             return remembered
-        sha256 = sha256_of(file)  # nothing is remembered, or what is was damaged
+        found = content_hash(file)  # nothing is remembered, or what is was damaged
         try:
             memo.parent.mkdir(parents=True, exist_ok=True)
-            write_text(memo, sha256)
+            write_text(memo, found)
         except OSError:
-            return sha256  # it will be computed again next time
-        return sha256
+            return found  # it will be computed again next time
+        return found

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble.data import Prepared
-from nybble.models import adapter_weights
+from nybble.models import adapter_weights, weights_hash
 from nybble.recipe import Recipe, all_settings, rows_per_step
 
 _ROWS = "rows per step"
@@ -26,7 +26,7 @@ _CONTENT = {"base": "the base weights", "tokenizer": "the tokenizer", "rows": "t
 class Identity:
     """Of one training."""
 
-    base: str  # SHA-256, over the files of the weights
+    base: str  # `weights_hash`
     tokenizer: str  # SHA-256
     rows: str  # SHA-256, over the examples in order, and what of them is learned
     settings: dict[str, Any]  # of the recipe, by path
@@ -67,11 +67,11 @@ def identify(
         base: folder of the original weights.
         tokenizer: as it will be used, with its template.
         prepared: the rows.
-        hash_of: SHA-256 of a file.
+        hash_of: the hash of a file by its content.
         n_processes: processes that train.
     """
     return Identity(
-        base=_digest(sorted(hash_of(file) for file in base.glob("*.safetensors"))),
+        base=weights_hash(base, hash_of),
         tokenizer=_tokenizer(tokenizer),
         rows=_rows(prepared),
         settings=_settings(recipe, n_processes) | _start(recipe, hash_of),
