@@ -10,8 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nybble.run.directory import read_lines
+
 # float32 and no dropout: what remains is the order of summation.
-EXACT = {"compute_dtype": "float32", "max_steps": "6", "learning_rate": "1e-3", "n_samples": "0", "eval_fraction": "0"}
+EXACT = {
+    "compute_dtype": "float32",
+    "max_steps": "6",
+    "learning_rate": "1e-3",
+    "n_samples": "0",
+    "eval_fraction": "0",
+    "logging_steps": "1",
+}
 
 
 @pytest.fixture
@@ -36,11 +45,19 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 2), (2, 4), (1, 8)])
-def test_splitting_a_batch_changes_nothing(adapter_after: Callable[..., Any], batch: int, accumulation: int) -> None:
+def test_splitting_a_batch_changes_nothing(
+    adapter_after: Callable[..., Any], tmp_path: Path, batch: int, accumulation: int
+) -> None:
     whole = adapter_after(per_device_train_batch_size=8)
     split = adapter_after(per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation)
     # Adam turns rounding in a tiny gradient into a visible step; measured 3e-6, a wrong normalisation gives 1e-3.
     assert largest_difference(whole, split) < 5e-5
+    # Clipping and Adam hide a factor on all gradients; the logged figures do not.
+    runs = [read_lines(path) for path in sorted(tmp_path.glob("*/events.jsonl"))]
+    assert len(runs) == 2
+    for one, other in zip(*runs, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
 def test_recomputation_changes_nothing(adapter_after: Callable[..., Any]) -> None:

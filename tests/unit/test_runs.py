@@ -98,6 +98,30 @@ def test_overwrite_does_not_follow_links_out_of_the_run(former: RunDirectory, tm
     assert tree(tmp_path / "elsewhere") == {"kept"}
 
 
+@pytest.mark.parametrize("n_done", range(6))
+@pytest.mark.parametrize("way", ["create", "discard"])
+def test_a_removal_that_is_interrupted_leaves_what_can_be_overwritten(
+    former: RunDirectory, monkeypatch: pytest.MonkeyPatch, way: str, n_done: int
+) -> None:
+    removed, remove = [], Path.unlink
+
+    def unlink(path: Path, *, missing_ok: bool = False) -> None:
+        if len(removed) == n_done:
+            raise KeyboardInterrupt
+        removed.append(path.name)
+        remove(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        try:
+            former.discard() if way == "discard" else former.create(overwrite=True)
+        except KeyboardInterrupt:
+            assert former.holds_run
+            RunDirectory.check(former.path, overwrite=True)
+        else:
+            assert not former.holds_run
+
+
 def test_create_without_overwrite_removes_nothing(former: RunDirectory) -> None:
     before = tree(former.path)
     RunDirectory.check(former.path, resume=True).create()

@@ -122,7 +122,8 @@ class RunDirectory:
         """
         try:
             if overwrite and self.path.exists():
-                for entry in self.path.iterdir():
+                # What is left when this is interrupted must be known as a run, so that it can be overwritten or resumed.
+                for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == "run.json"):
                     if entry.is_dir() and not entry.is_symlink():
                         shutil.rmtree(entry)
                     else:
@@ -167,7 +168,7 @@ class RunDirectory:
     @_only_by_writer
     def discard(self) -> None:
         """Remove the files of a run that failed before training, so that they do not block the next attempt."""
-        for name in ("run.json", "recipe.yaml", "mask.jsonl"):
+        for name in ("mask.jsonl", "recipe.yaml", "run.json"):  # run.json last, as in `create`
             (self.path / name).unlink(missing_ok=True)
         if not any(self.path.iterdir()):
             self.path.rmdir()
