@@ -7,7 +7,8 @@ export HF_HUB_OFFLINE := 1
 WORKERS ?= logical
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: install demo test test-all test-oldest check check-c sanitize fix bench bench-step chaos faults fuzz kernel-code docs
+.PHONY: install demo test test-all test-oldest check check-c sanitize fix bench bench-step chaos faults planted fuzz \
+	kernel-code docs
 
 install: .venv/.installed
 
@@ -99,6 +100,10 @@ chaos: install
 
 faults: install
 	$(BIN)/python -m tools.faults.run
+
+# Whether the tests notice a fault, planted in each area; a quarter of an hour
+planted: install
+	$(BIN)/python -m tools.planted.run
 
 # Every reader of files by others, fed with what is nearly right: more than a million inputs, about an hour
 fuzz: install
