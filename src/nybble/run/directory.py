@@ -122,7 +122,7 @@ class RunDirectory:
         """
         try:
             if overwrite and self.path.exists():
-                # What is left when this is interrupted must be known as a run, so that it can be overwritten or resumed.
+                # Interrupted, it must leave what is known as a run, and so can be overwritten or resumed.
                 for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name == "run.json"):
                     if entry.is_dir() and not entry.is_symlink():
                         shutil.rmtree(entry)
