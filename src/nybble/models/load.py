@@ -19,10 +19,11 @@ from nybble.hardware import Device
 from nybble.models import packed_cache
 from nybble.models.blocks import swap_blocks
 from nybble.models.content import content_hash
+from nybble.models.experts import unpacked_experts
 from nybble.models.quantizer import NybbleConfig, adopt_bnb, raising_faults, register
 from nybble.models.skeleton import compute_dtype
 from nybble.models.source import ModelSource
-from nybble.nn import Linear4bit
+from nybble.nn import Experts4bit, Linear4bit
 from nybble.recipe import ModelSection, QuantizationSection
 from nybble.storage.atomic import atomic_folder, remove_left_overs
 
@@ -33,7 +34,7 @@ SHARD_SIZE = "1GB"  # writing copies a shard's tensors: small ones bound that me
 class LoadReport:
     """The result of loading a model."""
 
-    n_packed: int  # linears that are in 4 bits
+    n_packed: int  # weights that are in 4 bits: linears, and of experts one for each expert and part
     packed_elements: int  # weights in them
     packed_bytes: int  # their codes and scales
     left_in_16bit: tuple[str, ...]  # modules with matrices that were not packed: the head, skipped ones, other kinds
@@ -78,17 +79,19 @@ def load_model(
     place = torch.device("cpu") if on_host else device.torch_device
     loaded = _from_pretrained(files, method, model, _packing(files, method, quantization, dtype), place, dtype)
     packed = [m.packed for m in loaded.modules() if isinstance(m, Linear4bit)]
+    experts = [m for m in loaded.modules() if isinstance(m, Experts4bit)]
     if method == "qlora" and not packed:
         raise ModelError(f"{source.name} has no linear layer that can be packed; use --method lora or full")
     loaded.eval()
     blocks = swap_blocks(loaded)
     notes += [blocks.reason] if blocks.reason else []
+    notes += unpacked_experts(loaded) if method == "qlora" else []
     if kept is not None:
         notes += kept.keep(loaded)
     report = LoadReport(
-        n_packed=len(packed),
-        packed_elements=sum(weight.n_elements for weight in packed),
-        packed_bytes=sum(weight.n_bytes for weight in packed),
+        n_packed=len(packed) + sum(module.n_packed for module in experts),
+        packed_elements=sum(weight.n_elements for weight in [*packed, *experts]),
+        packed_bytes=sum(weight.n_bytes for weight in [*packed, *experts]),
         left_in_16bit=tuple(_not_packed(loaded)) if packed else (),
         compute_dtype=str(dtype).removeprefix("torch."),
         total_parameters=count_parameters(loaded)[1],
@@ -172,7 +175,7 @@ def _not_packed(model: nn.Module) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if not isinstance(module, Linear4bit | nn.Embedding)
+        if not isinstance(module, Linear4bit | Experts4bit | nn.Embedding)
         and any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
     ]
 
@@ -218,7 +221,10 @@ def save_whole(folder: Path, model: Any, tokenizer: Any) -> None:
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Trainable and all parameters; a packed weight counts as the weights it stands for, and tied ones count once."""
     packed = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    experts = [module for module in model.modules() if isinstance(module, Experts4bit)]
     bytes_of_packed = {id(tensor) for module in packed for tensor in (module.weight, module.absmax)}
+    bytes_of_packed |= {id(tensor) for module in experts for tensor in module.packed_tensors()}
     plain = [parameter for parameter in model.parameters() if id(parameter) not in bytes_of_packed]
-    total = sum(m.in_features * m.out_features for m in packed) + sum(p.numel() for p in plain)
+    total = sum(m.in_features * m.out_features for m in packed) + sum(m.n_elements for m in experts)
+    total += sum(p.numel() for p in plain)
     return sum(p.numel() for p in plain if p.requires_grad), total

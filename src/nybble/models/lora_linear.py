@@ -13,7 +13,8 @@ from peft import LoraConfig
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from nybble.nn import Linear4bit
+from nybble.models.lora_experts import ParamWrapper
+from nybble.nn import Experts4bit, Linear4bit
 from nybble.nn.dropout_seed import DropoutSeeds
 from nybble.nn.lora_projection import Adapter, Projection, project, projection_of
 
@@ -59,8 +60,8 @@ class LoraLinear(lora.Linear):
 
 
 def use_our_layer(config: LoraConfig) -> None:
-    """Let PEFT build `LoraLinear` where `config` puts an adapter on a linear."""
-    config._register_custom_module({Linear4bit: LoraLinear, nn.Linear: LoraLinear})
+    """Let PEFT build our layers where `config` puts an adapter on a linear or on packed experts."""
+    config._register_custom_module({Linear4bit: LoraLinear, nn.Linear: LoraLinear, Experts4bit: ParamWrapper})
 
 
 def share_seeds(model: nn.Module, seeds: DropoutSeeds) -> None:

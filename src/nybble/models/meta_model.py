@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nybble.models.adapters import attach
 from nybble.models.blocks import swap_blocks
+from nybble.models.experts import experts_to_pack, packed_experts, swap_experts
 from nybble.models.skeleton import linears_to_pack, model_without_weights, swap_linears
 from nybble.models.vocabulary import NewTokens
 from nybble.nn import Linear4bit
@@ -74,22 +75,27 @@ def materialize(model: nn.Module) -> None:
 
 
 def _pack(model: Any, section: QuantizationSection, dtype: torch.dtype) -> None:
-    """Swap the linears that loading packs, and give each a packed weight of the right shapes."""
+    """Swap what loading packs, and give each linear and expert a packed weight of the right shape."""
     names, _left = linears_to_pack(model, section.skip_modules)
     swap_linears(model, names, dtype)
     for name in names:
         layer: Linear4bit = model.get_submodule(name)
-        layer.set_packed(_packed_like(layer, section, dtype))
+        layer.set_packed(_packed_like((layer.out_features, layer.in_features), section, dtype))
+    experts, _left = experts_to_pack(model, section.skip_modules)
+    swap_experts(model, experts, dtype)
+    for module in packed_experts(model).values():
+        for projection, stack in module.stacks.items():
+            # The first makes room for all, and what it holds does not matter.
+            module.set_packed(projection, 0, 0, _packed_like(stack.part_shape, section, dtype))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
 
 
-def _packed_like(layer: Linear4bit, section: QuantizationSection, dtype: torch.dtype) -> PackedWeight:
-    n_elements = layer.out_features * layer.in_features
+def _packed_like(shape: tuple[int, int], section: QuantizationSection, dtype: torch.dtype) -> PackedWeight:
+    n_elements = shape[0] * shape[1]
     n_blocks = -(-n_elements // section.bnb_4bit_blocksize)
     is_nested = section.bnb_4bit_use_double_quant
     codes = torch.zeros(-(-n_elements // 2), 1, dtype=torch.uint8)
     scales = torch.zeros(n_blocks, dtype=torch.uint8) if is_nested else torch.ones(n_blocks)
     nested = (torch.ones(-(-n_blocks // NESTED_BLOCK_SIZE)), torch.zeros(())) if is_nested else ()
-    shape = (layer.out_features, layer.in_features)
     return PackedWeight(codes, scales, shape, section.bnb_4bit_blocksize, "nf4", dtype, *nested)

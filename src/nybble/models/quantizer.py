@@ -27,9 +27,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nybble.errors import ModelError
 from nybble.kernels import ENCODERS, quantize
+from nybble.models.experts import (
+    GatherExpert,
+    conversions_for_experts,
+    experts_to_pack,
+    pack_stack,
+    swap_experts,
+)
 from nybble.models.skeleton import linears_to_pack, swap_linears
-from nybble.nn import Linear4bit
-from nybble.quant import BLOCK_SIZES, QUANT_TYPES, SUFFIXES, from_bnb
+from nybble.nn import Experts4bit, Linear4bit
+from nybble.quant import BLOCK_SIZES, QUANT_TYPES, SUFFIXES, PackedWeight, from_bnb
 
 METHOD = "nybble"
 
@@ -74,6 +81,22 @@ class NybbleConfig(QuantizationConfigMixin):
         self.bnb_4bit_blocksize = bnb_4bit_blocksize
         self.skip_modules = list(skip_modules)
         self.left_alone: list[str] = []  # linears that were not packed; filled while loading
+        self.experts_left_alone: list[str] = []  # modules of experts that were not packed; filled while loading
+
+    def pack(self, weight: torch.Tensor) -> PackedWeight:
+        """A 16- or 32-bit weight in this format.
+
+        Raises:
+            ValueError: it is not finite.
+        """
+        return quantize(
+            weight,
+            self.bnb_4bit_quant_type,
+            self.bnb_4bit_blocksize,
+            self.bnb_4bit_use_double_quant,
+            self.encoder,
+            self.signed_scales,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The dictionary that bitsandbytes would write into config.json."""
@@ -87,7 +110,7 @@ class NybbleConfig(QuantizationConfigMixin):
             "bnb_4bit_use_double_quant": self.bnb_4bit_use_double_quant,
             "bnb_4bit_compute_dtype": str(self.bnb_4bit_compute_dtype).removeprefix("torch."),
             "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": sorted({*self.skip_modules, *self.left_alone}) or None,
+            "llm_int8_skip_modules": sorted({*self.skip_modules, *self.left_alone, *self.experts_left_alone}) or None,
         }
 
 
@@ -99,7 +122,7 @@ def adopt_bnb(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 class NybbleQuantizer(HfQuantizer):
-    """Swaps linears for `Linear4bit` before loading and packs (or unpacks keys) while loading."""
+    """Swaps linears and experts for ours before loading and packs (or unpacks keys) while loading."""
 
     requires_calibration = False
     quantization_config: NybbleConfig
@@ -107,18 +130,22 @@ class NybbleQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
         """True for a tensor of the checkpoint that is to be packed."""
         module, name = get_module_from_name(model, param_name)
+        if isinstance(module, Experts4bit):
+            return name in module.stacks
         return isinstance(module, Linear4bit) and name == "weight"
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         config = self.quantization_config
         names, config.left_alone = linears_to_pack(model, config.skip_modules)
         swap_linears(model, names, config.bnb_4bit_compute_dtype)
+        experts, config.experts_left_alone = experts_to_pack(model, config.skip_modules)
+        swap_experts(model, experts, config.bnb_4bit_compute_dtype)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         # On saving, transformers would undo these conversions; our state dict already has the file's keys.
         conversions = getattr(model, "_weight_conversions", None) or []
         model._weight_conversions = [
-            c for c in conversions if not any(isinstance(op, _Unpack) for op in _operations(c))
+            c for c in conversions if not any(isinstance(op, _Unpack | GatherExpert) for op in _operations(c))
         ]  # type: ignore[assignment]
         model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT, accelerate and TRL read this
         return model
@@ -133,6 +160,12 @@ class NybbleQuantizer(HfQuantizer):
             return []
         sources = [*(f"weight.{suffix}" for suffix in SUFFIXES), "weight"]
         return [WeightConverter(source_patterns=sources, target_patterns="weight", operations=[_Unpack(self)])]
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """The family's conversions with those of packed experts in their place, and those of what is in 4 bits."""
+        gather = GatherExpert(self.quantization_config.pack, _fault, self if self.pre_quantized else None)
+        ours = conversions_for_experts(weight_conversions, model, gather, self.pre_quantized)
+        return [*ours, *self.get_weight_conversions()]
 
     def is_serializable(self) -> bool:
         """True: `save_pretrained` works."""
@@ -186,23 +219,17 @@ class _Pack(ConversionOps):
     def convert(self, input_dict: dict[str, Any], model: nn.Module | None = None, **_: Any) -> dict[str, nn.Parameter]:
         (name, value), *_others = input_dict.items()
         weight = value[0] if isinstance(value, list) else value
-        layer, _name = get_module_from_name(model, name)
-        config = self.config
+        layer, projection = get_module_from_name(model, name)
         try:
-            layer.set_packed(
-                quantize(
-                    weight,
-                    config.bnb_4bit_quant_type,
-                    config.bnb_4bit_blocksize,
-                    config.bnb_4bit_use_double_quant,
-                    config.encoder,
-                    config.signed_scales,
-                )
-            )
+            if isinstance(layer, Experts4bit):
+                codes = pack_stack(layer, projection, weight, self.config.pack)
+            else:
+                layer.set_packed(self.config.pack(weight))
+                codes = layer.weight
         except ValueError as error:
             raise _fault(name, error) from error
         layer._is_hf_initialized = True
-        return {name: layer.weight}
+        return {name: codes}
 
 
 class _Unpack(ConversionOps):

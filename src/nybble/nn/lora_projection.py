@@ -192,8 +192,8 @@ def adapter_gradients(
 ) -> tuple[Tensor, Tensor]:
     """dA and dB in the type of the masters; the adapter's part of dx is added to `dx` if that is given."""
     dxa = (grad @ kept.b).mul_(adapter.scaling)
-    db = _wide_product(grad.t(), kept.xa, adapter.b.dtype).mul_(adapter.scaling)
-    da = _wide_product(dxa.t(), _dropped(x, adapter), adapter.a.dtype)
+    db = wide_product(grad.t(), kept.xa, adapter.b.dtype).mul_(adapter.scaling)
+    da = wide_product(dxa.t(), _dropped(x, adapter), adapter.a.dtype)
     if dx is not None and adapter.dropout:
         spread = workspace.take(tuple(dx.shape), dx, dx.dtype)
         pointwise.dropout_add_(dx, torch.mm(dxa, kept.a, out=spread), adapter.dropout, adapter.seed)
@@ -245,7 +245,7 @@ def _dropped(x: Tensor, adapter: Adapter) -> Tensor:
     return out
 
 
-def _wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def wide_product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a b in `dtype`, without an intermediate rounding where the device's library can do that."""
     if a.dtype != dtype == torch.float32 and type(a) is Tensor and _widens(a.device.type, a.dtype):
         return torch.mm(a, b, out_dtype=dtype)
