@@ -296,12 +296,19 @@ def test_trained_models_load_and_know_their_language(name: str, method: str, sha
 
 
 def test_kinds_that_cannot_be_packed_are_left_and_listed(tmp_path: Path) -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers import JetMoeForCausalLM, MixtralForCausalLM
 
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = MixtralConfig(vocab_size=128, num_key_value_heads=2, num_local_experts=2, **sizes)
-    MixtralForCausalLM(config).save_pretrained(tmp_path)
-    report = load(tmp_path)[1]
-    assert report.n_packed == 4
-    # Experts are one three-dimensional weight, the router is no linear layer.
-    assert {name.rpartition(".")[2] for name in report.left_in_16bit} == {"experts", "gate", "lm_head"}
+    from tools.families import tiny_config
+
+    MixtralForCausalLM(tiny_config("mixtral")).save_pretrained(tmp_path / "mixtral")
+    report = load(tmp_path / "mixtral")[1]
+    n_experts, n_layers = 4, 2
+    assert report.n_packed == n_layers * (4 + 3 * n_experts)
+    # The router is no linear layer.
+    assert {name.rpartition(".")[2] for name in report.left_in_16bit} == {"gate", "lm_head"}
+    assert not any("experts" in note for note in report.notes)
+
+    JetMoeForCausalLM(tiny_config("jetmoe")).save_pretrained(tmp_path / "jetmoe")
+    report = load(tmp_path / "jetmoe")[1]
+    assert {"input_linear", "output_linear"} <= {name.rpartition(".")[2] for name in report.left_in_16bit}
+    assert any("weights of experts stay in 16 bits: model.layers.0" in note for note in report.notes)

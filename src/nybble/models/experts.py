@@ -151,8 +151,10 @@ class ExpertsConverter(WeightConverter):
             ModelError: a tensor is missing or damaged.
         """
         module, _, projection = layer_name.rpartition(".")
-        experts: Experts4bit = model.get_submodule(module)
-        stack, (gather,) = experts.stacks[projection], self.operations
+        experts = model.get_submodule(module)
+        if not isinstance(experts, Experts4bit):  # some are left in 16 bits: the family's own operations follow
+            return super().convert(layer_name, model, config, hf_quantizer, loading_info)  # type: ignore[no-any-return]
+        stack, gather = experts.stacks[projection], self.operations[0]
         collected = {pattern: list(tensors) for pattern, tensors in self.collected_tensors.items()}
         self.collected_tensors.clear()
         sources = [pattern for pattern in self.source_patterns if pattern.endswith(".weight")]
@@ -161,8 +163,8 @@ class ExpertsConverter(WeightConverter):
             for name, tensors in {"": collected.get(source, []), **companions}.items():
                 if len(tensors) != stack.n_experts:
                     raise ModelError(
-                        f"{module}: the checkpoint has {len(tensors)} experts' {name or stack.parts[part]}, and config.json "
-                        f"says {stack.n_experts}; download it again"
+                        f"{module}: the checkpoint has {len(tensors)} experts' {name or stack.parts[part]}, and "
+                        f"config.json says {stack.n_experts}; download it again"
                     )
             for expert in range(stack.n_experts):
                 # Each is taken out of its list, so that it is freed before the next one is read.
@@ -193,7 +195,9 @@ class GatherExpert(ConversionOps):
     def __deepcopy__(self, memo: Any) -> GatherExpert:
         return self  # transformers copies an entry for every stack
 
-    def __call__(self, name: str, weight: Tensor, companions: dict[str, Tensor], shape: tuple[int, int]) -> PackedWeight:
+    def __call__(
+        self, name: str, weight: Tensor, companions: dict[str, Tensor], shape: tuple[int, int]
+    ) -> PackedWeight:
         """The packed weight.
 
         Raises:
@@ -205,7 +209,7 @@ class GatherExpert(ConversionOps):
             raise self._fault(name, error) from error
 
     def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, Any]:
-        """Not called: `ExpertsConverter` does the work."""
+        """The tensors as they are: `ExpertsConverter` packs, and these belong to experts that stay in 16 bits."""
         return input_dict
 
 
@@ -235,7 +239,8 @@ def conversions_for_experts(
                 continue
             if tuple(sources) not in made:
                 packed = [f"{source}.{suffix}" for source in sources for suffix in SUFFIXES] if pre_quantized else []
-                converter = ExpertsConverter([*packed, *sources], [target], [gather])
+                others = list(family.operations) if family is not None else []
+                converter = ExpertsConverter([*packed, *sources], [target], [gather, *others])
                 if family is not None:
                     converter.scope_prefix, converter.base_model_prefix = family.scope_prefix, family.base_model_prefix
                 made[tuple(sources)] = converter

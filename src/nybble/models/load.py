@@ -90,8 +90,8 @@ def load_model(
         notes += kept.keep(loaded)
     report = LoadReport(
         n_packed=len(packed) + sum(module.n_packed for module in experts),
-        packed_elements=sum(weight.n_elements for weight in [*packed, *experts]),
-        packed_bytes=sum(weight.n_bytes for weight in [*packed, *experts]),
+        packed_elements=sum(weight.n_elements for weight in packed) + sum(module.n_elements for module in experts),
+        packed_bytes=sum(weight.n_bytes for weight in packed) + sum(module.n_bytes for module in experts),
         left_in_16bit=tuple(_not_packed(loaded)) if packed else (),
         compute_dtype=str(dtype).removeprefix("torch."),
         total_parameters=count_parameters(loaded)[1],

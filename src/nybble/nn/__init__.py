@@ -1,4 +1,4 @@
-"""Layers and blocks: the 4-bit linear, experts in 4 bits, products with adapters, the gated MLP, norms, attention, the loss."""
+"""Layers and blocks: 4-bit linears and experts, products with adapters, the gated MLP, norms, attention, the loss."""
 
 from nybble.nn.experts4bit import Experts4bit, Stack
 from nybble.nn.linear4bit import Linear4bit

@@ -35,9 +35,7 @@ ExpertAdapters = Mapping[str, Adapter]
 DOWN = "down_proj"
 
 
-def mixture(
-    x: Tensor, index: Tensor, weights: Tensor, experts: Experts4bit, adapters: ExpertAdapters
-) -> Tensor:
+def mixture(x: Tensor, index: Tensor, weights: Tensor, experts: Experts4bit, adapters: ExpertAdapters) -> Tensor:
     """`x (T, hidden)` through its experts `index (T, k)`, weighted by `weights (T, k)`; in the type of x."""
     flat = x.to(experts.compute_dtype)
     with without_autocast(x, experts.compute_dtype):
@@ -262,7 +260,9 @@ def _few(x: Tensor, projection: str, expert: int, experts: Experts4bit, adapters
         low_rank = None
         if adapter is not None:
             a = adapter.a.view(experts.n_experts, -1, stack.in_features)[expert]
-            b = adapter.b.view(stack.out_features, -1, experts.n_experts)[part * n_rows : (part + 1) * n_rows, :, expert]
+            b = adapter.b.view(stack.out_features, -1, experts.n_experts)[
+                part * n_rows : (part + 1) * n_rows, :, expert
+            ]
             low_rank = LowRank(a, b.contiguous(), adapter.scaling)
         made.append(multiply(x, experts.packed(projection, expert, part), low_rank))
     y = made[0] if len(made) == 1 else torch.cat(made, dim=-1)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nybble.kernels import dequantize, is_eager
+from nybble.kernels import dequantize
 from nybble.kernels.pointwise import torch as pointwise
 from nybble.nn.expert_step import ExpertAdapters, mixture
 from nybble.nn.workspace import workspace
@@ -240,7 +240,7 @@ class Experts4bit(nn.Module):
         """`.to()` and similar calls move the scales but never round them: other scales would give other weights."""
         names = [f"{projection}_{scale}" for projection in self.stacks for scale in _SCALES]
         before = {name: getattr(self, name) for name in names}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name, scale in before.items():
             if scale is not None and getattr(self, name).dtype != scale.dtype:
                 setattr(self, name, scale.to(getattr(self, name).device))
