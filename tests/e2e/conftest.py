@@ -6,10 +6,7 @@ import json
 import multiprocessing
 import os
 import socket
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,6 +19,7 @@ import torch
 
 from nybble import subprocesses
 from nybble.cli.main import run as run_nybble
+from tools.forking import forking_python
 
 _SECONDS = 300  # until a process that does not end fails its test
 ROWS = 23  # of which steps of 4 leave 3 in the last, which neither 2 nor 4 processes share evenly
@@ -71,24 +69,8 @@ def _cache(
 @pytest.fixture(scope="session")
 def forking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A program that does what `python` does, in a process forked from one that has imported the libraries."""
-    if not hasattr(os, "pidfd_open"):
-        yield Path(sys.executable)
-        return
-    source, program = Path(__file__).parents[1] / "forking", tmp_path_factory.mktemp("forking") / "python"
-    with tempfile.TemporaryDirectory(prefix="nybble-") as folder:  # a socket's path may be no longer than 107 bytes
-        path = f"{folder}/socket"
-        names = f"SOCKET, PYTHON = {path!r}, {sys.executable!r}\n"
-        program.write_text(f"#!{sys.executable} -IS\n{names}{(source / 'client.py').read_text()}")
-        program.chmod(0o755)
-        with subprocess.Popen(
-            [sys.executable, source / "server.py", path], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
-        ) as server:
-            while not Path(path).exists():
-                assert server.poll() is None
-                time.sleep(0.01)
-            yield program
-            assert server.stdin is not None
-            server.stdin.close()
+    with forking_python(tmp_path_factory.mktemp("forking") / "python") as program:
+        yield program
 
 
 @pytest.fixture(autouse=True)
