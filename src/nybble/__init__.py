@@ -31,6 +31,8 @@ _HOMES = {
     "Recipe": "nybble.recipe",
     "load_recipe": "nybble.recipe",
     "NybbleError": "nybble.errors",
+    "Observer": "nybble.run.record",
+    "StepEvent": "nybble.run.record",
 }
 
 __all__ = sorted(_HOMES)
@@ -39,7 +41,10 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'nybble' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    from nybble.run.quiet import quiet_libraries
+
+    with quiet_libraries():  # some give advice when they are imported
+        return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -19,13 +19,17 @@ from nybble.pipeline import train as train
 from nybble.planning import plan as plan
 from nybble.recipe import Recipe as Recipe
 from nybble.recipe import load_recipe as load_recipe
+from nybble.run.record import Observer as Observer
+from nybble.run.record import StepEvent as StepEvent
 
 __version__: str
 __all__ = [
     "Chat",
     "NybbleConfig",
     "NybbleError",
+    "Observer",
     "Recipe",
+    "StepEvent",
     "ask",
     "compare",
     "demo",

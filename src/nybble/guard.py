@@ -27,6 +27,8 @@ _SECRET_NAMES = re.compile(r"(?:TOKEN|SECRET|PASSWORD|API_KEY|ACCESS_KEY)\Z")
 _SHORTEST_SECRET = 12  # characters; shorter values of such variables are switches or numbers
 _LONGEST_NAME = 255  # bytes per part of a path, on every system
 _HIDDEN = "***"
+# All control characters but tab and line feed, and what turns the direction of writing.
+_STEERING = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _OS_ERROR = re.compile(r"\(os error (\d{1,4})\)")
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 120
@@ -138,6 +140,11 @@ def shown(value: Any) -> str:
         return _REPR.repr(value)
     except ValueError:  # Python refuses to print a number of more than 4,300 digits
         return f"a {type(value).__name__} that is too long to show"
+
+
+def visible(text: str) -> str:
+    """The text with characters that steer a terminal, or turn its writing direction, as escapes."""
+    return _STEERING.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def as_path(name: str, fault: type[InputError]) -> Path:

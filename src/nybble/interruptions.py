@@ -23,7 +23,7 @@ from nybble.errors import CannotRunError, InputError, NybbleError
 from nybble.pipeline import train_without_evaluation
 from nybble.recipe import Recipe, load_recipe, save_recipe
 from nybble.run.directory import read_lines
-from nybble.run.record import Observer, Silent
+from nybble.run.progress import ObserverChoice, watching
 from nybble.storage.atomic import write_text
 from nybble.storage.checkpoints import Place, list_checkpoints
 from nybble.subprocesses import Child, report_error
@@ -45,7 +45,7 @@ class ResumeCheck:
     seconds: float
 
 
-def resume_check(run_dir: Path | str, *, steps: int = 12, observer: Observer | None = None) -> ResumeCheck:
+def resume_check(run_dir: Path | str, *, steps: int = 12, observer: ObserverChoice = "auto") -> ResumeCheck:
     """Train the first `steps` of a run twice, once undisturbed and once interrupted, and compare.
 
     Raises:
@@ -58,9 +58,8 @@ def resume_check(run_dir: Path | str, *, steps: int = 12, observer: Observer | N
     if steps < 3:
         raise InputError(f"--steps {steps}: at least 3 are needed to interrupt in between")
     recipe = load_recipe(file)
-    watch = observer or Silent()
     began = time.monotonic()
-    with tempfile.TemporaryDirectory() as name:
+    with watching(observer) as watch, tempfile.TemporaryDirectory() as name:
         straight = Path(name) / "straight"
         disturbed = Path(name) / "disturbed"
         watch.stage("undisturbed")

@@ -34,6 +34,7 @@ from nybble.recipe import (
 )
 from nybble.reporting import model_card, rewrite_report, write_report
 from nybble.run.context import OnExisting, RunContext
+from nybble.run.progress import ObserverChoice, watching
 from nybble.run.record import Observer, RunRecord, Silent
 from nybble.run.rendezvous import joined
 from nybble.storage.atomic import atomic_folder, write_text
@@ -57,7 +58,7 @@ def train(
     *,
     on_existing: OnExisting = "refuse",
     force: bool = False,
-    observer: Observer | None = None,
+    observer: ObserverChoice = "auto",
 ) -> RunRecord:
     """Fine-tune a model and write everything into output_dir.
 
@@ -72,7 +73,8 @@ def train(
             "resume_if_any" resumes if output_dir holds a run, and otherwise starts one.
         force: start even if the plan says that the run does not fit, and resume even if what the run learns from has
             changed.
-        observer: is told about the progress.
+        observer: receives the progress. "auto" shows it: on a terminal, in a notebook, or as INFO records of the
+            logger "nybble" if your program has set up `logging` so. None shows nothing.
 
     Raises:
         InputError, CannotRunError, StoppedError: see `nybble.errors`; nothing is written before model, tokenizer and
@@ -81,8 +83,10 @@ def train(
     if on_existing not in get_args(OnExisting):
         raise RecipeError(f"on_existing: got {on_existing!r}; allowed: {', '.join(get_args(OnExisting))}")
     resolved = _as_recipe(recipe, overrides)
-    with joined(resolved.model.device == "cpu") as processes:
-        watch = (observer if processes.is_main else None) or Silent()
+    with (
+        joined(resolved.model.device == "cpu") as processes,
+        watching(observer if processes.is_main else None) as watch,
+    ):
         run = open_run(resolved, on_existing=on_existing, force=force, observer=watch, processes=processes)
         inputs = prepare(resolved, run, force=force)
         if not (inputs.plan.fits or force):
@@ -299,7 +303,7 @@ def inspect_rows(
     *,
     show: int = 5,
     find: str = "",
-    observer: Observer | None = None,
+    observer: ObserverChoice = "auto",
 ) -> Inspection:
     """The ledger of a recipe's rows, and `show` of them (that contain `find`) with what is learned in them.
 
@@ -308,19 +312,20 @@ def inspect_rows(
     Raises:
         InputError: tokenizer or rows cannot be used.
     """
-    resolved, watch = _as_recipe(recipe, overrides), observer or Silent()
-    tokenizer, context = find_tokenizer(resolved.model)
-    add_new_tokens(tokenizer, resolved.lora.new_tokens)
-    resolved = within_context(resolved, context, watch.note)
-    prepared = examine_rows(
-        resolved.data, resolved.evaluation, tokenizer, resolved.training.seed, rows_cache(resolved.quantization), watch
-    )
+    resolved = _as_recipe(recipe, overrides)
+    with watching(observer) as watch:
+        tokenizer, context = find_tokenizer(resolved.model)
+        add_new_tokens(tokenizer, resolved.lora.new_tokens)
+        resolved = within_context(resolved, context, watch.note)
+        cache = rows_cache(resolved.quantization)
+        seed = resolved.training.seed
+        prepared = examine_rows(resolved.data, resolved.evaluation, tokenizer, seed, cache, watch)
     shown = show_rows(prepared, tokenizer, show, find)
     return Inspection(resolved.data.source, prepared.ledger, shown, prepared.fault)
 
 
 def probe(
-    recipe: RecipeSource, overrides: Mapping[str, Any] | None = None, *, observer: Observer | None = None
+    recipe: RecipeSource, overrides: Mapping[str, Any] | None = None, *, observer: ObserverChoice = "auto"
 ) -> Probe:
     """The learning rate that `training.learning_rate: probe` would choose, with its curve; nothing is kept.
 
@@ -328,10 +333,10 @@ def probe(
         InputError, CannotRunError, StoppedError: as `train`; RecipeError where the run is too short to probe.
     """
     resolved = _as_recipe(recipe, overrides)
-    with TemporaryDirectory() as folder:
+    with watching(observer) as watch, TemporaryDirectory() as folder:
         training = resolved.training.model_copy(update={"output_dir": folder})
         resolved = resolved.model_copy(update={"training": training})
-        run = open_run(resolved, observer=observer or Silent())
+        run = open_run(resolved, observer=watch)
         inputs = prepare(resolved, run)
         with dispatcher.torch_settings(run.device.torch_device), recorder_of(run, inputs) as recorder:
             model = load(run, inputs, recorder)
@@ -358,7 +363,7 @@ def demo(
     overrides: Mapping[str, Any] | None = None,
     *,
     overwrite: bool = True,
-    observer: Observer | None = None,
+    observer: ObserverChoice = "auto",
 ) -> RunRecord:
     """The whole story on the bundled base and rows, offline."""
     values = {

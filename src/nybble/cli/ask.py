@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from nybble.cli.options import takes_settings
-from nybble.cli.process import quiet_libraries
-from nybble.cli.terminal import print_json, visible
+from nybble.cli.process import import_libraries
+from nybble.cli.terminal import print_json
+from nybble.guard import visible
 
 
 @takes_settings(("model",), without=("max_new_tokens",))
@@ -33,7 +34,7 @@ def ask(
     as_json: Annotated[bool, typer.Option("--json", help="Print the answers on stdout as JSON.")] = False,
 ) -> None:
     """Ask the base and the tuned model the same questions. Settings tell where the base is now."""
-    quiet_libraries()
+    import_libraries()
     from dataclasses import asdict
 
     from nybble import generation

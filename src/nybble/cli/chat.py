@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from nybble.cli.options import takes_settings
-from nybble.cli.process import quiet_libraries
-from nybble.cli.terminal import visible
+from nybble.cli.process import import_libraries
+from nybble.guard import visible
 
 _HELP = """/base            answer without the adapter
 /tuned           answer with the adapter again
@@ -36,7 +36,7 @@ def chat(
     ] = 0.0,
 ) -> None:
     """Chat with a trained model; /help lists the commands. Settings tell where the base is now."""
-    quiet_libraries()
+    import_libraries()
     from nybble.errors import InputError
     from nybble.generation import Chat
 

@@ -52,21 +52,15 @@ def compare(
     for recipe in recipes or []:
         load_recipe(recipe, overrides)  # a wrong recipe is refused before the first run
     from nybble import comparison
-    from nybble.cli.progress import Live
 
-    live = Live()
-    try:
-        found = comparison.compare(
-            recipes or [],
-            overrides,
-            methods=[word for word in methods.split(",") if word.strip()],
-            seeds=seeds,
-            out=out,
-            overwrite=overwrite,
-            observer=live,
-        )
-    finally:
-        live.close()
+    found = comparison.compare(
+        recipes or [],
+        overrides,
+        methods=[word for word in methods.split(",") if word.strip()],
+        seeds=seeds,
+        out=out,
+        overwrite=overwrite,
+    )
     if as_json:
         print_json(found.to_json())
     else:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nybble.cli.options import RecipeFile, takes_settings
-from nybble.cli.process import quiet_libraries
-from nybble.cli.terminal import print_json, visible
+from nybble.cli.process import import_libraries
+from nybble.cli.terminal import print_json
+from nybble.guard import visible
 from nybble.recipe import load_recipe
 
 if TYPE_CHECKING:
@@ -41,16 +42,15 @@ def data(
     from dataclasses import asdict
 
     resolved = load_recipe(recipe, overrides)
-    quiet_libraries()
+    import_libraries()
     from nybble import pipeline
-    from nybble.cli.progress import Live
     from nybble.errors import InputError, RowsError
     from nybble.reporting import ledger_lines, rows_page
     from nybble.storage.atomic import write_text
 
     if html is not None and not html.parent.is_dir():
         raise InputError(f"--html {html}: the folder {html.parent} does not exist; create it, or name another file")
-    found = pipeline.inspect_rows(resolved, show=show, find=find, observer=Live())
+    found = pipeline.inspect_rows(resolved, show=show, find=find)
     ledger = asdict(found.ledger)
     if html is not None:
         write_text(html, rows_page(found.source, ledger, found.rows))

@@ -9,7 +9,7 @@ import typer
 
 from nybble.bundled import recipe_path
 from nybble.cli.options import takes_settings
-from nybble.cli.process import quiet_libraries
+from nybble.cli.process import import_libraries
 from nybble.cli.terminal import print_json
 from nybble.recipe import load_recipe
 
@@ -31,20 +31,13 @@ def demo(
     The demo quantizes a small model, trains it, evaluates it, lets it answer, writes the report and compares methods.
     """
     load_recipe(recipe_path(), overrides)  # a wrong setting is refused at once
-    quiet_libraries()
+    import_libraries()
     from nybble import pipeline
-    from nybble.cli.progress import Live
     from nybble.comparison import compare
 
-    live = Live()
-    try:
-        record = pipeline.demo(output_dir, overrides, observer=live)
-        run_dir = Path(record.run_dir)
-        found = (
-            compare([run_dir / "recipe.yaml"], out=run_dir / "comparison", observer=live) if with_comparison else None
-        )
-    finally:
-        live.close()
+    record = pipeline.demo(output_dir, overrides)
+    run_dir = Path(record.run_dir)
+    found = compare([run_dir / "recipe.yaml"], out=run_dir / "comparison") if with_comparison else None
     if as_json:
         print_json(_figures(record.to_json()) | ({"comparison": found.to_json()} if found else {}))
         return

@@ -22,13 +22,8 @@ def doctor(
     Every operator that training uses is computed on the device and compared with float64.
     """
     from nybble import diagnostics
-    from nybble.cli.progress import Live
 
-    live = Live()
-    try:
-        report = diagnostics.doctor(device, quick=quick, told=live.progress)
-    finally:
-        live.close()
+    report = diagnostics.doctor(device, quick=quick)
     if as_json:
         from nybble.run.directory import to_json
 

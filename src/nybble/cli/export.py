@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from nybble.cli.options import takes_settings
-from nybble.cli.process import quiet_libraries
+from nybble.cli.process import import_libraries
 from nybble.cli.terminal import print_json
 
 
@@ -38,24 +38,18 @@ def export(
     Files are read back by stock transformers and compared; the exit code is 1 if they differ. Settings tell where the
     base and the rows are now.
     """
-    quiet_libraries()
+    import_libraries()
     from nybble import exporting
-    from nybble.cli.progress import Live
     from nybble.units import format_bytes, format_number
 
-    live = Live()
-    try:
-        done = exporting.export(
-            run,
-            overrides,
-            gguf=gguf,
-            gguf_type=gguf_type,
-            ollama=ollama,
-            hub=hub,
-            observer=live,
-        )
-    finally:
-        live.close()
+    done = exporting.export(
+        run,
+        overrides,
+        gguf=gguf,
+        gguf_type=gguf_type,
+        ollama=ollama,
+        hub=hub,
+    )
     if as_json:
         print_json(done)
     else:

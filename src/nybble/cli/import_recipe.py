@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from nybble.cli.terminal import print_json, visible
+from nybble.cli.terminal import print_json
 from nybble.errors import InputError
+from nybble.guard import visible
 
 
 def import_recipe(

@@ -5,8 +5,11 @@ Each verb is a file of its own that imports what it needs when it runs, so that 
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Annotated, Any
 
 import typer
@@ -34,9 +37,9 @@ from nybble.cli import (
 from nybble.cli.options import SettingsCommand
 from nybble.cli.process import own_process, stop_as_by_ctrl_c
 from nybble.cli.streams import make_output_unbreakable
-from nybble.cli.terminal import visible
 from nybble.errors import CannotRunError, InputError, NybbleError
-from nybble.guard import redact, refused_by_system
+from nybble.guard import redact, refused_by_system, visible
+from nybble.run.quiet import quiet_libraries
 from nybble.run.rendezvous import refuse_launcher
 from nybble.subprocesses import report_error
 
@@ -61,6 +64,8 @@ def before(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing on the way; of any verb.")] = False,  # see `run`
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from; of any verb.")] = False,
 ) -> None:
     """Fine-tune large language models in 4 bits on one GPU (AMD, NVIDIA) or on a CPU."""
     if context.invoked_subcommand not in (None, "train"):
@@ -97,10 +102,11 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run the command line and return its exit code."""
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"] or ["--help"]
+    debug, quiet = "--debug" in arguments, "--quiet" in arguments
+    arguments = [argument for argument in arguments if argument not in ("--debug", "--quiet")] or ["--help"]
     try:
-        result: Any = app(arguments, prog_name="nybble", standalone_mode=False)
+        with quiet_libraries(), _silence() if quiet else nullcontext():
+            result: Any = app(arguments, prog_name="nybble", standalone_mode=False)
     except NybbleError as error:
         return _fail(error, debug)
     except typer.Exit as error:
@@ -117,6 +123,18 @@ def run(arguments: list[str]) -> int:
     if result == _INTERRUPTED:
         return _stopped(debug)
     return result if isinstance(result, int) else 0
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Within, nothing is said of progress: that goes by the level of this logger (`nybble.run.progress`)."""
+    logger = logging.getLogger("nybble")
+    former = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(former)
 
 
 def _stopped(debug: bool) -> int:

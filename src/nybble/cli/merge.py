@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from nybble.cli.options import takes_settings
-from nybble.cli.process import quiet_libraries
+from nybble.cli.process import import_libraries
 from nybble.cli.terminal import print_json
 
 
@@ -44,16 +44,11 @@ def merge(
     A fresh process verifies the merged model; the exit code is 1 if the limits are exceeded. Settings tell where the
     base and the rows are now. An adapter of another tool is compared on the rows of --dataset_name.
     """
-    quiet_libraries()
+    import_libraries()
     from nybble import exporting
-    from nybble.cli.progress import Live
 
-    live = Live()
-    try:
-        limits = exporting.Limits(max_kl, max_loss_gap)
-        done = exporting.merge(run, out, overrides, into=into, dtype=dtype, limits=limits, observer=live)
-    finally:
-        live.close()
+    limits = exporting.Limits(max_kl, max_loss_gap)
+    done = exporting.merge(run, out, overrides, into=into, dtype=dtype, limits=limits)
     if as_json:
         print_json(done)
     else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nybble.cli.options import RecipeFile, takes_settings
-from nybble.cli.process import quiet_libraries
+from nybble.cli.process import import_libraries
 from nybble.cli.terminal import print_json
 from nybble.recipe import load_recipe
 
@@ -47,7 +47,7 @@ def plan(
     if memory is not None:
         overrides["memory_budget"] = memory
     resolved = load_recipe(recipe, overrides)
-    quiet_libraries()
+    import_libraries()
     from nybble import planning
     from nybble.errors import RecipeError
     from nybble.recipe import refusal

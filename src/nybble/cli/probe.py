@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from nybble.cli.options import RecipeFile, takes_settings
-from nybble.cli.process import quiet_libraries
+from nybble.cli.process import import_libraries
 from nybble.cli.terminal import print_json
 from nybble.recipe import load_recipe
 
@@ -25,15 +25,10 @@ def probe(
     from dataclasses import asdict
 
     resolved = load_recipe(recipe, overrides)
-    quiet_libraries()
+    import_libraries()
     from nybble import pipeline
-    from nybble.cli.progress import Live
 
-    live = Live()
-    try:
-        found = pipeline.probe(resolved, observer=live)
-    finally:
-        live.close()
+    found = pipeline.probe(resolved)
     if as_json:
         print_json(asdict(found))
         return

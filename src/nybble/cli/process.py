@@ -46,23 +46,13 @@ def stop_as_by_ctrl_c() -> None:
     handle_stop_signals(stop)
 
 
-def quiet_libraries() -> None:
-    """Import the libraries and silence their progress bars and advice: this process belongs to the command line.
+def import_libraries() -> None:
+    """Import the libraries, after the variables that torch reads when it is imported are corrected.
 
-    Variables that torch reads when it is imported are corrected first. Importing takes seconds, so a verb reads its
-    recipe and its options before.
+    It takes seconds, so a verb reads its recipe and its options before.
     """
-    import logging
-    import warnings
-
     from nybble.diagnostics import prepare
 
     for said in prepare():
         print(f"nybble: {said}", file=sys.stderr)
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|peft|transformers|accelerate)\..*")
+    import transformers  # noqa: F401

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from nybble.cli.options import takes_settings
-from nybble.cli.process import quiet_libraries
+from nybble.cli.process import import_libraries
 from nybble.cli.terminal import print_json
 from nybble.recipe import load_recipe
 
@@ -24,16 +24,11 @@ def quantize(
     bitsandbytes, transformers and vLLM read it.
     """
     load_recipe(None, {**overrides, "model_name_or_path": model})  # a wrong setting is refused at once
-    quiet_libraries()
-    from nybble.cli.progress import Live
+    import_libraries()
     from nybble.models.four_bit_folder import quantize as write_checkpoint
     from nybble.units import format_bytes
 
-    live = Live()
-    try:
-        done = write_checkpoint(model, out, overrides, observer=live)
-    finally:
-        live.close()
+    done = write_checkpoint(model, out, overrides)
     if as_json:
         print_json(done)
         return

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nybble.cli.process import quiet_libraries
+from nybble.cli.process import import_libraries
 from nybble.cli.terminal import print_json
 
 
@@ -24,15 +24,10 @@ def resume_check(
 
     from nybble.units import format_seconds
 
-    quiet_libraries()
-    from nybble.cli.progress import Live
+    import_libraries()
     from nybble.interruptions import resume_check as check
 
-    live = Live()
-    try:
-        found = check(Path(run), steps=steps, observer=live)
-    finally:
-        live.close()
+    found = check(Path(run), steps=steps)
     if as_json:
         print_json(asdict(found))
     else:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from nybble.cli.options import RecipeFile, takes_settings
-from nybble.cli.process import quiet_libraries
+from nybble.cli.process import import_libraries
 from nybble.cli.terminal import print_json
 from nybble.errors import RecipeError
 from nybble.recipe import load_recipe
@@ -44,22 +44,16 @@ def train(
     """
     on_existing = _on_existing(overwrite=overwrite, resume=resume, auto_resume=auto_resume)
     resolved = load_recipe(recipe, overrides)
-    quiet_libraries()
+    import_libraries()
     from nybble import pipeline
-    from nybble.cli.progress import Live
     from nybble.run.rendezvous import from_environment
 
     is_main = from_environment().is_main
-    live = Live()
-    try:
-        record = pipeline.train(
-            resolved,
-            on_existing=on_existing,
-            force=force,
-            observer=live,  # only the first process reports
-        )
-    finally:
-        live.close()
+    record = pipeline.train(
+        resolved,
+        on_existing=on_existing,
+        force=force,
+    )
     if not is_main:
         return
     if as_json:

@@ -23,7 +23,8 @@ from nybble.errors import InputError, error_class
 from nybble.recipe import load_recipe, save_recipe
 from nybble.reporting import write_comparison_report
 from nybble.run.directory import to_json
-from nybble.run.record import Observer, Silent
+from nybble.run.progress import ObserverChoice, watching
+from nybble.run.record import Observer
 from nybble.storage.atomic import write_text
 
 
@@ -35,7 +36,7 @@ def compare(
     seeds: int = 1,
     out: Path | str | None = None,
     overwrite: bool = False,
-    observer: Observer | None = None,
+    observer: ObserverChoice = "auto",
 ) -> Comparison:
     """Run one recipe under several `methods` (default: qlora, lora, full), or several recipes, and compare.
 
@@ -47,7 +48,6 @@ def compare(
         InputError, CannotRunError: the recipes or the folder cannot be used, or no arm could be run.
         StoppedError: a signal came; the current run has saved what it has.
     """
-    watch = observer or Silent()
     folder, plans = _plan(recipes, overrides or {}, methods, seeds, out)
     if overwrite and (folder / "comparison.json").is_file():
         shutil.rmtree(folder)
@@ -55,6 +55,15 @@ def compare(
     (folder / "recipes").mkdir(parents=True, exist_ok=True)
     endings: dict[Path, TrialEnding] = {}
     _write(folder, plans, endings)
+    with watching(observer) as watch:
+        _run_trials(folder, plans, endings, watch)
+    found = _write(folder, plans, endings)
+    if not any(arm.measured for arm in found.arms):
+        _refuse(list(endings.values()))
+    return found
+
+
+def _run_trials(folder: Path, plans: Sequence[ArmPlan], endings: dict[Path, TrialEnding], watch: Observer) -> None:
     for plan in plans:
         for trial in plan.trials:
             rate = trial.recipe.training.learning_rate
@@ -65,10 +74,6 @@ def compare(
                 continue
             endings[trial.run_dir] = run_trial(trial, folder / f"{trial.run_dir.name}.log", watch)
             _write(folder, plans, endings)
-    found = _write(folder, plans, endings)
-    if not any(arm.measured for arm in found.arms):
-        _refuse(list(endings.values()))
-    return found
 
 
 def _plan(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from nybble.diagnostics.environment import prepare
 from nybble.diagnostics.evidence import Evidence, Result, examine
 from nybble.diagnostics.machine import Machine
 from nybble.errors import RecipeError
+from nybble.run.progress import ObserverChoice, watching
 from nybble.storage.cache import default_folder
 
 DEVICES = ("auto", "cpu", "cuda", "hip")
@@ -49,7 +50,7 @@ def doctor(
     *,
     quick: bool = False,
     machine: Machine | None = None,
-    told: Callable[[str, int, int], None] = lambda name, done, total: None,
+    observer: ObserverChoice = "auto",
     table: str = TABLE,
 ) -> Report:
     """Examine this machine and compute every operator on its device, in processes of their own.
@@ -58,7 +59,7 @@ def doctor(
         device: "auto", "cpu", "cuda" or "hip".
         quick: leave out what takes long.
         machine: to be examined in place of this one; the computing is done here all the same.
-        told: is called with each check's name, how many are done, and of how many.
+        observer: receives the progress; "auto" shows it where you are, None shows nothing.
         table: the module with the computing checks.
 
     Raises:
@@ -70,13 +71,14 @@ def doctor(
     environment = dict(os.environ)  # of the processes that compute: this one's stays as it is
     said = prepare(environment)
     machine = machine or Machine.here()
-    run = run_checks(
-        device,
-        wanted=lambda check: check["is_quick"] or not quick,
-        told=told,
-        table=table,
-        environment={**dict.fromkeys(os.environ, ""), **environment},  # what is removed is empty there
-    )
+    with watching(observer) as watch:
+        run = run_checks(
+            device,
+            wanted=lambda check: check["is_quick"] or not quick,
+            told=watch.progress,
+            table=table,
+            environment={**dict.fromkeys(os.environ, ""), **environment},  # what is removed is empty there
+        )
     results, not_run = examine((*driver.SYMPTOMS, *wheels.SYMPTOMS), Evidence(machine, run.facts))
     choices = pick_backends(run)
     rates = {name: value for result in run.results for name, value in _rates(result).items()}

@@ -33,7 +33,8 @@ from nybble.models import (
     source_of,
     tokenizer_of,
 )
-from nybble.run.record import Observer, Silent
+from nybble.run.progress import ObserverChoice, watching
+from nybble.run.record import Observer
 from nybble.storage.atomic import atomic_folder, remove_left_overs
 from nybble.units import format_bytes
 
@@ -65,7 +66,7 @@ def export(
     gguf_type: str = "f16",
     ollama: Path | str | None = None,
     hub: str | None = None,
-    observer: Observer | None = None,
+    observer: ObserverChoice = "auto",
 ) -> dict[str, Any]:
     """Export a run, an adapter or a merged model. A run is merged first if a whole model is needed.
 
@@ -76,7 +77,7 @@ def export(
         gguf_type: the type of the matrices, "f16", "bf16" or "q8_0"; or "adapter", which exports only the adapter.
         ollama: a new folder for a GGUF file and a Modelfile.
         hub: the name of a repository, which is created as private if it is new. `tuned` is uploaded as it is.
-        observer: receives the progress.
+        observer: receives the progress; "auto" shows it where you are, None shows nothing.
 
     Returns:
         What was written, the figures that were measured, and `verified`.
@@ -95,7 +96,19 @@ def export(
     for path in (file, folder):
         if path is not None and path.exists():
             raise InputError(f"{path} already exists; choose a new name")
-    watch = observer or Silent()
+    with watching(observer) as watch:
+        return _export(tuned, overrides, file, gguf_type, folder, hub, watch)
+
+
+def _export(
+    tuned: Path | str,
+    overrides: Mapping[str, Any] | None,
+    file: Path | None,
+    gguf_type: str,
+    folder: Path | None,
+    hub: str | None,
+    watch: Observer,
+) -> dict[str, Any]:
     found = find_artifact(str(tuned), overrides)
     if (found.folder / UNVERIFIED).exists():
         raise InputError(f"{found.folder} is marked {UNVERIFIED}, so it is not what was trained; merge again")

@@ -48,7 +48,8 @@ from nybble.models import (
 )
 from nybble.recipe import LoraSection, Recipe, load_recipe, stored_recipe
 from nybble.run.directory import read_lines, read_record, to_json
-from nybble.run.record import Evaluation, Observer, Silent
+from nybble.run.progress import ObserverChoice, watching
+from nybble.run.record import Evaluation, Observer
 from nybble.storage.atomic import write_text
 from nybble.training import evaluate, stop_at
 from nybble.units import format_bytes
@@ -85,7 +86,7 @@ def merge(
     into: str = "auto",
     dtype: str | None = None,
     limits: Limits | None = None,
-    observer: Observer | None = None,
+    observer: ObserverChoice = "auto",
 ) -> dict[str, Any]:
     """Merge a run's adapter into its base, verify it, and write a whole model to the new folder `out`.
 
@@ -97,7 +98,7 @@ def merge(
         into: "dequantized", "original", "auto" (the better one of the two), or "4bit" (the better one, packed again).
         dtype: "bfloat16", "float16" or "float32"; by default the compute dtype of the run.
         limits: how far the merged model may be from the adapter on its base.
-        observer: receives the progress.
+        observer: receives the progress; "auto" shows it where you are, None shows nothing.
 
     Returns:
         The target, the figures of every candidate, and `verified`. If that is false, the folder has a file UNVERIFIED.
@@ -106,8 +107,12 @@ def merge(
         InputError: the run, the base or the settings do not allow the merge.
         CannotRunError: there is not enough disk or memory.
     """
+    with watching(observer) as watch:
+        return _merge(_prepare(Path(run), Path(out).expanduser(), overrides, into, dtype, limits or Limits(), watch))
+
+
+def _merge(job: _Merge) -> dict[str, Any]:
     started = time.monotonic()
-    job = _prepare(Path(run), Path(out).expanduser(), overrides, into, dtype, limits or Limits(), observer or Silent())
     with fixed_clock(job.tuned.clock):
         compared = _rows(job)
     stops = job.tuned.stop_tokens

@@ -16,6 +16,7 @@ from nybble.errors import InputError
 from nybble.generation.questions import add_adapters, check_model_settings, form_of
 from nybble.hardware import detect_device
 from nybble.models import find_artifact, load_artifact
+from nybble.run.quiet import quiet_libraries
 from nybble.training import evaluation_mode, stop_at
 
 
@@ -39,6 +40,7 @@ class Reply:
 class Chat:
     """A conversation with a run, an adapter or a whole model."""
 
+    @quiet_libraries()
     def __init__(
         self,
         tuned: Path | str,

@@ -16,6 +16,7 @@ from nybble.guard import brief
 from nybble.hardware import Device, detect_device
 from nybble.models import Artifact, add_adapter, find_artifact, find_model, load_artifact, load_model
 from nybble.recipe import EvaluationSection, path_of
+from nybble.run.quiet import quiet_libraries
 from nybble.training import generate_answers, stop_at
 
 BATCH = 16  # questions that are answered together
@@ -31,6 +32,7 @@ class Answer:
     others: dict[str, str] = field(default_factory=dict)  # further adapter, as the user named it -> its answer
 
 
+@quiet_libraries()
 def ask(
     tuned: Path | str,
     questions: Sequence[str],

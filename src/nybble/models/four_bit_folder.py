@@ -15,12 +15,13 @@ from nybble.models.calibrate import calibrate, needs_calibration
 from nybble.models.load import load_model, save_whole
 from nybble.models.source import find_model
 from nybble.models.tokenizer import load_tokenizer
-from nybble.recipe import load_recipe, within_context
-from nybble.run.record import Observer, Silent
+from nybble.recipe import Recipe, load_recipe, within_context
+from nybble.run.progress import ObserverChoice, watching
+from nybble.run.record import Observer
 
 
 def quantize(
-    model: str, out: Path | str, overrides: Mapping[str, Any] | None = None, *, observer: Observer | None = None
+    model: str, out: Path | str, overrides: Mapping[str, Any] | None = None, *, observer: ObserverChoice = "auto"
 ) -> dict[str, Any]:
     """Write `model` as a 4-bit checkpoint in bitsandbytes' layout to the new folder `out`; returns the report.
 
@@ -31,9 +32,14 @@ def quantize(
     folder = Path(out).expanduser()
     if folder.exists():
         raise InputError(f"{folder} already exists; choose a new folder")
-    source, watch = find_model(recipe.model), observer or Silent()
+    with watching(observer) as watch:
+        return _quantize(recipe, folder, watch)
+
+
+def _quantize(recipe: Recipe, folder: Path, watch: Observer) -> dict[str, Any]:
+    source = find_model(recipe.model)
     if source.is_4bit:
-        raise RecipeError(f"{model} is stored in 4 bits already; give the 16-bit model")
+        raise RecipeError(f"{recipe.model.model_name_or_path} is stored in 4 bits already; give the 16-bit model")
     if recipe.lora.init_lora_weights != "default":
         raise RecipeError(
             "init_lora_weights starts an adapter, and quantize makes none; remove it, or use nybble train"

@@ -35,6 +35,7 @@ from nybble.recipe import (
     rows_per_step,
     step_in_words,
 )
+from nybble.run.quiet import quiet_libraries
 from nybble.units import UnlikelySizeError, format_bytes, format_seconds, parse_bytes
 
 _HOST_LINK = 25e9  # bytes a second between host and device: PCIe 4.0 x16, less what its protocol takes; assumed
@@ -76,6 +77,7 @@ class SharedPlan:
         return {**asdict(replace(self, plan=None)), "plan": self.plan.to_json(), "efficiency": self.efficiency}  # type: ignore[arg-type]
 
 
+@quiet_libraries()
 def plan_processes(
     recipe: RecipeSource,
     overrides: Mapping[str, Any] | None = None,

@@ -59,9 +59,11 @@ from nybble.recipe import (
     saving_in_words,
     step_in_words,
 )
+from nybble.run.quiet import quiet_libraries
 from nybble.units import format_bytes
 
 
+@quiet_libraries()
 def plan(
     recipe: RecipeSource,
     overrides: Mapping[str, Any] | None = None,

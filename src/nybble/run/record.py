@@ -41,7 +41,7 @@ class Evaluation:
     n_tokens: int
     exact_match: float | None  # share of rows answered exactly, if rows have an expected answer
     seconds: float
-    rows: tuple[RowLoss, ...] = ()  # written to held_out.jsonl, not to run.json
+    rows: tuple[RowLoss, ...] = field(default=(), repr=False)  # written to held_out.jsonl, not to run.json
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,17 @@ class RunRecord:
     """The content of run.json."""
 
     status: str  # "running", "done", "stopped" or "failed"; `read_record` knows "killed" besides
-    recipe: dict[str, Any]
-    versions: dict[str, str]
-    device: dict[str, Any]
-    rows: dict[str, Any]  # ledger and fingerprint
-    plan: dict[str, Any]
-    model: dict[str, Any]  # how the base was loaded
+    recipe: dict[str, Any] = field(repr=False)
+    versions: dict[str, str] = field(repr=False)
+    device: dict[str, Any] = field(repr=False)
+    rows: dict[str, Any] = field(repr=False)  # ledger and fingerprint
+    plan: dict[str, Any] = field(repr=False)
+    model: dict[str, Any] = field(repr=False)  # how the base was loaded
     started: str  # UTC, ISO 8601
     clock: str | None = None  # local time that chat templates are told: that of the first start
     notes: list[str] = field(default_factory=list)
-    phases: dict[str, Phase] = field(default_factory=dict)
-    paths: dict[str, str] = field(default_factory=dict)  # operator -> the backend that ran
+    phases: dict[str, Phase] = field(default_factory=dict, repr=False)
+    paths: dict[str, str] = field(default_factory=dict, repr=False)  # operator -> the backend that ran
     trainable_parameters: int | None = None
     total_parameters: int | None = None
     seconds_to_first_step: float | None = None
@@ -88,13 +88,14 @@ class RunRecord:
     skipped_steps: int = 0  # skipped under `bad_batch: skip` because loss or gradient was bad
     best: dict[str, Any] | None = None  # step, metric and value of the best evaluation during the training
     weights_step: int | None = None  # after which the weights are those of the result: the last, or the best
-    probe: dict[str, Any] | None = None  # how the learning rate was found, if it was probed
+    probe: dict[str, Any] | None = field(default=None, repr=False)  # how the learning rate was found, if it was probed
     evaluation_base: Evaluation | None = None
     evaluation_tuned: Evaluation | None = None
     eval_loss: float | None = None
     peak_bytes: int | None = None
     reserved_bytes: int | None = None  # the most that torch's allocator reserved in the first process; None on a CPU
-    processes: dict[str, Any] | None = None  # if there are several: count, ddp or fsdp, the peak of each
+    # If there are several processes: count, ddp or fsdp, the peak of each.
+    processes: dict[str, Any] | None = field(default=None, repr=False)
     seconds: float | None = None
     run_dir: str = ""
 
