@@ -16,7 +16,7 @@ pytest.importorskip("trl", reason="trl is not installed")
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_sft_trainer_trains_and_saves_a_stock_adapter(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
     from datasets import Dataset
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
@@ -40,7 +40,18 @@ def test_sft_trainer_trains_and_saves_a_stock_adapter(tiny_llama: Callable[..., 
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.9 * losses[0]
     trainer.save_model(str(tmp_path / "adapter"))
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+    # The whole model is the one that was trained; the settings say how its base was packed, which no adapter says.
+    packed_as = {"method": "qlora", "bnb_4bit_compute_dtype": "float32", "device": "cpu"}
+    done = nybble.merge(tmp_path / "adapter", tmp_path / "merged", packed_as, into="dequantized", dtype="float32")
+    assert done["verified"]
+    ids = torch.arange(4, 36).view(2, 16)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(ids).logits
+    again = AutoModelForCausalLM.from_pretrained(  # the trainer's own computes its adapters in bfloat16
+        base, quantization_config=nybble.NybbleConfig(bnb_4bit_compute_dtype="float32"), dtype=torch.float32
+    )
+    theirs = PeftModel.from_pretrained(again, str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(merged, theirs(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

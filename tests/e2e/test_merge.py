@@ -323,6 +323,22 @@ def test_an_adapter_that_has_not_the_loss_of_its_run_is_not_merged(
     assert not (tmp_path / "out").exists()
 
 
+def test_how_the_base_of_an_adapter_of_another_tool_was_packed_can_be_said(
+    nybble: Callable[..., Any], trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(trained() / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter/nybble.json").unlink()
+    packed = ("--method", "qlora", "--into", "dequantized")
+    merged = nybble("merge", tmp_path / "adapter", "--out", tmp_path / "a", "--json", *packed)
+    assert [c["target"] for c in merged.json["candidates"]] == ["dequantized"]
+    assert "how its base was packed" not in merged.err
+    unsaid = nybble("merge", tmp_path / "adapter", "--out", tmp_path / "b", "--json")
+    assert [c["target"] for c in unsaid.json["candidates"]] == ["original"]
+    assert "how its base was packed" in unsaid.err
+    full = nybble("merge", tmp_path / "adapter", "--out", tmp_path / "d", "--method", "full")
+    assert (full.code, "trained with lora or qlora" in full.err) == (2, True)
+
+
 def test_a_full_disk_is_seen_before_anything_is_written(
     nybble: Callable[..., Any], trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -155,7 +155,7 @@ def _prepare(
         raise RecipeError(f"dtype: got {dtype!r}; allowed: {', '.join(DTYPES)}")
     if out.exists():
         raise InputError(f"{out} already exists; choose a new folder")
-    tuned, recipe, is_run = _tuned_now(run, overrides)
+    tuned, recipe, is_run = _tuned_now(run, overrides, watch)
     if not tuned.is_adapter:
         how = "trained every parameter (method full)" if is_run else "holds no adapter"
         raise InputError(f"{run} {how}: {tuned.folder} is the whole model already")
@@ -168,22 +168,34 @@ def _prepare(
     return job
 
 
-def _tuned_now(run: Path, overrides: Mapping[str, Any] | None) -> tuple[Artifact, Recipe, bool]:
+def _tuned_now(run: Path, overrides: Mapping[str, Any] | None, watch: Observer) -> tuple[Artifact, Recipe, bool]:
     """The adapter, its run's recipe with the overrides, and whether it has a run.
 
-    Settings that decided the training cannot be changed afterwards.
+    Settings that decided the training cannot be changed afterwards. An adapter of another tool does not say how its
+    base was packed, if it was: the overrides may.
     """
     is_run = not (run / CONFIG).is_file()
     before = stored_recipe(read_record(run), run) if is_run else Recipe()
     now = load_recipe(run / "recipe.yaml" if is_run else None, overrides)
-    for name in ("method", "quantization", "lora", "training"):
+    tuned = find_artifact(str(run), overrides)
+    is_foreign = not is_run and not (tuned.folder / NOTE).is_file()
+    for name in ("lora", "training") if is_foreign else ("method", "quantization", "lora", "training"):
         if getattr(now, name) != getattr(before, name):
             raise RecipeError(f"{name} is fixed by the run and cannot be changed while merging; remove it")
-    tuned = find_artifact(str(run), overrides)
     if is_run:
         return tuned, now, is_run
-    if not (tuned.folder / NOTE).is_file() and not source_of(tuned).is_4bit:
-        tuned = replace(tuned, method="lora")  # of another tool, and merged into the base that it is given
+    if is_foreign:
+        tuned = replace(tuned, quantization=now.quantization)
+        says_how = {"method", "quantization"} & now.model_fields_set
+        if not (says_how and now.method == "qlora") and not source_of(tuned).is_4bit:
+            if now.method == "full":
+                raise RecipeError("method: an adapter was trained with lora or qlora; give one of them")
+            if not says_how:
+                watch.note(
+                    "the adapter does not say how its base was packed, so it is taken to be trained on 16 bits; "
+                    "--method qlora says that it was trained on 4, packed as the settings of quantization say"
+                )
+            tuned = replace(tuned, method="lora")
     return tuned, now.model_copy(update={"model": tuned.original, "quantization": tuned.quantization}), is_run
 
 
