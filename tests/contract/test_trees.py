@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from nybble.data import IGNORED, Example, FlatBatch, Groups, PadBatch
+from nybble.data import IGNORED, Example, FlatBatch, Groups, PadBatch, pack_rows
 from nybble.data.encode import EncodedRow
 from nybble.data.store import Examples, to_records
 from nybble.data.tree import merge_contexts, unfold
@@ -203,6 +203,18 @@ def test_the_reference_check_compares_trees_with_padded_rows(models: tuple[Any, 
     assert 0 < found.gradient_difference < 1e-5
     batch["parents"] = tuple(-1 if parent == 0 else parent for parent in batch["parents"])
     assert compare(models[1], batch, n, torch.float32).loss_difference > 1e-3
+
+
+def test_packed_trees_and_rows_learn_what_they_learn_apart(models: tuple[Any, Any]) -> None:
+    examples = [conversation(1), plain(5, 17), conversation(2), plain(6, 4), conversation(3, n_answers=2)]
+    packs = pack_rows([len(example.input_ids) for example in examples], 96)
+    assert 1 < len(packs) < len(examples)
+    packed = Groups(examples, packs)
+    loss, found = gradients(models[1], FlatBatch()([packed[n] for n in range(len(packed))]))
+    expected_loss, expected = gradients(models[1], FlatBatch()(grouped(examples)))
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert largest_relative(expected, found) < 1e-10
+    assert sorted(row for n in range(len(packed)) for row in packed.rows(n)) == sorted(e.row for e in examples)
 
 
 def test_processes_share_trees_as_they_share_rows() -> None:
