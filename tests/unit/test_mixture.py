@@ -82,6 +82,17 @@ def test_each_set_has_a_ledger(mixed: Call, tmp_path: Path) -> None:
     assert any(line.startswith(f"{tmp_path / 'b.jsonl'}: 8 rows to train, ") for line in ledger.in_words)
 
 
+def test_a_set_may_say_what_its_own_columns_hold(prepare: Call, tok: Any, tmp_path: Path) -> None:
+    rows = {"a": {"ask": "a", "reply": "1"}, "b": {"ask": "b", "best": "2", "reply": "3", "note": "x"}}
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    own = {"columns": "question=ask,answer=best", "ignore_columns": ["note", "reply"]}
+    sets = [str(tmp_path / "a.jsonl"), {"path": str(tmp_path / "b.jsonl"), **own}]
+    done = prepare([{"text": "unused"}], dataset_name=sets, columns="question=ask,answer=reply", chat_template="inst")
+    assert [text.strip() for text in texts(done, tok)] == ["a 1", "b 2"]
+    assert done.ledger.not_used == {}
+
+
 def test_no_row_is_both_held_out_and_trained_on(mixed: Call, tok: Any) -> None:
     done = mixed(a={"weight": 3}, b={"weight": 2}, eval_fraction=0.2)
     held = {tuple(example.input_ids) for example in done.held_out}
@@ -121,6 +132,8 @@ def test_one_path_twice_is_told_apart(prepare: Call, tmp_path: Path) -> None:
         ({"dataset_name": "[{path: a, weight: 0}]"}, "data.dataset_name: got"),
         ({"dataset_name": "[{path: a, share: 1}]"}, "data.dataset_name: got"),
         ({"dataset_name": "[{path: a, weight: 2, rows: 3}]"}, "data.dataset_name: got"),
+        ({"dataset_name": "[{path: a, columns: ask=b}]"}, "'ask=b' names no column; write role=column"),
+        ({"dataset_name": "[{path: a, data_format: odd}]"}, "data.dataset_name: got"),
         ({"dataset_name": "[a, b]", "max_train_rows": 3}, "max_train_rows is for one data set; give rows to each set"),
         ({"dataset_name": "[a, b]", "eval_dataset_split": "test"}, "eval_dataset_split is for one data set"),
         ({"dataset_name": "[{path: 'https://me:secret@a.example/x'}]"}, "holds a token or a password"),

@@ -78,18 +78,19 @@ def examine_rows(
     if data.chat_template is not None:
         tokenizer.chat_template = find_template(data.chat_template)
 
-    def encode(rows: Rows) -> Examples:
-        encoder = Encoder(tokenizer, find_layout(rows, data), data, evaluation.answer_field)
+    def encode(rows: Rows, own: DataSection) -> Examples:
+        encoder = Encoder(tokenizer, find_layout(rows, own), own, evaluation.answer_field)
         return encode_rows(rows, encoder, cache, watch or Silent())
 
     sets = [
         read_rows(part.path, part.split or "train", part.rows or data.max_train_rows, part.config, data.on_bad_row)
         for part in data.sets
     ]
+    sections = [data.of_set(part) for part in data.sets]
     eval_rows = _read_eval_rows(data, evaluation)
     # The held-out rows are few, so they are encoded first: their faults show at once.
-    eval_examples = encode(eval_rows) if eval_rows is not None else None
-    mixture = mix_sets(data.sets, sets, [encode(rows) for rows in sets])
+    eval_examples = encode(eval_rows, data) if eval_rows is not None else None
+    mixture = mix_sets(data.sets, sets, [encode(rows, own) for rows, own in zip(sets, sections, strict=True)])
     read = mixture.examples
     useful = _useful(read)
     if eval_examples is not None:
@@ -107,7 +108,7 @@ def examine_rows(
     dropped = is_good & ~used & ~(is_held_out & useful)
     held_out = _of_rows(held_out, held_out_useful)
     is_used = used[read.column("row") - 1]
-    shapes = [find_layout(rows, data).shape for rows in sets]
+    shapes = [find_layout(rows, own).shape for rows, own in zip(sets, sections, strict=True)]
 
     def count(is_counted: NDArray[np.bool_], shape: str) -> Ledger:
         """The ledger of those rows for which `is_counted`, `(rows,)`, is true."""

@@ -268,6 +268,24 @@ class LoraSection(Section):
         return self
 
 
+DataFormat = Literal["auto", "text", "prompt_completion", "qa", "alpaca", "sharegpt", "messages"]
+_OF_EACH_SET = ("data_format", "columns", "ignore_columns")  # settings that a set may have of its own
+
+
+def _as_names(value: Any) -> Any:
+    return split_names(value) if isinstance(value, str) else value
+
+
+def _checked_roles(value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    roles = [pair.partition("=")[0] for pair in value or ()]
+    for pair, role in zip(value or (), roles, strict=True):
+        if role not in COLUMN_ROLES or not pair.partition("=")[2] or roles.count(role) > 1:
+            raise ValueError(
+                f"{shown(pair)} names no column; write role=column once a role, with one of {', '.join(COLUMN_ROLES)}"
+            )
+    return value
+
+
 class DataSet(BaseModel):
     """One of several sets of training rows."""
 
@@ -282,6 +300,14 @@ class DataSet(BaseModel):
     )
     split: str | None = Field(None, description="Its split; dataset_split by default.")
     config: str | None = Field(None, description="Its configuration on the hub; dataset_config by default.")
+    data_format: DataFormat | None = Field(None, description="Format of its rows; data_format by default.")
+    columns: tuple[str, ...] | None = Field(None, description="What its columns hold; columns by default.")
+    ignore_columns: tuple[str, ...] | None = Field(
+        None, description="Columns of it that are left out; ignore_columns by default."
+    )
+
+    _names = field_validator("columns", "ignore_columns", mode="before")(_as_names)
+    _roles = field_validator("columns")(_checked_roles)
 
     @model_validator(mode="before")
     @classmethod
@@ -329,7 +355,7 @@ class DataSection(Section):
         le=1024,
         neutral=True,
     )
-    data_format: Literal["auto", "text", "prompt_completion", "qa", "alpaca", "sharegpt", "messages"] = setting(
+    data_format: DataFormat = setting(
         "auto", "Format of the rows; auto reads it from their columns.", aliases=("format_type", "dataset_format")
     )
     columns: tuple[str, ...] = setting(
@@ -424,10 +450,8 @@ class DataSection(Section):
         ge=1,
     )
 
-    @field_validator("columns", "ignore_columns", mode="before")
-    @classmethod
-    def _names(cls, value: Any) -> Any:
-        return split_names(value) if isinstance(value, str) else value
+    _names = field_validator("columns", "ignore_columns", mode="before")(_as_names)
+    _roles = field_validator("columns")(_checked_roles)
 
     @model_validator(mode="after")
     def _sets(self) -> DataSection:
@@ -442,29 +466,22 @@ class DataSection(Section):
 
     @property
     def sets(self) -> tuple[DataSet, ...]:
-        """The sets of training rows, with their splits and configurations."""
+        """The sets of training rows; each has what the section says of all of them, unless it says otherwise."""
         sets = self.dataset_name
         if isinstance(sets, str):
             sets = (DataSet.model_construct(path=sets),)  # an empty path is refused where rows are read
         filled = {"split": self.dataset_split, "config": self.dataset_config}
+        filled |= {name: getattr(self, name) for name in _OF_EACH_SET}
         return tuple(s.model_copy(update={k: v for k, v in filled.items() if getattr(s, k) is None}) for s in sets)
+
+    def of_set(self, part: DataSet) -> DataSection:
+        """The section as it applies to the rows of one of `sets`."""
+        return self.model_copy(update={name: getattr(part, name) for name in _OF_EACH_SET})
 
     @property
     def source(self) -> str:
         """The training rows, as a person names them."""
         return self.dataset_name if isinstance(self.dataset_name, str) else ", ".join(s.path for s in self.dataset_name)
-
-    @field_validator("columns")
-    @classmethod
-    def _roles(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        roles = [pair.partition("=")[0] for pair in value]
-        for pair, role in zip(value, roles, strict=True):
-            if role not in COLUMN_ROLES or not pair.partition("=")[2] or roles.count(role) > 1:
-                raise ValueError(
-                    f"{shown(pair)} names no column; write role=column once a role, with one of "
-                    f"{', '.join(COLUMN_ROLES)}"
-                )
-        return value
 
 
 class TrainingSection(Section):
