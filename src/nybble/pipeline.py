@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,11 +43,13 @@ from nybble.training import (
     Judge,
     Probe,
     RunRecorder,
+    Trackers,
     evaluate,
     generate_answers,
     probe_rates,
     refused_writes,
     sample_answers,
+    tracked,
     train_model,
 )
 
@@ -114,7 +116,8 @@ def written(run: RunContext, inputs: RunInputs) -> Iterator[RunRecorder]:
             if run.processes.is_main:
                 write_text(directory.path / "recipe.yaml", save_recipe(inputs.recipe))
                 directory.write_mask(learned_tokens_of(inputs))
-            yield recorder
+            with trackers_of(run, inputs) as recorder.trackers:
+                yield recorder
         if run.processes.is_main:
             run.observer.stage("report")
             write_report(directory.path)
@@ -129,6 +132,14 @@ def recorder_of(run: RunContext, inputs: RunInputs) -> RunRecorder:
     recorder = RunRecorder(run.directory, inputs.recipe, run.device, inputs.rows, inputs.plan, run.processes)
     recorder.record.clock = run.clock.isoformat()
     return recorder
+
+
+def trackers_of(run: RunContext, inputs: RunInputs) -> AbstractContextManager[Trackers]:
+    """The trackers that the recipe asks for; the first process tells them."""
+    if not run.processes.is_main:
+        return nullcontext(Trackers())
+    resumed = inputs.checkpointing.resumed
+    return tracked(inputs.recipe.training, run.directory.path, resumed.step if resumed else None)
 
 
 def learned_tokens_of(inputs: RunInputs) -> list[dict[str, Any]]:
@@ -152,6 +163,8 @@ def evaluate_base(run: RunContext, inputs: RunInputs, model: TrainableModel, rec
                 "an undamaged model, or --bnb_4bit_compute_dtype float32 if its numbers are too large for 16 bits"
             )
         recorder.record.evaluation_base = measured
+        if inputs.checkpointing.resumed is None:
+            recorder.trackers.log_evaluation(measured, step=0)
         answers = generate_answers(model.module, inputs.tokenizer, prompts, *arguments)
     return HeldOut(rows=inputs.rows.held_out, section=section, shown=inputs.shown, base_answers=answers)
 
@@ -182,6 +195,7 @@ def train_on_rows(
             step_memory=inputs.plan.step_memory,
             checkpointing=inputs.checkpointing,
             deadline=run.deadline,
+            trackers=recorder.trackers,
             processes=run.processes,
         )
     recorder.phase_peak("train", result.peak_bytes)
@@ -246,6 +260,7 @@ def evaluate_tuned(
     if measured and record.evaluation_base:
         run.directory.write_held_out(record.evaluation_base, measured)
     record.evaluation_tuned = measured
+    recorder.trackers.log_evaluation(measured)
     record.eval_loss = measured.loss if measured else None
 
 

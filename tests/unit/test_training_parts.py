@@ -1,4 +1,4 @@
-"""Parts of the training loop by themselves: optimizers by name, the order of rows, trackers, the objective."""
+"""Parts of the training loop by themselves: optimizers by name, the order of rows, the objective."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from nybble.data import Groups, PadBatch
 from nybble.data.encode import Example
-from nybble.errors import CannotRunError, RecipeError
+from nybble.errors import RecipeError
 from nybble.hardware import detect_device
 from nybble.recipe import TrainingSection
 from nybble.training.dataloader import StepLoader, epoch_order
@@ -26,7 +26,6 @@ from nybble.training.optim import (
     parameter_groups,
 )
 from nybble.training.stopping import Stops
-from nybble.training.trackers import start_trackers, tracker_names
 
 
 class Tiny(nn.Module):
@@ -144,42 +143,6 @@ def test_the_cursor_counts_the_groups_that_are_done() -> None:
     assert [len(loader.micro_batches_of(step)) for step in range(4)] == [3, 3, 1, 3]
     places = [(step, done, loader.cursor(step, done)) for step, done in ((0, 2), (2, 0), (2, 1), (3, 0))]
     assert [(c["epoch"], c["groups"]) for _, _, c in places] == [(0, 4), (0, 12), (0, 14), (1, 0)]
-
-
-def test_trackers_are_told_numbers_and_the_names_of_project_and_run(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    from accelerate import tracking
-
-    told: list[Any] = []
-
-    class Fake(tracking.GeneralTracker):
-        name = "wandb"
-        requires_logging_directory = False
-
-        def __init__(self, project: str, **named: str) -> None:
-            super().__init__(_blank=True)
-            told.append((project, named))
-
-        def store_init_configuration(self, values: dict[str, Any]) -> None:
-            told.append(values["learning_rate"])
-
-        def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
-            told.append((values, step))
-
-        def finish(self) -> None:
-            told.append("finished")
-
-    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "wandb", Fake)
-    monkeypatch.setattr(tracking, "get_available_trackers", lambda: [tracking.LoggerType.WANDB])
-    monkeypatch.setenv("WANDB_PROJECT", "mine")
-    section = TrainingSection(report_to="wandb", run_name="first", learning_rate=0.5)
-    trackers = start_trackers(section, tmp_path, None)
-    trackers.log({"train/loss": 1.5, "train/grad_norm": None}, 3)
-    trackers.finish()
-    assert told == [("mine", {"name": "first"}), 0.5, ({"train/loss": 1.5}, 3), "finished"]
-    with pytest.raises(CannotRunError, match="report_to: 'mlflow' is not installed; installed: wandb"):
-        tracker_names(TrainingSection(report_to="mlflow"))
 
 
 class MeanOnly(nn.Module):

@@ -16,7 +16,7 @@ from nybble.training.loop import Training, train
 from nybble.training.lr_probe import Judge, Probe, probe_rates
 from nybble.training.optim import check_optimizer_and_schedule
 from nybble.training.run_recorder import RunRecorder, software_versions
-from nybble.training.trackers import tracker_names
+from nybble.training.trackers import Trackers, tracked, tracker_names
 
 __all__ = [
     "Checkpointing",
@@ -24,6 +24,7 @@ __all__ = [
     "Judge",
     "Probe",
     "RunRecorder",
+    "Trackers",
     "TrainResult",
     "Training",
     "build",
@@ -41,6 +42,7 @@ __all__ = [
     "sample_answers",
     "software_versions",
     "stop_at",
+    "tracked",
     "tracker_names",
     "train",
     "train_model",

@@ -34,7 +34,7 @@ from nybble.training.optim import create_optimizer, create_schedule
 from nybble.training.run_recorder import software_versions
 from nybble.training.state import TrainState
 from nybble.training.stopping import Stops
-from nybble.training.trackers import Trackers, start_trackers
+from nybble.training.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def build(
     step_memory: StepMemory | None = None,
     checkpointing: Checkpointing | None = None,
     deadline: float | None = None,
+    trackers: Trackers | None = None,
     processes: Processes = Processes(),  # noqa: B008 - a value
 ) -> Training:
     """Put the parts of a training together, at its start or at the checkpoint that it continues from.
@@ -93,6 +94,7 @@ def build(
         step_memory: what a step takes at each depth of recomputation; None: every layer is recomputed.
         checkpointing: None: no checkpoints are written.
         deadline: by the monotonic clock; the training saves and stops before.
+        trackers: receive the logged figures.
         processes: that share each step.
     """
     from transformers import set_seed
@@ -114,7 +116,6 @@ def build(
     best = BestStep(evaluation)
     state = TrainState(model, optimizer, schedule, scaler, loader, device.torch_device, processes, best)
     writer = _writer(section, checkpointing, observer, processes)
-    trackers = start_trackers(section, run.path, resumed.step if resumed else None) if processes.is_main else Trackers()
     model.zero_grad(set_to_none=True)
     if resumed is not None:
         run.drop_lines_after(resumed.step)
@@ -136,7 +137,7 @@ def build(
         recomputation=recomputation,
         writer=writer,
         stops=Stops(deadline, lambda: writer.seconds, processes),
-        metrics=Metrics(run, observer, PeakMemory(device), max_steps, trackers, processes),
+        metrics=Metrics(run, observer, PeakMemory(device), max_steps, trackers or Trackers(), processes),
         run=run,
         observer=observer,
         held_out=held_out,
@@ -162,7 +163,6 @@ def train_model(model: Any, tokenizer: Any, groups: Groups, section: TrainingSec
         if bad is not None:
             refuse_bad_step(t, bad)
         t.writer.close()
-    t.metrics.close()
     _check_for_early_stop(t)
     best_notes, weights_step = _end_with_best(t) if t.state.best.counts else ([], t.state.step)
     return TrainResult(

@@ -33,6 +33,7 @@ class Metrics:
         self._trackers = trackers
         self._processes = processes
         self._created = time.monotonic()
+        self._tracked = (0, 0.0)  # tokens and seconds at the last logged step
         self.peak_bytes = 0  # of this process
         self.seconds_to_first_step: float | None = None
 
@@ -44,21 +45,31 @@ class Metrics:
     def log_step(self, state: TrainState, loss: float, learning_rate: float, grad_norm: Any) -> None:
         """The mean loss of the steps since the last log, and rate and gradient norm of this one."""
         norm = float(grad_norm)
-        self._log(state, loss=loss, learning_rate=learning_rate, grad_norm=norm)
+        peak = self._log(state, loss=loss, learning_rate=learning_rate, grad_norm=norm)
         epoch = state.step / state.loader.steps_an_epoch
-        values = {"loss": loss, "learning_rate": learning_rate, "grad_norm": norm, "epoch": epoch}
+        values = {
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "grad_norm": norm,
+            "epoch": epoch,
+            "tokens_per_second": self._speed(state),
+            "peak_memory_bytes": peak,
+        }
         self._trackers.log({f"train/{name}": value for name, value in values.items()}, state.step)
 
     def log_evaluation(self, state: TrainState, measured: Evaluation) -> None:
         """The figures of the held-out rows after this step."""
         self._log(state, eval_loss=measured.loss)
-        self._trackers.log({"eval/loss": measured.loss, "eval/exact_match": measured.exact_match}, state.step)
+        self._trackers.log_evaluation(measured, state.step)
 
-    def close(self) -> None:
-        """End the run in the trackers."""
-        self._trackers.finish()
+    def _speed(self, state: TrainState) -> float | None:
+        """Tokens a second since the last logged step, or since the start."""
+        tokens, seconds = self._tracked
+        self._tracked = (state.tokens, state.seconds)
+        return (state.tokens - tokens) / (state.seconds - seconds) if state.seconds > seconds else None
 
-    def _log(self, state: TrainState, **values: float) -> None:
+    def _log(self, state: TrainState, **values: float) -> int:
+        """Write an event; the highest memory of any process since the last one, in bytes."""
         peak = self._memory.peak_bytes()
         self.peak_bytes = max(self.peak_bytes, peak)
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
@@ -76,3 +87,4 @@ class Metrics:
         self._memory.reset()
         self._run.append_event(event)
         self._observer.step(event)
+        return event.peak_bytes

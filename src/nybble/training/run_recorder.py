@@ -20,6 +20,7 @@ from nybble.recipe import Plan, Recipe
 from nybble.run.directory import RunDirectory
 from nybble.run.processes import Processes
 from nybble.run.record import Phase, RunRecord
+from nybble.training.trackers import Trackers
 
 _LIBRARIES = ("nybble", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "bitsandbytes")
 
@@ -42,6 +43,7 @@ class RunRecorder:
         self._processes = processes
         self._peaks = [0] * processes.count  # by process
         self._started = time.monotonic()
+        self.trackers = Trackers()
         self._began = False  # whether training has begun: from then on there is something to keep
         self.record = RunRecord(
             status="running",
