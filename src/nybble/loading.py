@@ -121,7 +121,7 @@ def _calibrate(run: RunContext, inputs: RunInputs, recorder: RunRecorder, module
     with recorder.phase("calibrate"):
         result = calibrate(module, inputs.source, rows, section, inputs.recipe.lora, progress)
         if run.processes.is_main:
-            save_whole(run.directory.base, module, inputs.tokenizer)
+            save_whole(run.directory.base, module, inputs.tokenizer, inputs.source)
     recorder.record.model["calibration"] = {"rows": result.n_rows, "tokens": result.n_tokens, "left": result.left}
     what = f"calibrated on {result.n_rows:,} rows ({result.n_tokens:,} tokens)" if result.n_rows else "adapters started"
     run.observer.note(f"{what}; the base is kept in {run.directory.base}")

@@ -20,7 +20,15 @@ from nybble.data import Example, Ledger, ShownRow, examine_rows, rows_cache, sho
 from nybble.errors import InputError, ModelError, RecipeError
 from nybble.kernels import dispatcher
 from nybble.loading import TrainableModel, load
-from nybble.models import add_new_tokens, find_tokenizer, push_folder, save_adapter, trained_parameters, write_note
+from nybble.models import (
+    add_new_tokens,
+    find_tokenizer,
+    push_folder,
+    save_adapter,
+    trained_parameters,
+    write_note,
+    write_whole,
+)
 from nybble.preparation import RunInputs, check_directory_is_shared, open_run, prepare
 from nybble.recipe import (
     Recipe,
@@ -289,10 +297,10 @@ def save(run: RunContext, inputs: RunInputs, model: TrainableModel, recorder: Ru
         recorder.record.model["weights_hash"] = inputs.checkpointing.identity().base
         with atomic_folder(weights_folder(run, inputs)) as folder:
             if inputs.recipe.method == "full":
-                model.module.save_pretrained(folder)
+                write_whole(folder, model.module, inputs.tokenizer, inputs.source)
             else:
                 save_adapter(model.module, folder, trained)
-            inputs.tokenizer.save_pretrained(folder)
+                inputs.tokenizer.save_pretrained(folder)
             write_note(folder, inputs.recipe, recorder.record.rows["ledger"], recorder.record.model, run.clock)
             write_text(folder / "README.md", model_card(recorder.record.to_json()))  # PEFT's own is a form to fill in
 

@@ -90,8 +90,8 @@ def test_stock_peft_over_bitsandbytes_is_the_same_function(init: str, tiny_llama
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = tiny_llama()
-    model, done, _, lora = calibrated(folder, "calibrated", init)
-    save_whole(tmp_path / "base", model, AutoTokenizer.from_pretrained(folder))
+    model, done, source, lora = calibrated(folder, "calibrated", init)
+    save_whole(tmp_path / "base", model, AutoTokenizer.from_pretrained(folder), source)
     ours = attach(model, lora, str(tmp_path / "base"), done.starts)
     save_adapter(ours, tmp_path / "adapter")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
@@ -148,7 +148,7 @@ def test_without_rows_there_is_nothing_to_calibrate_on(tiny_llama: Factory) -> N
 def test_a_4bit_base_cannot_be_calibrated(tiny_llama: Factory, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    model, *_ = calibrated(tiny_llama(), "search")
-    save_whole(tmp_path / "packed", model, AutoTokenizer.from_pretrained(tiny_llama()))
+    model, _done, source, _lora = calibrated(tiny_llama(), "search")
+    save_whole(tmp_path / "packed", model, AutoTokenizer.from_pretrained(tiny_llama()), source)
     with pytest.raises(RecipeError, match="stored in 4 bits: calibration needs the 16-bit weights"):
         calibrated(tmp_path / "packed")

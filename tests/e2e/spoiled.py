@@ -156,12 +156,17 @@ def _spoil_configs(here: Path) -> None:
     (_copy(here, "beams") / "generation_config.json").write_text('{"num_beams": 1000000}')
     texts = {
         "encoder": '{"model_type": "t5"}',
+        "masked": '{"model_type": "bert"}',
+        "sighted": '{"model_type": "idefics"}',
+        "seeing": '{"model_type": "vit"}',
+        "captioner": '{"model_type": "florence2"}',
         "nojson": "{",
         "nested": '{"a": ' * 200 + "1" + "}" * 200,
         "array": "[]",
     }
     for name, text in texts.items():
         (_copy(here, name) / "config.json").write_text(text)
+    (_copy(here, "pictures") / "model_index.json").write_text("{}")
 
 
 def _spoil_tokenizers(here: Path) -> None:

@@ -103,6 +103,8 @@ _HALF_MROPE = {**_MROPE, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1
 _MAMBA_2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 2}
 
 # What a name does not tell, family by family (`#`: a second shape that checkpoints of the family have).
+_ENCODERS = """bert big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta roberta-prelayernorm
+roc_bert roformer xlm-roberta xlm-roberta-xl"""
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     # Which layers attend is told by a period or by indices, and by default two layers have no attention.
     "bamba": {"attn_layer_indices": [1], **_MAMBA_2},
@@ -128,7 +130,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": 16},
     "zaya": {"num_experts_per_tok": 1},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
-    "xmod": {"default_language": "en_XX"},
+    # Encoders, which are causal models where their config says so.
+    **{name: {"is_decoder": True} for name in _ENCODERS.split()},
+    "xlm": {"causal": True},
+    "xmod": {"default_language": "en_XX", "is_decoder": True},
     "cond:step3p7": {"text_config": {"sliding_window": 8}},
     "cond:muse_spark": {"audio_config": {"num_hidden_layers": 4}},
     "cond:molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},

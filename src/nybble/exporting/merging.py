@@ -395,7 +395,7 @@ class _Candidates:
         rows = prepared.calibration_rows(quantization.calibration_rows)
         calibrate(model, source, rows, quantization, LoraSection(), partial(job.watch.progress, "calibrating"))
         model.generation_config = self.generation
-        save_whole(folder, model, self.tokenizer)
+        save_whole(folder, model, self.tokenizer, source)
         shutil.rmtree(whole)
 
     def finish(self, best: Verification, result: dict[str, Any]) -> None:

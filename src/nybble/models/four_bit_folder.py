@@ -48,7 +48,7 @@ def _quantize(recipe: Recipe, folder: Path, watch: Observer) -> dict[str, Any]:
     section = recipe.quantization
     rows: list[list[int]] = []
     if section.encoder == "calibrated":
-        recipe = within_context(recipe, getattr(source.config, "max_position_embeddings", None), watch.note)
+        recipe = within_context(recipe, getattr(source.text_config, "max_position_embeddings", None), watch.note)
         prepared = prepare_rows(
             recipe.data, recipe.evaluation, tokenizer, recipe.training.seed, rows_cache(section), watch
         )
@@ -56,6 +56,6 @@ def _quantize(recipe: Recipe, folder: Path, watch: Observer) -> dict[str, Any]:
     packed, report = load_model(source, "qlora", recipe.model, section, detect_device(recipe.model.device))
     if needs_calibration(section, recipe.lora):
         calibrate(packed, source, rows, section, recipe.lora, partial(watch.progress, "calibrating"))
-    save_whole(folder, packed, tokenizer)
+    save_whole(folder, packed, tokenizer, source)
     file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return {"out": str(folder), "file_bytes": file_bytes, "bits_per_weight": report.bits_per_weight, **asdict(report)}

@@ -23,6 +23,8 @@ from nybble.models.experts import unpacked_experts
 from nybble.models.quantizer import NybbleConfig, adopt_bnb, raising_faults, register
 from nybble.models.skeleton import compute_dtype
 from nybble.models.source import ModelSource
+from nybble.models.text_part import check_equal, text_class
+from nybble.models.towers import complete
 from nybble.nn import Experts4bit, Linear4bit
 from nybble.recipe import ModelSection, QuantizationSection
 from nybble.storage.atomic import atomic_folder, remove_left_overs
@@ -83,6 +85,7 @@ def load_model(
     if method == "qlora" and not packed:
         raise ModelError(f"{source.name} has no linear layer that can be packed; use --method lora or full")
     loaded.eval()
+    notes += [_multimodal_note(source, loaded)] if source.is_multimodal else []
     blocks = swap_blocks(loaded)
     notes += [blocks.reason] if blocks.reason else []
     notes += unpacked_experts(loaded) if method == "qlora" else []
@@ -136,6 +139,16 @@ class _Kept:
         return [f"the packed base {why_not}"] if why_not else []
 
 
+def _multimodal_note(source: ModelSource, loaded: Any) -> str:
+    """Prove that the text model is that of the multimodal one, and say what was loaded."""
+    factor = check_equal(loaded, source.config)
+    kind = source.config.model_type
+    note = f"the text model of a multimodal {kind} checkpoint is trained alone; its towers are not loaded"
+    if factor != 1:
+        note += f" (transformers' {kind} class leaves out the factor {factor:g} of its logits, which is applied here)"
+    return note
+
+
 def _stored(source: ModelSource, folder: Path) -> ModelSource:
     """The same model under the same name, to be read from its packed form in `folder`."""
     quantization = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
@@ -149,8 +162,8 @@ def _packing(source: ModelSource, method: str, quantization: QuantizationSection
     register()
     if source.quantization is None:
         config = packing_config(quantization, dtype)
-        return {"config": source.config, "quantization_config": config}
-    config = copy.deepcopy(source.config)
+        return {"config": source.text_config, "quantization_config": config}
+    config = copy.deepcopy(source.text_config)
     config.quantization_config = adopt_bnb(
         {**source.quantization, "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch.")}
     )
@@ -190,15 +203,16 @@ def _from_pretrained(
 ) -> Any:
     from transformers import AutoModelForCausalLM
 
+    remote = {} if source.is_multimodal else {"trust_remote_code": model.trust_remote_code}
+    cls = text_class(source.config) if source.is_multimodal else AutoModelForCausalLM
     try:
         with raising_faults():
-            loaded, info = AutoModelForCausalLM.from_pretrained(
+            loaded, info = cls.from_pretrained(
                 source.folder,
-                **{"config": source.config, **packing},
+                **{"config": source.text_config, **packing, **remote},
                 dtype=torch.float32 if method == "full" else dtype,
                 device_map={"": place},
                 attn_implementation=model.attn_implementation,
-                trust_remote_code=model.trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
             )
@@ -210,12 +224,24 @@ def _from_pretrained(
     return loaded
 
 
-def save_whole(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write model and tokenizer to the new `folder`, which appears either complete or not at all."""
+def save_whole(folder: Path, model: Any, tokenizer: Any, source: ModelSource) -> None:
+    """Write model and tokenizer to the new `folder`, which appears either complete or not at all.
+
+    `source` is what the model was loaded from; of a multimodal one, the towers are copied.
+    """
     remove_left_overs(folder.parent, of=folder)
     with atomic_folder(folder) as unfinished:
-        model.save_pretrained(unfinished, max_shard_size=SHARD_SIZE)
-        tokenizer.save_pretrained(unfinished)
+        write_whole(unfinished, model, tokenizer, source)
+
+
+def write_whole(folder: Path, model: Any, tokenizer: Any, source: ModelSource) -> None:
+    """Write model and tokenizer into `folder`, in the architecture of `source`."""
+    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    tokenizer.save_pretrained(folder)
+    if source.is_multimodal:
+        now, before = model.config, source.text_config
+        settings = {name: getattr(now, name) for name in ("vocab_size", "tie_word_embeddings")}
+        complete(folder, source, {n: value for n, value in settings.items() if value != getattr(before, n)})
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

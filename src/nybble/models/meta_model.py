@@ -17,6 +17,7 @@ from nybble.models.adapters import attach
 from nybble.models.blocks import swap_blocks
 from nybble.models.experts import experts_to_pack, packed_experts, swap_experts
 from nybble.models.skeleton import linears_to_pack, model_without_weights, swap_linears
+from nybble.models.text_part import text_section
 from nybble.models.vocabulary import NewTokens
 from nybble.nn import Linear4bit
 from nybble.quant import PackedWeight
@@ -26,16 +27,17 @@ from nybble.recipe import QuantizationSection, Recipe
 
 def config_with_layers(config: Any, n_layers: int) -> Any:
     """A copy of `config` with `n_layers` decoder layers, among them every kind of layer that it has."""
-    cut = copy.deepcopy(config)
+    whole = copy.deepcopy(config)
+    whole.__dict__.pop("quantization_config", None)  # of a folder in 4 bits: `meta_model` packs by itself
+    cut = text_section(whole)
+    kinds = getattr(cut, "layer_types", None)
     cut.num_hidden_layers = n_layers
-    cut.__dict__.pop("quantization_config", None)  # of a folder in 4 bits: `meta_model` packs by itself
-    kinds = getattr(config, "layer_types", None)
     if kinds:
         # The last layer's kind may differ; memory does not, but each kind brings rotary tables of its own.
         rare = list(dict.fromkeys(kinds))
         with suppress(AttributeError):  # a config that derives them from the number of layers cannot be told
             cut.layer_types = [*rare, *([kinds[0]] * n_layers)][:n_layers]
-    return cut
+    return whole
 
 
 def meta_model(config: Any, recipe: Recipe, dtype: torch.dtype) -> Any:

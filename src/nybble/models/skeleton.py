@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
+from nybble.models.text_part import is_multimodal, text_class, text_config
 from nybble.nn import Linear4bit
 
 
@@ -121,9 +122,13 @@ def swap_linears(model: nn.Module, names: Iterable[str], dtype: torch.dtype) -> 
 def model_without_weights(config: Any, **settings: Any) -> Any:
     """The causal language model that transformers builds of `config`, on the meta device.
 
-    `settings` go to transformers' `from_config`. Raises what transformers raises for a config that it cannot build.
+    Of a multimodal config that is its text model. `settings` go to transformers' `from_config`. Raises what
+    transformers raises for a config that it cannot build.
     """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
+        if is_multimodal(config):
+            settings.pop("trust_remote_code", None)
+            return text_class(config)._from_config(text_config(config), **settings)
         return AutoModelForCausalLM.from_config(config, **settings)

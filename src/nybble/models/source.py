@@ -16,10 +16,12 @@ from typing import Any
 from nybble.errors import CannotRunError, ModelError
 from nybble.guard import as_path, library_faults, shown
 from nybble.models.folder_checks import check_fits, read_header, read_numbers, weight_files
+from nybble.models.text_part import is_multimodal, owner_of, place_of, text_config, text_section
 from nybble.recipe import ModelSection
 
 _WEIGHTS = "*.safetensors"
 _SAMPLE = 4096  # bytes of each tensor that enter a fingerprint
+_ADVICE = "give a causal language model, or a multimodal one that contains one"
 _FILES = ("*.json", "*.jinja", "*.model", "*.txt", "README.md")
 
 
@@ -31,6 +33,16 @@ class ModelSource:
     folder: Path
     config: Any  # transformers' PretrainedConfig
     quantization: dict[str, Any] | None  # the folder's own quantization_config
+
+    @cached_property
+    def text_config(self) -> Any:
+        """The config of the language model alone; `config` itself where the model is nothing else."""
+        return text_config(self.config)
+
+    @property
+    def is_multimodal(self) -> bool:
+        """True if the folder holds towers beside the language model that is loaded."""
+        return is_multimodal(self.config)
 
     @property
     def is_4bit(self) -> bool:
@@ -132,9 +144,11 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
         ModelError: there is none, or it is not the config of a causal language model.
     """
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto import modeling_auto as auto
 
     file = folder / "config.json"
+    if (folder / "model_index.json").is_file():
+        raise ModelError(f"{folder} is a pipeline of diffusers, which makes images; {_ADVICE}")
     if not file.is_file():
         raise ModelError(f"{folder} contains no config.json, so it is not a model folder; give one that contains it")
     content = read_numbers(file)
@@ -143,16 +157,57 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
             f"{file}: transformers_weights names a file; only model.safetensors is allowed; rename that file"
         )
     kind, has_code = content.get("model_type"), bool(content.get("auto_map"))
-    is_known = isinstance(kind, str) and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if has_code and not is_known and not trust_remote_code:
+    tables = (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    )
+    if has_code and not any(kind in table for table in tables if isinstance(kind, str)) and not trust_remote_code:
         raise ModelError(
             f"{folder}: a {shown(kind)} model runs Python code of its own (auto_map); read that code, then set "
             "--trust_remote_code, or give a model that transformers knows"
         )
     with library_faults(f"{file} cannot be used", ModelError, "give the folder of a causal language model"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if not is_known and not (trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})):
-        raise ModelError(
-            f"{folder} is a {config.model_type!r} model; give a causal language model, which Nybble trains"
-        )
+    if not (trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})):
+        _check_generates(folder, config)
     return config
+
+
+def _check_generates(folder: Path, config: Any) -> None:
+    """Check that transformers has a causal language model for `config`, alone or in a multimodal model.
+
+    Raises:
+        ModelError: it has none; the message names what the model is.
+        CannotRunError: a package that the multimodal class needs is missing.
+    """
+    if other := _other_kind(config):
+        raise ModelError(f"{folder} is {other} of type {config.model_type!r}; {_ADVICE}")
+    if is_multimodal(config):
+        try:
+            place_of(config)
+        except ModelError as error:
+            raise ModelError(f"{folder}: {error}") from error
+
+
+def _other_kind(config: Any) -> str | None:
+    """What a model is that is no causal language model and contains none, in words; None where it may be."""
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = config.model_type
+    masked = kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if is_multimodal(config):
+        if config.is_encoder_decoder or text_section(config).is_encoder_decoder:
+            return "a multimodal encoder-decoder"
+        return "a diffusion model" if "Diffusion" in str(owner_of(config)) else None
+    if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        looks_ahead = not (getattr(config, "is_decoder", False) or getattr(config, "causal", False))
+        is_encoder = masked and looks_ahead and not config.is_encoder_decoder
+        return (
+            "an encoder, which sees the tokens that it should predict (is_decoder is not true)," if is_encoder else None
+        )
+    if config.is_encoder_decoder:
+        return "an encoder-decoder"
+    if kind in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return "a multimodal model without a text model of its own,"
+    return "an encoder" if masked else "a model"

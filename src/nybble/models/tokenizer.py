@@ -37,9 +37,9 @@ def load_tokenizer(source: ModelSource, model: ModelSection, n_embeddings: int =
     folder = find_folder(name, with_weights=False, with_code=code) if name else source.folder
     tokenizer = _read(folder, code)
     size = max(tokenizer.get_vocab().values(), default=0) + 1
-    if size > max(source.config.vocab_size, n_embeddings):
+    if size > max(source.text_config.vocab_size, n_embeddings):
         raise ModelError(
-            f"{folder}: token {size - 1:,}, the model has embeddings for {source.config.vocab_size:,}; "
+            f"{folder}: token {size - 1:,}, the model has embeddings for {source.text_config.vocab_size:,}; "
             "give the tokenizer that belongs to the model"
         )
     return tokenizer
@@ -61,7 +61,9 @@ def find_tokenizer(model: ModelSection) -> tuple[Any, int | None]:
 
 def _context(folder: Path) -> int | None:
     file = folder / "config.json"
-    limit = read_numbers(file).get("max_position_embeddings") if file.is_file() else None
+    content = read_numbers(file) if file.is_file() else {}
+    text = content.get("text_config")  # of a multimodal model
+    limit = {**content, **(text if isinstance(text, dict) else {})}.get("max_position_embeddings")
     return limit if isinstance(limit, int) else None
 
 

@@ -1,0 +1,172 @@
+"""The text models of multimodal checkpoints, family by family, against the whole models of transformers and PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig
+
+from nybble.errors import ModelError
+from nybble.hardware import detect_device
+from nybble.models import attach, find_model, load_model, save_adapter
+from nybble.models.load import save_whole
+from nybble.models.text_part import check_equal, place_of
+from nybble.models.towers import tower_keys
+from nybble.nn import Linear4bit
+from nybble.recipe import LoraSection, ModelSection, QuantizationSection
+from tools.families import write_tiny
+
+# Of each way in which decoder and head are placed, built and multiplied one; the others belong to the long matrix.
+CORE = ("gemma3", "mistral3", "qwen2_5_vl", "qwen3_5", "smolvlm", "cohere2_vision")
+MORE = """llama4 aria aya_vision cosmos3_omni deepseek_vl ernie4_5_vl_moe exaone4_5 fuyu gemma4 glm46v glm4v glm4v_moe
+    glm_ocr got_ocr2 granite_docling granite_speech hyperclovax_vision_v2 idefics2 idefics3 internvl janus kimi_k25
+    lfm2_vl lighton_ocr llava llava_next llava_next_video llava_onevision minicpmv4_6 minimax_m3_vl mistral_large4
+    mllama muse_glimmer nemotron_h_omni ovis2 paddleocr_vl paligemma qianfan_ocr qwen2_audio qwen2_vl qwen3_5_moe
+    qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe step3p7 video_llama_3 video_llava vipllava voxtral"""
+FAMILIES = [*CORE, *(pytest.param(name, marks=pytest.mark.nightly) for name in MORE.split())]
+# transformers' own class of the whole leaves out the factor of the logits that the text model has.
+SCALED = {"aya_vision": 0.0625, "cohere2_vision": 0.0625}
+IDS = torch.arange(20, 44).view(2, 12)
+Checkpoint = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """`checkpoint(family)` -> folder of a random multimodal model in float32; made once: do not write."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            folder = write_tiny(f"cond:{family}", tmp_path_factory.mktemp(family), tiny_llama())
+            (folder / "preprocessor_config.json").write_text('{"image_processor_type": "ViTImageProcessor"}')
+            made[family] = folder
+        return made[family]
+
+    return make
+
+
+def section(folder: Path) -> ModelSection:
+    return ModelSection(model_name_or_path=str(folder), device="cpu")
+
+
+def load(folder: Path, method: str = "lora") -> Any:
+    quantization = QuantizationSection(bnb_4bit_compute_dtype="float32")
+    source = find_model(section(folder))
+    return load_model(source, method, section(folder), quantization, detect_device("cpu"))
+
+
+def whole(folder: Path) -> Any:
+    """The whole model, as stock transformers reads it."""
+    name = AutoConfig.from_pretrained(folder).architectures[0]
+    return getattr(transformers, name).from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def logits(model: Any, family: str = "") -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=IDS).logits.float()
+    return found * SCALED.get(family, 1.0)
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            found |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    return found
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_alone_the_text_model_computes_what_it_does_in_the_whole(family: str, checkpoint: Checkpoint) -> None:
+    folder = checkpoint(family)
+    stock = whole(folder)
+    ours, report = load(folder)
+    torch.testing.assert_close(logits(ours), logits(stock, family), atol=1e-5, rtol=1e-5)
+    assert any("multimodal" in note for note in report.notes)
+    names = {name for name, _ in stock.named_parameters()}
+    mine = dict(ours.named_parameters())
+    assert set(mine) <= names
+    place = place_of(stock.config)
+    inside = [n for n, _ in stock.named_parameters() if n.startswith((f"{place.decoder}.", f"{place.head}."))]
+    assert set(mine) == set(inside)  # no tower
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_adapter_loads_in_stock_peft_onto_the_whole(family: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    folder = checkpoint(family)
+    ours = attach(load(folder)[0], LoraSection(r=4), str(folder))
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    save_adapter(ours, tmp_path)
+    theirs = PeftModel.from_pretrained(whole(folder), tmp_path).eval()
+    adapted = [name for name, _ in theirs.named_parameters() if "lora_A" in name]
+    assert len(adapted) == sum("lora_A" in name for name, _ in ours.named_parameters())
+    torch.testing.assert_close(logits(ours.eval()), logits(theirs, family), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(logits(ours), logits(whole(folder), family), atol=1e-2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_4bit_folder_is_of_the_whole(family: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    folder = checkpoint(family)
+    source = find_model(section(folder))
+    packed, _ = load(folder, "qlora")
+    save_whole(tmp_path / "packed", packed, transformers.AutoTokenizer.from_pretrained(folder), source)
+    before, after = tensors(folder), tensors(tmp_path / "packed")
+    towers = tower_keys(source.config, before)
+    assert towers
+    assert all(same_bytes(before[name], after[name]) for name in towers)
+    assert (tmp_path / "packed" / "preprocessor_config.json").is_file()
+    again, _ = load(tmp_path / "packed", "qlora")
+    assert torch.equal(logits(again), logits(packed))
+    stock = whole(tmp_path / "packed")
+    place = place_of(source.config)
+    theirs = {name for name, module in stock.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert theirs == {name for name, module in packed.named_modules() if isinstance(module, Linear4bit)}
+    assert all(name.startswith(place.decoder) for name in theirs)
+
+
+def test_a_missing_tensor_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder = checkpoint("gemma3")
+    for file in folder.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    left = {name: t for name, t in tensors(folder).items() if "layers.1.mlp.up_proj" not in name}
+    save_file(left, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"missing tensors: 1, e\.g\. model\.language_model\.layers\.1\.mlp\.up_proj"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("blip-2", "blip-2 .* does not run on text alone .*pixel_values.*, so it cannot be trained on rows of text"),
+        ("florence2", "is a multimodal encoder-decoder of type 'florence2'; give a causal language model"),
+        ("idefics", "is a multimodal model without a text model of its own, of type 'idefics'"),
+    ],
+)
+def test_what_cannot_be_trained_on_text_alone_is_named(family: str, message: str, checkpoint: Checkpoint) -> None:
+    with pytest.raises(ModelError, match=message):
+        load(checkpoint(family))
+
+
+def test_a_text_model_that_computes_something_else_is_refused(checkpoint: Checkpoint) -> None:
+    folder = checkpoint("qwen2_5_vl")
+    ours, _ = load(folder)
+    ours.config.final_logit_softcapping = 0.01  # a head that the whole does not have
+    with pytest.raises(ModelError, match="treats text in another way than its text model does alone"):
+        check_equal(ours, AutoConfig.from_pretrained(folder))
