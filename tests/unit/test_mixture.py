@@ -83,14 +83,14 @@ def test_each_set_has_a_ledger(mixed: Call, tmp_path: Path) -> None:
 
 
 def test_a_set_may_say_what_its_own_columns_hold(prepare: Call, tok: Any, tmp_path: Path) -> None:
-    rows = {"a": {"ask": "a", "reply": "1"}, "b": {"ask": "b", "best": "2", "reply": "3", "note": "x"}}
+    rows = {"a": {"ask": "a", "reply": "1"}, "b": {"ask": "b", "best": "2", "reply": "3", "system": "x"}}
     for name, row in rows.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
-    own = {"columns": "question=ask,answer=best", "ignore_columns": ["note", "reply"]}
+    own = {"columns": "question=ask,answer=best", "ignore_columns": ["system"]}
     sets = [str(tmp_path / "a.jsonl"), {"path": str(tmp_path / "b.jsonl"), **own}]
     done = prepare([{"text": "unused"}], dataset_name=sets, columns="question=ask,answer=reply", chat_template="inst")
     assert [text.strip() for text in texts(done, tok)] == ["a 1", "b 2"]
-    assert done.ledger.not_used == {}
+    assert done.ledger.not_used == {"reply": 1, "system": 1}
 
 
 def test_no_row_is_both_held_out_and_trained_on(mixed: Call, tok: Any) -> None:
