@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ModelError
-from nybble.models import PREFIX, BaseWeights, embeddings_and_head, model_without_weights, read_adapter, with_mean_rows
+from nybble.models import PREFIX, BaseWeights, embeddings_and_head, read_adapter, with_mean_rows
 from nybble.storage.shards import plan_shards
 
 SHARD_BYTES = 1_000_000_000
 _FACTORS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 _ROWS = "token_adapter.trainable_tokens_delta"
 # Settings of PEFT's LoRA adapters that this arithmetic does not support.
-_UNKNOWN = ("fan_in_fan_out", "lora_bias")
+_UNKNOWN = ("lora_bias",)
 
 
 class AdapterDelta:
@@ -84,12 +84,14 @@ class AdapterDelta:
         a, b = (self.read(f"{module}.{end}") for end in _FACTORS[:2])
         return a, b
 
-    def apply(self, module: str, weight: Tensor) -> Tensor:
-        """The merged weight, `(out, in) float32`.
+    def apply(self, module: str, weight: Tensor, is_transposed: bool = False) -> Tensor:
+        """The merged weight, `(out, in) float32`, or, if `is_transposed`, `(in, out)` as `weight` is.
 
         Raises:
             ModelError: the sizes of the factors do not fit the weight.
         """
+        if is_transposed:
+            return self.apply(module, weight.t()).t()
         a, b = self.factors(module)
         if (b.shape[0], a.shape[1]) != tuple(weight.shape):
             raise ModelError(
@@ -136,11 +138,12 @@ class MergedWeights:
         self._saved = set(delta.saved())
         changed = {*self._saved, *(f"{module}.weight" for module in (*delta.ranks, *delta.rows))}
         config = base.source.config
-        embeddings, head = (f"{name}.weight" for name in embeddings_and_head(model_without_weights(config)))
-        is_tied = bool(getattr(config, "tie_word_embeddings", False)) and self._place(embeddings) is not None
+        embeddings, head = (f"{name}.weight" for name in embeddings_and_head(base.model))
+        is_tied = bool(getattr(config, "tie_word_embeddings", False)) and base.place(embeddings) is not None
         together = delta.keeps_tied and embeddings in self._saved and head.removesuffix(".weight") not in delta.ranks
         self._unties = is_tied and not together and (head in changed or embeddings in self._saved)
-        places = {name: self._place(name) for name in changed}
+        is_one = is_tied and base.place(head) == base.place(embeddings)  # a head that is not stored
+        places = {name: None if is_one and name == head else base.place(name) for name in changed}
         missing = sorted(name for name, place in places.items() if place is None and not (is_tied and name == head))
         if missing:
             raise ModelError(
@@ -148,18 +151,20 @@ class MergedWeights:
                 "have, or in a way that cannot be merged; give the base that it was trained on"
             )
         own_names = {place: name for name, place in places.items()}
+        double = next((name for name, place in places.items() if place and own_names[place] != name), None)
+        if double:
+            raise ModelError(
+                f"{delta.folder}: {double} and {own_names[places[double]]} are one weight in {base.source.name}, and the "
+                "adapter changes them differently, which no merged weight can hold; use the adapter on its base"
+            )
         # Name in the merged folder -> name in the base's files, name in the adapter.
         self._tensors = {name: (name, own_names.get(name, name)) for name in base.names()}
-        self._embeddings = self._place(embeddings) or ""
-        head_place = self._place(head) or head
+        self._embeddings = base.place(embeddings) or ""
+        head_place = head if is_one else base.place(head) or head
         if self._unties:
             self._tensors[head_place] = (self._embeddings, head)
         elif is_tied and head_place in self._tensors:  # stored twice
             self._tensors[head_place] = self._tensors[self._embeddings]
-
-    def _place(self, name: str) -> str | None:
-        """The name in the base's files of a tensor; checkpoints of a bare decoder lack the model's own first name."""
-        return next((place for place in (name, name.partition(".")[2]) if place in self._base), None)
 
     def names(self) -> list[str]:
         """The names of all tensors."""
@@ -181,7 +186,7 @@ class MergedWeights:
             return self._delta.read(own)
         module, tensor = own.removesuffix(".weight"), self._base.read(place)
         if module in self._delta.ranks and own != module:
-            tensor = self._delta.apply(module, tensor)
+            tensor = self._delta.apply(module, tensor, place in self._base.transposed)
         return self._delta.put_rows(module, tensor) if module in self._delta.rows and own != module else tensor
 
     def config_changes(self) -> dict[str, Any]:

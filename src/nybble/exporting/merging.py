@@ -29,6 +29,7 @@ from nybble.errors import CannotRunError, InputError, ModelError, RecipeError
 from nybble.exporting.arithmetic import AdapterDelta, merged_bytes, write_merged
 from nybble.exporting.card import merged_card
 from nybble.exporting.verify import TEXTS, Limits, Reference, Verification
+from nybble.guard import read_object
 from nybble.hardware import Device, detect_device
 from nybble.models import (
     CONFIG,
@@ -295,20 +296,20 @@ def _rows(job: _Merge) -> _Compared:
     return _Compared("trained", prepared.train, prepared)
 
 
-def _ask_adapter(job: _Merge, reference: Reference, compared: _Compared) -> tuple[Any, Any, Any]:
-    """Store the answers of the adapter on its base; return its config, generation config and tokenizer."""
+def _ask_adapter(job: _Merge, reference: Reference, compared: _Compared) -> tuple[Any, Any]:
+    """Store the answers of the adapter on its base; return its generation config and tokenizer."""
     job.watch.stage("reference")
     model, tokenizer, dtype = load_artifact(job.tuned, job.device)
     stop_at(model, job.tuned.stop_tokens)
     if compared.kind == "held-out":
         _check_against_run(job, compared.rows, partial(evaluate, model, tokenizer, compute_dtype=dtype))
     reference.capture(model, tokenizer, dtype)
-    config, generation = model.config, model.generation_config
+    generation = model.generation_config
     del model
     gc.collect()
     if job.device.type == "cuda":
         torch.cuda.empty_cache()
-    return config, generation, tokenizer
+    return generation, tokenizer
 
 
 def _check_against_run(job: _Merge, rows: Sequence[Example], evaluated: Callable[..., Evaluation | None]) -> None:
@@ -340,9 +341,8 @@ def _check_against_run(job: _Merge, rows: Sequence[Example], evaluated: Callable
 class _Candidates:
     """The merged models that are tried, each in a hidden folder beside the destination."""
 
-    def __init__(self, job: _Merge, config: Any, generation: Any, tokenizer: Any) -> None:
+    def __init__(self, job: _Merge, generation: Any, tokenizer: Any) -> None:
         self.job = job
-        self.config = config
         self.generation = generation
         self.tokenizer = tokenizer
 
@@ -372,7 +372,8 @@ class _Candidates:
         with job.bases[target] as base, AdapterDelta(job.tuned.folder) as delta:
             progress = partial(job.watch.progress, f"merging into {target}")
             changes = write_merged(base, delta, folder, job.dtype, progress)
-        content = self.config.to_diff_dict() | changes
+            # The base's own file: not every config that transformers writes is one that it reads.
+            content = read_object(base.source.folder / "config.json", ModelError, "download it again") | changes
         for name in ("quantization_config", "_name_or_path"):  # it is no longer packed, and its folder is another one
             content.pop(name, None)
         content |= {"dtype": str(job.dtype).removeprefix("torch."), "eos_token_id": self.generation.eos_token_id}

@@ -29,6 +29,7 @@ _A, _B = ("lora_A.weight", "lora_embedding_A"), ("lora_B.weight", "lora_embeddin
 _OF_TRAINING = {
     *("task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "target_modules", "exclude_modules"),
     *("lora_dropout", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "megatron_core"),
+    "target_parameters",  # the tensors say what is adapted
     *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config"),
 }
 _Name = Annotated[str, StringConstraints(pattern=r"^[\w.]{1,200}$")]  # a pattern is refused: PEFT would match it as one

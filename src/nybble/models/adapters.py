@@ -6,7 +6,6 @@ the folder that is saved loads in stock PEFT over the same base in 16 or 4 bits.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,14 +16,16 @@ from torch import Tensor, nn
 
 from nybble.errors import ModelError
 from nybble.guard import brief
-from nybble.models.adapter_files import read_adapter
+from nybble.models.adapter_files import CONFIG, read_adapter
 from nybble.models.blocks import blocks_of, use_token_rows, use_whole_head
+from nybble.models.peft_names import config_text, targets_as_told
 from nybble.models.sharding import full_tensors, shard_like
 from nybble.models.skeleton import embeddings_and_head
 from nybble.models.targets import lora_config, token_indices
 from nybble.models.vocabulary import NewTokens, grow_vocabulary, make_room
 from nybble.nn import Linear4bit
 from nybble.recipe import LoraSection
+from nybble.storage.atomic import write_text
 
 
 def attach(
@@ -55,7 +56,8 @@ def attach(
         make_room(model, tokens)
         config.trainable_token_indices = token_indices(model, tokens.ids)
     use_our_layer(config)
-    adapted = _with_token_rows(get_peft_model(model, config))
+    with targets_as_told(model):
+        adapted = _with_token_rows(get_peft_model(model, config))
     _as_masters(adapted)
     adapted.peft_config["default"].base_model_name_or_path = base_name
     with torch.no_grad():
@@ -77,7 +79,7 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
     files = read_adapter(folder)
     grow_vocabulary(model, files.n_embeddings(embeddings_and_head(model)[0]))
     config = files.to_peft(model)
-    with _fitting(folder):
+    with _fitting(folder), targets_as_told(model):
         return _unmergeable(_with_token_rows(PeftModel.from_pretrained(model, folder, config=config)))
 
 
@@ -92,7 +94,7 @@ def add_adapter(adapted: Any, folder: Path, name: str) -> None:
     if files.n_embeddings(embeddings_and_head(base)[0]) > size:
         raise ModelError(f"{folder}: has rows for tokens beyond the {size:,} of the first adapter; ask it separately")
     config = files.to_peft(base)
-    with _fitting(folder):
+    with _fitting(folder), targets_as_told(base):
         adapted.add_adapter(name, config)
         adapted.load_adapter(folder, name)
 
@@ -152,6 +154,7 @@ def save_adapter(model: Any, folder: Path, trained: dict[str, Tensor] | None = N
     Of a model in shards, `trained` is what `trained_parameters` gave.
     """
     model.save_pretrained(folder, save_embedding_layers=False, state_dict=trained)
+    write_text(folder / CONFIG, config_text(model))
 
 
 def trained_parameters(model: Any) -> dict[str, Tensor]:
@@ -170,9 +173,7 @@ def trained_weights(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     weights = {name: full_tensors(p.detach()) for name, p in _by_file_name(model).items()}
     if not isinstance(model, PeftModel):
         return weights, {}
-    config = {**model.peft_config["default"].to_dict(), "inference_mode": True}
-    text = json.dumps({k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}, indent=2, sort_keys=True)
-    return weights, {"adapter_config.json": text}
+    return weights, {CONFIG: config_text(model)}
 
 
 def put_weights_back(model: Any, weights: Mapping[str, Tensor]) -> None:

@@ -7,6 +7,7 @@ checkpoint, or packed from the 16-bit one by the same encoder again, which gives
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor
 
 from nybble.errors import ModelError
 from nybble.kernels import dequantize, quantize
+from nybble.models.checkpoint_names import names_in_checkpoint
 from nybble.models.folder_checks import weight_files
 from nybble.models.load import cached_source, packing_config
-from nybble.models.skeleton import linears_to_pack, model_without_weights
+from nybble.models.skeleton import is_conv1d, linears_to_pack, model_without_weights
 from nybble.models.source import ModelSource
 from nybble.quant import SUFFIXES, from_bnb, stored_shape
 from nybble.recipe import QuantizationSection
@@ -41,11 +43,6 @@ class BaseWeights:
         if packing is not None and dtype is not None and not source.is_4bit:
             source = cached_source(source, packing, dtype)
         self.source = source
-        self._to_pack: set[str] = set()
-        if packing is not None and dtype is not None and not source.is_4bit:
-            modules, _left = linears_to_pack(model_without_weights(source.config), packing.skip_modules)
-            # Checkpoints of a bare decoder lack the model's own first name.
-            self._to_pack = {f"{name}.weight" for module in modules for name in (module, module.partition(".")[2])}
         self._files: dict[str, Any] = {}
         self._stack = ExitStack()
 
@@ -61,56 +58,88 @@ class BaseWeights:
         self._stack.close()
         self._files = {}
 
+    @cached_property
+    def model(self) -> Any:
+        """The model of this checkpoint, on the meta device."""
+        return model_without_weights(self.source.config)
+
+    @cached_property
+    def _places(self) -> dict[str, str]:
+        return names_in_checkpoint(self.model, self.names())
+
+    @cached_property
+    def _to_pack(self) -> set[str | None]:
+        """The names of the tensors that training packed."""
+        if self._packing is None or self._dtype is None or self.source.is_4bit:
+            return set()
+        return {self.name_of(module) for module in linears_to_pack(self.model, self._packing.skip_modules)[0]}
+
+    @cached_property
+    def transposed(self) -> set[str | None]:
+        """The names of the weights of linears that are stored as `(in, out)`."""
+        modules = [name for name, module in self.model.named_modules() if is_conv1d(module)]
+        return {self.name_of(module) for module in modules}
+
     def names(self) -> list[str]:
         """The names of all tensors, in the order of the files."""
         return [name for name in self._files if not name.endswith(_COMPANIONS)]
 
+    def place(self, name: str) -> str | None:
+        """The name in the files of a tensor of the model; None if they do not hold it as it is."""
+        return self._places.get(name)
+
     def name_of(self, module: str) -> str | None:
         """The name of the weight of `module`; None if there is none."""
-        return next((name for name in (f"{module}.weight", f"{module.partition('.')[2]}.weight") if name in self), None)
+        return self.place(f"{module}.weight")
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor; for a packed one, its shape before packing."""
+        """The shape of a tensor as it is stored in 16 bits."""
         states = [key for key in self._companions(name) if "quant_state" in key]
         if not states:
             return tuple(self._files[name].get_slice(name).get_shape())
         try:
-            return stored_shape(self._files[states[0]].get_tensor(states[0]))
+            shape = stored_shape(self._files[states[0]].get_tensor(states[0]))
         except ValueError as error:
             raise ModelError(f"{self.source.folder}: {name}: {error}; download it again") from error
+        return shape[::-1] if name in self.transposed else shape
 
     def read(self, name: str) -> Tensor:
-        """One tensor; one that is packed, or that training packed, is decoded to float32.
+        """One tensor, laid out as in 16 bits; one that is packed, or that training packed, is decoded to float32.
 
         Raises:
             ModelError: it cannot be unpacked or packed.
         """
         tensor: Tensor = self._files[name].get_tensor(name)
         companions = self._companions(name)
+        is_transposed = name in self.transposed
         try:
             if companions:
                 prefix = f"{name}."
                 found = {key.removeprefix(prefix): self._files[key].get_tensor(key) for key in companions}
-                return dequantize(from_bnb(tensor, found), torch.float32)
+                return _turned(dequantize(from_bnb(tensor, found), torch.float32), is_transposed)
             if self._dtype is not None and tensor.is_floating_point():
                 tensor = tensor.to(self._dtype)
             if name in self._to_pack and self._packing is not None:
                 form = packing_config(self._packing, tensor.dtype)
                 packed = quantize(
-                    tensor,
+                    _turned(tensor, is_transposed),
                     form.bnb_4bit_quant_type,
                     form.bnb_4bit_blocksize,
                     form.bnb_4bit_use_double_quant,
                     form.encoder,
                     form.signed_scales,
                 )
-                return dequantize(packed, torch.float32)
+                return _turned(dequantize(packed, torch.float32), is_transposed)
         except ValueError as error:
             raise ModelError(f"{self.source.folder}: {name}: {error}; the checkpoint is damaged") from error
         return tensor
 
     def _companions(self, name: str) -> list[str]:
         return [key for key in (f"{name}.{suffix}" for suffix in SUFFIXES) if key in self._files]
+
+
+def _turned(weight: Tensor, is_transposed: bool) -> Tensor:
+    return weight.t().contiguous() if is_transposed else weight

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from nybble.errors import ModelError, RecipeError
 from nybble.kernels import dequantize, dispatcher, quantize
-from nybble.models.skeleton import decoder_layers
+from nybble.models.checkpoint_names import names_in_checkpoint
+from nybble.models.skeleton import decoder_layers, model_without_weights
 from nybble.models.source import ModelSource
 from nybble.models.targets import AdapterSize, adapted_linears
 from nybble.nn import Linear4bit
@@ -84,7 +85,7 @@ def calibrate(
             raise RecipeError("calibration needs rows: set dataset_name, or encoder: search")
         stream = _Stream(model, layers, rows)
         done.n_rows, done.n_tokens = len(rows), sum(len(row) for row in rows)
-    originals = _Originals(source.folder)
+    originals = _Originals(source)
     names = {id(module): name for name, module in model.named_modules()}
     for index, layer in enumerate(layers):
         progress(index, len(layers))
@@ -113,7 +114,7 @@ def _pack_layer(
     weights: dict[str, Tensor] = {}  # as they are stored
     plain: dict[str, nn.Linear] = {}
     for name, module in packed.items():
-        weight = originals.read(f"{prefix}.{name}", (module.out_features, module.in_features))
+        weight = originals.read(f"{prefix}.{name}", module)
         if weight is None:
             done.left.append(f"{prefix}.{name}")
             continue
@@ -245,26 +246,23 @@ class _Stream:
 class _Originals:
     """16-bit weights by the names of their modules, read one at a time."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, source: ModelSource) -> None:
         from safetensors import safe_open
 
         self._files: dict[str, Path] = {}
-        for shard in sorted(folder.glob("*.safetensors")):
+        for shard in sorted(source.folder.glob("*.safetensors")):
             with safe_open(shard, framework="pt") as file:
                 self._files |= dict.fromkeys(file.keys(), shard)
+        self._names = names_in_checkpoint(model_without_weights(source.config), self._files)
 
-    def read(self, module: str, shape: tuple[int, int]) -> Tensor | None:
-        """The weight as it is stored, or None where the checkpoint has no tensor of that name and shape."""
+    def read(self, name: str, module: Linear4bit) -> Tensor | None:
+        """The weight of `module`, `(out, in)`, or None where the checkpoint has no tensor of that name and shape."""
         from safetensors import safe_open
 
-        key = self._key(module)
+        key = self._names.get(f"{name}.weight")
         if key is None:
             return None
         with safe_open(self._files[key], framework="pt") as file:
-            weight: Tensor = file.get_tensor(key)
-        return weight if tuple(weight.shape) == shape else None
-
-    def _key(self, module: str) -> str | None:
-        # Checkpoints of a bare decoder lack the model's own first name.
-        names = (f"{module}.weight", f"{module.partition('.')[2]}.weight")
-        return next((name for name in names if name in self._files), None)
+            stored: Tensor = file.get_tensor(key)
+        weight = stored.t().contiguous() if module.stored_transposed else stored
+        return weight if tuple(weight.shape) == (module.out_features, module.in_features) else None

@@ -224,7 +224,7 @@ class _Pack(ConversionOps):
             if isinstance(layer, Experts4bit):
                 codes = pack_stack(layer, projection, weight, self.config.pack)
             else:
-                layer.set_packed(self.config.pack(weight))
+                layer.set_packed(self.config.pack(weight.t().contiguous() if layer.stored_transposed else weight))
                 codes = layer.weight
         except ValueError as error:
             raise _fault(name, error) from error

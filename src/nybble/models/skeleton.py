@@ -8,11 +8,13 @@ describes the model that is trained.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any, Protocol, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nybble.models.text_part import is_multimodal, text_class, text_config
 from nybble.nn import Linear4bit
@@ -94,27 +96,104 @@ def recompute_by(layers: Sequence[nn.Module], function: Callable[..., Any]) -> N
         layer._gradient_checkpointing_func = function  # type: ignore[assignment]
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` computes what `nn.Linear` does with its `weight`: also a subclass, or transformers' `Conv1D`."""
+    if is_conv1d(module):
+        return True
+    return isinstance(module, nn.Linear) and _computes_as_linear(type(module))
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' `Conv1D` (GPT-2): a linear that stores its weight as `(in, out)`."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+@cache
+def _computes_as_linear(kind: type[nn.Linear]) -> bool:
+    """Whether a subclass of `nn.Linear` gives the numbers of `nn.Linear`, such as Falcon's; routers give others."""
+    if kind.forward in (nn.Linear.forward, Linear4bit.forward):
+        return True
+    probe = kind.__new__(kind)
+    nn.Linear.__init__(probe, 4, 3, device="cpu")
+    x = torch.linspace(-1, 1, 8, device="cpu").view(1, 2, 4)
+    try:
+        with torch.no_grad():
+            result = probe(x)
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # it needs more than an input
+        return False
+    wanted = nn.functional.linear(x, probe.weight, probe.bias)
+    return isinstance(result, Tensor) and result.shape == wanted.shape and torch.allclose(result, wanted, atol=1e-6)
+
+
+def routers(model: nn.Module) -> set[str]:
+    """Names of the linears that choose between experts or weigh them, by the structure of what owns experts.
+
+    They are the owner's own linears with one output for each expert, or one for all that are shared, and all linears of
+    its parts whose class is called a router or a gate.
+    """
+    found: set[str] = set()
+    for name, owner in model.named_modules():
+        counts = _expert_counts(owner)
+        if not counts:
+            continue
+        for child_name, child in owner.named_children():
+            full = f"{name}.{child_name}" if name else child_name
+            if isinstance(child, nn.Linear):
+                found |= {full} if child.out_features in {1, *counts} or _is_router_class(child) else set()
+            elif _is_router_class(child):
+                found |= {f"{full}.{inner}" for inner, part in child.named_modules() if isinstance(part, nn.Linear)}
+    return found
+
+
+def _is_router_class(module: nn.Module) -> bool:
+    return re.search(r"Router|Gating|Gate$", type(module).__name__) is not None
+
+
+def _expert_counts(owner: nn.Module) -> set[int]:
+    """How many experts `owner` owns: entries of a list of modules that are alike, or of its part's stacked weights."""
+    counts = set()
+    for part in owner.children():
+        if isinstance(part, nn.ModuleList) and len(part) > 1 and len({type(entry) for entry in part}) == 1:
+            counts.add(len(part))
+        elif not isinstance(part, nn.Conv1d | nn.Conv2d):
+            counts |= {len(weight) for weight in part.parameters(recurse=False) if weight.ndim == 3}
+    return counts - {1}
+
+
+def linears(model: nn.Module) -> list[str]:
+    """Names of the linears of `model`, bare or packed, that can be packed and adapted, the head among them."""
+    # What MultiheadAttention owns is never called: it reads the weight.
+    inside = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    names = [name for name, module in model.named_modules() if is_linear(module)]
+    return [name for name in names if not name.startswith(tuple(inside))]
+
+
 def linears_to_pack(model: Any, skip_modules: Iterable[str]) -> tuple[list[str], list[str]]:
     """Names of the linears of a bare model that are packed to 4 bits, and of those that are left as they are.
 
-    Left are the output head, weights tied to it, what transformers keeps in float32, and `skip_modules`.
+    Left are the output head, weights tied to it, routers, what transformers keeps in float32, and `skip_modules`.
     """
     from transformers.quantizers.base import HfQuantizer
     from transformers.quantizers.quantizers_utils import should_convert_module
 
     keep_fp32 = getattr(model, "_keep_in_fp32_modules", None)
     skip = HfQuantizer.get_modules_to_not_convert(model, list(skip_modules), keep_fp32, add_default_skips=True)
-    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
-    packed = [name for name in names if should_convert_module(name, skip)]
+    names, chooses = linears(model), routers(model)
+    packed = [name for name in names if name not in chooses and should_convert_module(name, skip)]
     return packed, [name for name in names if name not in set(packed)]
 
 
 def swap_linears(model: nn.Module, names: Iterable[str], dtype: torch.dtype) -> None:
     """Put an empty `Linear4bit` that computes in `dtype` in the place of each named linear."""
     for name in names:
-        linear = cast(nn.Linear, model.get_submodule(name))
-        layer = Linear4bit(linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=dtype)
-        if linear.bias is not None:
+        linear = model.get_submodule(name)
+        shape = cast(Tensor, linear.weight).shape
+        n_out, n_in = reversed(shape) if is_conv1d(linear) else shape
+        layer = Linear4bit(n_in, n_out, linear.bias is not None, compute_dtype=dtype)
+        layer.stored_transposed = is_conv1d(linear)
+        if isinstance(linear.bias, Tensor):
             layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
         model.set_submodule(name, layer)
 

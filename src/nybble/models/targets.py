@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from nybble.errors import RecipeError
-from nybble.models.skeleton import base_of, decoder_layers, embeddings_and_head
+from nybble.models.skeleton import base_of, decoder_layers, embeddings_and_head, is_conv1d, linears, routers
 from nybble.nn import Linear4bit
 from nybble.recipe import LoraSection, is_name
 
@@ -61,7 +61,7 @@ def saved_modules(model: Any, lora: LoraSection) -> list[str]:
     for end in lora.modules_to_save:
         names = [name for name, _ in model.named_modules() if name.endswith(end)]  # as PEFT matches them
         if not names:
-            raise RecipeError(f"lora.modules_to_save: {end!r} matches no module{_such_as(_linears(model))}")
+            raise RecipeError(f"lora.modules_to_save: {end!r} matches no module{_such_as(linears(model))}")
         for name in names:
             if any(isinstance(module, Linear4bit) for module in model.get_submodule(name).modules()):
                 raise RecipeError(
@@ -131,8 +131,10 @@ def _config(model: nn.Module, lora: LoraSection, ranks: Mapping[str, int], alpha
     from peft import LoraConfig
 
     targets: str | list[str] = _listed(lora.target_modules)
-    if targets == "all-linear" and lora.layers_to_transform:  # PEFT counts layers only where it has names
-        targets = sorted({name.rpartition(".")[2] for name in _linears(model) if name != _head(model)})
+    if targets == "all-linear":  # to PEFT these would be routers and experts too
+        targets = _all_linear(model)
+        if lora.layers_to_transform:  # PEFT counts layers only where it has the ends of names
+            targets = sorted({name.rpartition(".")[2] for name in targets})
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
@@ -148,16 +150,40 @@ def _config(model: nn.Module, lora: LoraSection, ranks: Mapping[str, int], alpha
         modules_to_save=list(lora.modules_to_save) or None,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
+        fan_in_fan_out=any(is_conv1d(module) for module in model.modules()),
     )
+
+
+def _all_linear(model: nn.Module) -> list[str]:
+    """The linears that `all-linear` adapts: all but the head, those that choose experts, and what PEFT refuses."""
+    names = linears(model)
+    left = {*routers(model), *_refused(model, names), _head(model)}
+    return [name for name in names if name not in left]
+
+
+def _refused(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Those of `names` that PEFT takes no adapter on, and why: Mamba's scan kernels read weights and pass adapters by."""
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    check, config, found = LoraModel._check_target_module_compatiblity, LoraConfig(), {}
+    names = list(names)
+    for end in {name.rpartition(".")[2] for name in names}:
+        try:
+            check(None, config, base_of(model), end)  # type: ignore[arg-type]
+        except ValueError as error:
+            reason = str(error).partition(" Incompatible modules")[0].rstrip(".")
+            found |= {name: reason for name in names if name.rpartition(".")[2] == end}
+    return found
 
 
 def _matched(model: nn.Module, lora: LoraSection) -> list[str]:
     """The names of the linear layers that PEFT would put an adapter on."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
-    linears = _linears(model)
-    _check_names("target_modules", lora.target_modules, linears)
-    _check_names("exclude_modules", lora.exclude_modules, linears)
+    names = linears(model)
+    _check_names("target_modules", lora.target_modules, names)
+    _check_names("exclude_modules", lora.exclude_modules, names)
     n_layers = len(decoder_layers(model))
     beyond = [number for number in lora.layers_to_transform if number >= n_layers]
     if beyond:
@@ -166,9 +192,9 @@ def _matched(model: nn.Module, lora: LoraSection) -> list[str]:
         )
     whole = saved_modules(model, lora)
     config = _config(model, lora, {}, {})
-    if config.target_modules == "all-linear":
-        config.target_modules = {name for name in linears if name != _head(model)}
-    found = [name for name in linears if check_target_module_exists(config, name)]
+    found = [name for name in names if check_target_module_exists(config, name)]
+    for name, reason in _refused(model, found).items():
+        raise RecipeError(f"lora.target_modules: {name} cannot have an adapter: {reason}; leave it out")
     if not found:
         raise RecipeError(
             "lora: target_modules, exclude_modules and layers_to_transform together leave no linear layer; change one"
@@ -190,10 +216,6 @@ def _matched(model: nn.Module, lora: LoraSection) -> list[str]:
     return found
 
 
-def _linears(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-
-
 def _head(model: nn.Module) -> str | None:
     """The name of the output head, which all-linear leaves out."""
     base = base_of(model)
@@ -210,21 +232,21 @@ def _names(names: str | tuple[str, ...]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 
 
-def _check_names(setting: str, wanted: str | tuple[str, ...], linears: list[str]) -> None:
+def _check_names(setting: str, wanted: str | tuple[str, ...], known: list[str]) -> None:
     if wanted == "all-linear":
         return
     listed = _listed(wanted)
     if isinstance(listed, str):
-        if not any(re.fullmatch(listed, name) for name in linears):
+        if not any(re.fullmatch(listed, name) for name in known):
             raise RecipeError(
-                f"lora.{setting}: {listed!r} matches no linear layer{_such_as(linears)}; a regular expression must "
+                f"lora.{setting}: {listed!r} matches no linear layer{_such_as(known)}; a regular expression must "
                 "match the whole name"
             )
         return
     for end in listed:
-        if not any(name == end or name.endswith(f".{end}") for name in linears):
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in linears}))
-            raise RecipeError(f"lora.{setting}: {end!r} matches no linear layer; this model has {known}")
+        if not any(name == end or name.endswith(f".{end}") for name in known):
+            ends = ", ".join(sorted({name.rpartition(".")[2] for name in known}))
+            raise RecipeError(f"lora.{setting}: {end!r} matches no linear layer; this model has {ends}")
 
 
 def _such_as(names: Iterable[str]) -> str:

@@ -45,6 +45,7 @@ class Linear4bit(nn.Linear):
         self.quant_type = "nf4"
         self.block_size = 64
         self.source_dtype = compute_dtype
+        self.stored_transposed = False  # a 16-bit checkpoint has the weight as (in, out), as of transformers' Conv1D
         self.slice_elements = 0  # above 0: products decode about this many weights at a time
         self._packed: PackedWeight | None = None
         self.weight.requires_grad_(False)
