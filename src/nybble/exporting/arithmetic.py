@@ -154,8 +154,8 @@ class MergedWeights:
         double = next((name for name, place in places.items() if place and own_names[place] != name), None)
         if double:
             raise ModelError(
-                f"{delta.folder}: {double} and {own_names[places[double]]} are one weight in {base.source.name}, and the "
-                "adapter changes them differently, which no merged weight can hold; use the adapter on its base"
+                f"{delta.folder}: {double} and {own_names[places[double]]} are one weight in {base.source.name}, and "
+                "the adapter changes them differently, which no merged weight can hold; use the adapter on its base"
             )
         # Name in the merged folder -> name in the base's files, name in the adapter.
         self._tensors = {name: (name, own_names.get(name, name)) for name in base.names()}

@@ -100,7 +100,7 @@ def is_linear(module: nn.Module) -> bool:
     """Whether `module` computes what `nn.Linear` does with its `weight`: also a subclass, or transformers' `Conv1D`."""
     if is_conv1d(module):
         return True
-    return isinstance(module, nn.Linear) and _computes_as_linear(type(module))
+    return isinstance(module, nn.Linear) and _computes_as_linear(type(module))  # type: ignore[arg-type]
 
 
 def is_conv1d(module: nn.Module) -> bool:

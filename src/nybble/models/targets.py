@@ -162,15 +162,15 @@ def _all_linear(model: nn.Module) -> list[str]:
 
 
 def _refused(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Those of `names` that PEFT takes no adapter on, and why: Mamba's scan kernels read weights and pass adapters by."""
+    """Those of `names` that PEFT takes no adapter on, and why: Mamba's kernels read weights and pass adapters by."""
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
-    check, config, found = LoraModel._check_target_module_compatiblity, LoraConfig(), {}
-    names = list(names)
+    check, config = LoraModel._check_target_module_compatiblity, LoraConfig()
+    names, found = list(names), dict[str, str]()
     for end in {name.rpartition(".")[2] for name in names}:
         try:
-            check(None, config, base_of(model), end)  # type: ignore[arg-type]
+            check(None, config, base_of(model), end)
         except ValueError as error:
             reason = str(error).partition(" Incompatible modules")[0].rstrip(".")
             found |= {name: reason for name in names if name.rpartition(".")[2] == end}
