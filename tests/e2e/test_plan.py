@@ -62,6 +62,24 @@ def test_a_known_shape_is_planned_without_network_or_weights(nybble: Callable[..
     assert any("rows are not known" in note for note in plan["notes"])
 
 
+@pytest.mark.parametrize(
+    ("model", "parameters", "gigabytes"),
+    [
+        ("gpt-oss-20b", 20_914_757_184, 12.6),
+        pytest.param("qwen3-30b-a3b", 30_532_122_624, 16.7, marks=pytest.mark.nightly),
+    ],
+)
+def test_experts_are_planned_in_4_bits(
+    nybble: Callable[..., Any], model: str, parameters: int, gigabytes: float
+) -> None:
+    """At 4.127 bits a weight, with embeddings, head, routers and biases in 16."""
+    words = ("--max_length", "256", "--target_modules", "q_proj,v_proj", "--attn_implementation", "eager")
+    plan = nybble("plan", "--model", model, *words, "--device-profile", "mi300x", "--json").json
+    assert plan["total_parameters"] - plan["trainable_parameters"] == parameters
+    load = next(phase for phase in plan["phases"] if phase["name"] == "load")
+    assert load["parts"]["weights"] == pytest.approx(gigabytes * 1e9, rel=0.01)
+
+
 def test_the_budget_of_a_plan_is_what_was_said(nybble: Callable[..., Any], tiny_llama: Callable[..., Path]) -> None:
     words = ("--model", tiny_llama(), "--max_length", "32", "--device", "cpu", "--json")
     own = nybble("plan", *words).json

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
+from nybble.models import materialize
 from nybble.models.experts import experts_to_pack, pack_stack, stacks_of, swap_experts, unpacked_experts
 from nybble.nn import Experts4bit
 from nybble.nn.lora_projection import Adapter
 from nybble.nn.workspace import workspace
+from nybble.planning.memory_tracer import MemoryTracer
+from nybble.planning.traced_step import reusing
 from nybble.quant import encode
 
 N, HIDDEN, INNER, R, TOKENS, K = 3, 8, 6, 2, 5, 2
@@ -163,6 +168,26 @@ def test_weights_that_do_not_fit_are_refused() -> None:
         experts.set_packed("gate_up_proj", 0, 0, encode(torch.ones(6, 8), double_quant=False))
     with pytest.raises(ValueError, match="does not fit the experts' \\(3, 12, 8\\)"):
         pack_stack(experts, "gate_up_proj", torch.ones(3, 8, 12), encode)
+
+
+def test_a_traced_step_stands_for_the_work_of_all_experts() -> None:
+    """Every token to the same k experts: k products of all rows, and every expert decoded."""
+
+    def cost(mode: Any) -> MemoryTracer:
+        experts = packed(original(), torch.bfloat16)
+        with mode, reusing():
+            materialize(experts)
+            index, x = torch.zeros(200, K, dtype=torch.long), torch.zeros(200, HIDDEN, requires_grad=True)
+            index[:, 1] = 1
+            live = MemoryTracer()
+            with live:
+                live.start("all")
+                experts(x, index, torch.ones(200, K)).sum().backward()
+        return live
+
+    traced, real = cost(FakeTensorMode()), cost(nullcontext())
+    assert traced.flops == real.flops
+    assert traced.peaks["all"].total_bytes == pytest.approx(real.peaks["all"].total_bytes, rel=0.01)
 
 
 class Unknown(nn.Module):

@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from nybble.kernels import LowRank, most_rows, multiply
 from nybble.kernels.pointwise import ops as pointwise
+from nybble.nn import stand_in
 from nybble.nn.lora_projection import Adapter, wide_product, without_autocast
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class _Share(NamedTuple):
     expert: int
     places: Tensor  # in the flattened index
     rows: Tensor  # of x
+    n_alike: int = 1  # shares like it that a real step has, where a step is traced
+    n_decoded: int = 1  # experts that such a step decodes
 
 
 def _route(index: Tensor, n_experts: int) -> list[_Share]:
@@ -60,17 +63,17 @@ def _route(index: Tensor, n_experts: int) -> list[_Share]:
     n_tokens, k = index.shape
     flat = index.reshape(-1)
     order = torch.sort(flat, stable=True).indices
+    rows = order // k
     if isinstance(flat, FakeTensor):
-        # A traced step knows no routing: the most memory is taken where one expert gets every token.
-        counts = [n_tokens] * min(k, n_experts)
-    else:
-        counts = torch.bincount(flat, minlength=n_experts).tolist()[:n_experts]
+        # A traced step knows no routing. The most memory is taken where one expert gets every token; k such shares are
+        # the products of any routing, and by then every expert is decoded.
+        return [_Share(0, order[:n_tokens], rows[:n_tokens], min(k, n_experts), min(n_tokens * k, n_experts))]
+    counts = torch.bincount(flat, minlength=n_experts).tolist()[:n_experts]
     shares = []
     first = 0
     for expert, n in enumerate(counts):
         if n:
-            places = order[first : first + n]
-            shares.append(_Share(expert, places, places // k))
+            shares.append(_Share(expert, order[first : first + n], rows[first : first + n]))
         first += n
     return shares
 
@@ -160,13 +163,16 @@ def _forward(
     first = next(iter(experts.stacks))
     flat = weights.reshape(-1, 1)
     total = x.new_zeros(len(x), experts.stacks[DOWN].out_features, dtype=_wide(x.dtype))
-    for expert, places, rows in shares:
-        decoded = experts.decoded(expert, x.dtype)
-        found = {name: adapter.of(expert) for name, adapter in adapters.items()}
-        y, _ = _product(x[rows], decoded[first], experts.bias_of(first, expert), found.get(first))
-        h = _Activated(y, experts, needs_gradient=False).h
-        y, _ = _product(h, decoded[DOWN], experts.bias_of(DOWN, expert), found.get(DOWN))
-        total.index_add_(0, rows, y.to(total.dtype) * flat[places].to(total.dtype))
+    for share in shares:
+        with stand_in.done(share.n_decoded):
+            decoded = experts.decoded(share.expert, x.dtype)
+        with stand_in.done(share.n_alike):
+            found = {name: adapter.of(share.expert) for name, adapter in adapters.items()}
+            y, _ = _product(x[share.rows], decoded[first], experts.bias_of(first, share.expert), found.get(first))
+            h = _Activated(y, experts, needs_gradient=False).h
+            y, _ = _product(h, decoded[DOWN], experts.bias_of(DOWN, share.expert), found.get(DOWN))
+            total.index_add_(0, share.rows, y.to(total.dtype) * flat[share.places].to(total.dtype))
+            del h, y  # so that they do not lie beside those of the next expert
     return total.to(x.dtype)
 
 
@@ -201,37 +207,58 @@ def _backward(
     needs_dx: bool,
 ) -> tuple[Tensor | None, Tensor]:
     """dx and the gradient of the weights; those of the adapters are noted in them."""
-    first = next(iter(experts.stacks))
     flat = weights.reshape(-1, 1).to(x.dtype)
     dw = torch.zeros(weights.numel(), dtype=_wide(x.dtype), device=x.device)
     dx = x.new_zeros(x.shape, dtype=_wide(x.dtype)) if needs_dx else None
-    for expert, places, rows in shares:
-        decoded = experts.decoded(expert, x.dtype)
-        found = {name: adapter.of(expert) for name, adapter in adapters.items()}
-        x_e, grad_e = x[rows], grad[rows]
-        y, xa = _product(x_e, decoded[first], experts.bias_of(first, expert), found.get(first))
-        middle = _Activated(y, experts, needs_gradient=True)
-        dh = grad_e @ decoded[DOWN]
-        down = found.get(DOWN)
-        if down is not None:
-            dh.addmm_(grad_e @ down.b, down.a, alpha=down.scaling)
-        share = (dh.to(dw.dtype) * middle.h.to(dw.dtype)).sum(-1)
-        bias = experts.bias_of(DOWN, expert)
-        if bias is not None:
-            share += grad_e.to(dw.dtype) @ bias.to(dw.dtype)
-        dw[places] = share
-        dh *= flat[places]
-        if down is not None:
-            adapters[DOWN].add_gradients(expert, grad_e * flat[places], middle.h, middle.h @ down.a.t())
-        dy = middle.backward(dh)
-        dx_e = dy @ decoded[first] if dx is not None else None
-        if xa is not None:
-            dxa = adapters[first].add_gradients(expert, dy, x_e, xa)
-            if dx_e is not None:
-                dx_e.addmm_(dxa, found[first].a)
-        if dx is not None and dx_e is not None:
-            dx.index_add_(0, rows, dx_e.to(dx.dtype))
+    for share in shares:
+        with stand_in.done(share.n_decoded):
+            decoded = experts.decoded(share.expert, x.dtype)
+        with stand_in.done(share.n_alike):
+            dx_e = _backward_of(share, decoded, grad, x, flat, dw, experts, adapters, needs_dx)
+            if dx is not None and dx_e is not None:
+                dx.index_add_(0, share.rows, dx_e.to(dx.dtype))
+            del dx_e
     return None if dx is None else dx.to(x.dtype), dw.view(weights.shape).to(weights.dtype)
+
+
+def _backward_of(
+    share: _Share,
+    decoded: Mapping[str, Tensor],
+    grad: Tensor,
+    x: Tensor,
+    weights: Tensor,  # (T k, 1), in the type of x
+    dw: Tensor,  # (T k), of which the share's places are filled
+    experts: Experts4bit,
+    adapters: Mapping[str, _Adapter],
+    needs_dx: bool,
+) -> Tensor | None:
+    """The gradient of one expert's rows of x."""
+    first = next(iter(experts.stacks))
+    expert, places, rows = share.expert, share.places, share.rows
+    factors = {name: adapter.of(expert) for name, adapter in adapters.items()}
+    x_e, grad_e = x[rows], grad[rows]
+    y, xa = _product(x_e, decoded[first], experts.bias_of(first, expert), factors.get(first))
+    middle = _Activated(y, experts, needs_gradient=True)
+    del y
+    dh = grad_e @ decoded[DOWN]
+    down = factors.get(DOWN)
+    if down is not None:
+        dh.addmm_(grad_e @ down.b, down.a, alpha=down.scaling)
+    of_weights = (dh.to(dw.dtype) * middle.h.to(dw.dtype)).sum(-1)
+    bias = experts.bias_of(DOWN, expert)
+    if bias is not None:
+        of_weights += grad_e.to(dw.dtype) @ bias.to(dw.dtype)
+    dw[places] = of_weights
+    dh *= weights[places]
+    if down is not None:
+        adapters[DOWN].add_gradients(expert, grad_e * weights[places], middle.h, middle.h @ down.a.t())
+    dy = middle.backward(dh)
+    dx_e = dy @ decoded[first] if needs_dx else None
+    if xa is not None:
+        dxa = adapters[first].add_gradients(expert, dy, x_e, xa)
+        if dx_e is not None:
+            dx_e.addmm_(dxa, factors[first].a)
+    return dx_e
 
 
 def _without_gradients(
@@ -244,10 +271,11 @@ def _without_gradients(
         return _forward(x, weights, shares, experts, _adapters(adapters, experts))
     flat = weights.reshape(-1, 1)
     total = x.new_zeros(len(x), experts.stacks[DOWN].out_features, dtype=_wide(x.dtype))
-    for expert, places, rows in shares:
-        h = _Activated(_few(x[rows], first, expert, experts, adapters), experts, needs_gradient=False).h
-        y = _few(h, DOWN, expert, experts, adapters)
-        total.index_add_(0, rows, y.to(total.dtype) * flat[places].to(total.dtype))
+    for share in shares:
+        y = _few(x[share.rows], first, share.expert, experts, adapters)
+        h = _Activated(y, experts, needs_gradient=False).h
+        y = _few(h, DOWN, share.expert, experts, adapters)
+        total.index_add_(0, share.rows, y.to(total.dtype) * flat[share.places].to(total.dtype))
     return total.to(x.dtype)
 
 

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from nybble.kernels import attention  # noqa: F401 - defines the operators that are counted
 from nybble.kernels.attention.segments import segments_of
+from nybble.nn import stand_in
 from nybble.nn.host_memory import on_host
 from nybble.nn.workspace import workspace
 
@@ -141,12 +142,14 @@ class MemoryTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         formula = _FLOPS.get(packet) or flop_registry.get(packet)
         if getattr(func, "is_view", False) or func.namespace == "prim" or packet in _UNTOUCHED:
             return
-        self.operators += 1
+        times = stand_in.times()
+        self.operators += times
         if formula is not None:
-            self.flops += int(formula(*args, out_val=result))
+            self.flops += times * int(formula(*args, out_val=result))
             return
         seen = (result, result) if packet in _PICKING else (args, result)
-        self.moved_bytes += sum(t.numel() * t.element_size() for t in tree_iter(seen) if isinstance(t, Tensor))
+        moved = sum(t.numel() * t.element_size() for t in tree_iter(seen) if isinstance(t, Tensor))
+        self.moved_bytes += times * moved
 
     def _count(self, tensor: Tensor, part: str | None, origin: str) -> None:
         storage = tensor.untyped_storage()

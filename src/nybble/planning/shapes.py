@@ -27,6 +27,9 @@ class Shape(NamedTuple):
     tied: bool
     positions: int
     window: int | None = None
+    experts: int = 0  # of each layer
+    experts_per_token: int = 0
+    expert_intermediate: int = 0
 
 
 SHAPES = {
@@ -54,6 +57,9 @@ SHAPES = {
     "qwen3-8b": Shape("qwen3", 36, 4096, 12288, 32, 8, 151936, 128, False, 40960),
     "qwen3-14b": Shape("qwen3", 40, 5120, 17408, 40, 8, 151936, 128, False, 40960),
     "qwen3-32b": Shape("qwen3", 64, 5120, 25600, 64, 8, 151936, 128, False, 40960),
+    "qwen3-30b-a3b": Shape("qwen3_moe", 48, 2048, 6144, 32, 4, 151936, 128, False, 40960, None, 128, 8, 768),
+    "gpt-oss-20b": Shape("gpt_oss", 24, 2880, 2880, 64, 8, 201088, 64, False, 131072, 128, 32, 4, 2880),
+    "gpt-oss-120b": Shape("gpt_oss", 36, 2880, 2880, 64, 8, 201088, 64, False, 131072, 128, 128, 4, 2880),
     "gemma-3-1b": Shape("gemma3_text", 26, 1152, 6912, 4, 1, 262144, 256, True, 32768, 512),
     "gemma-3-4b": Shape("gemma3_text", 34, 2560, 10240, 8, 4, 262208, 256, True, 131072, 1024),
     "gemma-3-12b": Shape("gemma3_text", 48, 3840, 15360, 16, 8, 262208, 256, True, 131072, 1024),
@@ -86,6 +92,12 @@ def config_of(key: str) -> Any:
         "max_position_embeddings": shape.positions,
         "sliding_window": shape.window,
     }
+    if shape.experts:
+        settings |= {
+            "num_local_experts": shape.experts,
+            "num_experts_per_tok": shape.experts_per_token,
+            "moe_intermediate_size": shape.expert_intermediate,
+        }
     if shape.kind in ("phi3", "qwen2"):
         del settings["head_dim"]  # follows from hidden and heads
     if shape.kind == "phi3":
