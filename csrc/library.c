@@ -3,6 +3,7 @@
 Loaded with ctypes: no Python header is needed, and there is no PyInit. */
 
 #include "attention.h"
+#include "linear_attention.h"
 #include "ops4bit.h"
 #include "pointwise.h"
 
@@ -47,6 +48,10 @@ EXPORT int64_t nybble_constant(const char *name)
         SIZE(StridedHeads),
         SIZE(Segment),
         SIZE(Attention),
+        SIZE(StridedTokens),
+        SIZE(Chunk),
+        SIZE(LinearAttention),
+        SIZE(Convolution),
     };
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (strcmp(name, known[i].name) == 0)
@@ -86,6 +91,7 @@ EXPORT int nybble_set_isa(int isa)
     chosen = isa;
     ops4bit_use(isa);
     pointwise_use(isa);
+    linear_attention_use(isa);
     return isa;
 }
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
+from nybble.kernels import library
+from nybble.kernels.linear_attention import cpu
+from nybble.kernels.linear_attention import torch as reference
 from nybble.kernels.linear_attention.ops import linear_attention, selective_scan, short_convolution
+from nybble.kernels.linear_attention.self_test import self_test
+from nybble.kernels.linear_attention.torch import Inputs, Settings
 
 ROWS = (5, 1, 70, 129)
 TREE = ((40, 30, 3, 65, 20, 9), (-1, 0, 1, 0, -1, 4))
@@ -180,6 +185,90 @@ def test_autocast_leaves_the_products_as_they_are() -> None:
     apart = linear_attention(*inputs, (70,), delta=True)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(linear_attention(*inputs, (70,), delta=True), apart)
+
+
+WIDTHS = [(16, 32, 2, 4), (128, 64, 1, 8), (64, 48, 3, 3)]  # of keys and values, heads of keys and of values
+
+
+@pytest.fixture(params=range(len(library.INSTRUCTION_SETS)))
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[int]:
+    if library.unavailable():
+        pytest.skip(str(library.unavailable()))
+    try:
+        library.set_instruction_set(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    library.set_instruction_set(-1)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 3e-6), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize("delta", [False, True])
+def test_native_code_gives_what_the_reference_gives(delta: bool, dtype: torch.dtype, share: float) -> None:
+    for key_width, width, key_heads, heads in WIDTHS:
+        for lengths, parents in SHAPES:
+            n = sum(lengths)
+            mixed = torch.randn(n, 2 * key_heads * key_width + heads * width).to(dtype)  # as a layer's projection is
+            q, k, v = mixed.split([key_heads * key_width, key_heads * key_width, heads * width], 1)
+            q, k, v = q.view(n, key_heads, -1), k.view(n, key_heads, -1), v.view(n, heads, -1)
+            inputs = Inputs(q, k, v, -torch.rand(n, heads), torch.rand(n, heads))
+            exact, settings = Inputs(*(x.double() for x in inputs)), Settings(lengths, parents, 0.3, delta, delta)
+            grad = torch.randn(v.shape).to(dtype)
+            assert cpu.takes(inputs)
+            found = (cpu.attend(inputs, settings), *cpu.attend_backward(grad, inputs, settings))
+            wanted = (reference.attend(exact, settings), *reference.attend_backward(grad.double(), exact, settings))
+            assert_near([x.double() for x in found], wanted, share)
+
+
+@pytest.mark.usefixtures("instruction_set")
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 3e-6), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize("silu", [False, True])
+def test_native_convolutions_give_what_the_reference_gives(silu: bool, dtype: torch.dtype, share: float) -> None:
+    for lengths, parents in SHAPES:
+        n = sum(lengths)
+        x, grad = torch.randn(n, 96)[:, 32:].to(dtype), torch.randn(n, 64).to(dtype)
+        weight, bias, rest = torch.randn(64, 4), torch.randn(64), (silu, lengths, parents)
+        found = (cpu.convolve(x, weight, bias, *rest), *cpu.convolve_backward(grad, x, weight, bias, *rest))
+        exact = (x.double(), weight.double(), bias.double(), *rest)
+        wanted = (reference.convolve(*exact), *reference.convolve_backward(grad.double(), *exact))
+        assert_near([y.double() for y in found], wanted, share)
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_what_scratch_memory_held_before_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = Inputs(*(torch.randn(40, 2, 16) for _ in range(3)), -torch.rand(40, 2), torch.rand(40, 2))
+    make = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **kind: make(*size, **kind).fill_(torch.nan))
+    settings = Settings((17, 23), (), 1.0, delta=True, normalize=True)
+    found = (cpu.attend(inputs, settings), *cpu.attend_backward(inputs.v, inputs, settings))
+    assert all(x.isfinite().all() for x in found)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads() -> None:
+    n = 200
+    q, k, v = (torch.randn(n, heads, 32) for heads in (1, 1, 8))
+    inputs = Inputs(q, k, v, -torch.rand(n, 8), torch.rand(n, 8))
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(cpu.attend_backward(v, inputs, Settings((150, 50), (), 1.0, delta=True, normalize=True)))
+    torch.set_num_threads(before)
+    assert all(map(torch.equal, *found))
+
+
+def test_the_self_test_finds_a_state_that_is_not_reset() -> None:
+    class Leaking:
+        takes = staticmethod(reference.takes)
+        takes_convolution = staticmethod(reference.takes_convolution)
+        attend_backward = staticmethod(reference.attend_backward)
+
+        @staticmethod
+        def attend(inputs: Inputs, settings: Settings) -> Tensor:
+            return reference.attend(inputs, settings._replace(lengths=(sum(settings.lengths),), parents=()))
+
+    assert self_test(reference, torch.device("cpu")) is None
+    assert "result is off" in str(self_test(Leaking, torch.device("cpu")))
 
 
 def test_what_does_not_fit_is_refused() -> None:

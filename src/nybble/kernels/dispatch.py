@@ -1,13 +1,14 @@
 """Which code runs an operator on a device: one table of backends, and the choice among them.
 
-    operator         what it computes                                CPU                  GPU
-    dequantize_4bit  packed weight -> numbers                        native, torch        triton, torch
-    gemv_4bit        x W^T for a few rows of x, straight from codes  native, torch        triton, torch
-    quantize_4bit    numbers -> packed weight                        native, torch        triton, torch
-    rows             what happens between the products of a step     native, torch        triton, torch
-    attend           attention over documents of a flattened batch   native, sdpa, torch  varlen, sdpa, torch
-    sdpa             kernel of torch's scaled_dot_product_attention  flash, math          flash, efficient, math
-    gemm             library of torch's own products (ROCm)                               hipblaslt, rocblas
+    operator          what it computes                                CPU                  GPU
+    dequantize_4bit   packed weight -> numbers                        native, torch        triton, torch
+    gemv_4bit         x W^T for a few rows of x, straight from codes  native, torch        triton, torch
+    quantize_4bit     numbers -> packed weight                        native, torch        triton, torch
+    rows              what happens between the products of a step     native, torch        triton, torch
+    attend            attention over documents of a flattened batch   native, sdpa, torch  varlen, sdpa, torch
+    linear_attention  states and short convolutions over documents    native, torch
+    sdpa              kernel of torch's scaled_dot_product_attention  flash, math          flash, efficient, math
+    gemm              library of torch's own products (ROCm)                               hipblaslt, rocblas
 
 Backends are listed fastest first. An operator takes the first one that is available and passes its self-test on the
 device in this process; `torch`, the definition of correct, needs no test. A choice from outside (`Dispatcher.choose`:
@@ -36,6 +37,9 @@ from nybble.kernels.attention import cpu as attention_cpu
 from nybble.kernels.attention import sdpa, varlen
 from nybble.kernels.attention import self_test as attention_test
 from nybble.kernels.attention.backend import TORCH, AttentionBackend
+from nybble.kernels.linear_attention import cpu as linear_attention_cpu
+from nybble.kernels.linear_attention import self_test as linear_attention_test
+from nybble.kernels.linear_attention import torch as linear_attention_torch
 from nybble.kernels.ops4bit import cpu as ops4bit_cpu
 from nybble.kernels.ops4bit import self_test as ops4bit_test
 from nybble.kernels.ops4bit import torch as ops4bit_torch
@@ -116,6 +120,14 @@ TABLE: dict[str, Operator] = {
         _family(pointwise_cpu, "nybble.kernels.pointwise.triton", pointwise_torch, pointwise_test.self_test)
     ),
     "attend": Operator({"cpu": (_attention(attention_cpu.NATIVE), *_IN_TORCH), "cuda": _VARLEN, "hip": _VARLEN}),
+    "linear_attention": Operator(
+        {
+            "cpu": (
+                Backend("native", lambda: linear_attention_cpu, library.unavailable, linear_attention_test.self_test),
+                Backend(REFERENCE, lambda: linear_attention_torch, _always, linear_attention_test.self_test),
+            )
+        }
+    ),
     # The fastest kernel that torch may take; inputs that do not suit it go to a later one.
     "sdpa": Operator({"cpu": _switch("flash", "math"), "cuda": _SDPA_ON_GPUS, "hip": _SDPA_ON_GPUS}),
     "gemm": Operator({"hip": _switch("hipblaslt", "rocblas")}),
@@ -195,7 +207,7 @@ class Dispatcher:
         return tuple(b for b in self.backends(operator, device) if self.allows(operator, b, device))
 
     def code(self, operator: str, device: torch.device) -> Any:
-        """The code that runs an operator of 4-bit weights or of rows on `device`."""
+        """The code that runs an operator on `device`, attention and the switches of torch apart."""
         key = (device.type, operator)
         code = self._first.get(key)
         if code is None:

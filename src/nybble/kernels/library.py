@@ -34,7 +34,7 @@ __all__ = [
     "unavailable",
 ]
 
-ABI = 3  # NYBBLE_ABI of csrc/common.h: raise both with every change of a structure or signature
+ABI = 4  # NYBBLE_ABI of csrc/common.h: raise both with every change of a structure or signature
 INSTRUCTION_SETS = ("plain C", "AVX2", "AVX-512", "AVX512-BF16")  # by their number in the library
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_ROWS = 8  # of a product straight from the codes

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 
 from nybble.kernels import attention  # noqa: F401 - defines the operators that are counted
 from nybble.kernels.attention.segments import segments_of
+from nybble.kernels.linear_attention import ops  # noqa: F401 - defines the operators that are counted
 from nybble.nn import stand_in
 from nybble.nn.host_memory import on_host
 from nybble.nn.workspace import workspace
@@ -62,6 +63,21 @@ def _backward_flops(grad: Tensor, saved: Sequence[Tensor], lengths: Sequence[int
     return _attention_flops(5.0, grad, lengths, others)
 
 
+def _recurrent_flops(share: float, k: Tensor, v: Tensor, delta: bool) -> float:
+    """Products of a chunk of 64 tokens with the state, and, half as many, of its tokens with each other."""
+    per_token = (3 if delta else 2) * k.shape[2] * v.shape[2] + 64 * (k.shape[2] + v.shape[2])
+    return share * v.shape[0] * v.shape[1] * per_token
+
+
+def _linear_attention_flops(q: Tensor, k: Tensor, v: Tensor, *rest: Any, out_val: Any) -> float:
+    return _recurrent_flops(2.0, k, v, rest[5])  # behind g, beta, lengths, parents and scale
+
+
+def _linear_attention_backward_flops(grad: Tensor, inputs: Sequence[Tensor], *rest: Any, out_val: Any) -> float:
+    """The forward again, and two products for each of its own."""
+    return _recurrent_flops(6.0, inputs[1], inputs[2], rest[3])
+
+
 def _matrix_flops(into: Tensor, a: Tensor, b: Tensor, *_: Any, out_val: Any) -> int:
     return 2 * a.shape[0] * a.shape[1] * b.shape[1]
 
@@ -69,6 +85,8 @@ def _matrix_flops(into: Tensor, a: Tensor, b: Tensor, *_: Any, out_val: Any) -> 
 _FLOPS: dict[Any, Callable[..., float]] = {
     torch.ops.nybble.attend: _forward_flops,
     torch.ops.nybble.attend_backward: _backward_flops,
+    torch.ops.nybble.linear_attention: _linear_attention_flops,
+    torch.ops.nybble.linear_attention_backward: _linear_attention_backward_flops,
     torch.ops.aten.addmm_: _matrix_flops,
     torch.ops.aten.mm: lambda a, b, *_, out_val: 2 * a.shape[0] * a.shape[1] * b.shape[1],
 }

@@ -9,12 +9,14 @@ are those of `nybble.kernels.linear_attention.torch`, which runs where nothing f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nybble.kernels.attention.segments import check_parents
+from nybble.kernels.dispatch import dispatcher
 from nybble.kernels.linear_attention import torch as reference
 from nybble.kernels.linear_attention.torch import Inputs, ScanInputs, Settings
 
@@ -114,6 +116,17 @@ def _check(n_tokens: int, lengths: Sequence[int], parents: Sequence[int]) -> Non
         check_parents(lengths, parents)
 
 
+def _code(inputs: Inputs) -> ModuleType:
+    """What computes linear attention of these: the backend of their device, or plain torch."""
+    code: ModuleType = dispatcher.code("linear_attention", inputs.v.device)
+    return code if code.takes(inputs) else reference
+
+
+def _filter_code(x: Tensor) -> ModuleType:
+    code: ModuleType = dispatcher.code("linear_attention", x.device)
+    return code if code.takes_convolution(x) else reference
+
+
 def _exactly(x: Tensor) -> torch.autocast:
     """Products within take the types that they are given."""
     return torch.autocast(x.device.type, enabled=False)
@@ -136,8 +149,10 @@ def linear_attention_op(
     normalize: bool,
 ) -> Tensor:
     """`linear_attention`."""
+    inputs = Inputs(q, k, v, g, beta)
     with _exactly(v):
-        return reference.attend(Inputs(q, k, v, g, beta), Settings(lengths, parents, scale, delta, normalize))
+        out: Tensor = _code(inputs).attend(inputs, Settings(lengths, parents, scale, delta, normalize))
+    return out
 
 
 @torch.library.custom_op("nybble::linear_attention_backward", mutates_args=())
@@ -153,7 +168,9 @@ def linear_attention_backward(
     """Gradients of q, k, v, g and beta, contiguous."""
     settings = Settings(lengths, parents, scale, delta, normalize)
     with _exactly(grad):
-        dq, dk, dv, dg, dbeta = reference.attend_backward(grad, Inputs(*inputs), settings)
+        dq, dk, dv, dg, dbeta = _code(Inputs(*inputs)).attend_backward(
+            grad.to(inputs[2].dtype), Inputs(*inputs), settings
+        )
     return dq, dk, dv, dg, dbeta
 
 
@@ -188,7 +205,8 @@ def short_convolution_op(
     x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool, lengths: Sequence[int], parents: Sequence[int]
 ) -> Tensor:
     """`short_convolution`."""
-    return reference.convolve(x, weight, bias, silu, lengths, parents)
+    out: Tensor = _filter_code(x).convolve(x, weight, bias, silu, lengths, parents)
+    return out
 
 
 @torch.library.custom_op("nybble::short_convolution_backward", mutates_args=())
@@ -202,8 +220,9 @@ def short_convolution_backward(
     parents: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, contiguous."""
-    dx, d_weight, d_bias = reference.convolve_backward(grad, x, weight, bias, silu, lengths, parents)
-    return dx, d_weight.to(weight.dtype), d_bias.to(weight.dtype)
+    settings = (silu, lengths, parents)
+    dx, d_weight, d_bias = _filter_code(x).convolve_backward(grad.to(x.dtype), x, weight, bias, *settings)
+    return dx, d_weight.to(weight.dtype).contiguous(), d_bias.to(weight.dtype)
 
 
 @short_convolution_op.register_fake

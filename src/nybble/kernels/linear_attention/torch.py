@@ -46,6 +46,8 @@ __all__ = [
     "convolve_backward",
     "scan",
     "scan_backward",
+    "takes",
+    "takes_convolution",
 ]
 
 _CHUNK = 64  # tokens; with a decay for each column, M takes chunk^2 x width numbers
@@ -72,6 +74,16 @@ class Settings(NamedTuple):
     scale: float
     delta: bool  # whether the delta rule corrects the state
     normalize: bool  # q and k are divided by their lengths: x / sqrt(sum of squares + 1e-6)
+
+
+def takes(_inputs: Inputs) -> bool:
+    """Whether linear attention of these is computed here: of any."""
+    return True
+
+
+def takes_convolution(_x: Tensor) -> bool:
+    """Whether this is filtered here: anything is."""
+    return True
 
 
 def attend(inputs: Inputs, settings: Settings) -> Tensor:
