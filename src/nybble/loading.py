@@ -103,7 +103,7 @@ def _record_loading(
         choices = dispatcher.choices(device)
         record.paths = {operator: choice.backend for operator, choice in choices.items()}
         record.notes += dict.fromkeys(choice.reason for choice in choices.values() if choice.reason)
-    if inputs.recipe.model.attn_implementation != "sdpa":  # torch then has no choice
+    if inputs.recipe.model.attn_implementation not in ("auto", "sdpa"):  # torch then has no choice
         record.paths.pop("sdpa", None)
     for note in report.notes:
         run.observer.note(note)

@@ -95,7 +95,7 @@ def test_the_predicted_peak_is_that_of_real_tensors(
 
 
 def test_each_level_takes_less_and_what_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nybble.models.blocks._TILE_ROWS", 64)
+    monkeypatch.setattr("nybble.models.blocks.mlp._TILE_ROWS", 64)
     monkeypatch.setattr("nybble.models.memory_savers._SLICE_ELEMENTS", 1 << 14)
     batch = BatchShape((200, 190, 120), 400)
     setting = setting_of(vocab_size=4096, hidden_size=128, intermediate_size=512)

@@ -17,7 +17,7 @@ from torch import nn
 from nybble.errors import ModelError, RecipeError
 from nybble.hardware import Device
 from nybble.models import packed_cache
-from nybble.models.blocks import swap_blocks
+from nybble.models.blocks import implementation_of, swap_blocks
 from nybble.models.content import content_hash
 from nybble.models.experts import unpacked_experts
 from nybble.models.quantizer import NybbleConfig, adopt_bnb, raising_faults, register
@@ -86,7 +86,7 @@ def load_model(
         raise ModelError(f"{source.name} has no linear layer that can be packed; use --method lora or full")
     loaded.eval()
     notes += [_multimodal_note(source, loaded)] if source.is_multimodal else []
-    blocks = swap_blocks(loaded)
+    blocks = swap_blocks(loaded, model.attn_implementation)
     notes += [blocks.reason] if blocks.reason else []
     notes += unpacked_experts(loaded) if method == "qlora" else []
     if kept is not None:
@@ -212,7 +212,7 @@ def _from_pretrained(
                 **{"config": source.text_config, **packing, **remote},
                 dtype=torch.float32 if method == "full" else dtype,
                 device_map={"": place},
-                attn_implementation=model.attn_implementation,
+                attn_implementation=implementation_of(model),
                 use_safetensors=True,
                 output_loading_info=True,
             )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nybble.models.adapters import attach
-from nybble.models.blocks import swap_blocks
+from nybble.models.blocks import implementation_of, swap_blocks
 from nybble.models.experts import experts_to_pack, packed_experts, swap_experts
 from nybble.models.skeleton import linears_to_pack, model_without_weights, swap_linears
 from nybble.models.text_part import text_section
@@ -40,23 +40,24 @@ def config_with_layers(config: Any, n_layers: int) -> Any:
     return whole
 
 
-def meta_model(config: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
+def meta_model(config: Any, recipe: Recipe, dtype: torch.dtype, whole: Any = None) -> Any:
     """The model of `recipe` as loading and attaching make it, on the meta device.
 
-    The rows of new tokens are added to those of the config. It must not be called under a fake mode. Raises what
-    transformers or PEFT raise for a config they cannot build.
+    The rows of new tokens are added to those of the config. `whole` is the config of the model whose first layers these
+    are, if it is another: what Nybble computes of a model does not depend on how many of them are traced. It must not
+    be called under a fake mode. Raises what transformers or PEFT raise for a config they cannot build.
     """
     model = model_without_weights(
         config,
         dtype=torch.float32 if recipe.method == "full" else dtype,
-        attn_implementation=recipe.model.attn_implementation,
+        attn_implementation=implementation_of(recipe.model),
         trust_remote_code=recipe.model.trust_remote_code,
     )
     with torch.device("meta"):
         if recipe.method == "qlora":
             _pack(model, recipe.quantization, dtype)
         model.eval()
-        swap_blocks(model)
+        swap_blocks(model, recipe.model.attn_implementation, whole)
         if recipe.method != "full":
             first, n = config.get_text_config().vocab_size, len(recipe.lora.new_tokens)
             model = attach(model, recipe.lora, "planned", tokens=NewTokens(tuple(range(first, first + n)), first))

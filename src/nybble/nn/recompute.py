@@ -9,6 +9,8 @@ from typing import Any
 
 from torch.utils.checkpoint import checkpoint
 
+from nybble.nn.rows import Rows, computing, current_rows
+
 
 class _State(threading.local):
     active = False
@@ -28,13 +30,14 @@ def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _second_time()
+    return nullcontext(), _second_time(current_rows())
 
 
 @contextmanager
-def _second_time() -> Iterator[None]:
+def _second_time(rows: Rows | None) -> Iterator[None]:
     _state.active = True
     try:
-        yield
+        with computing(rows):
+            yield
     finally:
         _state.active = False

@@ -118,7 +118,7 @@ class TracedModel:
     def _model(self, n_layers: int) -> Any:
         """The model with so many of its layers, on the meta device."""
         recipe = self.recipe if n_layers == self.n_layers else self._alike[0]
-        return meta_model(config_with_layers(self.config, n_layers), recipe, self.dtype)
+        return meta_model(config_with_layers(self.config, n_layers), recipe, self.dtype, self.config)
 
     @cached_property
     def parameters(self) -> tuple[int, int]:

@@ -79,7 +79,7 @@ class Sizes:
     def of(cls, config: Any, recipe: Recipe, dtype: torch.dtype) -> Sizes:
         """The sizes of a model, read off two small ones on the meta device, without any weight."""
         n = int(config.get_text_config().num_hidden_layers)
-        smaller, model = (meta_model(config_with_layers(config, k), recipe, dtype) for k in (2, 3))
+        smaller, model = (meta_model(config_with_layers(config, k), recipe, dtype, config) for k in (2, 3))
         layer = _bytes_of([model]) - _bytes_of([smaller])
         apart = [_bytes_of(unit) for unit in tables(model)]
         embeddings, head, table = {0: (0, 0, 0), 1: (0, 0, *apart), 2: (*apart, 0)}[len(apart)]

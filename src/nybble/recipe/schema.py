@@ -52,8 +52,11 @@ class ModelSection(Section):
     tokenizer_name_or_path: str | None = setting(
         None, "Folder or hub id of the tokenizer.", unset="the model's own", neutral=True
     )
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = setting(
-        "sdpa", "Attention implementation of transformers.", neutral=True
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = setting(
+        "auto",
+        "Attention implementation of transformers; auto takes sdpa, or eager for families whose class refuses sdpa. "
+        "With auto and sdpa Nybble's own attention over rows without padding takes its place in training.",
+        neutral=True,
     )
     device: Literal["auto", "cpu", "cuda", "hip"] = setting(
         "auto", "Device to run on; auto takes the GPU if torch sees one.", neutral=True

@@ -88,7 +88,7 @@ def plain_path(model: nn.Module) -> Iterator[None]:
 def _is_ours(module: nn.Module) -> bool:
     forward = module.__dict__.get("forward")
     function = getattr(getattr(forward, "__func__", None), "func", getattr(forward, "__func__", None))
-    return getattr(function, "__module__", "") == "nybble.models.blocks"
+    return getattr(function, "__module__", "").startswith("nybble.models.blocks.")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from nybble.kernels.attention import cpu
 from nybble.kernels.attention import torch as reference
 from nybble.kernels.attention.segments import check_parents
+from nybble.kernels.attention.sinks import with_sinks
 from nybble.kernels.attention.torch import Settings
 from nybble.kernels.dispatch import dispatcher
 
@@ -34,6 +35,7 @@ def attend(
     window: int | None = None,
     softcap: float = 0.0,
     parents: Sequence[int] = (),
+    sinks: Tensor | None = None,  # (heads,)
 ) -> Tensor:
     """Causal attention within each document, `(T, heads, width)` contiguous; can be differentiated once.
 
@@ -45,6 +47,7 @@ def attend(
         softcap: c > 0 makes each score c tanh(score / c), as in Gemma 2.
         parents: makes trees of the documents (see `attention.segments`): for each, the index of the one that it
             continues and whose tokens it therefore sees, or -1; by default each stands alone.
+        sinks: a score of each head that takes part in every softmax and adds nothing to the result (gpt-oss).
 
     Raises:
         ValueError: shapes, types or lengths that do not fit each other.
@@ -54,6 +57,8 @@ def attend(
     settings = Settings([length for length in lengths if length], scale, window, softcap, parents)
     if window is not None and window >= settings.longest:
         settings = settings._replace(window=None)
+    if sinks is not None:
+        return with_sinks(q, k, v, sinks, settings)
     if not isinstance(q, FakeTensor) and q.numel():
         for backend in dispatcher.attention(q.device):
             if backend.takes(q, settings):

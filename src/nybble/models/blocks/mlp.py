@@ -1,0 +1,60 @@
+"""The gated MLP, and how little of it may be kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from nybble.nn.gated_mlp import GatedMlp
+from nybble.nn.lora_projection import projection_of
+
+_TILE_ROWS = 1024  # of an MLP in tiles, at least: a product with as many rows is as fast as a larger one
+_TILES = 8  # at most
+_ACTIVATIONS = ("silu", "gelu_tanh")
+
+
+class Surroundings(NamedTuple):
+    """What the code around an MLP does with its input and its output."""
+
+    keeps_output: bool  # a norm behind the MLP does
+    shares_input: bool  # other modules get the same tensor, so that its gradient must not take its place
+
+
+# From the one that needs the least memory to the one that is always right.
+SURROUNDINGS = (Surroundings(False, False), Surroundings(True, False), Surroundings(True, True))
+
+
+def mlp_forwards(module: nn.Module) -> Sequence[Callable[..., Any]]:
+    """Forwards for an MLP of two or three linears: for each of `SURROUNDINGS` in turn, one for each activation."""
+    if not all(isinstance(part, nn.Module) for part in (*_inputs(module), getattr(module, "down_proj", None))):
+        return ()
+    return [partial(_mlp, *both) for both in product(SURROUNDINGS, _ACTIVATIONS)]
+
+
+def in_surroundings(forward: Callable[..., Any], surroundings: Surroundings) -> Callable[..., Any]:
+    """The same MLP elsewhere; any other forward as it is."""
+    if isinstance(forward, partial) and forward.func is _mlp:
+        return partial(_mlp, surroundings, *forward.args[1:])
+    return forward
+
+
+def _inputs(module: Any) -> tuple[Any, ...]:
+    if hasattr(module, "gate_up_proj"):
+        return (module.gate_up_proj,)
+    return (getattr(module, "gate_proj", None), getattr(module, "up_proj", None))
+
+
+def _mlp(around: Surroundings, activation: str, module: Any, x: Tensor) -> Tensor:
+    projections = [projection_of(layer) for layer in (*_inputs(module), module.down_proj)]
+    plain = [p for p in projections if p is not None and not p.has_trained_bias]
+    if len(plain) < len(projections) or len({p.dtype for p in plain}) != 1 or not x.numel():
+        return type(module).forward(module, x)  # type: ignore[no-any-return]
+    wanted = getattr(module, "nybble_tiles", 0)  # True, or rows of a tile at least
+    least = _TILE_ROWS if wanted is True else wanted
+    tile = max(least, -(-x.numel() // (x.shape[-1] * _TILES))) if least else 0
+    takes_x = not around.shares_input
+    return GatedMlp(tuple(plain[:-1]), plain[-1], activation, around.keeps_output, tile, takes_x)(x)
