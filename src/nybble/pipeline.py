@@ -344,7 +344,7 @@ def inspect_rows(
         seed = resolved.training.seed
         prepared = examine_rows(resolved.data, resolved.evaluation, tokenizer, seed, cache, watch)
     shown = show_rows(prepared, tokenizer, show, find)
-    return Inspection(resolved.data.source, prepared.ledger, shown, prepared.fault)
+    return Inspection(resolved.data.source, replace(prepared.ledger, context=context), shown, prepared.fault)
 
 
 def probe(

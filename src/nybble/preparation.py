@@ -200,10 +200,12 @@ def _prepare(recipe: Recipe, run: RunContext, *, force: bool) -> RunInputs:
     if tokens.ids:
         known = sum(token < tokens.n_known for token in tokens.ids)
         note(f"rows of {len(tokens.ids)} tokens are learned; {known} of them were in the vocabulary")
-    recipe = within_context(recipe, getattr(source.text_config, "max_position_embeddings", None), note)
+    context = getattr(source.text_config, "max_position_embeddings", None)
+    recipe = within_context(recipe, context, note)
     cache = rows_cache(recipe.quantization)
     with fixed_clock(run.clock):
         rows = prepare_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed, cache, run.observer)
+    rows = replace(rows, ledger=replace(rows.ledger, context=context))
     for line in rows.ledger.in_words:
         note(line)
     check_best_step(recipe.evaluation, recipe.training, rows)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import processors
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nybble.data import IGNORED, Prepared, contexts, prepare_rows, read_rows
 from nybble.errors import RowsError
 from nybble.recipe import DataSection, EvaluationSection
+from nybble.reporting import ledger_lines
 
 Call = Callable[..., Prepared]
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>")
 SHORT = {"text": "<s>[INST] Q [/INST] A </s>"}
 LONG = {"text": "<s>[INST] Q [/INST] " + "A " * 40 + "</s>"}
 EXCHANGE = "<s>[INST] {0} [/INST] {0} </s>"
@@ -129,6 +131,47 @@ def test_last_answer_of_text(learns: Call) -> None:
     prompt = "<s>[INST] a [/INST] a </s><s>[INST] b [/INST]"
     done = learns(row, prompt, " b </s>", loss_on="last_answer")
     assert (done.ledger.turns, done.ledger.rows_multi_turn) == (1, 1)
+
+
+def ascii_tokenizer(unknown: str | None) -> Any:
+    """One token for each character of ASCII; others become `unknown`, or vanish if that is None."""
+    characters = [*SPECIAL_TOKENS, "\u2581", "\n", *map(chr, range(33, 127))]
+    words = models.BPE({token: index for index, token in enumerate(characters)}, [], unk_token=unknown)
+    tokenizer = Tokenizer(words)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    unk, bos, eos, pad = SPECIAL_TOKENS
+    names = {"unk_token": unk, "bos_token": bos, "eos_token": eos, "pad_token": pad}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+@pytest.mark.parametrize("unknown", ["<unk>", None])
+def test_characters_without_a_token_are_named_and_counted(unknown: str | None, prepare: Call) -> None:
+    rows = [SHORT, {"text": "<s>[INST] Q \u2603 [/INST] It is \u2602\u200b\tand " + "A" * 200 + " \u2602 </s>"}]
+    ledger = prepare([rows[0], rows[1], rows[1]], ascii_tokenizer(unknown)).ledger
+    assert ledger.characters_lost == {"\u2602": 2, "\u2603": 2}
+    assert ledger.answer_characters_lost == 4
+    assert 400 < ledger.answer_characters < 460
+    (line,) = (line for line in ledger.in_words if "no token for" in line)
+    assert "'\u2602' (2 rows)" in line
+    assert ("characters of answers that are lost", "4") in ledger_lines(asdict(ledger))
+    assert prepare(rows).ledger.characters_lost == {}  # bytes spell everything
+
+
+def test_answers_that_lose_more_than_1_percent_are_refused(prepare: Call) -> None:
+    rows = [{"text": "<s>[INST] Q \u2603\u2603\u2603 [/INST] " + "A" * 90 + "\u2602\u2602 </s>"}]
+    with pytest.raises(RowsError, match=r"no token for 2\.\d % .*\u2602.* set --allow_lost_characters"):
+        prepare(rows, ascii_tokenizer(None))
+    assert prepare(rows, ascii_tokenizer(None), allow_lost_characters=True).ledger.answer_characters_lost == 2
+
+
+def test_advice_on_max_length_knows_the_models_context(prepare: Call) -> None:
+    ledger = prepare([LONG, SHORT], max_length=30, allow_no_stop=True).ledger
+    advice = f"max_length {ledger.length_p99} would keep 99 % whole"
+    assert any(advice in line for line in ledger.in_words)
+    short = replace(ledger, context=40).in_words
+    assert not any("max_length" in line and "would keep" in line for line in short)
+    assert any(f"99 % have at most {ledger.length_p99} tokens, and the model takes 40" in line for line in short)
 
 
 def test_a_run_without_end_tokens_is_allowed_by_name(prepare: Call) -> None:

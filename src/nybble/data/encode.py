@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nybble.data.contexts import Answer, Context, encode_turns, n_tokens
+from nybble.data.coverage import NOTHING_LOST, Lost
 from nybble.data.kinds import Span
 from nybble.data.rendered import CHAT_FORMATS, without_stop
 from nybble.data.shapes import Form, Piece, Turn, answers_of, as_first_unit, exchanges, prompt_form_of
@@ -62,6 +63,7 @@ class EncodedRow:
     not_used: tuple[str, ...] = ()  # columns and message keys that hold something and are not used
     notes: tuple[str, ...] = ()  # what was changed in the row
     fault: str = ""  # why the row is skipped, if it is
+    lost: Lost = NOTHING_LOST  # characters that the tokenizer has no token for
 
 
 def encode_row(

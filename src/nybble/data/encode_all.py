@@ -27,6 +27,7 @@ from typing import Any
 from pyarrow import RecordBatch
 
 from nybble.data.columns import Layout, convert_row
+from nybble.data.coverage import lost_in
 from nybble.data.encode import EncodedRow, Example, encode_row
 from nybble.data.files import Row
 from nybble.data.rows import Placed, Rows
@@ -43,7 +44,7 @@ CHUNK = 250  # rows per task of a worker; fewer if the rows are long
 _CHUNK_BYTES = 8 << 20  # approximate limit for a chunk as JSON; each worker has at most three chunks in flight
 _MOST_WORKERS = 16  # with more workers, reading the rows is the bottleneck
 # Part of every cache key: raise it when the same rows and settings give different tokens or a different record layout.
-_VERSION = 6
+_VERSION = 7
 _NO_LIMIT = 1 << 40  # tokens
 
 _Chunk = tuple[int, list[Placed]]  # the number of rows before the chunk, and the chunk's rows
@@ -118,7 +119,8 @@ class Encoder:
             for example in encoded.examples
         ]
         notes = (*converted.notes, *encoded.notes)
-        return replace(encoded, examples=examples, not_used=converted.not_used, notes=notes)
+        lost = lost_in(form, self.tokenizer)
+        return replace(encoded, examples=examples, not_used=converted.not_used, notes=notes, lost=lost)
 
     def _encode_form(self, form: Form, max_length: int, where: str) -> EncodedRow:
         data = self.data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +13,7 @@ from nybble.data.store import Examples
 
 _MOST_NAMES = 50  # of columns that are not used
 _MOST_NAMED = 10  # rows that are skipped and named
+_MOST_SHOWN = 5  # characters that are lost and named
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class Ledger:
     not_used: dict[str, int] = field(default_factory=dict)  # column or message key -> rows that hold something there
     notes: dict[str, int] = field(default_factory=dict)  # what was changed in rows -> number of rows
     files_not_read: tuple[str, ...] = ()  # files of the folder that are not read
+    characters_lost: dict[str, int] = field(default_factory=dict)  # without a token -> rows read that hold it
+    answer_characters: int = 0  # of the rows used, before truncation
+    answer_characters_lost: int = 0  # those of them that the tokenizer has no token for
+    context: int | None = None  # the most tokens that the model takes, if that is known
     sets: dict[str, Ledger] = field(default_factory=dict)  # the ledger of each set, if there are several
 
     @property
@@ -70,6 +76,11 @@ class Ledger:
             names = [f"{name} in {_rows(rows)}" for name, rows in self.not_used.items()]
             lines.append(f"not used: {', '.join(names)}")
         lines += [f"{note} in {_rows(rows)}" for note, rows in self.notes.items()]
+        if self.characters_lost:
+            lines.append(
+                f"the tokenizer has no token for {_named(self.characters_lost)}: {self.answer_characters_lost:,} of "
+                f"{self.answer_characters:,} characters of the answers are lost"
+            )
         if self.files_not_read:
             lines.append(f"files not read: {', '.join(self.files_not_read)}")
         if self.rows_skipped:
@@ -77,13 +88,23 @@ class Ledger:
                 f"{self.rows_skipped:,} rows are skipped because they cannot be used; the first: {self.skipped[0]}"
             )
         if self.rows_over_max_length:
+            fits = self.context is None or self.length_p99 <= self.context
+            advice = f"max_length {self.length_p99:,} would keep 99 % whole"
+            beyond = f"99 % have at most {self.length_p99:,} tokens, and the model takes {self.context or 0:,}"
             lines.append(
                 f"{self.rows_over_max_length:,} rows are longer than max_length, {self.rows_split:,} were split; "
-                f"{self.stop_tokens_cut:,} end tokens are lost; max_length {self.length_p99:,} would keep 99 % whole"
+                f"{self.stop_tokens_cut:,} end tokens are lost; {advice if fits else beyond}"
             )
         if self.stop_tokens_trained == 0:
             lines.append("no end token is learned, as allow_no_stop permits: the model will not learn to stop")
         return lines
+
+
+def _named(characters: Mapping[str, int]) -> str:
+    """The first characters, each with the rows that hold it, and how many others there are."""
+    first = ", ".join(f"{character!r} ({_rows(rows)})" for character, rows in list(characters.items())[:_MOST_SHOWN])
+    others = len(characters) - _MOST_SHOWN
+    return f"{first} and {others:,} other characters" if others > 0 else first
 
 
 def _rows(count: int) -> str:
@@ -142,6 +163,9 @@ def count_rows(read: Examples, is_used: NDArray[np.bool_], n_held_out: int, max_
         skipped=tuple(fault for fault in faults if fault is not None)[:_MOST_NAMED],
         not_used=_most(read.counts("not_used")),
         notes=read.counts("notes"),
+        characters_lost=read.counts("lost"),
+        answer_characters=_sum(used, "n_answer_characters"),
+        answer_characters_lost=_sum(used, "n_answer_lost"),
     )
 
 

@@ -24,6 +24,8 @@ from nybble.recipe import DataSection, DataSet, EvaluationSection, QuantizationS
 from nybble.run.record import Observer, Silent
 from nybble.storage.cache import Cache
 
+_MOST_LOST = 0.01  # share of the characters of the answers
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -195,6 +197,14 @@ def _fault(ledger: Ledger, source: str, data: DataSection) -> str | None:
         return (
             f"{source}: no answer keeps its end token within max_length {data.max_length}, so the model would never "
             "learn to stop; raise --max_length, or set --allow_no_stop"
+        )
+    lost = ledger.answer_characters_lost / max(ledger.answer_characters, 1)
+    if lost > _MOST_LOST and not data.allow_lost_characters:
+        named = " ".join(list(ledger.characters_lost)[:5])
+        return (
+            f"{source}: the tokenizer has no token for {100 * lost:.1f} % of the characters of the answers (such as "
+            f"{named}), so the model would learn text without them; give a model whose tokenizer has them, replace "
+            "them in the rows, or set --allow_lost_characters"
         )
     return None
 

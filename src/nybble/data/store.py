@@ -50,6 +50,9 @@ _SCHEMA = pa.schema(
         "not_used": pa.list_(pa.string()),
         "notes": pa.list_(pa.string()),
         "fault": pa.string(),
+        "lost": pa.list_(pa.string()),  # characters without a token
+        "n_answer_characters": pa.int64(),
+        "n_answer_lost": pa.int64(),
     }
 )
 
@@ -59,6 +62,10 @@ def to_records(rows: Iterable[EncodedRow]) -> pa.RecordBatch:
     records: list[dict[str, Any]] = []
     for row in rows:
         once: dict[str, Any] = {"not_used": row.not_used, "notes": row.notes, "fault": row.fault or None}
+        lost = row.lost
+        once |= {
+            "lost": lost.characters, "n_answer_characters": lost.n_answer, "n_answer_lost": lost.n_answer_lost
+        }  # fmt: skip
         for example in row.examples:
             ids = np.array(example.input_ids, dtype=np.int32)
             learned = np.array(example.labels, dtype=np.int32) != IGNORED
@@ -70,7 +77,8 @@ def to_records(rows: Iterable[EncodedRow]) -> pa.RecordBatch:
             record |= {"tokens": np.where(learned, ids, ~ids), "length": len(ids), "key": key_of(example.input_ids)}
             record |= {"n_trained": int(learned[1:].sum()), "row_length": row.length, "row_turns": row.n_turns}
             records.append(record | once | {"row_key": row.key, "row_form": row.prompt_form})
-            once = {"not_used": (), "notes": (), "fault": None}
+            once = {"not_used": (), "notes": (), "fault": None, "lost": ()}
+            once |= {"n_answer_characters": 0, "n_answer_lost": 0}
     columns = {name: [record[name] for record in records] for name in _SCHEMA.names}
     return pa.RecordBatch.from_pydict(columns, schema=_SCHEMA)
 

@@ -399,6 +399,11 @@ class DataSection(Section):
     allow_no_stop: bool = setting(
         False, "Train even if no answer keeps its end token, so that the model will not learn to stop."
     )
+    allow_lost_characters: bool = setting(
+        False,
+        "Train even if the tokenizer has no token for more than 1 % of the characters of the answers, which the model "
+        "will not learn to write.",
+    )
     overlong: Literal["truncate", "drop", "split"] = setting(
         "truncate",
         "What happens to rows longer than max_length: truncate cuts them, drop leaves them out, split makes several "

@@ -35,6 +35,7 @@ _LINES: tuple[tuple[str, str], ...] = (
     ("longest row", "length_max"),
 )
 
+_MOST_CHARACTERS = 10  # that are shown
 _KINDS = {"answer": "answers", "call": "tool calls", "end": "ends of turns", "text": "other text"}
 
 
@@ -48,11 +49,19 @@ def ledger_lines(ledger: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append((name, f"{_rows(part['rows_used'])} to train, {trained}"))
     lines += [(f"not used: {name}", _rows(count)) for name, count in ledger.get("not_used", {}).items()]
     lines += [(note, _rows(count)) for note, count in ledger.get("notes", {}).items()]
+    lines += [(f"characters without a token: {character!r}", _rows(n)) for character, n in _first_lost(ledger)]
+    if ledger.get("characters_lost"):
+        lines.append(("characters of answers", format_count(ledger["answer_characters"])))
+        lines.append(("characters of answers that are lost", format_count(ledger["answer_characters_lost"])))
     lines += [("file not read", name) for name in ledger.get("files_not_read", ())]
     if ledger.get("rows_skipped"):
         lines.append(("rows skipped", format_count(ledger["rows_skipped"])))
         lines += [("skipped", fault) for fault in ledger["skipped"]]
     return lines
+
+
+def _first_lost(ledger: Mapping[str, Any]) -> list[tuple[str, int]]:
+    return list(ledger.get("characters_lost", {}).items())[:_MOST_CHARACTERS]
 
 
 def _rows(count: int) -> str:
