@@ -211,3 +211,60 @@ def test_the_command_reads_lines_and_commands(
     assert "unknown command /nonsense" in done.err
     assert "/adapter NAME" in done.err
     assert "first after" in done.err
+    opening = done.err.splitlines()[0]
+    assert opening.startswith(f"{runs['next']}, an adapter on ")
+    assert opening.endswith("/help lists the commands, /exit or Ctrl+D leaves")
+    assert ", without an adapter\n" in done.err
+
+
+def test_answers_are_drawn_as_asked(nybble: Callable[..., Any], runs: dict[str, Path]) -> None:
+    drawing = ("--temperature", "2.5", "--max_new_tokens", "12", "--json")
+
+    def texts(*more: object) -> list[str]:
+        done = nybble("ask", runs["next"], "What is two?", *drawing, *more)
+        assert done.code == 0, done.err
+        return [done.json["answers"][0]["tuned"], done.json["answers"][0]["base"]]
+
+    first = texts("--seed", 3)
+    assert texts("--seed", 3) == first
+    assert texts("--seed", 4) != first
+    (greedy,) = ask(runs["next"], ["What is two?"], max_new_tokens=12)
+    assert texts("--top_p", 1e-9) == [greedy.tuned, greedy.base]  # only the likeliest token is left to draw
+    said = [
+        Chat(runs["next"], temperature=2.5, seed=seed, max_new_tokens=12).reply("What is two?").text
+        for seed in (3, 3, 4)
+    ]
+    assert said[0] == said[1] != said[2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (("--temperature", "-1"), "temperature: got -1.0; allowed is 0 (the likeliest token) or more"),
+        (("--temperature", "nan"), "temperature: got nan"),
+        (("--temperature", "1", "--top_p", "0"), "top_p: got 0.0; allowed is a number above 0, up to 1"),
+        (("--temperature", "1", "--seed", "-3"), "seed: got -3; allowed is a number from 0"),
+        (("--seed", "3"), "top_p and seed are for answers that are drawn; give --temperature as well"),
+    ],
+)
+def test_numbers_that_cannot_be_meant_are_refused(nybble: Callable[..., Any], flags: tuple[str, ...], why: str) -> None:
+    for verb in (("ask", "nowhere", "Hello"), ("chat", "nowhere")):
+        refused = nybble(*verb, *flags)
+        assert refused.code == 2
+        assert why in refused.err
+
+
+def test_chat_as_json_lines_gives_pieces_and_then_the_reply(
+    nybble: Callable[..., Any], runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is two?\n/reset\nWhat is five?\n"))
+    done = nybble("chat", runs["next"], "--max_new_tokens", "16", "--jsonl")
+    lines = [json.loads(line) for line in done.out.splitlines()]
+    replies = [line for line in lines if line.get("done")]
+    expected = ask(runs["next"], QUESTIONS, max_new_tokens=16)
+    assert [reply["answer"] for reply in replies] == [answer.tuned for answer in expected]
+    assert [reply["prompt"] for reply in replies] == list(QUESTIONS)
+    assert replies[0]["stopped"]
+    first = lines[: lines.index(replies[0])]
+    assert len(first) > 1
+    assert "".join(line["text"] for line in first).strip() == replies[0]["answer"]

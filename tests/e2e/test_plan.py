@@ -243,6 +243,32 @@ def test_what_processes_take_and_send(nybble: Callable[..., Any], tiny_llama: Ca
         assert nybble("plan", "--model", tiny_llama(), "--processes", *wrong).code == 2
 
 
+CARDS = {  # dense bfloat16 or float16 TFLOP/s, GB/s and GB of their data sheets
+    "a100": (312, 2039, 80),
+    "h100": (989, 3350, 80),
+    "l40s": (362.1, 864, 48),
+    "rtx3090": (71, 936, 24),
+    "t4": (65, 300, 16),
+    "w7900": (122.6, 864, 48),
+    "r9700": (191, 640, 32),
+    "mi300a": (980.6, 5300, 128),
+}
+
+
+def test_cards_that_people_have_can_be_planned_for(nybble: Callable[..., Any], tiny_llama: Callable[..., Path]) -> None:
+    from nybble.planning import PROFILES
+
+    for card, (teraflops, gigabytes_per_second, gigabytes) in CARDS.items():
+        profile = PROFILES[card]
+        rates = (profile.flops_per_second, profile.bytes_per_second)
+        assert rates == pytest.approx((0.5e12 * teraflops, 0.7e9 * gigabytes_per_second)), card
+        assert (profile.memory_bytes, profile.is_estimate) == (gigabytes * 10**9, True), card
+    done = nybble("plan", "--model", tiny_llama(), "--device-profile", "T4", "--max_length", 32, "--json")
+    assert done.code == 0, done.err
+    assert done.json["budget_bytes"] == 16_000_000_000
+    assert "T4 has no bfloat16: computing in float16 instead" in done.json["notes"]
+
+
 def test_links_of_a_mesh_work_at_once() -> None:
     from nybble.planning import PROFILES
 

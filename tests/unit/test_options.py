@@ -16,6 +16,7 @@ import typer
 
 import nybble
 from nybble import bundled
+from nybble.cli.main import app
 from nybble.cli.main import run as run_nybble
 from nybble.cli.options import RecipeFile, SettingsCommand, takes_settings
 from nybble.cli.train import print_outcome
@@ -147,10 +148,46 @@ def test_verbs_list_the_settings_that_they_take(
         assert "settings:" not in help_of(verb, 80, monkeypatch, capsys)
 
 
-def test_the_list_of_verbs_is_not_cut(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    verbs = help_of(" ", 80, monkeypatch, capsys).partition("Commands:\n")[2]
-    assert "..." not in verbs
-    assert all(line.endswith(".") for line in verbs.splitlines())
+COMMANDS = typer.main.get_command(app).commands
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80])
+def test_the_list_of_verbs_is_not_cut(
+    columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verbs = help_of(" ", columns, monkeypatch, capsys).partition("Commands:\n")[2]
+    listed = " ".join(verbs.split())
+    for name, command in COMMANDS.items():
+        assert f"{name} {command.help.partition('.')[0]}." in listed
+    if columns == 80:
+        assert all(line.endswith(".") for line in verbs.splitlines())
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_the_help_of_every_verb_ends_with_examples_that_its_parser_takes(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = help_of(verb, 60, monkeypatch, capsys)
+    examples = text.partition("Examples:\n")[2].splitlines()
+    assert examples
+    for line in examples:
+        assert len(line) <= 60
+        name, chosen, *words = shlex.split(line)
+        assert (name, chosen) == ("nybble", verb)
+        COMMANDS[verb].make_context(verb, list(words))
+
+
+def test_settings_are_described_by_name_with_all_values_that_libraries_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_nybble(["settings", "lr", "optim", "lr_scheduler_type", "report_to"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "learning_rate NUMBER|probe Peak learning rate" in text
+    assert "Other names: lr." in text
+    examples = {"optim": "paged_adamw_8bit", "lr_scheduler_type": "cosine_with_min_lr", "report_to": "wandb"}
+    for item, value in examples.items():
+        allowed = text.partition(f" {item} TEXT ")[2].partition("Allowed: ")[2].partition(".")[0].split(", ")
+        assert value in allowed, item
+    assert run_nybble(["settings", "lerning_rate"]) == 2
+    assert run_nybble(["settings", "lr", "--json"]) == 2
 
 
 def test_every_help_text_is_a_sentence() -> None:

@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from nybble.cli.options import takes_settings
+from nybble.cli.options import Seed, Temperature, TopP, takes_settings
 from nybble.cli.process import import_libraries
 from nybble.cli.terminal import print_json
 from nybble.guard import visible
 
 
-@takes_settings(("model",), without=("max_new_tokens",))
+@takes_settings(("model",), without=("max_new_tokens", "seed"))
 def ask(
     overrides: dict[str, Any],
     run: Annotated[str, typer.Argument(help="Folder of a run, an adapter or a merged model.")],
@@ -31,9 +31,15 @@ def ask(
     max_new_tokens: Annotated[
         int, typer.Option("--max_new_tokens", "--max-new-tokens", min=1, help="Largest length of an answer, in tokens.")
     ] = 64,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the answers on stdout as JSON.")] = False,
 ) -> None:
-    """Ask the base and the tuned model the same questions. Settings tell where the base is now."""
+    """Ask the base and the tuned model the same questions.
+
+    Settings tell where the base is now.
+    """
     import_libraries()
     from dataclasses import asdict
 
@@ -47,6 +53,9 @@ def ask(
         others=others or (),
         system=system,
         max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
     )
     samples = [asdict(answer) for answer in answers]
     if as_json:

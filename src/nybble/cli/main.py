@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from nybble import __version__
 from nybble.cli import (
@@ -34,6 +35,7 @@ from nybble.cli import (
     settings,
     train,
 )
+from nybble.cli.examples import examples
 from nybble.cli.options import SettingsCommand
 from nybble.cli.process import own_process, stop_as_by_ctrl_c
 from nybble.cli.streams import make_output_unbreakable
@@ -43,8 +45,20 @@ from nybble.run.quiet import quiet_libraries
 from nybble.run.rendezvous import refuse_launcher
 from nybble.subprocesses import report_error
 
+
+class ListOfVerbs(TyperGroup):
+    """The verbs, with whole sentences in terminals of any width."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write each verb and what it does."""
+        verbs = {name: self.get_command(ctx, name) for name in self.list_commands(ctx)}
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, verb.get_short_help_str(limit=1000)) for name, verb in verbs.items() if verb])
+
+
 app = typer.Typer(
     name="nybble",
+    cls=ListOfVerbs,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help stays readable in pipes and narrow terminals
@@ -73,23 +87,29 @@ def before(
 
 
 _INTERRUPTED = 130  # what shells, and some versions of typer, return for a process that SIGINT ended
-app.command("demo", cls=SettingsCommand)(demo.demo)
-app.command("train", cls=SettingsCommand)(train.train)
-app.command("plan", cls=SettingsCommand)(plan.plan)
-app.command("data", cls=SettingsCommand)(data.data)
-app.command("compare", cls=SettingsCommand)(compare.compare)
-app.command("probe", cls=SettingsCommand)(probe.probe)
-app.command("ask", cls=SettingsCommand)(ask.ask)
-app.command("chat", cls=SettingsCommand)(chat.chat)
-app.command("export", cls=SettingsCommand)(export.export)
-app.command("merge", cls=SettingsCommand)(merge.merge)
-app.command("quantize", cls=SettingsCommand)(quantize.quantize)
-app.command("doctor")(doctor.doctor)
-app.command("report")(report.report)
-app.command("resume-check")(resume_check.resume_check)
-app.command("import")(import_recipe.import_recipe)
-app.command("recipes")(recipes.recipes)
-app.command("settings")(settings.settings)
+
+
+def _add(name: str, verb: Callable[..., Any], cls: type[TyperCommand] = TyperCommand) -> None:
+    app.command(name, cls=cls, epilog=examples(name))(verb)
+
+
+_add("demo", demo.demo, cls=SettingsCommand)
+_add("train", train.train, cls=SettingsCommand)
+_add("plan", plan.plan, cls=SettingsCommand)
+_add("data", data.data, cls=SettingsCommand)
+_add("compare", compare.compare, cls=SettingsCommand)
+_add("probe", probe.probe, cls=SettingsCommand)
+_add("ask", ask.ask, cls=SettingsCommand)
+_add("chat", chat.chat, cls=SettingsCommand)
+_add("export", export.export, cls=SettingsCommand)
+_add("merge", merge.merge, cls=SettingsCommand)
+_add("quantize", quantize.quantize, cls=SettingsCommand)
+_add("doctor", doctor.doctor)
+_add("report", report.report)
+_add("resume-check", resume_check.resume_check)
+_add("import", import_recipe.import_recipe)
+_add("recipes", recipes.recipes)
+_add("settings", settings.settings)
 
 
 def main() -> None:

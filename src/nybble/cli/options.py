@@ -32,6 +32,20 @@ RecipeFile = Annotated[
     ),
 ]
 
+Temperature = Annotated[
+    float, typer.Option("--temperature", metavar="NUMBER", help="Sampling temperature; 0 takes the likeliest token.")
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        "--top_p", metavar="NUMBER", help="Draw from the likeliest tokens that have this probability together."
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", metavar="INTEGER", help="Draw the same answers each time.", show_default=False),
+]
+
 
 def takes_settings(
     sections: Sequence[str] = tuple(SECTIONS), *, without: Sequence[str] = ()

@@ -12,7 +12,12 @@ from nybble.cli.terminal import print_json
 from nybble.recipe import load_recipe
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from nybble.recipe import Plan
+
+
+_WIDTH_OF_PARTS = 110  # columns; a narrower terminal is shown the peak of each phase alone
 
 
 @takes_settings()
@@ -82,16 +87,7 @@ def _print(made: Plan) -> None:
 
     console = Console(highlight=False)
     unit, size = ("GB", 1e9) if made.peak_bytes >= 1e9 else ("MB", 1e6)
-    parts = list(dict.fromkeys(part for phase in made.phases for part in phase.parts))
-    table = Table(f"{unit} in", "peak", *parts, box=None, pad_edge=False, padding=(0, 1))
-    for column in table.columns:
-        column.no_wrap = True
-        column.justify = "right" if column is not table.columns[0] else "left"
-    for phase in made.phases:
-        figures = (phase.peak_bytes, *(phase.parts.get(part) for part in parts))
-        table.add_row(phase.name, *("–" if n is None else f"{n / size:.2f}" for n in figures))
-    console.width = max(console.width, 110)
-    console.print(table)
+    _print_phases(console, made, unit, size)
     console.print()
     estimate = " (estimate)" if made.device["is_estimate"] else ""
     for line in made.lines():
@@ -118,3 +114,20 @@ def _print(made: Plan) -> None:
         console.print(changes)
     for note in made.notes:
         console.print(note, soft_wrap=True, markup=False)
+
+
+def _print_phases(console: Console, made: Plan, unit: str, size: float) -> None:
+    from rich.table import Table
+
+    is_narrow = console.is_terminal and console.width < _WIDTH_OF_PARTS
+    parts = [] if is_narrow else list(dict.fromkeys(part for phase in made.phases for part in phase.parts))
+    table = Table(f"{unit} in", "peak", *parts, box=None, pad_edge=False, padding=(0, 1))
+    for column in table.columns:
+        column.no_wrap = True
+        column.justify = "right" if column is not table.columns[0] else "left"
+    for phase in made.phases:
+        figures = (phase.peak_bytes, *(phase.parts.get(part) for part in parts))
+        table.add_row(phase.name, *("–" if n is None else f"{n / size:.2f}" for n in figures))
+    if not is_narrow:
+        console.width = max(console.width, _WIDTH_OF_PARTS)
+    console.print(table)

@@ -7,6 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def print_json(content: Mapping[str, Any]) -> None:
-    """Print one JSON object on stdout, and nothing else."""
-    print(json.dumps(content, ensure_ascii=False))
+def print_json(content: Mapping[str, Any], *, flush: bool = False) -> None:
+    """Print one JSON object on stdout, on one line."""
+    print(json.dumps(content, ensure_ascii=False), flush=flush)

@@ -17,7 +17,7 @@ from nybble.generation.questions import add_adapters, check_model_settings, form
 from nybble.hardware import detect_device
 from nybble.models import find_artifact, load_artifact
 from nybble.run.quiet import quiet_libraries
-from nybble.training import evaluation_mode, stop_at
+from nybble.training import Sampling, evaluation_mode, stop_at
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Chat:
         system: str = "",
         max_new_tokens: int = 256,
         temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
     ) -> None:
         """Load the model and its adapters.
 
@@ -60,11 +62,14 @@ class Chat:
             system: system text.
             max_new_tokens: limit for the length of a reply, in tokens.
             temperature: sampling temperature; 0 is greedy decoding.
+            top_p: draw from the likeliest tokens that have this probability together.
+            seed: gives the same answers to the same conversation.
 
         Raises:
-            InputError: a folder is neither a run, an adapter nor a model.
+            InputError: a number is out of range, or a folder is neither a run, an adapter nor a model.
             ModelError: a base is missing, or is not the one that was trained on.
         """
+        self._sampling = Sampling(temperature, top_p, seed)
         check_model_settings(overrides)
         self._first = find_artifact(str(tuned), overrides)
         more = [find_artifact(str(other), overrides) for other in others]
@@ -76,11 +81,20 @@ class Chat:
         self._form = form_of(self._first, self._tokenizer)
         self._system = system
         self._max_new_tokens = max_new_tokens
-        self._temperature = temperature
         self._is_on = True
         self._cache: Any = None
         self._cached: list[int] = []  # the tokens whose keys and values are in the cache
         self.reset()
+
+    @property
+    def title(self) -> str:
+        """What answers, in words."""
+        if not self._adapters:
+            return self._first.name
+        if not self._is_on:
+            return f"{self._first.base.model_name_or_path}, without an adapter"
+        names = {name: given for given, name in self._adapters.items()}
+        return f"{names[self._model.active_adapters[0]]}, an adapter on {self._first.base.model_name_or_path}"
 
     @property
     def adapters(self) -> list[str]:
@@ -126,8 +140,8 @@ class Chat:
         stream = _Stream(self._tokenizer, say)
         device = next(self._model.parameters()).device
         off = nullcontext() if self._is_on or not self._adapters else self._model.disable_adapter()
-        sampled = {"do_sample": True, "temperature": self._temperature} if self._temperature > 0 else {}
-        with off, evaluation_mode(self._model, self._dtype):
+        drawn = self._sampling.drawn(device, turn=len(self._turns))
+        with off, evaluation_mode(self._model, self._dtype), drawn:
             produced = self._model.generate(
                 input_ids=torch.tensor([ids], device=device),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=device),
@@ -136,7 +150,7 @@ class Chat:
                 pad_token_id=self._tokenizer.pad_token_id,
                 streamer=stream,
                 return_dict_in_generate=True,
-                **(sampled or {"do_sample": False}),
+                **self._sampling.arguments,
             )
         self._cache = produced.past_key_values
         whole = [int(i) for i in produced.sequences[0]]

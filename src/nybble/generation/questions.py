@@ -17,7 +17,7 @@ from nybble.hardware import Device, detect_device
 from nybble.models import Artifact, add_adapter, find_artifact, find_model, load_artifact, load_model
 from nybble.recipe import EvaluationSection, path_of
 from nybble.run.quiet import quiet_libraries
-from nybble.training import generate_answers, stop_at
+from nybble.training import Sampling, generate_answers, stop_at
 
 BATCH = 16  # questions that are answered together
 
@@ -41,6 +41,9 @@ def ask(
     others: Sequence[Path | str] = (),
     system: str = "",
     max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
 ) -> list[Answer]:
     """Answer `questions` with the base, the tuned model, and further adapters of that base, which is loaded once.
 
@@ -52,13 +55,18 @@ def ask(
         others: runs or adapters of the same base.
         system: system text before each question.
         max_new_tokens: limit for the length of an answer, in tokens.
+        temperature: sampling temperature; 0 always takes the likeliest token.
+        top_p: draw from the likeliest tokens that have this probability together.
+        seed: gives the same answers each time; base, tuned and other adapters all draw from it.
 
     Raises:
-        InputError: there is no question, or a folder is neither a run, an adapter nor a model.
+        InputError: there is no question, a number is out of range, or a folder is neither a run, an adapter nor a
+            model.
         ModelError: a base is missing, or is not the one that was trained on.
     """
     if not questions:
         raise InputError('no question given; e.g. nybble ask RUN "What makes a good chatbot?"')
+    sampling = Sampling(temperature, top_p, seed)
     check_model_settings(overrides)
     first = find_artifact(str(tuned), overrides)
     more = [find_artifact(str(other), overrides) for other in others]
@@ -68,7 +76,14 @@ def ask(
     with fixed_clock(first.clock):
         prompts = [encode_prompt(question, tokenizer, form, system) for question in questions]
     section = EvaluationSection(max_new_tokens=max_new_tokens, per_device_eval_batch_size=BATCH)
-    generate = partial(generate_answers, prompts=prompts, section=section, compute_dtype=dtype, tokenizer=tokenizer)
+    generate = partial(
+        generate_answers,
+        prompts=prompts,
+        section=section,
+        compute_dtype=dtype,
+        tokenizer=tokenizer,
+        sampling=sampling,
+    )
     stop_at(model, first.stop_tokens)
     answers = generate(model)
     other_answers: dict[str, list[str]] = {}

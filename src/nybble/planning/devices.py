@@ -104,19 +104,32 @@ def _published(
 # Bandwidth and xGMI Performance"), and that share of the MI250's 50; H100 and so H200 380 of 450 (NVIDIA/nccl #1264);
 # RTX 4090 12 of 31.5, for its driver lets cards talk through the host alone (p2pBandwidthLatencyTest).
 _NVLINK, _LOOPBACK = Links(380e9), Links(0.3e9)  # gloo within a machine: two cores of an Intel Xeon, 2026-11-26
-# Dense bfloat16 (or float16) products and bandwidth as the makers give them.
+# NVLink of the A100 (300 each way) and the links between MI300A (two of 64 to each of 3) by the same shares.
+# Dense bfloat16 (or float16) products, with sums in float32, and bandwidth as the makers give them. NVIDIA: data sheets
+# of A100 80GB SXM, H100 SXM, H200, L40S and T4, whitepapers of GA102 (RTX 3090) and AD102 (RTX 4090). AMD: data sheets
+# of the Instincts, product pages of the Radeons; RDNA 3 computes float16 products at the rate of its vectors.
 PROFILES = {
     "mi250-gcd": _published("MI250, one GCD", "hip", 181.0, 1638, 64, Links(37e9)),
     "mi300x": _published("MI300X", "hip", 1307.4, 5300, 192, Links(48e9, 7)),
+    "mi300a": replace(_published("MI300A", "hip", 980.6, 5300, 128, Links(96e9, 3)), shares_memory=True),
     "rx7900xtx": _published("RX 7900 XTX", "hip", 122.8, 960, 24, Links(25e9)),
+    "w7900": _published("Radeon PRO W7900", "hip", 122.6, 864, 48, Links(25e9)),
+    "r9700": _published("Radeon AI PRO R9700", "hip", 191.0, 640, 32, Links(50e9)),  # PCIe 5.0
     # One to a machine, and between machines 10 gigabits.
     "strix-halo": replace(_published("Strix Halo", "hip", 59.4, 256, 96, Links(1.1e9)), shares_memory=True),
+    "rtx3090": _published("RTX 3090", "cuda", 71.0, 936, 24, Links(12e9)),
     "rtx4090": _published("RTX 4090", "cuda", 165.2, 1008, 24, Links(12e9)),
+    "t4": replace(_published("T4", "cuda", 65.0, 300, 16, Links(12e9)), has_bfloat16=False),  # PCIe 3.0
+    "l40s": _published("L40S", "cuda", 362.1, 864, 48, Links(25e9)),
+    "a100": _published("A100 80GB", "cuda", 312.0, 2039, 80, Links(253e9)),
+    "h100": _published("H100", "cuda", 989.0, 3350, 80, _NVLINK),
     "h200": _published("H200", "cuda", 989.0, 4800, 141, _NVLINK),
 }
 # By the name that torch gives a device; other devices are assumed to have PCIe.
 _LINKS = {
     "MI300X": PROFILES["mi300x"].links,
+    "MI300A": PROFILES["mi300a"].links,
+    "A100-SXM4": PROFILES["a100"].links,
     "MI250": PROFILES["mi250-gcd"].links,
     "RTX 4090": PROFILES["rtx4090"].links,
     "H100 80GB HBM3": _NVLINK,

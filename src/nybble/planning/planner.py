@@ -103,7 +103,8 @@ def plan(
         )
     has = f"which {device.name} has" if device.is_estimate else f"which {device.name} has free now"
     beyond = f"the budget is more than the {format_bytes(device.memory_bytes)} {has}"
-    notes = (note, why_not, beyond if result.budget_bytes > device.memory_bytes else None, *made.notes)
+    _, on_dtype = compute_dtype(resolved.quantization.bnb_4bit_compute_dtype, device)
+    notes = (note, why_not, *on_dtype, beyond if result.budget_bytes > device.memory_bytes else None, *made.notes)
     return replace(made, notes=tuple(n for n in notes if n))
 
 

@@ -538,7 +538,9 @@ class TrainingSection(Section):
         aliases=("lr",),
     )
     lr_scheduler_type: str = setting(
-        "linear", "Learning rate schedule, by its name in transformers.", aliases=("lr_scheduler",)
+        "linear",
+        "Learning rate schedule, by its name in transformers; `nybble settings lr_scheduler_type` lists them.",
+        aliases=("lr_scheduler",),
     )
     lr_scheduler_kwargs: Numbers = setting(
         {},
@@ -577,7 +579,11 @@ class TrainingSection(Section):
     max_grad_norm: float = setting(
         1.0, "Gradients are clipped to this norm; 0 turns clipping off.", aliases=("grad_clip",), ge=0
     )
-    optim: str = setting("adamw_torch_fused", "Optimizer, by its name in transformers.", aliases=("optimizer",))
+    optim: str = setting(
+        "adamw_torch_fused",
+        "Optimizer, by its name in transformers; `nybble settings optim` lists them.",
+        aliases=("optimizer",),
+    )
     gradient_checkpointing: Literal["auto", "never", "always"] = setting(
         "auto",
         "Activation checkpointing: recompute as many layers in the backward pass as memory requires (auto), none "
@@ -693,7 +699,8 @@ class TrainingSection(Section):
     data_seed: int | None = setting(None, "Another seed for the row order.", unset="seed", ge=0, le=2**32 - 1)
     report_to: str = setting(
         "auto",
-        "Trackers, by their names in accelerate, separated by commas; auto takes tensorboard if it is installed.",
+        "Trackers, by their names in accelerate, separated by commas, or none; auto takes tensorboard if it is "
+        "installed. `nybble settings report_to` lists them.",
         neutral=True,
     )
     run_name: str | None = setting(None, "Name of the run in the trackers.", unset="none", neutral=True)

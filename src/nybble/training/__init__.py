@@ -5,6 +5,7 @@ from nybble.training.build import TrainResult, build, train_model
 from nybble.training.checkpoint import Checkpointing, checkpointing, find_checkpoint, folders_of, refused_writes
 from nybble.training.evaluate import (
     HeldOut,
+    Sampling,
     evaluate,
     evaluation_mode,
     generate_answers,
@@ -14,9 +15,9 @@ from nybble.training.evaluate import (
 from nybble.training.fingerprint import identify
 from nybble.training.loop import Training, train
 from nybble.training.lr_probe import Judge, Probe, probe_rates
-from nybble.training.optim import check_optimizer_and_schedule
+from nybble.training.optim import check_optimizer_and_schedule, optimizer_names, schedule_names
 from nybble.training.run_recorder import RunRecorder, software_versions
-from nybble.training.trackers import Trackers, tracked, tracker_names
+from nybble.training.trackers import Trackers, known_trackers, tracked, tracker_names
 
 __all__ = [
     "Checkpointing",
@@ -24,6 +25,7 @@ __all__ = [
     "Judge",
     "Probe",
     "RunRecorder",
+    "Sampling",
     "Trackers",
     "TrainResult",
     "Training",
@@ -37,9 +39,12 @@ __all__ = [
     "folders_of",
     "generate_answers",
     "identify",
+    "known_trackers",
+    "optimizer_names",
     "probe_rates",
     "refused_writes",
     "sample_answers",
+    "schedule_names",
     "software_versions",
     "stop_at",
     "tracked",

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from nybble.data import IGNORED, Example, FlatBatch, Groups, PadBatch
 from nybble.data.tree import paths
+from nybble.errors import RecipeError
 from nybble.models import blocks_of, is_sharded
 from nybble.recipe import EvaluationSection
 from nybble.run.processes import Processes
@@ -35,6 +36,50 @@ class HeldOut:
     section: EvaluationSection  # with as many rows at a time as fit
     shown: Sequence[Example] = ()
     base_answers: Sequence[str] = ()  # to the rows that are shown
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn; by default each token is the likeliest one.
+
+    Raises:
+        RecipeError: a number that cannot be meant.
+    """
+
+    temperature: float = 0.0  # 0: the likeliest token
+    top_p: float = 1.0  # tokens are drawn from the likeliest that have this probability together
+    seed: int | None = None  # None: other answers each time
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise RecipeError(f"temperature: got {self.temperature}; allowed is 0 (the likeliest token) or more")
+        if not 0 < self.top_p <= 1:
+            raise RecipeError(f"top_p: got {self.top_p}; allowed is a number above 0, up to 1")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise RecipeError(f"seed: got {self.seed}; allowed is a number from 0 to {2**63 - 1:,}")
+        if self.temperature == 0 and (self.top_p < 1 or self.seed is not None):
+            raise RecipeError("top_p and seed are for answers that are drawn; give --temperature as well, as 0.7")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What `generate` of transformers is given."""
+        if self.temperature == 0:
+            return {"do_sample": False}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+
+    @contextmanager
+    def drawn(self, device: torch.device, turn: int = 0) -> Iterator[None]:
+        """Within, torch draws from the seed, if there is one, and from another for each turn of a conversation."""
+        if self.seed is None:
+            yield
+            return
+        devices = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(devices):
+            torch.manual_seed((self.seed + turn) % 2**63)
+            yield
+
+
+GREEDY = Sampling()
 
 
 def device_of(model: Any) -> torch.device:
@@ -101,13 +146,14 @@ def generate_answers(
     section: EvaluationSection,
     compute_dtype: torch.dtype,
     processes: Processes = Processes(),  # noqa: B008 - a value
+    sampling: Sampling = GREEDY,
 ) -> list[str]:
-    """Greedy answers to prompts given as token ids, without special tokens and surrounding space.
+    """Answers to prompts given as token ids, without special tokens and surrounding space.
 
     Every process must call it, and each receives all answers.
     """
-    with evaluation_mode(model, compute_dtype):
-        return _generate(model, tokenizer, prompts, section, processes)
+    with evaluation_mode(model, compute_dtype), sampling.drawn(device_of(model)):
+        return _generate(model, tokenizer, prompts, section, processes, sampling)
 
 
 def sample_answers(
@@ -206,7 +252,12 @@ def _by_example(model: Any, batch: dict[str, Any], examples: Sequence[Example]) 
 
 
 def _generate(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], section: EvaluationSection, processes: Processes
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    section: EvaluationSection,
+    processes: Processes,
+    sampling: Sampling = GREEDY,
 ) -> list[str]:
     device = device_of(model)
     mine: dict[int, str] = {}
@@ -224,7 +275,7 @@ def _generate(
             input_ids=ids,
             attention_mask=mask,
             max_new_tokens=section.max_new_tokens,
-            do_sample=False,
+            **sampling.arguments,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=sorted(stops),
             synced_gpus=processes.are_many and is_sharded(model),  # who is done helps the others to gather

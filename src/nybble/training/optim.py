@@ -49,12 +49,8 @@ def check_optimizer_and_schedule(section: TrainingSection) -> None:
         RecipeError: an optimizer or schedule that does not exist, or one that this loop cannot run.
         CannotRunError: the optimizer's library is not installed.
     """
-    from transformers.trainer_utils import SchedulerType
-    from transformers.training_args import OptimizerNames
-
-    _check_name("optim", section.optim, [name.value for name in OptimizerNames if name.value not in _IN_BACKWARD])
-    schedules = [name.value for name in SchedulerType if name.value not in _BY_METRIC]
-    _check_name("lr_scheduler_type", section.lr_scheduler_type, schedules)
+    _check_name("optim", section.optim, optimizer_names())
+    _check_name("lr_scheduler_type", section.lr_scheduler_type, schedule_names())
     _check_schedule(section)
     if section.loraplus_lr_ratio is not None and any(word in section.optim for word in _OWN_GROUPS):
         raise RecipeError(
@@ -67,6 +63,20 @@ def check_optimizer_and_schedule(section: TrainingSection) -> None:
             if importlib.util.find_spec(module) is None:
                 raise CannotRunError(f"optim {section.optim} needs {module}, which is not installed; {command}")
             break
+
+
+def optimizer_names() -> list[str]:
+    """The optimizers of transformers that can be used here, if their library is installed."""
+    from transformers.training_args import OptimizerNames
+
+    return [name.value for name in OptimizerNames if name.value not in _IN_BACKWARD]
+
+
+def schedule_names() -> list[str]:
+    """The learning rate schedules of transformers that can be used here."""
+    from transformers.trainer_utils import SchedulerType
+
+    return [name.value for name in SchedulerType if name.value not in _BY_METRIC]
 
 
 def create_optimizer(model: nn.Module, section: TrainingSection, device: Device) -> Any:

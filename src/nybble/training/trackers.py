@@ -54,6 +54,13 @@ class Trackers:
             tracker.finish()
 
 
+def known_trackers() -> list[str]:
+    """What `report_to` may name, whether it is installed or not."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    return ["auto", "none", *sorted(LOGGER_TYPE_TO_CLASS)]
+
+
 def tracker_names(section: TrainingSection) -> list[str]:
     """The trackers that `section.report_to` asks for.
 
