@@ -126,6 +126,7 @@ class NybbleQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: NybbleConfig
+    _loading: nn.Module
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
         """True for a tensor of the checkpoint that is to be packed."""
@@ -135,6 +136,7 @@ class NybbleQuantizer(HfQuantizer):
         return isinstance(module, Linear4bit) and name == "weight"
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        self._loading = model
         config = self.quantization_config
         names, config.left_alone = linears_to_pack(model, config.skip_modules)
         swap_linears(model, names, config.bnb_4bit_compute_dtype)
@@ -147,6 +149,7 @@ class NybbleQuantizer(HfQuantizer):
         model._weight_conversions = [
             c for c in conversions if not any(isinstance(op, _Unpack | GatherExpert) for op in _operations(c))
         ]  # type: ignore[assignment]
+        del self._loading  # the config keeps the quantizer alive
         model.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT, accelerate and TRL read this
         return model
 
@@ -161,8 +164,12 @@ class NybbleQuantizer(HfQuantizer):
         sources = [*(f"weight.{suffix}" for suffix in SUFFIXES), "weight"]
         return [WeightConverter(source_patterns=sources, target_patterns="weight", operations=[_Unpack(self)])]
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        """The family's conversions with those of packed experts in their place, and those of what is in 4 bits."""
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
+        """The family's conversions with those of packed experts in their place, and those of what is in 4 bits.
+
+        transformers names the model since a release after 5.17, so the one that is being loaded is remembered.
+        """
+        model = self._loading if model is None else model
         gather = GatherExpert(self.quantization_config.pack, _fault, self if self.pre_quantized else None)
         ours = conversions_for_experts(weight_conversions, model, gather, self.pre_quantized)
         return [*ours, *self.get_weight_conversions()]
