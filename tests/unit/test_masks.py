@@ -251,7 +251,11 @@ def test_rows_that_are_all_cut_short_are_refused(prepare: Call, text: str, said:
         ),
         (
             [{"messages": [{"role": "user", "content": [{"type": "image"}]}]}],
-            "row 1 turn 1: a part of the content is 'image'",
+            r"row 1 turn 1: a part of the content is 'image'; only text is learned, so leave .* \(--on_bad_row skip\)",
+        ),
+        (
+            [{"messages": [{"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}]}],
+            "row 1 turn 1: a part of the content is 'input_audio'; only text is learned",
         ),
         (
             [{"messages": [{"role": "user", "content": [3]}]}],

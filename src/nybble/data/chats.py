@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -179,6 +180,11 @@ def _text_part(part: Any, where: str) -> str:
     text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else part
     if not isinstance(text, str):
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if re.search("image|video|audio", str(kind)):
+            raise RowsError(
+                f"{where}: a part of the content is {shown(kind)}; only text is learned, so leave such rows out "
+                "(--on_bad_row skip)"
+            )
         raise RowsError(
             f"{where}: a part of the content is {shown(kind)}; allowed is only {{'type': 'text', 'text': '..'}}"
         )
