@@ -137,7 +137,7 @@ class MergedWeights:
         self._base, self._delta = base, delta
         self._saved = set(delta.saved())
         changed = {*self._saved, *(f"{module}.weight" for module in (*delta.ranks, *delta.rows))}
-        config = base.source.config
+        config = base.source.text_config
         embeddings, head = (f"{name}.weight" for name in embeddings_and_head(base.model))
         is_tied = bool(getattr(config, "tie_word_embeddings", False)) and base.place(embeddings) is not None
         together = delta.keeps_tied and embeddings in self._saved and head.removesuffix(".weight") not in delta.ranks

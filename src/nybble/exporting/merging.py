@@ -39,6 +39,7 @@ from nybble.models import (
     ModelSource,
     calibrate,
     check_original,
+    complete,
     find_artifact,
     find_model,
     load_artifact,
@@ -46,6 +47,7 @@ from nybble.models import (
     save_whole,
     source_of,
     tokenizer_of,
+    tower_bytes,
 )
 from nybble.recipe import LoraSection, Recipe, load_recipe, stored_recipe
 from nybble.run.directory import read_lines, read_record, to_json
@@ -251,7 +253,7 @@ def _check_disk(job: _Merge) -> None:
     sizes = {}
     for target, weights in job.bases.items():
         with weights as base:
-            sizes[target] = merged_bytes(base, job.dtype)
+            sizes[target] = merged_bytes(base, job.dtype) + tower_bytes(base.original)
     packed = sum(int(_PACKED_SHARE * size) for target, size in sizes.items() if target.startswith(_PACKED))
     needed = (
         packed + max(sizes.values()) if packed else sum(sizes.values())
@@ -372,12 +374,17 @@ class _Candidates:
         with job.bases[target] as base, AdapterDelta(job.tuned.folder) as delta:
             progress = partial(job.watch.progress, f"merging into {target}")
             changes = write_merged(base, delta, folder, job.dtype, progress)
+            source = base.original
+        changes["eos_token_id"] = self.generation.eos_token_id
+        saved = {"dtype": str(job.dtype).removeprefix("torch.")}
+        if source.is_multimodal:
+            complete(folder, source, saved, changes)
+        else:
             # The base's own file: not every config that transformers writes is one that it reads.
-            content = read_object(base.source.folder / "config.json", ModelError, "download it again") | changes
-        for name in ("quantization_config", "_name_or_path"):  # it is no longer packed, and its folder is another one
-            content.pop(name, None)
-        content |= {"dtype": str(job.dtype).removeprefix("torch."), "eos_token_id": self.generation.eos_token_id}
-        write_text(folder / "config.json", to_json(content, indent=2) + "\n")
+            content = read_object(source.folder / "config.json", ModelError, "download it again") | changes | saved
+            for name in ("quantization_config", "torch_dtype", "_name_or_path"):  # it is no longer packed, nor there
+                content.pop(name, None)
+            write_text(folder / "config.json", to_json(content, indent=2) + "\n")
         # Not save_pretrained, which refuses what some bases have, such as a temperature without sampling.
         write_text(folder / "generation_config.json", self.generation.to_json_string() + "\n")
         self.tokenizer.save_pretrained(folder)

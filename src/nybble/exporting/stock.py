@@ -3,7 +3,8 @@
     python -I stock.py FOLDER QUESTIONS.json REFERENCE.safetensors
 
 QUESTIONS: {"rows": [{"ids", "first", "positions"}], "prompts": [[ids]], "texts": [str], "chats": [messages],
-"max_new_tokens", "clock": what tells the template `strftime_now` the date, "max_memory": {device: bytes} or null}.
+"max_new_tokens", "clock": what tells the template `strftime_now` the date, "max_memory": {device: bytes} or null,
+"logit_factor": what the folder's logits are multiplied by before they are compared}.
 REFERENCE holds `log_probabilities`, `(positions, vocabulary) float32`, one row after the other. Printed is one JSON
 object: mean and worst KL(reference || folder) in nats a position, the loss of both, greedy continuations, and what the
 folder's tokenizer makes of texts and chats.
@@ -18,13 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a model that is partly on disk has none of its own
 
 
-def compare_rows(model: Any, rows: list[dict[str, Any]], reference_file: str) -> dict[str, Any]:
+def class_of(folder: str) -> Any:
+    """What reads the folder: of a multimodal model its own class, which `AutoModelForCausalLM` may not know."""
+    config = AutoConfig.from_pretrained(folder)
+    whole = getattr(transformers, (config.architectures or [""])[0], None)
+    is_multimodal = config.get_text_config(decoder=True).model_type != config.model_type
+    return whole if is_multimodal and whole is not None else AutoModelForCausalLM
+
+
+def compare_rows(model: Any, rows: list[dict[str, Any]], reference_file: str, logit_factor: float) -> dict[str, Any]:
     """KL and loss over the positions of `rows`."""
     kl_sum = kl_worst = loss_sum = reference_sum = 0.0
     count = 0
@@ -34,7 +44,7 @@ def compare_rows(model: Any, rows: list[dict[str, Any]], reference_file: str) ->
             ids = torch.tensor([row["ids"]], device=_DEVICE)
             at, n = torch.tensor(row["positions"]), len(row["positions"])
             logits = model(input_ids=ids, use_cache=False).logits[0, at.to(_DEVICE) - 1]
-            ours = torch.log_softmax(logits.float().cpu(), dim=-1)
+            ours = torch.log_softmax(logit_factor * logits.float().cpu(), dim=-1)
             theirs = stored[row["first"] : row["first"] + n]
             kl = (theirs.exp() * (theirs - ours)).sum(dim=-1)
             labels = torch.tensor(row["ids"])[at].unsqueeze(1)
@@ -73,16 +83,20 @@ def main() -> None:
         asking |= {**asked["clock"], "chat_template": macro + tokenizer.chat_template}
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         # What does not fit into memory is read from the folder's own files when its turn comes.
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", device_map="auto", max_memory=asked["max_memory"], offload_folder=scratch
-        ).eval()
+        model = (
+            class_of(folder)
+            .from_pretrained(
+                folder, dtype="auto", device_map="auto", max_memory=asked["max_memory"], offload_folder=scratch
+            )
+            .eval()
+        )
         for module in model.modules():
             # bitsandbytes' fast path on some CPUs breaks on other sizes; in training mode the general one is taken.
             if type(module).__name__ == "Linear4bit" and (
                 module.out_features % 32 or module.in_features % module.weight.quant_state.blocksize
             ):
                 module.train()
-        answers: dict[str, Any] = compare_rows(model, asked["rows"], reference_file)
+        answers: dict[str, Any] = compare_rows(model, asked["rows"], reference_file, asked["logit_factor"])
         answers |= {
             "greedy": continue_greedily(model, asked["prompts"], asked["max_new_tokens"]),
             "texts": [tokenizer(text).input_ids for text in asked["texts"]],

@@ -19,6 +19,7 @@ import torch
 from nybble.data import IGNORED, Example, clock_arguments, render_chat
 from nybble.data.tree import unfold
 from nybble.exporting.fresh import run_fresh
+from nybble.models import base_of
 from nybble.training import evaluation_mode
 
 # Texts of several kinds, where a model is compared with itself and no rows are there.
@@ -98,6 +99,7 @@ class Reference:
 
         self._choose(model.config.get_text_config().vocab_size)
         device = next(model.parameters()).device
+        self.logit_factor: float = getattr(base_of(model), "logit_factor", 1.0)
         with evaluation_mode(model, dtype):
             parts = []
             for row in self._chosen:
@@ -182,6 +184,7 @@ class Reference:
             "clock": clock_arguments("strftime_now"),
             "max_new_tokens": self.max_new_tokens,
             "max_memory": max_memory,
+            "logit_factor": self.logit_factor,
         }
         self._file("questions.json").write_text(json.dumps(asked), encoding="utf-8")
         files = [self._file(name) for name in ("questions.json", "reference.safetensors")]

@@ -44,6 +44,7 @@ from nybble.models.skeleton import (
 from nybble.models.source import ModelSource, find_folder, find_model, read_config
 from nybble.models.targets import adapted_linears, same_in_every_layer
 from nybble.models.tokenizer import find_tokenizer, load_tokenizer
+from nybble.models.towers import complete, tower_bytes
 from nybble.models.upload import push_folder
 from nybble.models.vocabulary import NewTokens, add_new_tokens, grow_vocabulary, with_mean_rows
 
@@ -73,6 +74,7 @@ __all__ = [
     "calibrate",
     "check_adapter_base",
     "check_original",
+    "complete",
     "compute_dtype",
     "config_with_layers",
     "count_parameters",
@@ -117,6 +119,7 @@ __all__ = [
     "tables",
     "take_over_adapter",
     "tokenizer_of",
+    "tower_bytes",
     "trained_parameters",
     "trained_weights",
     "weights_hash",

@@ -20,6 +20,7 @@ from nybble.models.folder_checks import weight_files
 from nybble.models.load import cached_source, packing_config
 from nybble.models.skeleton import is_conv1d, linears_to_pack, model_without_weights
 from nybble.models.source import ModelSource
+from nybble.models.towers import tower_keys
 from nybble.quant import SUFFIXES, from_bnb, stored_shape
 from nybble.recipe import QuantizationSection
 
@@ -27,7 +28,10 @@ _COMPANIONS = tuple(f".weight.{suffix}" for suffix in SUFFIXES)
 
 
 class BaseWeights:
-    """Tensors by their names in the checkpoint; the scales of packed ones are not listed. Use as a context manager."""
+    """Tensors by their names in the checkpoint; the scales of packed ones are not listed. Use as a context manager.
+
+    Of a multimodal checkpoint they are those of its text model.
+    """
 
     def __init__(
         self, source: ModelSource, packing: QuantizationSection | None = None, dtype: torch.dtype | None = None
@@ -40,6 +44,7 @@ class BaseWeights:
             dtype: the type of unpacked tensors in training, from which it packed; None reads them as they are stored.
         """
         self._packing, self._dtype = packing, dtype
+        self.original = source  # not its packed form
         if packing is not None and dtype is not None and not source.is_4bit:
             source = cached_source(source, packing, dtype)
         self.source = source
@@ -52,6 +57,9 @@ class BaseWeights:
         for shard in weight_files(self.source.folder):
             file = self._stack.enter_context(safe_open(shard, framework="pt"))
             self._files |= dict.fromkeys(file.keys(), file)
+        if self.source.is_multimodal:
+            for name in tower_keys(self.source.config, self._files):
+                del self._files[name]
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -142,6 +142,7 @@ class _Kept:
 def _multimodal_note(source: ModelSource, loaded: Any) -> str:
     """Prove that the text model is that of the multimodal one, and say what was loaded."""
     factor = check_equal(loaded, source.config)
+    loaded.logit_factor = factor
     kind = source.config.model_type
     note = f"the text model of a multimodal {kind} checkpoint is trained alone; its towers are not loaded"
     if factor != 1:
@@ -241,7 +242,8 @@ def write_whole(folder: Path, model: Any, tokenizer: Any, source: ModelSource) -
     if source.is_multimodal:
         now, before = model.config, source.text_config
         settings = {name: getattr(now, name) for name in ("vocab_size", "tie_word_embeddings")}
-        complete(folder, source, {n: value for n, value in settings.items() if value != getattr(before, n)})
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        complete(folder, source, saved, {n: value for n, value in settings.items() if value != getattr(before, n)})
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

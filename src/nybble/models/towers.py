@@ -14,7 +14,7 @@ from typing import Any
 
 from nybble.errors import ModelError
 from nybble.guard import read_object
-from nybble.models.folder_checks import read_header, weight_files
+from nybble.models.folder_checks import StoredTensor, read_header, weight_files
 from nybble.models.skeleton import model_without_weights
 from nybble.models.source import ModelSource
 from nybble.models.text_part import TextPlace, place_of, text_section
@@ -43,19 +43,24 @@ def tower_keys(config: Any, keys: Iterable[str]) -> set[str]:
     return {key for key, name in names.items() if not name.startswith(inside)}
 
 
-def complete(folder: Path, source: ModelSource, changes: Mapping[str, Any] | None = None) -> None:
-    """Make `folder`, which holds the text model of `source` alone, a folder of the whole multimodal model.
+def tower_bytes(source: ModelSource) -> int:
+    """The bytes that `complete` copies: 0 for a model that is nothing but text."""
+    return sum(headers[key].n_bytes for _file, headers in _towers(source) for key in headers)
+
+
+def complete(folder: Path, source: ModelSource, saved: Mapping[str, Any], changes: Mapping[str, Any]) -> None:
+    """Make `folder`, which holds the weights of the text model of `source` alone, one of the whole multimodal model.
 
     Args:
-        folder: holds weights and a config of the text model, and a tokenizer.
-        source: the multimodal model that it was made of.
+        folder: its config is written, or replaced.
+        source: the multimodal model that the text model was made of.
+        saved: of the text model's own config, the data type and how it is packed.
         changes: settings of the text model that differ from those of `source`.
 
     Raises:
         ModelError: a file of `source` is damaged.
     """
-    saved = read_object(folder / "config.json", ModelError, "write it again")
-    config = config_of_whole(source, saved, changes or {})
+    config = _config_of_whole(source, saved, changes)
     write_text(folder / "config.json", to_json(config, indent=2) + "\n")
     for pattern in _PROCESSORS:
         for file in source.folder.glob(pattern):
@@ -63,7 +68,7 @@ def complete(folder: Path, source: ModelSource, changes: Mapping[str, Any] | Non
     _add_towers(folder, source)
 
 
-def config_of_whole(source: ModelSource, saved: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _config_of_whole(source: ModelSource, saved: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The content of the config of the whole model, with the data type and the packing of `saved`."""
     content = read_object(source.folder / "config.json", ModelError, "download it again")
     section = content.get(_section_name(source.config), content)  # of old checkpoints it is the file itself
@@ -110,18 +115,26 @@ def _modules_of_towers(source: ModelSource) -> list[str]:
     return names
 
 
+def _towers(source: ModelSource) -> list[tuple[Path, dict[str, StoredTensor]]]:
+    """The towers' tensors by file."""
+    if not source.is_multimodal:
+        return []
+    headers = [(file, read_header(file)[0]) for file in weight_files(source.folder)]
+    towers = tower_keys(source.config, [key for _file, tensors in headers for key in tensors])
+    return [(file, {key: t for key, t in tensors.items() if key in towers}) for file, tensors in headers]
+
+
 def _add_towers(folder: Path, source: ModelSource) -> None:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    headers = {file: read_header(file)[0] for file in weight_files(source.folder)}
-    towers = tower_keys(source.config, [key for tensors in headers.values() for key in tensors])
-    places = {key: file for file, tensors in headers.items() for key in tensors if key in towers}
+    places = {key: file for file, headers in _towers(source) for key in headers}
+    sizes = {key: tensor.n_bytes for _file, headers in _towers(source) for key, tensor in headers.items()}
     whole = folder / "model.safetensors"
     if whole.is_file():
         whole.rename(folder / "model-text.safetensors")
     index = {key: file.name for file in sorted(folder.glob("*.safetensors")) for key in read_header(file)[0]}
-    shards = plan_shards("model-towers", {key: headers[file][key].n_bytes for key, file in places.items()}, SHARD_BYTES)
+    shards = plan_shards("model-towers", sizes, SHARD_BYTES)
     for name, keys in shards.files.items():
         tensors = {}
         for key in keys:
