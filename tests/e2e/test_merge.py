@@ -176,8 +176,8 @@ def test_a_merge_that_is_not_what_was_trained_is_marked_and_exits_1(
 ) -> None:
     right = AdapterDelta.apply
 
-    def wrong(self: AdapterDelta, module: str, weight: torch.Tensor) -> torch.Tensor:
-        return weight.float() if "layers.1" in module else right(self, module, weight)
+    def wrong(self: AdapterDelta, module: str, weight: torch.Tensor, *layout: bool) -> torch.Tensor:
+        return weight.float() if "layers.1" in module else right(self, module, weight, *layout)
 
     monkeypatch.setattr(AdapterDelta, "apply", wrong)
     out = tmp_path / "merged"
