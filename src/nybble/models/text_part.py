@@ -325,16 +325,25 @@ def _make_class(config: Any, place: TextPlace) -> type[Any]:
         "_tied_weights_keys": tied,
         # Everything else belongs to the towers.
         "_keys_to_ignore_on_load_unexpected": [rf"^(?!{re.escape(place.decoder)}\.|{re.escape(place.head)}\.)"],
-        "__module__": __name__,
+        "__module__": place.decoder_class.__module__,  # where transformers looks what the family supports
     }
     for part, where in places.items():
         if where.partition(".")[0] != part:
             members[part] = _at(where)
     cls = type(name, (_InPlace, causal), members)
     whole: PreTrainedModel = _without_weights(place.owner, config)
-    whole.set_submodule(place.decoder, nn.Identity())  # its conversions are found in the text model again
-    register_checkpoint_conversion_mapping(name, get_model_conversion_mapping(whole, add_legacy=False), overwrite=True)
+    decoder = whole.get_submodule(place.decoder)
+    whole.set_submodule(place.decoder, nn.Identity())
+    # transformers finds the conversions of the decoder again, where it is in the text model.
+    found_again = [_patterns(c) for c in get_model_conversion_mapping(decoder, add_legacy=False)]
+    conversions = get_model_conversion_mapping(whole, add_legacy=False)
+    kept = [conversion for conversion in conversions if _patterns(conversion) not in found_again]
+    register_checkpoint_conversion_mapping(name, kept, overwrite=True)
     return cls
+
+
+def _patterns(conversion: Any) -> tuple[list[str], list[str]]:
+    return conversion.source_patterns, conversion.target_patterns
 
 
 def _at(where: str) -> property:
@@ -366,5 +375,6 @@ def _causal_class(config: Any, place: TextPlace) -> type[Any]:
             if type(parts.get("model")) is place.decoder_class and "lm_head" in parts:
                 return cls  # type: ignore[no-any-return]
     family = next(c for c in place.decoder_class.__mro__[1:] if issubclass(c, PreTrainedModel))
-    members = {"nybble_decoder_class": place.decoder_class, "config_class": type(text), "__module__": __name__}
+    members = {"nybble_decoder_class": place.decoder_class, "config_class": type(text)}
+    members["__module__"] = place.decoder_class.__module__
     return type("TextForCausalLM", (_WithHead, family, GenerationMixin), members)

@@ -134,8 +134,8 @@ def _add_towers(folder: Path, source: ModelSource) -> None:
     if whole.is_file():
         whole.rename(folder / "model-text.safetensors")
     index = {key: file.name for file in sorted(folder.glob("*.safetensors")) for key in read_header(file)[0]}
-    shards = plan_shards("model-towers", sizes, SHARD_BYTES)
-    for name, keys in shards.files.items():
+    files = plan_shards("model-towers", sizes, SHARD_BYTES).files if sizes else {}
+    for name, keys in files.items():
         tensors = {}
         for key in keys:
             with safe_open(places[key], framework="pt") as file:
