@@ -113,6 +113,14 @@ def adapted(folder: Path, out: Path, **lora: Any) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_it_answers_as_the_whole_does(family: str, checkpoint: Checkpoint) -> None:
+    folder = checkpoint(family)
+    ours, stock = load(folder)[0], whole(folder)
+    asked = {"input_ids": IDS[:1], "attention_mask": torch.ones_like(IDS[:1]), "do_sample": False, "max_new_tokens": 6}
+    assert torch.equal(ours.generate(**asked), stock.generate(**asked))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_adapter_loads_in_stock_peft_onto_the_whole(family: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     from peft import PeftModel
 

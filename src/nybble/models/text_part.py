@@ -314,6 +314,7 @@ def _make_class(config: Any, place: TextPlace) -> type[Any]:
     """The causal class with its parts in their places, known to transformers with the conversions of the wrapper."""
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping, register_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
 
     causal = _causal_class(config, place)
     places = {"model": place.decoder, "lm_head": place.head}
@@ -337,7 +338,13 @@ def _make_class(config: Any, place: TextPlace) -> type[Any]:
     # transformers finds the conversions of the decoder again, where it is in the text model.
     found_again = [_patterns(c) for c in get_model_conversion_mapping(decoder, add_legacy=False)]
     conversions = get_model_conversion_mapping(whole, add_legacy=False)
-    kept = [conversion for conversion in conversions if _patterns(conversion) not in found_again]
+    kept = [
+        conversion
+        for conversion in conversions
+        if _patterns(conversion) not in found_again
+        # Names of a causal model in the wrapper may say more than its decoder can be found by.
+        or (place.head_is_inside and not isinstance(conversion, WeightConverter))
+    ]
     register_checkpoint_conversion_mapping(name, kept, overwrite=True)
     return cls
 
@@ -375,6 +382,9 @@ def _causal_class(config: Any, place: TextPlace) -> type[Any]:
             if type(parts.get("model")) is place.decoder_class and "lm_head" in parts:
                 return cls  # type: ignore[no-any-return]
     family = next(c for c in place.decoder_class.__mro__[1:] if issubclass(c, PreTrainedModel))
-    members = {"nybble_decoder_class": place.decoder_class, "config_class": type(text)}
-    members["__module__"] = place.decoder_class.__module__
+    members = {
+        "nybble_decoder_class": place.decoder_class,
+        "config_class": type(text),
+        "__module__": place.decoder_class.__module__,
+    }
     return type("TextForCausalLM", (_WithHead, family, GenerationMixin), members)

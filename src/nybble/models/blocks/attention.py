@@ -117,6 +117,9 @@ def _attention(
         remember = partial(settings["past_key_values"].update, layer_idx=module.layer_idx)
         return module.o_proj(attend_cached(q, k, v, (cos, sin), module.scaling, remember))[:, None], None
     if rows is None:
+        if not others:  # in Qwen-VL's families it is not the second argument
+            settings["position_embeddings"] = position_embeddings
+            return type(module).forward(module, hidden_states, **settings)  # type: ignore[no-any-return]
         return type(module).forward(module, hidden_states, position_embeddings, *others, **settings)  # type: ignore[no-any-return]
     q, k, v = _queries_keys_values(module, hidden_states[0], heads, kv_heads)
     span = Span(
