@@ -4,7 +4,7 @@ Modules keep their place, names and weights; only the `forward` of the instances
 falls back to its class's own where ours does not apply (generation with a cache, trained weights, several adapters). No
 list of families decides: what a block is made of makes it a candidate, and equal numbers let it in.
 
-    kinds        attention, mlp, norm: which modules they recognise, and their forwards
+    kinds        attention, recurrent, mlp, norm: which modules they recognise, and their forwards
     attention    the whole block of Llama and its kin; for all others our function in transformers' attention interface
     head         the model's forward over rows, and the loss
     proof        what is taken, decided on a small model of the same class and config

@@ -65,10 +65,24 @@ class NextTokenOutput(ModelOutput):  # the kind of result that PEFT and trainers
 
 def use_next_token(model: Any, logits: Logits | None) -> None:
     """Let `model` take flattened batches; `logits` None: its own code makes the logits of the learned rows."""
-    use_forward(model, partial(_next_token, logits))
+    forward = partial(_next_token, logits)
+    forward.__signature__ = _signature(type(model).forward)  # type: ignore[attr-defined]
+    use_forward(model, forward)
     head = model.get_output_embeddings()
     if logits is not None and type(head) is nn.Linear:
         use_forward(head, _head)
+
+
+def _signature(own: Callable[..., Any]) -> inspect.Signature:
+    """That of a model's own forward with our arguments: generation asks it whether to hand on positions, for one."""
+    theirs = list(inspect.signature(own).parameters.values())
+    open_end = [theirs.pop()] if theirs[-1].kind is inspect.Parameter.VAR_KEYWORD else []
+    names = {parameter.name for parameter in theirs}
+    ours = [
+        p for p in inspect.signature(_next_token).parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    added = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in ours[2:] if p.name not in names]
+    return inspect.Signature([*theirs, *added, *open_end])
 
 
 def _next_token(

@@ -16,6 +16,7 @@ from torch import nn
 from nybble.models.blocks.attention import attention_forwards
 from nybble.models.blocks.mlp import mlp_forwards
 from nybble.models.blocks.norm import norm_forwards
+from nybble.models.blocks.recurrent import recurrent_forwards
 
 Forward = Callable[..., Any]  # of a module and what its class's own forward takes
 
@@ -30,6 +31,7 @@ class Kind(NamedTuple):
 
 KINDS = (
     Kind("attention", attention_forwards, needs_rows=True),
+    Kind("recurrent", recurrent_forwards, needs_rows=True),
     Kind("mlp", mlp_forwards),
     Kind("norm", norm_forwards),
 )
