@@ -30,7 +30,7 @@ from nybble.nn.workspace import workspace
 from nybble.planning.traced_step import reusing
 from nybble.quant import decode, encode
 from nybble.recipe import LoraSection, load_recipe
-from nybble.training.evaluate import device_of
+from nybble.training.evaluate import batches_for, device_of
 from tools.families import tiny_config
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
@@ -355,6 +355,29 @@ def test_outside_of_flattened_rows_a_config_says_what_it_said() -> None:
     with pytest.raises(IndexError):  # also after an error
         ours(**{**batch, "input_ids": batch["input_ids"] + 999}, num_items_in_batch=1)
     assert (ours.config._attn_implementation, current_rows()) == ("sdpa", None)
+
+
+def test_attention_with_dropout_runs_over_rows() -> None:
+    config = tiny_config("seed_oss", 300)
+    config.attention_dropout, config.residual_dropout = 0.5, 0.0
+    ours = AutoModelForCausalLM.from_config(config).float()
+    stock = copy.deepcopy(ours)
+    report = swap_blocks(ours)
+    assert (report.flattened, report.trees) == (True, False)
+    assert "dropout" in str(report.reason)
+    batch = batches_for(ours, None)([rows()])
+    n = len(batch["targets"])
+    quiet = ours.eval()(**batch, num_items_in_batch=n).loss.item()
+    assert quiet == pytest.approx(stock.eval()(**PadBatch(0)([rows()]), num_items_in_batch=n).loss.item(), rel=1e-6)
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(ours.train()(**batch, num_items_in_batch=n).loss.item())
+    assert losses[0] == losses[1] != losses[2]
+    assert quiet not in losses
+    tree = [{"input_ids": [1, 2, 3, 4], "labels": [-100, 2, 3, 4], "segments": ((2, -1), (1, 0), (1, 0))}]
+    batch = batches_for(ours, None)([tree])
+    assert (batch["lengths"], batch["parents"]) == ((3, 5), ())  # two paths, and two tokens to fill up
 
 
 def test_a_plan_decides_as_a_run_does() -> None:

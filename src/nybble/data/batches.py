@@ -7,7 +7,7 @@ may be a tree of contexts (`nybble.data.tree`): in one sequence it stays one, in
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -29,6 +29,8 @@ NOTHING: Group = ({"input_ids": [0], "labels": [IGNORED]},)  # a row without any
 class FlatBatch:
     """Concatenates rows into one sequence without padding; a collate function for torch's DataLoader."""
 
+    trees: bool = True  # rows that are trees stay trees; else each of their paths becomes a row
+
     def __call__(self, groups: Sequence[Group]) -> dict[str, Any]:
         """The inputs of a model with Nybble's blocks.
 
@@ -42,6 +44,8 @@ class FlatBatch:
         waits for the device.
         """
         examples = [example for group in groups for example in group]
+        if not self.trees:
+            examples = [{"input_ids": ids, "labels": labels} for ids, labels in _unfolded(examples)]
         lengths, parents = _segments(examples)
         starts = [0, *accumulate(lengths)]
         n_tokens = starts[-1]
@@ -67,6 +71,12 @@ class FlatBatch:
             "learned": before[learned],
             "targets": flat[learned],
         }
+
+
+def _unfolded(examples: Iterable[dict[str, Any]]) -> Iterator[tuple[list[int], list[int]]]:
+    """Ids and labels of each row, and of each path of a tree."""
+    for example in examples:
+        yield from unfold(example["input_ids"], example["labels"], example.get("segments", ()))
 
 
 def _segments(examples: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
@@ -113,12 +123,7 @@ class PadBatch:
 
     def __call__(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         """The tensors `input_ids`, `labels` and `attention_mask`, each `(rows, longest) int64`."""
-        rows = [
-            row
-            for group in groups
-            for example in group
-            for row in unfold(example["input_ids"], example["labels"], example.get("segments", ()))
-        ]
+        rows = list(_unfolded(example for group in groups for example in group))
         shape = (len(rows), max(len(ids) for ids, _labels in rows))
         input_ids = torch.full(shape, self.pad_token_id)
         labels = torch.full(shape, IGNORED)

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nybble.data.batches import filled
 from nybble.models import (
     MemorySavers,
+    SwapReport,
     blocks_of,
     config_with_layers,
     count_parameters,
@@ -73,7 +74,9 @@ class TracedModel:
 
     def laid_out(self, rows: BatchShape) -> int:
         """Tokens that go through the model for `rows`: flattened and filled up, or padded to the longest row."""
-        return filled(rows.tokens) if self._is_flat else max(rows.padded) * len(rows.padded)
+        if not self.blocks.flattened:
+            return max(rows.padded) * len(rows.padded)
+        return filled(rows.tokens if self.blocks.trees else sum(rows.padded))
 
     @cached_property
     def savers(self) -> tuple[str, ...]:
@@ -97,8 +100,9 @@ class TracedModel:
         return text.vocab_size * text.hidden_size * self.dtype.itemsize if self.host_embedding else 0
 
     @property
-    def _is_flat(self) -> bool:
-        return blocks_of(self._small[0]).flattened
+    def blocks(self) -> SwapReport:
+        """What Nybble computes of the model; counts are those of its first layer."""
+        return blocks_of(self._small[0])
 
     @cached_property
     def _small(self) -> tuple[Any, MemorySavers]:

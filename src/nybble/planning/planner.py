@@ -196,7 +196,7 @@ class _Result:
             cheapest_changes=() if chosen.fits else cheapest_changes(self.forecast, self.budget_bytes),
             step_memory=chosen.forecast.step_memory(self.budget_bytes, chosen.longest_level),
             saving_rule=saving_in_words(training),
-            notes=(unknown,) if n_rows is None else (),
+            notes=tuple(filter(None, (unknown if n_rows is None else None, self.forecast.setting.blocks.reason))),
         )
 
 

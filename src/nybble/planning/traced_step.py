@@ -53,11 +53,14 @@ class BatchShape:
         lengths = self.lengths[:n]
         return BatchShape(lengths, None if learned is None else min(learned, sum(lengths)), self.unfolded[:n])
 
-    def groups(self, pads: bool = False) -> list[Group]:
-        """Rows of this shape as a collator takes them, one in each group; learned tokens stand at a row's end."""
+    def groups(self, unfolds: bool = False) -> list[Group]:
+        """Rows of this shape as a collator takes them, one in each group; learned tokens stand at a row's end.
+
+        `unfolds`: each path of a tree is a row.
+        """
         left = self.tokens if self.learned is None else self.learned
         made: list[Group] = []
-        for length in self.padded if pads else self.lengths:
+        for length in self.padded if unfolds else self.lengths:
             n = min(left, length)
             left -= n
             made.append([{"input_ids": [0] * length, "labels": [-100] * (length - n) + [0] * n}])
@@ -96,7 +99,10 @@ def _is_adapter(name: str) -> bool:
 
 def batch_of(model: Any, rows: BatchShape) -> dict[str, Any]:
     """The batch that the collator makes of `rows`, in real tensors; it must not be called under a fake mode."""
-    return FlatBatch()(rows.groups()) if blocks_of(model).flattened else PadBatch(0)(rows.groups(pads=True))
+    blocks = blocks_of(model)
+    if not blocks.flattened:
+        return PadBatch(0)(rows.groups(unfolds=True))
+    return FlatBatch()(rows.groups(unfolds=not blocks.trees))
 
 
 def _like(batch: dict[str, Any]) -> dict[str, Any]:

@@ -200,7 +200,8 @@ def stop_at(model: Any, tokens: Sequence[int]) -> None:
 
 def batches_for(model: Any, tokenizer: Any) -> FlatBatch | PadBatch:
     """The function that makes a batch of rows for `model`: without padding where its blocks allow it."""
-    return FlatBatch() if blocks_of(model).flattened else PadBatch(tokenizer.pad_token_id)
+    blocks = blocks_of(model)
+    return FlatBatch(blocks.trees) if blocks.flattened else PadBatch(tokenizer.pad_token_id)
 
 
 def _alike(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -75,8 +75,6 @@ def _attend(
     rows = current_rows()
     if rows is None or len(query) != 1 or query.shape[2] != key.shape[2]:
         raise NotRowsError("queries and keys are not those of the same flattened rows")
-    if dropout:
-        raise NotRowsError("attention with dropout")
     if position_bias is not None:
         raise NotRowsError("attention with a bias for positions")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
@@ -86,8 +84,28 @@ def _attend(
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     width = max(q.shape[-1], v.shape[-1])
     q, k, v = (functional.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x for x in (q, k, v))
-    out = attend(q, k, v, rows.lengths, scale, sliding_window, softcap or 0.0, rows.parents, s_aux)
+    if dropout and (softcap or s_aux is not None or rows.parents):
+        raise NotRowsError("attention with dropout and trees, sinks or a cap on scores")
+    if dropout:
+        out = _with_dropout((q, k, v), rows, Span(scale, sliding_window), dropout)
+    else:
+        out = attend(q, k, v, rows.lengths, scale, sliding_window, softcap or 0.0, rows.parents, s_aux)
     return out[None, ..., : value.shape[-1]], None
+
+
+def _with_dropout(qkv: tuple[Tensor, ...], rows: Rows, span: Span, p: float) -> Tensor:
+    """Attention whose shares are dropped with probability `p`, by torch's own code, row by row."""
+    pieces = []
+    for parts in zip(*(x.split(list(rows.lengths)) for x in qkv), strict=True):
+        query, key, value = (part.transpose(0, 1)[None] for part in parts)
+        n = len(parts[0])
+        seen = None
+        if span.window is not None and span.window < n:
+            seen = torch.ones(n, n, dtype=torch.bool, device=query.device).tril_().triu_(1 - span.window)
+        settings = {"dropout_p": p, "scale": span.scale, "enable_gqa": key.shape[1] != query.shape[1]}
+        out = functional.scaled_dot_product_attention(query, key, value, seen, is_causal=seen is None, **settings)
+        pieces.append(out[0].transpose(0, 1))
+    return torch.cat(pieces)
 
 
 def attention_forwards(module: nn.Module) -> Sequence[Callable[..., Any]]:

@@ -15,6 +15,14 @@ from nybble.nn.lora_projection import projection_of
 _TILE_ROWS = 1024  # of an MLP in tiles, at least: a product with as many rows is as fast as a larger one
 _TILES = 8  # at most
 _ACTIVATIONS = ("silu", "gelu_tanh")
+# Names of the linears: gate, up and down, or one with the rows of gate and up, and down.
+_NAMES = (
+    ("gate_proj", "up_proj", "down_proj"),
+    ("gate_up_proj", "down_proj"),
+    ("w1", "w3", "w2"),
+    ("input_linear", "output_linear"),
+    ("fc1", "fc2"),
+)
 
 
 class Surroundings(NamedTuple):
@@ -30,9 +38,8 @@ SURROUNDINGS = (Surroundings(False, False), Surroundings(True, False), Surroundi
 
 def mlp_forwards(module: nn.Module) -> Sequence[Callable[..., Any]]:
     """Forwards for an MLP of two or three linears: for each of `SURROUNDINGS` in turn, one for each activation."""
-    if not all(isinstance(part, nn.Module) for part in (*_inputs(module), getattr(module, "down_proj", None))):
-        return ()
-    return [partial(_mlp, *both) for both in product(SURROUNDINGS, _ACTIVATIONS)]
+    names = next((n for n in _NAMES if all(isinstance(getattr(module, part, None), nn.Module) for part in n)), None)
+    return () if names is None else [partial(_mlp, *both, names) for both in product(SURROUNDINGS, _ACTIVATIONS)]
 
 
 def in_surroundings(forward: Callable[..., Any], surroundings: Surroundings) -> Callable[..., Any]:
@@ -42,14 +49,8 @@ def in_surroundings(forward: Callable[..., Any], surroundings: Surroundings) -> 
     return forward
 
 
-def _inputs(module: Any) -> tuple[Any, ...]:
-    if hasattr(module, "gate_up_proj"):
-        return (module.gate_up_proj,)
-    return (getattr(module, "gate_proj", None), getattr(module, "up_proj", None))
-
-
-def _mlp(around: Surroundings, activation: str, module: Any, x: Tensor) -> Tensor:
-    projections = [projection_of(layer) for layer in (*_inputs(module), module.down_proj)]
+def _mlp(around: Surroundings, activation: str, names: tuple[str, ...], module: Any, x: Tensor) -> Tensor:
+    projections = [projection_of(getattr(module, name)) for name in names]
     plain = [p for p in projections if p is not None and not p.has_trained_bias]
     if len(plain) < len(projections) or len({p.dtype for p in plain}) != 1 or not x.numel():
         return type(module).forward(module, x)  # type: ignore[no-any-return]

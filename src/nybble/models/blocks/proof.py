@@ -33,6 +33,7 @@ from nybble.nn.recompute import recomputed
 
 _ROWS = (11, 7)  # tokens; longer than `small.WINDOW`
 _LOSS, _GRADIENT = 2e-5, 2e-4  # relative differences that rounding in float32 may make
+_DROPPED = "attention has dropout, which torch computes row by row: contexts with a common beginning are not shared"
 _DROPOUT = re.compile(r"dropout|drop_?(p|rate)|pdrop")  # in names of figures
 
 
@@ -52,6 +53,7 @@ class Decision:
     blocks: Mapping[type, Choice] = field(default_factory=dict)
     around_mlp: Surroundings = SURROUNDINGS[-1]
     logits: Logits | None = None  # None: its own code makes them
+    trees: bool = True  # whether rows may be trees of contexts
     reasons: tuple[str, ...] = ()  # what stays transformers' own and why, for people
 
     def put_in(self, model: Any) -> dict[str, int]:
@@ -108,13 +110,11 @@ def _proven(small: Any) -> Decision:
     rows = _rows(small)
     dropping, has_dropout = _silence(small.eval())
     blocks = _equal_blocks(small, _calls(small, rows[0]), dropping)
-    own = tuple(_unequal(small, blocks))
+    own = (*([_DROPPED] if has_dropout else []), *_unequal(small, blocks))
     wanted = _one_by_one(small, rows)
     logits = next((made for made in logits_to_try(small.config) if _makes_logits(small, made, rows[0])), None)
-    if has_dropout:
-        return Decision(False, blocks, reasons=("attention with dropout", *own))
     why_not = "rows in one sequence do not give what each gives alone"
-    for decision in _candidates(Decision(True, blocks, logits=logits, reasons=own)):
+    for decision in _candidates(Decision(True, blocks, logits=logits, trees=not has_dropout, reasons=own)):
         try:
             if _is_equal(small, decision, rows, wanted):
                 return decision

@@ -22,6 +22,7 @@ class SwapReport:
 
     flattened: bool  # rows follow each other in one sequence; else they are padded
     blocks: dict[str, int] = field(default_factory=dict)  # kind -> how many
+    trees: bool = True  # whether such rows may be trees of contexts; else each of their paths is a row
     reason: str | None = None  # why not all of it does, for people
 
 
@@ -39,7 +40,7 @@ def swap_blocks(model: Any, attention: str = "auto", whole: Any = None) -> SwapR
         offer_our_function()
         decision = decide(type(model), whole or model.config)
         reasons = [*([] if decision.flattened else ["rows are padded"]), *decision.reasons]
-        report = SwapReport(decision.flattened, decision.put_in(model), "; ".join(reasons) or None)
+        report = SwapReport(decision.flattened, decision.put_in(model), decision.trees, "; ".join(reasons) or None)
     model.nybble_blocks = report
     return report
 
