@@ -17,7 +17,9 @@ from nybble.models import (
     attach,
     blocks_of,
     config_with_layers,
+    decoder_layers,
     meta_model,
+    recomputable_layers,
     recompute_by,
     set_recomputed,
     swap_blocks,
@@ -240,6 +242,28 @@ def test_every_rung_gives_the_same_gradients(family: str, n_savers: int, monkeyp
         with torch.no_grad():
             assert torch.allclose(ours(**batch).token_losses, judged, atol=1e-6)
         assert bool(workspace.pieces()) == ("slices" not in names)
+
+
+@pytest.mark.parametrize("family", ["cohere2", "olmo2"])
+def test_tiles_and_recomputation_respect_what_else_uses_an_mlp_s_ends(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Attention beside the MLP keeps the MLP's input (Cohere); a norm behind it keeps its output (OLMo 2)."""
+    monkeypatch.setattr("nybble.models.blocks.mlp._TILE_ROWS", 16)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, 300)).float()
+    move(model)
+    ours = adapt(ours_of(model))
+    batch = FlatBatch()([rows()])
+    _, plain = gradients(ours, batch)
+    for layer in decoder_layers(ours):
+        layer.mlp.nybble_tiles = True
+    _, tiled = gradients(ours, batch)
+    assert largest_relative(plain, tiled) < 1e-5
+    layers = recomputable_layers(ours)
+    recompute_by(layers, recomputed)
+    set_recomputed(layers, len(layers))
+    _, again = gradients(ours, batch)
+    assert largest_relative(plain, again) < 1e-5
 
 
 def test_a_table_on_the_host_stays_there_when_the_model_moves() -> None:

@@ -19,12 +19,15 @@ MOST_WEIGHTS = 24_000_000
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _HIDDEN = ("hidden_size", "n_embd", "d_model")
+_MOST_LAYERS = 4  # where a config does not list its layers
+_MOST_KINDS = 8
 # What fields of other sizes are at most in a narrow model, by their names; the first that matches counts.
 _MOST = (
     (r"experts?_per_tok|^moe_k$|moe_topk|top_k_experts", 2),
     (r"^n_group$|topk_group", 1),
     (r"^num_(local_)?experts$|n_routed_experts|moe_num_experts", 4),
-    (r"intermediate|ffn|n_inner|d_ff|shared_expert", 64),
+    (r"index_n_heads", 4),
+    (r"intermediate|lora_rank|ffn|n_inner|d_ff|shared_expert", 64),
     (r"vocab_size", 256),
     (r"token_id$", 255),
     (r"max_position_embeddings|n_positions|n_ctx", 4096),
@@ -72,7 +75,7 @@ def _fewer_layers(config: Any) -> Any:
         _cut_layers(part)
         for name, value in list(vars(part).items()):
             if _is_number(value) and _LOCAL.search(name):
-                setattr(part, name, min(value, WINDOW))
+                setattr(part, name, 1 if name.endswith("blocks") else min(value, WINDOW))
         part.__dict__.pop("quantization_config", None)
     return cut
 
@@ -82,9 +85,12 @@ def _cut_layers(part: Any) -> None:
     if n_layers is None:
         return
     lists = {name: v for name, v in vars(part).items() if isinstance(v, list) and len(v) == n_layers}
-    kinds = list(zip(*(map(str, v) for v in lists.values()), strict=True)) if lists else []
+    shared = getattr(part, "num_kv_shared_layers", None) or 0  # the last layers, which take keys and values of others
+    kinds = [(i >= n_layers - shared, *(str(v[i]) for v in lists.values())) for i in range(n_layers)]
     first = [i for i, kind in enumerate(kinds) if kind not in kinds[:i]]
-    kept = first if 2 <= len(first) <= 8 else list(range(min(n_layers, 4 if not kinds else 2)))
+    kept = first[:_MOST_KINDS] if len(first) > 1 else list(range(min(n_layers, 2 if lists else _MOST_LAYERS)))
+    if shared:
+        part.num_kv_shared_layers = sum(i >= n_layers - shared for i in kept)
     for name, values in lists.items():
         setattr(part, name, [values[i] for i in kept])
     for name in _LAYERS:
@@ -112,6 +118,9 @@ def _narrower(config: Any) -> Any:
         }
         for name, value in numbers.items():
             setattr(part, name, min(value, sizes.get(name) or _most(name, value)))
+        for name, values in list(vars(part).items()):
+            if isinstance(values, list) and values and all(map(_is_number, values)):
+                setattr(part, name, [min(value, _most(name, value)) for value in values])
     return cut
 
 

@@ -109,7 +109,7 @@ def _next_token(
             losses = _losses_of_logits(_own_logits(model, inputs, learned), targets, 0.0)
         return NextTokenOutput(loss=losses.sum() / n_items, token_losses=losses.detach())
     with over_rows(model, lengths, parents):
-        hidden = model.base_model(**inputs).last_hidden_state[0]
+        hidden = body_of(model)(**inputs).last_hidden_state[0]
     head, scale, softcap = model.get_output_embeddings(), made.scale(model.config), made.softcap(model.config)
     # The branches of a tree begin behind the same token: its gradients are added in one order, which on a CPU the
     # backward of indexing does not keep.
@@ -124,6 +124,11 @@ def _next_token(
         return NextTokenOutput(loss=head(chosen, loss, softcap))
     losses = head(chosen, partial(token_losses, targets=targets), softcap)
     return NextTokenOutput(loss=losses.sum() / n_items, token_losses=losses)
+
+
+def body_of(model: Any) -> Any:
+    """The part of a causal language model that makes the last hidden states."""
+    return getattr(model, "model", model) if model.base_model is model else model.base_model
 
 
 def _own_logits(model: Any, inputs: dict[str, Any], learned: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import product
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -32,14 +31,13 @@ class Surroundings(NamedTuple):
     shares_input: bool  # other modules get the same tensor, so that its gradient must not take its place
 
 
-# From the one that needs the least memory to the one that is always right.
-SURROUNDINGS = (Surroundings(False, False), Surroundings(True, False), Surroundings(True, True))
+ANYWHERE = Surroundings(keeps_output=True, shares_input=True)  # always right, with the most memory
 
 
 def mlp_forwards(module: nn.Module) -> Sequence[Callable[..., Any]]:
-    """Forwards for an MLP of two or three linears: for each of `SURROUNDINGS` in turn, one for each activation."""
+    """Forwards for an MLP of two or three linears: one for each activation."""
     names = next((n for n in _NAMES if all(isinstance(getattr(module, part, None), nn.Module) for part in n)), None)
-    return () if names is None else [partial(_mlp, *both, names) for both in product(SURROUNDINGS, _ACTIVATIONS)]
+    return () if names is None else [partial(_mlp, ANYWHERE, act, names) for act in _ACTIVATIONS]
 
 
 def in_surroundings(forward: Callable[..., Any], surroundings: Surroundings) -> Callable[..., Any]:

@@ -23,15 +23,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nybble.guard import brief
-from nybble.models.blocks.attention import NotRowsError, attending, over_rows
-from nybble.models.blocks.head import Logits, logits_to_try, use_next_token
+from nybble.models.blocks.attention import NotRowsError, attending, offer_our_function, over_rows
+from nybble.models.blocks.head import Logits, body_of, logits_to_try, use_next_token
 from nybble.models.blocks.kinds import KINDS, Forward, Kind, use_forward
-from nybble.models.blocks.mlp import SURROUNDINGS, Surroundings, in_surroundings
+from nybble.models.blocks.mlp import ANYWHERE, Surroundings, in_surroundings
 from nybble.models.skeleton import recomputable_layers, recompute_by, set_recomputed
 from nybble.models.small import small_models
 from nybble.nn.recompute import recomputed
 
-_ROWS = (11, 7)  # tokens; longer than `small.WINDOW`
+_ROWS = (19, 9)  # tokens; longer than `small.WINDOW`
 _LOSS, _GRADIENT = 2e-5, 2e-4  # relative differences that rounding in float32 may make
 _DROPPED = "attention has dropout, which torch computes row by row: contexts with a common beginning are not shared"
 _DROPOUT = re.compile(r"dropout|drop_?(p|rate)|pdrop")  # in names of figures
@@ -51,7 +51,7 @@ class Decision:
 
     flattened: bool
     blocks: Mapping[type, Choice] = field(default_factory=dict)
-    around_mlp: Surroundings = SURROUNDINGS[-1]
+    around_mlp: Surroundings = ANYWHERE
     logits: Logits | None = None  # None: its own code makes them
     trees: bool = True  # whether rows may be trees of contexts
     reasons: tuple[str, ...] = ()  # what stays transformers' own and why, for people
@@ -82,6 +82,7 @@ _decided: dict[tuple[type, str], Decision] = {}
 
 def decide(kind: type, config: Any) -> Decision:
     """The decision for models of class `kind` with `config`."""
+    offer_our_function()
     key = (kind, json.dumps(config.to_dict(), sort_keys=True, default=str))
     if key not in _decided:
         # Also within a context for another device, as where a model without weights is built.
@@ -114,7 +115,8 @@ def _proven(small: Any) -> Decision:
     wanted = _one_by_one(small, rows)
     logits = next((made for made in logits_to_try(small.config) if _makes_logits(small, made, rows[0])), None)
     why_not = "rows in one sequence do not give what each gives alone"
-    for decision in _candidates(Decision(True, blocks, logits=logits, trees=not has_dropout, reasons=own)):
+    best = Decision(True, blocks, _surroundings(small, blocks, rows[0]), logits, not has_dropout, own)
+    for decision in _candidates(best):
         try:
             if _is_equal(small, decision, rows, wanted):
                 return decision
@@ -127,13 +129,12 @@ def _proven(small: Any) -> Decision:
 
 def _candidates(best: Decision) -> Iterator[Decision]:
     """`best` and what is less of it, to be tried in turn."""
-    has_mlp = any(choice.kind.name == "mlp" for choice in best.blocks.values())
     for left_out in ((), ("attention",), ("mlp",), tuple(kind.name for kind in KINDS)):
         blocks = {owner: choice for owner, choice in best.blocks.items() if choice.kind.name not in left_out}
         if left_out and len(blocks) == len(best.blocks):
             continue
         reasons = (*best.reasons, *(f"{name}: ours is not equal within this model" for name in left_out))
-        for around in SURROUNDINGS if has_mlp and "mlp" not in left_out else SURROUNDINGS[-1:]:
+        for around in dict.fromkeys((best.around_mlp, ANYWHERE)):
             yield replace(best, blocks=blocks, around_mlp=around, reasons=reasons)
     if best.logits is not None:
         yield replace(best, blocks={}, logits=None)
@@ -238,6 +239,43 @@ def _derived(forward: Forward, module: nn.Module, call: Call) -> list[Tensor]:
     return [result.detach(), *(g for g in gradients if g is not None)]
 
 
+def _surroundings(small: Any, blocks: Mapping[type, Choice], ids: Tensor) -> Surroundings:
+    """What other modules do with what goes into MLPs and comes out; the same memory is the same tensor."""
+    mlps = [m for m in small.modules() if type(m) in blocks and blocks[type(m)].kind.name == "mlp"]
+    takers: dict[int, list[nn.Module]] = {}
+    ends: dict[nn.Module, tuple[int, int]] = {}
+    kept: list[Any] = []  # so that no memory is used twice
+
+    def note_inputs(module: nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
+        for value in filter(_is_real, (*arguments, *settings.values())):
+            takers.setdefault(value.data_ptr(), []).append(module)
+            kept.append(value)
+
+    def note_ends(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        ends[module] = (arguments[0].data_ptr(), output.data_ptr())
+        kept.append(output)
+
+    handles = [m.register_forward_pre_hook(note_inputs, with_kwargs=True) for m in small.modules()]
+    handles += [m.register_forward_hook(note_ends) for m in mlps]
+    try:
+        with torch.no_grad():
+            small(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    shares_input = keeps_output = False
+    for module, (first, last) in ends.items():
+        within = set(module.modules())
+        strangers = {
+            m
+            for m in small.modules()
+            if m not in within and module not in set(m.modules()) and not isinstance(m, nn.Dropout | nn.Identity)
+        }
+        shares_input |= not strangers.isdisjoint(takers.get(first, ()))
+        keeps_output |= not strangers.isdisjoint(takers.get(last, ()))
+    return Surroundings(keeps_output, shares_input)
+
+
 def _is_real(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
@@ -259,10 +297,14 @@ def _unequal(small: Any, blocks: Mapping[type, Choice]) -> Iterator[str]:
 def _makes_logits(small: Any, made: Logits, ids: Tensor) -> bool:
     head = small.get_output_embeddings()
     with torch.no_grad():
-        hidden = small.base_model(input_ids=ids, use_cache=False)[0] * made.scale(small.config)
-        cap = made.softcap(small.config)
-        found = cap * torch.tanh(head(hidden) / cap) if cap else head(hidden)
-        return _are_near(small(input_ids=ids, use_cache=False).logits, found)
+        wanted = small(input_ids=ids, use_cache=False).logits
+        try:
+            hidden = body_of(small)(input_ids=ids, use_cache=False)[0] * made.scale(small.config)
+            cap = made.softcap(small.config)
+            found = cap * torch.tanh(head(hidden) / cap) if cap else head(hidden)
+        except Exception:  # noqa: BLE001 - a head that takes something else
+            return False
+    return _are_near(wanted, found)
 
 
 def _one_by_one(small: Any, rows: Sequence[Tensor]) -> tuple[float, Tensor]:

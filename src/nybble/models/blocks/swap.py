@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from nybble.models.blocks.attention import offer_our_function
 from nybble.models.blocks.proof import decide
 from nybble.models.skeleton import base_of
 from nybble.recipe import ModelSection
@@ -37,7 +36,6 @@ def swap_blocks(model: Any, attention: str = "auto", whole: Any = None) -> SwapR
     if attention in ("eager", "flash_attention_2"):
         report = SwapReport(False, reason=f"attn_implementation {attention}: rows are padded")
     else:
-        offer_our_function()
         decision = decide(type(model), whole or model.config)
         reasons = [*([] if decision.flattened else ["rows are padded"]), *decision.reasons]
         report = SwapReport(decision.flattened, decision.put_in(model), decision.trees, "; ".join(reasons) or None)
