@@ -7,18 +7,24 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, normalizers, processors, trainers
 from tokenizers import models as words
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nybble.bundled import base_path
 from nybble.data import encode_prompt
+from nybble.errors import ModelError
 from nybble.exporting import gguf as module
+from nybble.exporting.gguf_families import FAMILIES, changed
 from nybble.exporting.ollama import modelfile, ollama_template
+from nybble.exporting.stock_gguf import undone
+from tools.families import tiny_config, write_tiny
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 
@@ -30,34 +36,30 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def make(family: str) -> Path:
         if family not in made:
-            from transformers import AutoConfig, AutoModelForCausalLM
-
-            sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-            config = AutoConfig.for_model(
-                family,
-                **sizes,
-                vocab_size=1024,
-                num_key_value_heads=2,
-                max_position_embeddings=256,
-                head_dim=16,
-                initializer_range=0.1,
-                tie_word_embeddings=family == "qwen2",
-            )
-            model = AutoModelForCausalLM.from_config(config)
-            for name, parameter in model.named_parameters():
-                if name.endswith(("bias", "norm.weight")):
-                    torch.nn.init.normal_(parameter, 1.0, 0.3)
-            made[family] = tmp_path_factory.mktemp(family)
-            model.save_pretrained(made[family])
+            made[family] = tmp_path_factory.mktemp(re.sub(r"\W", "_", family))
             write_tokenizer(made[family], family)
+            write_tiny(family, made[family], made[family], vocab_size=1024)
+            move_from_where_they_start(made[family] / "model.safetensors")
         return made[family]
 
     return make
 
 
+def move_from_where_they_start(file: Path) -> None:
+    """Norms, biases and gates of a new model are ones and zeros, which tell nothing; and matrices are small."""
+    generator = torch.Generator().manual_seed(1)
+    weights = load_file(file)
+    for name, weight in weights.items():
+        if weight.ndim == 1:
+            weight += 0.3 * torch.randn(weight.shape, generator=generator)
+        elif "embed" not in name:
+            weight *= 3
+    save_file(weights, file, metadata={"format": "pt"})
+
+
 def write_tokenizer(folder: Path, family: str) -> None:
-    """Byte-level BPE for the Qwens, sentencepiece's kind with byte tokens for the Llamas."""
-    if family.startswith("qwen"):
+    """Sentencepiece's kind with byte tokens for the Llamas, byte-level BPE for the others."""
+    if family not in ("llama", "mistral"):
         AutoTokenizer.from_pretrained(base_path()).save_pretrained(folder)
         return
     text = ["Once upon a time there was a little girl. She went to the park. Hello, how are you today? It's 3.14."]
@@ -82,17 +84,63 @@ def marks() -> Any:
     return normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
 
 
-@pytest.mark.parametrize("family", sorted(module.ARCHITECTURES))
+# One of each kind of what is changed; the others with --all.
+KINDS = ("llama", "qwen2", "qwen3", "gemma3_text", "falcon", "lfm2", "qwen3_5_text", "granite")
+REST = sorted({*FAMILIES, "gemma4_text#shared"} - {*KINDS, "ministral"})
+
+
+@pytest.mark.parametrize("family", [*KINDS, *(pytest.param(name, marks=pytest.mark.nightly) for name in REST)])
 def test_every_known_family_is_read_back_as_the_same_model(
     family: str, nybble: Callable[..., Any], models: Callable[[str], Path], tmp_path: Path
 ) -> None:
     file = tmp_path / "model.gguf"
     done = nybble("export", models(family), "--gguf", file, "--json")
     assert done.code == 0, done.err
-    assert done.json["mean_kl"] < 1e-6
-    assert done.json["max_logit_difference"] < 0.02
+    assert done.json["mean_kl"] < 1e-5
+    assert done.json["max_logit_difference"] < 0.05
     assert done.json["texts_with_other_ids"] == []
     assert done.json["texts"] > 0
+    assert done.json["reader"] == ("gguf" if family == "granite" else "transformers") or family not in KINDS
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "why"),
+    [
+        ("gemma4_text", {"enable_moe_block": True}, "Gemma 4 with experts"),
+        ("gemma3_text", {"layer_types": ["sliding_attention"] * 6}, "another order than llama.cpp's"),
+        ("smollm3", {"no_rope_layers": [1] * 4}, "SmolLM3 with other layers without positions"),
+        ("falcon", {"alibi": True}, "Falcon with ALiBi"),
+        ("stablelm", {"qk_layernorm": True}, "StableLM with norms"),
+        ("ministral", {}, "Ministral with windows"),
+        ("mixtral", {}, "does not support the architecture 'mixtral'"),
+    ],
+)
+def test_what_llama_cpp_does_not_compute_is_refused(family: str, changes: dict[str, Any], why: str) -> None:
+    config = tiny_config(family)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(ModelError, match=re.escape(why)):
+        module.check_gguf(SimpleNamespace(config=config))  # type: ignore[arg-type]
+
+
+def test_a_window_that_llama_cpp_ignores_is_said() -> None:
+    assert module.limits_of(SimpleNamespace(config=tiny_config("mistral"))) == []  # type: ignore[arg-type]
+    (note,) = module.limits_of(SimpleNamespace(config=tiny_config("mistral#window")))  # type: ignore[arg-type]
+    assert "window of 8 tokens" in note
+
+
+def test_each_change_is_taken_back() -> None:
+    weight = torch.randn(12, 1, 6)
+    changes: list[tuple[str, Any]] = [
+        ("squeeze", 1),
+        ("rows", torch.randperm(12).tolist()),
+        ("columns", torch.randperm(6).tolist()),
+        ("plus", 1.0),
+        ("minus_exp", None),
+    ]
+    torch.testing.assert_close(undone(changed(weight, changes), changes), weight)
+    with pytest.raises(ValueError, match="unknown change turned"):
+        undone(weight, [("turned", 1)])
 
 
 def test_8_bits_take_half_and_differ_a_little(nybble: Callable[..., Any], models: Any, tmp_path: Path) -> None:
@@ -108,7 +156,7 @@ def test_8_bits_take_half_and_differ_a_little(nybble: Callable[..., Any], models
 def test_rows_in_the_wrong_order_are_found_out(
     nybble: Callable[..., Any], models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_ordered", lambda weight, _name, _config: weight)
+    monkeypatch.setattr(module, "changes_of", lambda *_: [])
     file = tmp_path / "model.gguf"
     done = nybble("export", models("llama"), "--gguf", file, "--json")
     assert done.code == 1
@@ -143,7 +191,7 @@ def test_llama3_factors_divide_the_frequencies_as_transformers_does() -> None:
         "original_max_position_embeddings": 8192,
     }
     config = LlamaConfig(hidden_size=512, num_attention_heads=4, head_dim=128, rope_parameters=rope)
-    factors = module._rotary_factors(config)
+    factors = module._rotary_factors(config)["rope_freqs.weight"]
     assert factors is not None
     expected, _scale = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 1 / 500000.0 ** (torch.arange(0, 128, 2) / 128)
@@ -256,7 +304,7 @@ def test_wrong_input_is_one_line(
     AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "gpt2")
     file = tmp_path / "x.gguf"
     cases = [
-        ([tmp_path / "gpt2", "--gguf", file], 2, "'gpt2'; it supports llama, mistral, qwen2, qwen3"),
+        ([tmp_path / "gpt2", "--gguf", file], 2, "'gpt2'; it supports arcee, cohere, "),
         ([model], 2, "--gguf FILE, --ollama DIR or --hub NAME"),
         ([model, "--gguf", file, "--gguf_type", "q2_k"], 2, "allowed: f16, bf16, q8_0, adapter"),
         ([model, "--gguf", file, "--gguf_type", "adapter"], 2, "without an adapter"),

@@ -73,26 +73,27 @@ def examine(
     family: str,
     tokenizer_dir: Path,
     note: Callable[[dict[str, Any]], None] | None = None,
+    *,
     only: Collection[str] = (),
+    without: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Examine one family, or `only` some parts of it; `note` gets all that was found so far after each part."""
+    """Examine one family, or `only` some parts, or all `without` some; `note` gets what was found after each part."""
     with tempfile.TemporaryDirectory(prefix="nybble-family-") as folder:
         of = Examination(family, Path(folder), {"family": family, "errors": {}, "seconds": {}})
         _write_rows(of.folder / "rows.jsonl")
         parts: list[tuple[str, Callable[[Examination], Any], tuple[str, ...]]] = [
             ("build", lambda of: write_tiny(family, of.base, tokenizer_dir) and None, ()),
             ("stock", _stock_trains, ("build",)),
-            ("plan", lambda of: nybble.plan(_recipe(of, "qlora")) and None, ("build",)),
-            ("plan_true_shape", _plan_true_shape, ()),
             *((method, lambda of, method=method: _train(of, method), ("build",)) for method in METHODS),
             ("structure", _structure, ("qlora",)),
             ("peft", _stock_peft, ("lora",)),
             ("merge", _merge, ("qlora",)),
             ("gguf", _gguf, ("merge",)),
             ("ask", lambda of: nybble.ask(of.run("qlora"), ["What is 3?"], max_new_tokens=4) and None, ("qlora",)),
+            ("plan", _plan, ()),
         ]
         for name, does, needs in parts:
-            if only and name not in only:
+            if (only and name not in only) or name in without:
                 continue
             of.part(name, does, needs)
             if note is not None:
@@ -140,7 +141,7 @@ def _recipe(of: Examination, method: str) -> dict[str, Any]:
     }
 
 
-def _plan_true_shape(of: Examination) -> None:
+def _plan(of: Examination) -> None:
     """A plan for the family's default config, which is that of a real checkpoint; no weights are read."""
     folder = of.folder / "true shape"
     config = CONFIG_MAPPING[of.family.removeprefix(MULTIMODAL).split("#")[0]]()

@@ -140,6 +140,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "cond:fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "cond:glm5_next": {"text_config": {"index_kpool": 4}},
     # The sections of a multimodal rotation sum to half of what is rotated of a head; their sizes stand in the code.
+    "qwen3_5_text": {
+        "rope_parameters": {**_MROPE, "partial_rotary_factor": 0.25, "mrope_section": [1, 1, 0]},
+        "linear_num_value_heads": 4,
+    },
     "qwen2_vl_text": {"rope_parameters": _MROPE},
     "qwen2_5_omni_text": {"rope_parameters": _MROPE},
     "cond:qwen2_5_vl": {"text_config": {"rope_parameters": _MROPE}},
@@ -156,6 +160,16 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
             ("glm4v_moe", [2, 1, 1]),
         )
     },
+    # As checkpoints since version 0.2 are; the first had windows.
+    "mistral": {"sliding_window": None},
+    "mistral#window": {},
+    # One layer of full attention in so many: the order in which every checkpoint of the family has them.
+    **{
+        name: {"num_hidden_layers": period, "layer_types": ["sliding_attention"] * (period - 1) + ["full_attention"]}
+        for name, period in (("gemma3_text", 6), ("cohere2", 4))
+    },
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0], "layer_types": ["full_attention"] * 4},
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
     # Layers of both kinds that make keys and values, before those that borrow them.
     "gemma3n_text": {
         "num_hidden_layers": 4,
@@ -164,7 +178,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "intermediate_size": 128,
         "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0],
     },
+    "gemma4_text": {"global_head_dim": 32},
+    "gemma4_unified_text": {"global_head_dim": 32},
     "gemma4_text#shared": {
+        "global_head_dim": 32,
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"] * 2,

@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=180, help="time limit of a family")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--without", default="", help="parts to leave out, with commas: plan,gguf")
     parser.add_argument("--tokenizer", type=Path, default=base_path(), help="folder of a tokenizer")
     asked = parser.parse_args()
     unknown = set(asked.names) - set(families())
@@ -120,14 +121,14 @@ def _started(family: str, asked: argparse.Namespace, scratch: Path) -> Process:
         os.setpgid(0, 0)
         code = 1
         try:
-            _examine(family, asked.tokenizer, file)
+            _examine(family, asked, file)
             code = 0
         finally:
             os._exit(code)
     return Process(family, number, file, time.monotonic() + asked.seconds)
 
 
-def _examine(family: str, tokenizer: Path, file: Path) -> None:
+def _examine(family: str, asked: argparse.Namespace, file: Path) -> None:
     from tools.families.examine import examine
 
     def note(found: dict[str, Any]) -> None:
@@ -136,7 +137,7 @@ def _examine(family: str, tokenizer: Path, file: Path) -> None:
         partial.replace(file)
 
     with file.with_suffix(".log").open("w") as log, redirect_stdout(log), redirect_stderr(log):
-        examine(family, tokenizer, note)
+        examine(family, asked.tokenizer, note, without=asked.without.split(","))
 
 
 def _ended(process: Process) -> int | None:

@@ -44,13 +44,16 @@ def tiny_config(model_type: str, vocab_size: int = VOCABULARY) -> Any:
     return CONFIG_MAPPING[name](**fields)
 
 
-def write_tiny(model_type: str, folder: str | Path, tokenizer_dir: str | Path, *, seed: int = 0) -> Path:
+def write_tiny(
+    model_type: str, folder: str | Path, tokenizer_dir: str | Path, *, vocab_size: int | None = None, seed: int = 0
+) -> Path:
     """Write a random float32 checkpoint of the family, and beside it the tokenizer, as a folder of the hub is.
 
-    Returns `folder`. Weights depend on `seed` alone; torch's own random numbers go on as before.
+    The vocabulary is as large as the tokenizer's, or has `vocab_size` places. Returns `folder`.
+    Weights depend on `seed` alone; torch's own random numbers go on as before.
     """
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
-    config = tiny_config(model_type, len(tokenizer))
+    config = tiny_config(model_type, vocab_size or len(tokenizer))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = model_class(model_type)(config)
@@ -95,7 +98,7 @@ def _tiny_fields(default: Any, vocab_size: int, exceptions: dict[str, Any]) -> d
 
 
 def _size(name: str, value: int, vocab_size: int) -> int | None:
-    if name.endswith("vocab_size"):
+    if name.endswith("vocab_size") or name.startswith("vocab_size"):
         return vocab_size
     if name.endswith(("token_id", "token_index")):
         return value if value < vocab_size else vocab_size - 1

@@ -18,7 +18,7 @@ from nybble.data import fixed_clock
 from nybble.errors import CannotRunError, InputError, NybbleError, RecipeError
 from nybble.exporting.arithmetic import merged_bytes
 from nybble.exporting.fresh import run_fresh
-from nybble.exporting.gguf import TYPES, check_gguf, write_adapter_gguf, write_gguf
+from nybble.exporting.gguf import TYPES, check_gguf, limits_of, write_adapter_gguf, write_gguf
 from nybble.exporting.merging import UNVERIFIED, merge
 from nybble.exporting.ollama import modelfile
 from nybble.exporting.verify import TEXTS
@@ -140,11 +140,12 @@ def _whole(tuned: Artifact, overrides: Mapping[str, Any] | None, watch: Observer
     source = find_model(tuned.base)
     tokenizer = tokenizer_of(tuned, source)
     form = tuned.form or ("template" if tokenizer.chat_template else "plain")
-    vocabulary = read_vocabulary(tokenizer, source.config.vocab_size)
-    for note in vocabulary.notes:
+    vocabulary = read_vocabulary(tokenizer, source.config.get_text_config().vocab_size)
+    notes = (*vocabulary.notes, *limits_of(source))
+    for note in notes:
         watch.note(note)
     texts = [text for text in TEXTS if not vocabulary.notes or says_alike(text, tokenizer)]
-    return _Whole(source, tokenizer, form, tuned.stop_tokens, texts, vocabulary.notes, tuned.clock)
+    return _Whole(source, tokenizer, form, tuned.stop_tokens, texts, notes, tuned.clock)
 
 
 def _write_checked(whole: _Whole, file: Path, outtype: str, watch: Observer) -> dict[str, Any]:
@@ -154,14 +155,16 @@ def _write_checked(whole: _Whole, file: Path, outtype: str, watch: Observer) -> 
         _check_disk(file, int(merged_bytes(base, torch.float16) * _BYTES[outtype] / 2))
     unfinished = file.with_name(f".{file.stem}.partial.gguf")
     try:
-        write_gguf(
+        tensors = write_gguf(
             whole.source, whole.tokenizer, whole.stop_tokens, unfinished, outtype, partial(watch.progress, "gguf")
         )
         watch.stage("verify")
         with tempfile.TemporaryDirectory(prefix="nybble-verify-") as scratch:
-            texts = Path(scratch) / "texts.json"
-            texts.write_text(json.dumps(whole.texts), encoding="utf-8")
-            measured = run_fresh("stock_gguf.py", whole.source.folder, unfinished, texts)
+            asked = {"texts.json": whole.texts, "tensors.json": tensors}
+            for name, content in asked.items():
+                (Path(scratch) / name).write_text(json.dumps(content), encoding="utf-8")
+            files = [Path(scratch) / name for name in asked]
+            measured = run_fresh("stock_gguf.py", whole.source.folder, unfinished, *files)
         faults = _faults(measured, outtype)
         unfinished.rename(file)
     finally:

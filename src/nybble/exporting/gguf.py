@@ -1,12 +1,13 @@
 """Writes GGUF, one file with weights, vocabulary and settings for llama.cpp and Ollama, with the `gguf` package.
 
-Tensors are read, converted and written one at a time. llama.cpp rotates neighbouring pairs of a head's dimensions,
-transformers pairs from its two halves; so for the architecture "llama" the rows of queries and keys are reordered.
+Tensors are read, converted and written one at a time. What differs between families is in `gguf_families`. Of a
+multimodal checkpoint the language model is written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import pi, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,29 +17,46 @@ from torch import Tensor
 
 from nybble.errors import CannotRunError, ModelError
 from nybble.exporting.arithmetic import AdapterDelta
+from nybble.exporting.gguf_families import FAMILIES, Change, Family, changed, changes_of, head_dim, rotation
 from nybble.exporting.vocabulary import read_vocabulary
 from nybble.models import BaseWeights, ModelSource
 
 if TYPE_CHECKING:
     import numpy as np
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # transformers -> GGUF
 TYPES = ("f16", "bf16", "q8_0")
 _Progress = Callable[[int, int], None]
+# Parts of multimodal checkpoints, and heads for several tokens at once, that a language model in GGUF does not have.
+_LEFT_OUT = ("vision", "visual", "audio", "projector", "image_newline", "multi_modal", "mtp.", "rotary_emb.inv_freq")
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A tensor of the checkpoint and what becomes of it."""
+
+    name: str  # in the checkpoint
+    place: str  # in the file
+    shape: tuple[int, ...]
+    kind: Any  # a gguf.GGMLQuantizationType
+    changes: list[Change]
 
 
 def check_gguf(source: ModelSource) -> Any:
     """Check that the model can be written as GGUF; return the `gguf` package.
 
     Raises:
-        ModelError: this export does not support the architecture.
+        ModelError: this export does not support the architecture, or a setting of it.
         CannotRunError: the package is missing.
     """
-    if source.config.model_type not in ARCHITECTURES:
+    config = source.config.get_text_config()
+    family = FAMILIES.get(config.model_type)
+    if family is None:
         raise ModelError(
-            f"GGUF export does not support the architecture {source.config.model_type!r}; it supports "
-            f"{', '.join(ARCHITECTURES)}"
+            f"GGUF export does not support the architecture {config.model_type!r}; it supports {', '.join(FAMILIES)}"
         )
+    reason = family.refusal(config) if family.refusal else None
+    if reason is not None:
+        raise ModelError(f"GGUF export does not support {reason}; merge into safetensors instead")
     try:
         import gguf
     except ImportError as error:
@@ -46,40 +64,64 @@ def check_gguf(source: ModelSource) -> Any:
     return gguf
 
 
+def limits_of(source: ModelSource) -> list[str]:
+    """What llama.cpp computes otherwise than transformers, for people."""
+    config = source.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    uses = getattr(config, "use_sliding_window", True)
+    if FAMILIES[config.model_type].ignores_windows and uses and window and window < config.max_position_embeddings:
+        return [
+            f"llama.cpp does not apply this model's window of {window:,} tokens: longer texts are answered otherwise"
+        ]
+    return []
+
+
 def write_gguf(
     source: ModelSource, tokenizer: Any, stop_tokens: tuple[int, ...], file: Path, outtype: str, progress: _Progress
-) -> None:
+) -> list[dict[str, Any]]:
     """Write the whole model in `source` to `file`; vectors are written in float32.
+
+    Returns:
+        For each tensor of the checkpoint its name, its place in the file and what was changed, as plain data; a part
+        that is left out has no place.
 
     Raises:
         ModelError: the architecture, tokenizer or rotary settings cannot be expressed, or a value exceeds float16.
     """
     gguf = check_gguf(source)
-    config = source.config
-    architecture = ARCHITECTURES[config.model_type]
-    writer = gguf.GGUFWriter(file, architecture)
-    _write_settings(writer, gguf, config, source.folder.name, outtype)
+    config = source.config.get_text_config()
+    family = FAMILIES[config.model_type]
+    writer = gguf.GGUFWriter(file, family.architecture)
+    writer.add_name(source.folder.name)
+    writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{outtype.upper()}"))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for setting, value in {**_settings(config), **(family.settings(config) if family.settings else {})}.items():
+        is_scaling = setting == "rope_scaling_type"
+        getattr(writer, f"add_{setting}")(gguf.RopeScalingType(value) if is_scaling else value)
     read_vocabulary(tokenizer, config.vocab_size).write(writer, tokenizer, stop_tokens)
-    names = gguf.get_tensor_name_map(_architecture_number(gguf, architecture), config.num_hidden_layers)
-    wanted = getattr(gguf.GGMLQuantizationType, outtype.upper())
-    factors = _rotary_factors(config)
+    extra = _rotary_factors(config)
     with BaseWeights(source) as base:
-        plan = [(name, *_place(gguf, base, name, names, wanted)) for name in _written(base, config)]
-        for _name, place, shape, kind in plan:
-            block, size = gguf.GGML_QUANT_SIZES[kind]
-            writer.add_tensor_info(place, shape, _numpy().dtype("float32"), prod(shape) // block * size, kind)
-        if factors is not None:
-            writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+        placed = _places(gguf, base, family, getattr(gguf.GGMLQuantizationType, outtype.upper()))
+        for one in placed:
+            block, size = gguf.GGML_QUANT_SIZES[one.kind]
+            n_bytes = prod(one.shape) // block * size
+            writer.add_tensor_info(one.place, one.shape, _numpy().dtype("float32"), n_bytes, one.kind)
+        for place, factors in extra.items():
+            writer.add_tensor_info(place, factors.shape, factors.dtype, factors.nbytes)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for done, (name, _place_name, _shape, kind) in enumerate(plan):
-            progress(done, len(plan))
-            writer.write_tensor_data(_encoded(gguf, _ordered(base.read(name).float(), name, config), kind, name))
-        if factors is not None:
+        for done, one in enumerate(placed):
+            progress(done, len(placed))
+            weight = changed(base.read(one.name).float(), one.changes)
+            writer.write_tensor_data(_encoded(gguf, weight, one.kind, one.name))
+        for factors in extra.values():
             writer.write_tensor_data(factors)
+        left_out = [name for name in base.names() if _is_left_out(name)]
     writer.close()
-    progress(len(plan), len(plan))
+    progress(len(placed), len(placed))
+    written = [{"name": one.name, "place": one.place, "changes": one.changes} for one in placed]
+    return [*written, *({"name": name, "place": None, "changes": []} for name in left_out)]
 
 
 def write_adapter_gguf(source: ModelSource, folder: Path, file: Path) -> None:
@@ -89,14 +131,14 @@ def write_adapter_gguf(source: ModelSource, folder: Path, file: Path) -> None:
         ModelError: GGUF does not support the architecture or the kind of adapter.
     """
     gguf = check_gguf(source)
-    config = source.config
-    architecture = ARCHITECTURES[config.model_type]
-    names = gguf.get_tensor_name_map(_architecture_number(gguf, architecture), config.num_hidden_layers)
+    config = source.config.get_text_config()
+    family = FAMILIES[config.model_type]
+    names = _name_map(gguf, family, config)
     with AdapterDelta(folder) as delta:
         more = "DoRA adapters" if delta.is_dora else "adapters with whole modules or rows of tokens"
         if delta.is_dora or delta.saved() or delta.rows:
             raise ModelError(f"{folder}: GGUF does not support {more}; merge it and export the whole model")
-        writer = gguf.GGUFWriter(file, architecture)
+        writer = gguf.GGUFWriter(file, family.architecture)
         writer.add_type("adapter")
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         # llama.cpp multiplies by alpha / r, with one alpha for all layers; B makes up for what a layer's own would be.
@@ -104,17 +146,26 @@ def write_adapter_gguf(source: ModelSource, folder: Path, file: Path) -> None:
         alpha = delta.scalings[modules[0]] * delta.ranks[modules[0]]
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
         for module in modules:
-            place = names.get_name(module)
+            place = names.get_name(_text_name(module))
             if place is None:
                 raise ModelError(f"{folder}: GGUF has no place for {module}")
             a, b = delta.factors(module)
             b *= delta.scalings[module] * delta.ranks[module] / alpha
-            writer.add_tensor(f"{place}.weight.lora_a", a.numpy())
-            writer.add_tensor(f"{place}.weight.lora_b", _ordered(b, f"{module}.weight", config).numpy())
+            changes = changes_of(family, f"{_text_name(module)}.weight", config)
+            writer.add_tensor(f"{place}.weight.lora_a", changed(a, _of_columns(changes)).contiguous().numpy())
+            writer.add_tensor(f"{place}.weight.lora_b", changed(b, _of_rows(changes)).contiguous().numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+
+
+def _of_rows(changes: list[Change]) -> list[Change]:
+    return [change for change in changes if change[0] == "rows"]
+
+
+def _of_columns(changes: list[Change]) -> list[Change]:
+    return [change for change in changes if change[0] == "columns"]
 
 
 def _numpy() -> Any:
@@ -123,86 +174,133 @@ def _numpy() -> Any:
     return numpy
 
 
-def _architecture_number(gguf: Any, architecture: str) -> Any:
-    return next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+def _name_map(gguf: Any, family: Family, config: Any) -> Any:
+    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
+    return gguf.get_tensor_name_map(number, config.num_hidden_layers)
 
 
-def _write_settings(writer: Any, gguf: Any, config: Any, name: str, outtype: str) -> None:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_name(name)
-    writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{outtype.upper()}"))
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_rope_dimension_count(head_dim)
-    rope = config.rope_parameters
-    writer.add_rope_freq_base(rope["rope_theta"])
+def _settings(config: Any) -> dict[str, Any]:
+    """The settings that all architectures have, by their names in GGUFWriter."""
+    width = head_dim(config)
+    rope = rotation(config)
+    settings = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": getattr(config, "intermediate_size", None),
+        "head_count": config.num_attention_heads,
+        "head_count_kv": vars(config).get("num_key_value_heads"),
+        "key_length": width,
+        "value_length": width,
+        "layer_norm_rms_eps": getattr(config, "rms_norm_eps", None),
+        "vocab_size": config.vocab_size,
+        "rope_dimension_count": int(width * (rope.get("partial_rotary_factor") or 1.0)),
+        "rope_freq_base": rope["rope_theta"],
+        **_rotary_scaling(rope),
+    }
+    for name in ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"):
+        if settings["layer_norm_rms_eps"] is None and hasattr(config, name):
+            settings["layer_norm_eps"] = getattr(config, name)
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _rotary_scaling(rope: dict[str, Any]) -> dict[str, Any]:
     kind = rope.get("rope_type", "default")
     if kind == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
-    elif kind == "yarn":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(rope["factor"])
-        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    elif kind not in ("default", "llama3"):
+        return {"rope_scaling_type": "linear", "rope_scaling_factor": rope["factor"]}
+    if kind == "yarn":
+        return {
+            "rope_scaling_type": "yarn",
+            "rope_scaling_factor": rope["factor"],
+            "rope_scaling_orig_ctx_len": rope["original_max_position_embeddings"],
+        }
+    if kind == "longrope":
+        return {"rope_scaling_type": "longrope"}
+    if kind not in ("default", "llama3", "dynamic", "proportional"):
         raise ModelError(
-            f"GGUF export does not support rotary embeddings of type {kind!r}; allowed: default, linear, yarn, llama3"
+            f"GGUF export does not support rotary embeddings of type {kind!r}; allowed: default, linear, yarn, llama3, "
+            "longrope, dynamic, proportional"
         )
+    return {}
 
 
-def _rotary_factors(config: Any) -> np.ndarray[Any, Any] | None:
-    """Llama-3's divisors of the rotary frequencies, `(head_dim / 2,) float32`, which stretch long waves."""
-    rope = config.rope_parameters
-    if rope.get("rope_type") != "llama3":
-        return None
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _rotary_factors(config: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """Divisors of the rotary frequencies, each `(half of the rotated dimensions,) float32`, by their place."""
+    rope = rotation(config)
+    kind = rope.get("rope_type", "default")
+    if kind == "llama3":
+        return {"rope_freqs.weight": _llama3_factors(rope, head_dim(config))}
+    if kind == "proportional":
+        # Of a head some dimensions are not rotated: their waves are so long that they never turn.
+        half = config.per_layer_config[list(config.layer_types).index("full_attention")].head_dim // 2
+        turning = int(2 * half * rope.get("partial_rotary_factor", 1.0) / 2)
+        return {"rope_freqs.weight": _numpy().array([1.0] * turning + [1e30] * (half - turning), dtype="float32")}
+    if kind == "longrope":
+        named = {"rope_factors_long.weight": "long_factor", "rope_factors_short.weight": "short_factor"}
+        return {place: _numpy().array(rope[factors], dtype="float32") for place, factors in named.items()}
+    return {}
+
+
+def _llama3_factors(rope: dict[str, Any], width: int) -> np.ndarray[Any, Any]:
+    """Llama-3's, which stretch long waves."""
     low = rope["low_freq_factor"]
     high = rope["high_freq_factor"]
     context = rope["original_max_position_embeddings"]
     factors = []
-    for i in range(0, head_dim, 2):
-        turns = context / (2 * pi * rope["rope_theta"] ** (i / head_dim))  # within the original context
+    for i in range(0, width, 2):
+        turns = context / (2 * pi * rope["rope_theta"] ** (i / width))  # within the original context
         smooth = min(1.0, max(0.0, (turns - low) / (high - low)))
         factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
     return _numpy().array(factors, dtype="float32")  # type: ignore[no-any-return]
 
 
-def _written(base: BaseWeights, config: Any) -> list[str]:
+def _text_name(name: str) -> str:
+    """The name of a tensor of a multimodal checkpoint in the language model alone."""
+    for prefix in ("model.language_model.", "language_model.model."):
+        if name.startswith(prefix):
+            return f"model.{name.removeprefix(prefix)}"
+    return name.removeprefix("language_model.")
+
+
+def _is_left_out(name: str) -> bool:
+    return any(part in name for part in _LEFT_OUT)
+
+
+def _places(gguf: Any, base: BaseWeights, family: Family, wanted: Any) -> list[_Placed]:
     """The tensors to write; of tied embeddings and head only one, whichever the checkpoint has."""
-    names = [name for name in base.names() if not name.endswith(".rotary_emb.inv_freq")]
-    both = config.tie_word_embeddings and any("embed_tokens." in name for name in names)
-    return [name for name in names if not (both and name.startswith("lm_head."))]
+    config = base.source.config.get_text_config()
+    is_tied = config.tie_word_embeddings or family.tied
+    names = [name for name in base.names() if not _is_left_out(name)]
+    both = is_tied and any("embed_tokens." in name or "word_embeddings." in name for name in names)
+    names = [name for name in names if not (both and _text_name(name).startswith("lm_head."))]
+    places = _name_map(gguf, family, config)
+    return [_placed(gguf, base, family, name, places, wanted, is_tied=is_tied) for name in names]
 
 
-def _place(gguf: Any, base: BaseWeights, name: str, names: Any, wanted: Any) -> tuple[str, tuple[int, ...], Any]:
-    """Name in the file, shape, and type; matrices whose rows are not whole blocks are written in float16."""
-    is_tied_head = name == "lm_head.weight" and base.source.config.tie_word_embeddings
-    place = "token_embd.weight" if is_tied_head else names.get_name(name, try_suffixes=(".weight", ".bias"))
+def _placed(
+    gguf: Any, base: BaseWeights, family: Family, name: str, places: Any, wanted: Any, *, is_tied: bool
+) -> _Placed:
+    """Matrices whose rows are not whole blocks become float16, vectors and kernels of convolutions float32."""
+    config = base.source.config.get_text_config()
+    own = _text_name(name)
+    changes = changes_of(family, own, config)
+    place = "token_embd.weight" if is_tied and own == "lm_head.weight" else _place(places, own)
     if place is None:
         raise ModelError(f"GGUF has no place for the tensor {name}")
-    shape = base.shape(name)
+    shape = [size for dimension, size in enumerate(base.shape(name)) if ("squeeze", dimension) not in changes]
     kinds = gguf.GGMLQuantizationType
-    if len(shape) == 1:
-        return place, shape, kinds.F32
-    return place, shape, wanted if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] == 0 else kinds.F16
+    if len(shape) == 1 or "conv" in place.split(".")[-2]:
+        kind = kinds.F32
+    else:
+        kind = wanted if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] == 0 else kinds.F16
+    return _Placed(name, place, tuple(shape), kind, changes)
 
 
-def _ordered(weight: Tensor, name: str, config: Any) -> Tensor:
-    """The rows of queries and keys in the order of llama.cpp's rotary embedding, if it differs from transformers'."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-    if heads is None or ARCHITECTURES[config.model_type] != "llama":
-        return weight
-    halves = weight.view(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-    return halves.transpose(1, 2).reshape(weight.shape)
+def _place(places: Any, name: str) -> str | None:
+    """Where a tensor is written. Two kinds of parameters are called otherwise than the package expects."""
+    renamed = name.replace(".dt_bias", ".dt_proj.bias").replace(".layer_scalar", ".layer_scalar.weight")
+    place: str | None = places.get_name(renamed, try_suffixes=(".weight", ".bias"))
+    return place
 
 
 def _encoded(gguf: Any, weight: Tensor, kind: Any, name: str) -> np.ndarray[Any, Any]:
