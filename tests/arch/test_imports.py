@@ -57,36 +57,19 @@ def test_importing_loads_nothing_heavy_and_leaves_the_environment_alone(module: 
     assert seen["environment_kept"]
 
 
-EVERY_SETTING_BY_EVERY_ODDITY = """
-import json, sys, time
-from nybble.errors import RecipeError
-from nybble.recipe import all_settings, load_recipe
-nan, texts = float("nan"), ("-1", "0", "1e30", ".nan", "9" * 400, "", "[[1]]", "{a: .nan}", "true")
-found = []
-for setting in all_settings():
-    for value in (-1, 0, 1e30, nan, 10**400, "", [], {}, [[1]], {"a": nan}, object(), True, None, *texts):
-        begun, outcome = time.perf_counter(), "accepted"
-        try:
-            given = {setting.path: value}
-            load_recipe(None, given) if isinstance(value, str) else load_recipe(given)
-        except RecipeError as error:
-            outcome = str(error)
-        found.append((setting.path, repr(value)[:9], outcome, time.perf_counter() - begun))
-print(json.dumps({"found": found, "modules": sorted(sys.modules)}))
-"""
-
-
 def test_every_setting_answers_odd_values_in_one_line_before_anything_heavy_is_loaded() -> None:
-    done = run_python("-c", EVERY_SETTING_BY_EVERY_ODDITY)
+    done = run_python(str(Path(__file__).parents[2] / "tools" / "settings_matrix.py"), "--json")
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     assert [name for name in HEAVY if name in seen["modules"]] == []
-    refused = [case for case in seen["found"] if case[2] != "accepted"]
+    refused = [case for case in seen["found"] if case["message"] is not None]
     assert len(refused) > len(seen["found"]) / 2
-    assert [case for case in refused if "\n" in case[2] or len(case[2]) > 1000] == []
-    assert [case for case in seen["found"] if case[3] > 1] == []
-    odd = {"nan", "[[1]]", "{'a': nan", "<object o"}  # no setting is one of these
-    assert [case for case in seen["found"] if case[1] in odd and case[2] == "accepted"] == []
+    assert [case for case in refused if "\n" in case["message"] or len(case["message"]) > 1000] == []
+    assert [case for case in seen["found"] if case["seconds"] > 1] == []
+    odd = {"nan", "[[1]]", "{a: nan}", "object"}  # no setting is one of these
+    taken = [case for case in seen["found"] if case["message"] is None]
+    assert [case for case in taken if case["way"] == "recipe" and case["oddity"] in odd] == []
+    assert [case for case in refused if case["setting"].rpartition(".")[2] not in case["message"]] == []
 
 
 def test_nybble_alone_loads_none_of_its_parts() -> None:
