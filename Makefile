@@ -15,8 +15,10 @@ install: .venv/.installed
 # The constraints pin the tested versions; pyproject's ranges stay wide, so that nobody's torch is ever replaced.
 # Installation compiles the loops of the CPU path, if there is a C compiler.
 .venv/.installed: pyproject.toml constraints.txt $(wildcard csrc/*.[ch])
+	@echo "Installing into .venv: torch, transformers and what else pyproject.toml names, with the tools of the tests, about"
+	@echo "3 GB on disk. It takes as long as the download, and a minute. Nothing outside .venv is changed."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: install

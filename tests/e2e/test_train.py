@@ -29,6 +29,14 @@ def train_words(base: Path, rows: Path, out: Path, *more: object) -> list[object
     return ["train", *named, *FAST, *more]
 
 
+@pytest.fixture
+def train(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> Callable[..., Any]:
+    """`train(*words)`: a training of the tiny model on the rows, in the folder `run`."""
+    return lambda *more: nybble(*train_words(tiny_llama(), rows_file, tmp_path / "run", *more))
+
+
 @pytest.mark.parametrize("method", ["qlora", "lora", "full"])
 def test_every_method_learns_and_leaves_a_whole_run(
     nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path, method: str
@@ -117,16 +125,10 @@ def test_resumed_equals_straight(
     ],
 )
 def test_a_run_whose_last_update_ends_in_nan_fails_and_leaves_no_weights(
-    nybble: Callable[..., Any],
-    tiny_llama: Callable[..., Path],
-    rows_file: Path,
-    tmp_path: Path,
-    flags: tuple[str, ...],
-    why: str,
+    train: Callable[..., Any], nybble: Callable[..., Any], tmp_path: Path, flags: tuple[str, ...], why: str
 ) -> None:
     out = tmp_path / "run"
-    more = ("--lr_scheduler_type", "constant", "--n_samples", 0, "--max_steps", 1, *flags)
-    done = nybble(*train_words(tiny_llama(), rows_file, out, *more))
+    done = train("--lr_scheduler_type", "constant", "--n_samples", 0, "--max_steps", 1, *flags)
     assert done.code == 2
     assert done.err.splitlines()[-1].startswith(f"nybble: {why} after the last step: the training diverged")
     assert "ask it" not in done.out
@@ -142,11 +144,7 @@ def test_a_run_whose_last_update_ends_in_nan_fails_and_leaves_no_weights(
 
 
 def test_weights_that_are_not_finite_are_not_written_though_the_loss_is(
-    nybble: Callable[..., Any],
-    tiny_llama: Callable[..., Path],
-    rows_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of a token that no row has."""
     trained_parameters = pipeline.trained_parameters
@@ -157,7 +155,7 @@ def test_weights_that_are_not_finite_are_not_written_though_the_loss_is(
         return trained
 
     monkeypatch.setattr(pipeline, "trained_parameters", spoiled)
-    done = nybble(*train_words(tiny_llama(), rows_file, tmp_path / "run", "--max_steps", 1, "--n_samples", 0))
+    done = train("--max_steps", 1, "--n_samples", 0)
     assert done.code == 2
     assert "nybble: a trained weight is not finite after the last step" in done.err
     assert not (tmp_path / "run" / "adapter").exists()
@@ -191,16 +189,10 @@ def test_a_base_whose_loss_is_not_a_number_is_refused_before_the_training(
     ],
 )
 def test_a_bad_batch_stops_at_its_step_and_says_where(
-    nybble: Callable[..., Any],
-    tiny_llama: Callable[..., Path],
-    rows_file: Path,
-    tmp_path: Path,
-    flags: tuple[str, ...],
-    why: str,
+    train: Callable[..., Any], tmp_path: Path, flags: tuple[str, ...], why: str
 ) -> None:
     out = tmp_path / "run"
-    more = ("--save_steps", "1", "--save_total_limit", "99", "--logging_steps", "1", *flags)
-    done = nybble(*train_words(tiny_llama(), rows_file, out, *more))
+    done = train("--save_steps", "1", "--save_total_limit", "99", "--logging_steps", "1", *flags)
     assert done.code == 2
     told = re.fullmatch(
         rf"nybble: {why} at step (\d+) \(rows [\d, ]+\); .*; (there is no|continue from) .*",

@@ -20,8 +20,8 @@ from nybble.models import MEMORY_SAVERS, MemorySavers, recomputable_layers, reco
 from nybble.nn.recompute import recomputed
 from nybble.recipe import StepMemory, TrainingSection
 
-_SMALL_SHARE = 0.1  # trained parameters below this share: gradients are copied so that a batch can be repeated
-_SHARE = 0.95  # of the available memory that is used: the allocator's blocks do not fit each other perfectly
+_SMALL_SHARE = 0.1  # below this share of trained parameters, gradients are copied so that a batch can be repeated
+_SHARE = 0.95  # the part of the free memory that is used, because the allocator leaves gaps between its blocks
 
 
 class Recomputation:
@@ -54,8 +54,8 @@ class Recomputation:
         )
         self.may_copy_gradients = n_trained < _SMALL_SHARE * n_all
         self.depth = 0  # layers recomputed in the batch that was prepared last
-        self.deepest = 0  # in any so far
-        self.taken: set[str] = set()  # memory savers, in any so far
+        self.deepest = 0  # the largest depth of any batch so far
+        self.taken: set[str] = set()  # the memory savers that any batch has needed so far
         recompute_by(self._layers, recomputed)
 
     def prepare(self, n_tokens: int) -> int:
@@ -151,7 +151,7 @@ def recomputation_for(
     if section.gradient_checkpointing == "never" or not layers:
         return None
     if memory is not None:
-        savers.apply(memory.savers)  # before the room is measured
+        savers.apply(memory.savers)  # first, because they change the room that is measured next
     shallowest = len(layers) if section.gradient_checkpointing == "always" else 0
     room = Room(device.torch_device, section.memory_budget, n_beside)
     return Recomputation(model, memory, room, savers, shallowest=shallowest)

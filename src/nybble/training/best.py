@@ -28,9 +28,9 @@ class BestStep:
         self._patience = section.early_stopping_patience
         self._threshold = section.early_stopping_threshold
         self.is_loaded_at_end = section.load_best_model_at_end
-        self.step: int | None = None  # of the best figure
+        self.step: int | None = None  # the step with the best figure
         self.value: float | None = None
-        self.n_waited = 0  # evaluations since one was better by more than the threshold
+        self.n_waited = 0  # evaluations since the last one that was better by more than the threshold
 
     @property
     def counts(self) -> bool:

@@ -47,10 +47,10 @@ class TrainResult:
     seconds: float  # seconds since this start
     seconds_to_first_step: float | None  # from the start of training, loading not counted
     peak_bytes: int
-    skipped_steps: int = 0  # steps with a loss or gradient that was bad
-    notes: tuple[str, ...] = ()  # for people
+    skipped_steps: int = 0  # steps whose loss or gradient was not finite or spiked
+    notes: tuple[str, ...] = ()  # remarks for people
     best: dict[str, Any] | None = None  # step, metric and value of the best evaluation on the way
-    weights_step: int = 0  # after which the weights are those that the training ends with
+    weights_step: int = 0  # the step that the final weights come from
 
     @property
     def tokens_per_second(self) -> float:
@@ -99,7 +99,7 @@ def build(
     """
     from transformers import set_seed
 
-    from nybble.models.lora_linear import share_seeds  # brings PEFT
+    from nybble.models.lora_linear import share_seeds  # this imports PEFT
 
     observer = observer or Silent()
     resumed = checkpointing.resumed if checkpointing else None

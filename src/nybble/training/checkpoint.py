@@ -47,7 +47,7 @@ from nybble.training.fingerprint import Identity
 from nybble.training.state import TrainState
 from nybble.training.state_codec import CannotPackError, pack, unpack
 
-STATE_FORMAT = 2  # of state.json and the tensors it names; raised when an older version could not read them
+STATE_FORMAT = 2  # the version of state.json and its tensors; raised when an older version could not read them
 _ABOUT = ("format", "identity", "recipe", "versions")  # what state.json says beside the training's state
 _LARGEST_FILE = 1 << 28  # bytes: a file is put together in memory
 
@@ -58,8 +58,8 @@ class Found:
 
     path: Path
     place: Place
-    state: dict[str, Any]  # its state.json
-    damaged: tuple[Path, ...] = ()  # newer ones that were skipped
+    state: dict[str, Any]  # the content of its state.json
+    damaged: tuple[Path, ...] = ()  # newer checkpoints that were skipped because they are damaged
 
     @property
     def micro_batch(self) -> int | None:
@@ -74,16 +74,16 @@ class Resumed:
 
     path: Path
     step: int
-    forced: bool = False  # settings may have changed: those of the recipe count
+    forced: bool = False  # settings may have changed, and those of the recipe count
 
 
 @dataclass(frozen=True)
 class Checkpointing:
     """What the checkpoints of a run say, where they lie, and the one it continues from."""
 
-    identity: Callable[[], Identity]  # takes its time, and is needed by the thread that writes
+    identity: Callable[[], Identity]  # it takes seconds, so the thread that writes calls it
     recipe: dict[str, Any]
-    parents: tuple[Path, ...]  # by preference
+    parents: tuple[Path, ...]  # the folders for checkpoints, the preferred one first
     resumed: Resumed | None = None
     damaged: tuple[Path, ...] = ()  # newer checkpoints that are damaged and were skipped
 
@@ -208,12 +208,12 @@ class Snapshot:
     """What a checkpoint holds, on the host."""
 
     place: Place
-    weights: Mapping[str, Tensor]  # the trained ones
-    weights_stem: str  # of their files' names
-    tensors: Mapping[str, Tensor]  # those of the state
-    texts: Mapping[str, str]  # file -> content
-    state: Mapping[str, Any]  # goes to state.json
-    best: Place | None = None  # of the checkpoint that stays, since its weights are to be loaded at the end
+    weights: Mapping[str, Tensor]  # the trained weights
+    weights_stem: str  # the beginning of their files' names
+    tensors: Mapping[str, Tensor]  # the tensors of the state
+    texts: Mapping[str, str]  # file name -> content
+    state: Mapping[str, Any]  # the content of state.json
+    best: Place | None = None  # the checkpoint that is kept, because its weights are loaded at the end
 
     def files(self, identity: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
         """Name and content of each file."""
@@ -257,11 +257,11 @@ class CheckpointWriter:
         self._damaged = set(damaged)
         self._thread: threading.Thread | None = None
         self._fault: BaseException | None = None
-        self._refused: Snapshot | None = None  # the latest, if the system refused it
+        self._refused: Snapshot | None = None  # the latest snapshot, if the system refused to write it
         self.last_good = resumed
-        self.refusal: str | None = None  # why the latest could not be written
-        self.seconds = 0.0  # that the longest took to write
-        self.saved = time.monotonic()  # when the latest was begun, or else when the training was
+        self.refusal: str | None = None  # why the latest checkpoint could not be written
+        self.seconds = 0.0  # the longest time that writing a checkpoint took
+        self.saved = time.monotonic()  # when the latest checkpoint was begun, or the training if there is none
         for parent in parents:
             remove_left_overs(parent)
 
@@ -306,7 +306,7 @@ class CheckpointWriter:
         """Begin to write; waits while the one before is written."""
         self.finish()
         if self.last_good is not None and Place.of(self.last_good) == snapshot.place:
-            return  # nothing was learned since
+            return  # nothing was learned since the latest checkpoint
         self._thread = threading.Thread(target=self._work, args=(snapshot,), name="checkpoint", daemon=True)
         self._thread.start()
 

@@ -28,11 +28,11 @@ from nybble.run.processes import Processes
 class MicroBatch:
     """What goes through the model at once."""
 
-    inputs: dict[str, Any]  # on the host
-    rows: tuple[int, ...]  # their numbers, from 1
-    lengths: tuple[int, ...]  # tokens of each of them; of a batch from which nothing is learned, none
-    n_tokens: int  # without padding
-    n_learned: int  # tokens that the loss is about
+    inputs: dict[str, Any]  # tensors on the host
+    rows: tuple[int, ...]  # the numbers of the rows, from 1
+    lengths: tuple[int, ...]  # the tokens of each row; empty if nothing is learned from the batch
+    n_tokens: int  # tokens without padding
+    n_learned: int  # tokens that are learned
 
 
 class StepLoader:

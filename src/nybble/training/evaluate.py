@@ -33,9 +33,9 @@ class HeldOut:
     """The held-out rows of a run, and those of them whose answers are shown beside the base's."""
 
     rows: Sequence[Example]
-    section: EvaluationSection  # with as many rows at a time as fit
+    section: EvaluationSection  # its batch size is what fits
     shown: Sequence[Example] = ()
-    base_answers: Sequence[str] = ()  # to the rows that are shown
+    base_answers: Sequence[str] = ()  # the base's answers to the rows that are shown
 
 
 @dataclass(frozen=True)

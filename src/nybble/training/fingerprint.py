@@ -26,10 +26,10 @@ _CONTENT = {"base": "the base weights", "tokenizer": "the tokenizer", "rows": "t
 class Identity:
     """Of one training."""
 
-    base: str  # `weights_hash`
-    tokenizer: str  # SHA-256
-    rows: str  # SHA-256, over the examples in order, and what of them is learned
-    settings: dict[str, Any]  # of the recipe, by path
+    base: str  # the `weights_hash` of the base
+    tokenizer: str  # its SHA-256
+    rows: str  # SHA-256 of the examples in order and of what is learned in them
+    settings: dict[str, Any]  # the recipe's settings by path
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

@@ -20,8 +20,8 @@ from torch import Tensor
 from nybble.recipe import TrainingSection
 from nybble.run.processes import Processes
 
-_FEWEST_NORMS = 20  # before one is called a spike
-_LISTED = 16  # rows named in a message
+_FEWEST_NORMS = 20  # gradient norms that must be known before one is called a spike
+_LISTED = 16  # rows that a message names at most
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class BadStep:
     """An optimizer step whose update should not happen."""
 
     step: int
-    rows: tuple[int, ...]  # of its batch, numbers from 1
+    rows: tuple[int, ...]  # the numbers of the batch's rows, from 1
     why: str
 
     @property
@@ -43,7 +43,7 @@ class BadStep:
 @dataclass(frozen=True)
 class _Unread:
     step: int
-    rows: Sequence[int]  # of this process
+    rows: Sequence[int]  # the rows of this process
     figures: Tensor  # (2,) float32: loss, norm
     ready: torch.cuda.Event | None
 

@@ -41,7 +41,7 @@ from nybble.training.parity import Parity, check, compare
 from nybble.training.state import TrainState
 from nybble.training.stopping import Stops
 
-_MICRO_STEPS = 1 << 20  # of one optimizer step, at most
+_MICRO_STEPS = 1 << 20  # one optimizer step has fewer micro-batches than this
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Training:
     objective: Objective
     loader: StepLoader
     state: TrainState
-    seeds: DropoutSeeds  # of dropout
+    seeds: DropoutSeeds
     noise: EmbeddingNoise
     guard: NonFiniteGuard
     recomputation: Recomputation | None
@@ -96,7 +96,7 @@ def train(t: Training) -> None:
 
         for number in range(state.micro_batches, len(micro_batches)):
             is_last = number == len(micro_batches) - 1
-            # As one process numbers them: the same micro-batches draw the same dropout.
+            # Numbered as by one process, so that the same micro-batches draw the same dropout.
             t.seeds.micro_step = step * _MICRO_STEPS + number * t.processes.count + t.processes.rank
             with gradient_sync(t, wanted=is_last):
                 loss = forward_backward(t, micro_batches[number], n_learned)
@@ -162,7 +162,7 @@ def forward_backward(t: Training, batch: MicroBatch, n_learned: int) -> Tensor:
         try:
             return _forward_backward(t, inputs, n_items)
         except torch.OutOfMemoryError:
-            # Several processes cannot repeat it: the others are in the middle of the pass.
+            # Several processes cannot repeat it, because the others are in the middle of the pass.
             if t.processes.are_many or not before.can_restore or not t.recomputation.deepen(n_tokens):
                 raise
         # Only here, outside the handler, are the failed pass's tensors gone.

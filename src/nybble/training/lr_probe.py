@@ -32,9 +32,9 @@ from nybble.storage.atomic import write_text
 from nybble.training.build import train_model
 from nybble.units import format_seconds
 
-_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of adapters
-_SHARE = 0.15  # of the run's work, at most
-_SHARE_JUDGING = 0.03  # of that, for the held-out rows
+_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # the rates that are tried for adapters
+_SHARE = 0.15  # the largest part of the run's work that the probe may take
+_SHARE_JUDGING = 0.03  # the part of it that the held-out rows may take
 _LEAST_STEPS = 3
 
 
@@ -52,9 +52,9 @@ class Probe:
 
     learning_rate: float
     branches: tuple[Branch, ...]
-    steps: int  # of a branch
-    n_rows: int  # held-out rows that judged
-    share: float  # of the run's work, a forward pass counted as a third of a step
+    steps: int  # optimizer steps of each branch
+    n_rows: int  # held-out rows that the rates are judged on
+    share: float  # the part of the run's work, where a forward pass counts as a third of a step
     seconds: float
 
     @property

@@ -34,7 +34,7 @@ class Metrics:
         self._processes = processes
         self._created = time.monotonic()
         self._tracked = (0, 0.0)  # tokens and seconds at the last logged step
-        self.peak_bytes = 0  # of this process
+        self.peak_bytes = 0  # the highest memory of this process
         self.seconds_to_first_step: float | None = None
 
     def first_step_is_done(self) -> None:

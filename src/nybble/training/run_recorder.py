@@ -41,10 +41,10 @@ class RunRecorder:
         self._plan = plan
         self._device = device
         self._processes = processes
-        self._peaks = [0] * processes.count  # by process
+        self._peaks = [0] * processes.count  # the highest memory of each process
         self._started = time.monotonic()
         self.trackers = Trackers()
-        self._began = False  # whether training has begun: from then on there is something to keep
+        self._began = False  # whether training has begun, so that there is something to keep
         self.record = RunRecord(
             status="running",
             recipe=recipe.model_dump(mode="json"),

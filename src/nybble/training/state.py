@@ -19,7 +19,7 @@ from nybble.training.best import BestStep
 from nybble.training.dataloader import StepLoader
 
 NORMS_REMEMBERED = 100
-_GROUP_SETTINGS = ("betas", "eps", "weight_decay")  # of an optimizer, from the recipe; the rate follows the schedule
+_GROUP_SETTINGS = ("betas", "eps", "weight_decay")  # settings of an optimizer that the recipe decides on resuming
 
 
 class TrainState:
@@ -46,14 +46,14 @@ class TrainState:
         self._processes = processes
 
         self.step = 0  # optimizer steps that are done
-        self.micro_batches = 0  # of the step under way that are done, in each process
-        self.tokens = 0  # that were trained on, in all processes, without padding
+        self.micro_batches = 0  # micro-batches of the current step that each process has done
+        self.tokens = 0  # tokens that all processes have trained on, without padding
         self.started = time.monotonic()  # as if the training had never been interrupted
 
         # Sums of losses stay on the device until they are logged, so that no step waits for it.
-        self.step_loss = torch.zeros((), device=device)  # of the step under way
-        self.unlogged_loss = torch.zeros((), device=device)  # since the last log, the step under way included
-        self.unlogged_before_step = torch.zeros((), device=device)  # the same without the step under way
+        self.step_loss = torch.zeros((), device=device)  # the loss of the current step
+        self.unlogged_loss = torch.zeros((), device=device)  # since the last log, including the current step
+        self.unlogged_before_step = torch.zeros((), device=device)  # the same without the current step
         self.logged_loss = 0.0
         self.unlogged_steps = 0
 
@@ -169,7 +169,7 @@ class TrainState:
 
         groups = cursor["micro_batches"] * cursor["groups_a_micro_batch"]
         done, rest = divmod(groups, self.loader.groups_a_micro_batch)
-        if rest or (done and self._processes.are_many):  # the step is split in another way now, and starts over
+        if rest or (done and self._processes.are_many):  # the step is split in another way than before and starts over
             self.unlogged_loss.copy_(loss["unlogged_before_step"])
             return
         self.micro_batches = done

@@ -24,7 +24,7 @@ class Stops:
         processes: Processes = Processes(),  # noqa: B008 - a value
     ) -> None:
         """`deadline`: by the monotonic clock, which no change of the date moves."""
-        self.reason: str | None = None  # why the training is to stop
+        self.reason: str | None = None  # why the training stops
         self._processes = processes
         self._deadline = deadline
         self._seconds_to_save = seconds_to_save
