@@ -22,10 +22,10 @@ import torch
 from bench.harness import Figures, Option, medians, print_table, run
 from bench.models import write_llama
 from nybble import bundled
-from nybble.cli.process import quiet_libraries
 from nybble.pipeline import train_without_evaluation
 from nybble.recipe import load_recipe
 from nybble.run.directory import read_lines
+from nybble.run.quiet import quiet_libraries
 from nybble.run.record import Silent, StepEvent
 from nybble.storage.checkpoints import list_checkpoints
 from nybble.training.checkpoint import CheckpointWriter
@@ -89,9 +89,9 @@ def train(base: Path, out: Path, save_steps: int, steps: int) -> Figures:
     }
 
 
+@quiet_libraries()
 def measure(asked: Namespace) -> dict[str, Any]:
     """Every arm."""
-    quiet_libraries()
     torch.set_num_threads(asked.threads)
     number = count()
     with tempfile.TemporaryDirectory() as name:

@@ -34,8 +34,8 @@ from safetensors.torch import load_file
 
 from bench.harness import witness
 from nybble import bundled, pipeline, preparation
-from nybble.cli.process import quiet_libraries
 from nybble.recipe import load_recipe
+from nybble.run.quiet import quiet_libraries
 from nybble.run.record import Silent
 from nybble.storage import checkpoints
 from nybble.storage.atomic import sha256_of
@@ -64,6 +64,7 @@ PAUSE = 0.1  # seconds in the middle of each file of a checkpoint
 NAMES = ("step", "loss", "grad_norm", "learning_rate", "tokens")
 
 
+@quiet_libraries()
 def main() -> int:
     """Run, compare, and print one JSON object; return 1 if a run ended differently from the undisturbed one."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -72,7 +73,6 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for the runs that differ")
     arguments = parser.parse_args()
-    quiet_libraries()
     began, rng = time.monotonic(), random.Random(arguments.seed)
     figures: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as name:

@@ -28,7 +28,7 @@ from typing import Any
 
 from bench.harness import witness
 from nybble import pipeline
-from nybble.cli.process import quiet_libraries
+from nybble.run.quiet import quiet_libraries
 from nybble.storage.checkpoints import verify
 from nybble.storage.manifest import DamagedError
 from nybble.training import checkpoint
@@ -47,6 +47,7 @@ WAYS = {
 DOCUMENTED = (0, 2, 3)  # exit codes
 
 
+@quiet_libraries()
 def main() -> int:
     """Run, check, and print one JSON object; return 1 if something was lost."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -54,7 +55,6 @@ def main() -> int:
     arguments = parser.parse_args()
     if "LD_PRELOAD" not in os.environ:
         return in_front_of_libc()
-    quiet_libraries()
     began, figures, lost = time.monotonic(), Counter[str](), list[str]()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
