@@ -109,7 +109,8 @@ def _record_loading(
         run.observer.note(note)
     if report.bits_per_weight is not None:
         run.observer.note(
-            f"{report.n_packed} linears in {report.bits_per_weight:.3f} bits per weight ({report.packed_bytes:,} bytes)"
+            f"{report.n_packed} matrices in {report.bits_per_weight:.3f} bits per weight "
+            f"({report.packed_bytes:,} bytes)"
         )
 
 
@@ -122,6 +123,8 @@ def _calibrate(run: RunContext, inputs: RunInputs, recorder: RunRecorder, module
         result = calibrate(module, inputs.source, rows, section, inputs.recipe.lora, progress)
         if run.processes.is_main:
             save_whole(run.directory.base, module, inputs.tokenizer, inputs.source)
+    if result.left:
+        run.observer.note(f"{len(result.left)} modules were not calibrated and keep other scales, as {result.left[0]}")
     recorder.record.model["calibration"] = {"rows": result.n_rows, "tokens": result.n_tokens, "left": result.left}
     what = f"calibrated on {result.n_rows:,} rows ({result.n_tokens:,} tokens)" if result.n_rows else "adapters started"
     run.observer.note(f"{what}; the base is kept in {run.directory.base}")

@@ -31,7 +31,7 @@ from nybble.nn import Linear4bit
 from nybble.recipe import LoraSection
 from tools.families import tiny_config
 
-ALL = LoraSection(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.1)
+ALL = LoraSection(r=4, lora_alpha=8, target_modules="all-linear")
 # Families whose layers with experts also have linears that PEFT takes for experts, and one without any.
 EXPERTS = ("deepseek_v3", "qwen2_moe", "qwen3_next", "mixtral", "hunyuan_v1_moe")
 # Families whose checkpoints have other names than the model, or several names for one weight.

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig
 
 import nybble
-from nybble.errors import ModelError
+from nybble.errors import ModelError, RecipeError
+from nybble.exporting.arithmetic import AdapterDelta, write_merged
+from nybble.models import BaseWeights, attach, find_model, load_adapter, save_adapter
 from nybble.models.lora_linear import use_our_layer
 from nybble.models.quantizer import adopt_bnb, raising_faults
+from nybble.models.targets import lora_config
 from nybble.nn import Experts4bit, Linear4bit
+from nybble.recipe import LoraSection, ModelSection, QuantizationSection
 from tools.families.tiny import model_class, tiny_config
 
 # Layouts: one tensor for each expert and part, under two sets of names; fused; transposed with biases, interleaved;
@@ -44,6 +49,8 @@ NOISES = ("router_jitter_noise", "input_jitter_noise")  # random in training
 def write(family: str, folder: Path) -> Any:
     """A random checkpoint as the hub has them, and its class."""
     config = tiny_config(family)
+    if hasattr(config, "vocab_size_per_layer_input"):
+        config.vocab_size_per_layer_input = config.vocab_size
     for name in NOISES:
         if hasattr(config, name):
             setattr(config, name, 0.0)
@@ -131,6 +138,54 @@ def test_a_family_is_packed_read_back_and_adapted(family: str, tmp_path: Path) -
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-5 * float(gradient.abs().max()), msg=name)
 
 
+# PEFT looks for patterns among modules alone, and uses them for parameters all the same.
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")
+@pytest.mark.parametrize("family", [family for family in FAMILIES if "jamba" not in str(family)])
+def test_an_adapter_loads_in_stock_peft_and_is_merged(family: str, tmp_path: Path) -> None:
+    """As `all-linear` puts it on, with another rank in one stack; merged into the packed base and into the original."""
+    kind = write(family, tmp_path / "base")
+    packed = load(kind, tmp_path / "base")
+    packed.save_pretrained(tmp_path / "packed")
+    twins = [decoded_twin(kind, tmp_path / "base", packed) for _ in range(2)]
+    adapted = attach(packed, LoraSection(r=4, rank_pattern={"down_proj": 2}), "a/base").eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.1)
+    save_adapter(adapted, tmp_path / "adapter")
+    ids = torch.randint(5, 500, (2, 20))
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model.eval()(input_ids=ids, use_cache=False).logits  # type: ignore[no-any-return]
+
+    wanted, base = logits(adapted), logits(twins[0])
+    assert (wanted - base).abs().max() > 0.01
+    close = {"rtol": 1e-4, "atol": 3e-5 * float(wanted.abs().max())}
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(twins[1], tmp_path / "adapter")), wanted, **close)
+    again = load_adapter(load(kind, tmp_path / "packed"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(again), wanted, rtol=0, atol=0)
+
+    section = QuantizationSection(encoder="absmax", bnb_4bit_compute_dtype="float32")
+    original = PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    for source, packing, want in (
+        ("base", section, wanted),
+        ("packed", None, wanted),
+        ("base", None, logits(original)),
+    ):
+        out = tmp_path / "merged"
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        found = find_model(ModelSection(model_name_or_path=str(tmp_path / source)))
+        weights = BaseWeights(found, packing, torch.float32 if packing else None)
+        with weights as opened, AdapterDelta(tmp_path / "adapter") as delta:
+            write_merged(opened, delta, out, torch.float32)
+        shutil.copyfile(tmp_path / "base" / "config.json", out / "config.json")
+        merged, info = kind.from_pretrained(out, output_loading_info=True)
+        assert not any(info.values()), info
+        torch.testing.assert_close(logits(merged), want, **close)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_98_percent_of_what_can_be_packed_is_packed(family: str) -> None:
     """What can be: every linear but the head and the routers, and every stack of experts."""
@@ -212,3 +267,62 @@ def test_experts_that_are_skipped_stay_in_16_bits(tmp_path: Path) -> None:
     for module in again.modules():
         module.compute_dtype = torch.bfloat16
     torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "stacks"),
+    [
+        ({}, ["0.gate_up_proj", "0.down_proj", "1.gate_up_proj", "1.down_proj"]),
+        ({"exclude_modules": "experts"}, []),
+        ({"exclude_modules": "experts.gate_up_proj"}, ["0.down_proj", "1.down_proj"]),
+        ({"target_modules": "q_proj,v_proj"}, []),
+        ({"target_modules": "q_proj,down_proj"}, ["0.down_proj", "1.down_proj"]),
+        ({"target_modules": "experts", "layers_to_transform": "1"}, ["1.gate_up_proj", "1.down_proj"]),
+        ({"target_modules": "gate_proj,up_proj"}, ["0.gate_up_proj", "1.gate_up_proj"]),
+        ({"target_modules": r".*layers\.0\..*_proj"}, ["0.gate_up_proj", "0.down_proj"]),
+    ],
+)
+def test_experts_are_named_like_linears(settings: dict[str, Any], stacks: list[str]) -> None:
+    with torch.device("meta"):
+        model = model_class("mixtral")(tiny_config("mixtral"))
+    config = lora_config(model, LoraSection.model_validate(settings))
+    found = [name.replace("model.layers.", "").replace("mlp.experts.", "") for name in config.target_parameters or ()]
+    assert found == stacks
+    assert all("gate" not in name.rpartition(".")[2] for name in config.target_modules)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "lora.use_dora: PEFT's adapters on experts do not know it; .* exclude_modules: experts"),
+        ({"lora_dropout": 0.1}, "lora.lora_dropout: PEFT's adapters on experts do not know it; .* exclude_modules"),
+        (
+            {"target_modules": "q_proj,gate_proj"},
+            "gate_proj and up_proj of the experts are one stack; name both",
+        ),
+        (
+            {"target_modules": "experts.gate"},
+            "'experts.gate' matches no linear layer; this model has ",
+        ),
+        ({"modules_to_save": "experts"}, "mlp.experts is packed in 4 bits"),
+    ],
+)
+def test_adapters_that_experts_cannot_have_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    model = load(write("mixtral", tmp_path), tmp_path)
+    with pytest.raises(RecipeError, match=message):
+        lora_config(model, LoraSection.model_validate(settings))
+
+
+def test_an_adapter_of_a_base_with_other_experts_is_refused(tmp_path: Path) -> None:
+    model = load(write("mixtral", tmp_path / "base"), tmp_path / "base")
+    adapted = attach(model, LoraSection(r=2, target_modules="experts"), "a/base")
+    save_adapter(adapted, tmp_path / "adapter")
+    other = tiny_config("mixtral")
+    other.num_local_experts = 8
+    model_class("mixtral")(other).save_pretrained(tmp_path / "other")
+    with pytest.raises(ModelError, match=r"it has 4 experts in .*gate_up_proj., and this base 8; give the base"):
+        load_adapter(load(model_class("mixtral"), tmp_path / "other"), tmp_path / "adapter")
+    settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**settings, "r": 3}))
+    with pytest.raises(ModelError, match="is 3, which does not divide its 8 rows; give the adapter folder"):
+        load_adapter(load(model_class("mixtral"), tmp_path / "base"), tmp_path / "adapter")

@@ -33,6 +33,6 @@ def quantize(
         print_json(done)
         return
     print(
-        f"{done['out']}: {done['n_packed']} linears in {done['bits_per_weight']:.3f} bits per weight, "
+        f"{done['out']}: {done['n_packed']} matrices in {done['bits_per_weight']:.3f} bits per weight, "
         f"{format_bytes(done['file_bytes'])} on disk; left in 16 bits: {', '.join(done['left_in_16bit']) or 'none'}"
     )

@@ -2,6 +2,7 @@
 
     LoRA      W' = W + s B A,   s = alpha / r   (rank-stabilised: alpha / sqrt(r)), which may differ between layers
     DoRA      W' = m (W + s B A) / |W + s B A|   by rows (Liu et al. 2024, arXiv 2402.09353, equation 5)
+    experts   W'_e = W_e + s B_e A_e for each expert of a stack (PEFT's `target_parameters`)
     saved     W' is in the adapter, whole (PEFT's `modules_to_save`)
     tokens    rows of W' are in the adapter (PEFT's `trainable_token_indices`); W grows where it lacks them
 
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from nybble.errors import ModelError
-from nybble.models import PREFIX, BaseWeights, embeddings_and_head, read_adapter, with_mean_rows
+from nybble.models import PREFIX, BaseWeights, StoredExperts, embeddings_and_head, read_adapter, with_mean_rows
+from nybble.nn import Stack
 from nybble.storage.shards import plan_shards
 
 SHARD_BYTES = 1_000_000_000
@@ -52,6 +54,8 @@ class AdapterDelta:
         self.keeps_tied = settings.ensure_weight_tying
         self.rows = files.token_rows()  # module -> numbers of the rows that the adapter has
         self._names = set(files.tensors)
+        self.stacks, self._stored = files.stacks, files.stored
+        self._recent: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __enter__(self) -> AdapterDelta:
         from safetensors import safe_open
@@ -59,7 +63,7 @@ class AdapterDelta:
         self._open = safe_open(self.folder / "adapter_model.safetensors", framework="pt")
         self._file = self._open.__enter__()
         prefixed = set(self._file.keys())
-        self._keys = {name: PREFIX + name if PREFIX + name in prefixed else name for name in self._names}
+        self._keys = {own: PREFIX + name if PREFIX + name in prefixed else name for own, name in self._stored.items()}
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -67,7 +71,7 @@ class AdapterDelta:
 
     def modules(self) -> list[str]:
         """The names of the linear layers that it adds factors to."""
-        return sorted(self.ranks)
+        return sorted({*self.ranks} - self.stacks)
 
     def saved(self) -> list[str]:
         """The names of the tensors that it holds whole."""
@@ -109,6 +113,55 @@ class AdapterDelta:
             merged *= (length / merged.norm(dim=1)).unsqueeze(1)
         return merged
 
+    def apply_to_experts(
+        self, held: StoredExperts, weight: Tensor, stack: Stack, turned: bool, flipped: bool
+    ) -> Tensor:
+        """A tensor with experts, merged; float32.
+
+        Args:
+            held: which experts, and which part of them.
+            weight: as it is in the checkpoint.
+            stack: the stack that it belongs to.
+            turned: whether a whole stack has inputs before outputs.
+            flipped: whether PEFT put A on the outputs of the stack.
+
+        Raises:
+            ModelError: the sizes of the factors do not fit the weight.
+        """
+        a, b = self._factors_of_experts(held.stack)
+        n, rank = stack.n_experts, self.ranks[held.stack]
+        sizes = (stack.out_features, stack.in_features)
+        if (len(a), b.shape[1]) != (rank * n, rank * n) or (b.shape[0], a.shape[1]) != (
+            sizes[::-1] if flipped else sizes
+        ):
+            raise ModelError(
+                f"{self.folder}: {held.stack} is {b.shape[0]} x {a.shape[1]} in the adapter and {sizes[0]} x "
+                f"{sizes[1]} for {n} experts in the base: the adapter belongs to another base"
+            )
+        scaling = self.scalings[held.stack]
+
+        def add(expert: int, rows: Tensor) -> None:
+            down, up = a[expert * rank : (expert + 1) * rank], b[:, expert::n]
+            change = (up @ down).t() if flipped else up @ down
+            first = held.part * stack.part_shape[0] if held.expert is not None else 0
+            rows.add_(change[first : first + len(rows)], alpha=scaling)
+
+        merged = weight.to(torch.float32, copy=True)
+        if held.expert is not None:
+            add(held.expert, merged)
+        else:
+            for expert, rows in enumerate(merged):
+                add(expert, rows.t() if turned else rows)
+        return merged
+
+    def _factors_of_experts(self, stack: str) -> tuple[Tensor, Tensor]:
+        """A and B of all experts, kept for the tensors that follow."""
+        if stack not in self._recent:
+            if len(self._recent) > 1:  # a layer has two stacks
+                self._recent.clear()
+            self._recent[stack] = self.factors(stack)
+        return self._recent[stack]
+
     def put_rows(self, module: str, weight: Tensor) -> Tensor:
         """`weight` with the adapter's rows of `module` in their places, grown where it lacks them; float32.
 
@@ -136,7 +189,7 @@ class MergedWeights:
         """
         self._base, self._delta = base, delta
         self._saved = set(delta.saved())
-        changed = {*self._saved, *(f"{module}.weight" for module in (*delta.ranks, *delta.rows))}
+        changed = {*self._saved, *(f"{module}.weight" for module in (*delta.modules(), *delta.rows))}
         config = base.source.text_config
         embeddings, head = (f"{name}.weight" for name in embeddings_and_head(base.model))
         is_tied = bool(getattr(config, "tie_word_embeddings", False)) and base.place(embeddings) is not None
@@ -145,6 +198,7 @@ class MergedWeights:
         is_one = is_tied and base.place(head) == base.place(embeddings)  # a head that is not stored
         places = {name: None if is_one and name == head else base.place(name) for name in changed}
         missing = sorted(name for name, place in places.items() if place is None and not (is_tied and name == head))
+        missing += sorted(delta.stacks - {held.stack for held in base.experts.values()})
         if missing:
             raise ModelError(
                 f"{delta.folder}: changes {missing[0].removesuffix('.weight')}, which {base.source.name} does not "
@@ -184,6 +238,9 @@ class MergedWeights:
         place, own = self._tensors[name]
         if own in self._saved:
             return self._delta.read(own)
+        held = self._base.experts.get(place)
+        if held is not None and held.stack in self._delta.stacks:
+            return self._delta.apply_to_experts(held, self._base.read(place), *self._base.stack_of(held))
         module, tensor = own.removesuffix(".weight"), self._base.read(place)
         if module in self._delta.ranks and own != module:
             tensor = self._delta.apply(module, tensor, place in self._base.transposed)

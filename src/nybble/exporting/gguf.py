@@ -142,6 +142,8 @@ def write_adapter_gguf(source: ModelSource, folder: Path, file: Path) -> None:
         writer.add_type("adapter")
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         # llama.cpp multiplies by alpha / r, with one alpha for all layers; B makes up for what a layer's own would be.
+        if delta.stacks:
+            raise ModelError(f"{folder}: GGUF adapters have no experts; merge it (nybble merge)")
         modules = delta.modules()
         alpha = delta.scalings[modules[0]] * delta.ranks[modules[0]]
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)

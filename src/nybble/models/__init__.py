@@ -25,6 +25,7 @@ from nybble.models.blocks import SwapReport, blocks_of, swap_blocks
 from nybble.models.calibrate import Calibration, Starts, calibrate, needs_calibration
 from nybble.models.content import weights_hash
 from nybble.models.continued import adapter_weights, check_adapter_base, start_from, take_over_adapter
+from nybble.models.expert_files import StoredExperts
 from nybble.models.load import LoadReport, count_parameters, hash_of, load_model, save_whole, write_whole
 from nybble.models.load_sharded import for_shards, load_in_shards
 from nybble.models.memory_savers import MEMORY_SAVERS, MemorySavers
@@ -63,6 +64,7 @@ __all__ = [
     "NewTokens",
     "NybbleConfig",
     "Starts",
+    "StoredExperts",
     "SwapReport",
     "adapted_linears",
     "adapter_weights",

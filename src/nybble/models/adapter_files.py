@@ -2,7 +2,11 @@
 
 PEFT would take names of modules as regular expressions, ranks as sizes to allocate and a Megatron section as a module
 to import. So its config is rebuilt here from the tensors themselves, and PEFT is given that one. The keys of
-`alpha_pattern` alone must be matched; those are taken only where matching them cannot take long.
+`alpha_pattern` alone must be matched, and for experts those of `rank_pattern`; they are taken only where matching them
+cannot take long.
+
+An adapter on a stack of experts (PEFT's `target_parameters`) is known here by the name of the stack. PEFT stores it by
+the experts' name: of two stacks the second under `experts`, the first under `experts.base_layer`.
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ from torch import nn
 
 from nybble.errors import ModelError
 from nybble.guard import check_links, read_object, shown
+from nybble.models.experts import expert_stacks
 from nybble.models.folder_checks import StoredTensor, read_header
+from nybble.nn import Stack
 from nybble.recipe import check_pattern, first_fault
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -35,6 +41,7 @@ _OF_TRAINING = {
 _Name = Annotated[str, StringConstraints(pattern=r"^[\w.]{1,200}$")]  # a pattern is refused: PEFT would match it as one
 _Index = Annotated[int, Field(ge=0, lt=1 << 24)]  # of a token
 _ROWS = ".token_adapter.trainable_tokens_delta"
+_STACKS = ("gate_up_proj", "up_proj", "down_proj")  # of experts, in the order in which PEFT wraps them
 # What a regular expression may be made of, so that matching a name with it takes no longer than reading the name often.
 _PATTERN = re.compile(r"[\w.^$|()\[\]*+?\\-]{1,200}")
 _MOST_REPETITIONS = 3
@@ -63,11 +70,7 @@ class Settings(BaseModel):
     @classmethod
     def _patterns(cls, value: dict[str, float] | None) -> dict[str, float] | None:
         for pattern in value or ():
-            repeats_a_group = re.search(r"\)[*+?]", pattern) is not None
-            is_short = _PATTERN.fullmatch(pattern) and len(re.findall(r"[*+?]", pattern)) <= _MOST_REPETITIONS
-            if repeats_a_group or not is_short:
-                raise ValueError(f"matching {shown(pattern)} could take long; replace it by the names of the layers")
-            check_pattern(pattern)
+            _check_quick(pattern)
         return value
 
     @property
@@ -76,16 +79,27 @@ class Settings(BaseModel):
         return [name for name, value in (self.model_extra or {}).items() if value and name not in _OF_TRAINING]
 
 
+def _check_quick(pattern: str) -> None:
+    """Raise ValueError for a regular expression that could take long to match."""
+    repeats_a_group = re.search(r"\)[*+?]", pattern) is not None
+    is_short = _PATTERN.fullmatch(pattern) and len(re.findall(r"[*+?]", pattern)) <= _MOST_REPETITIONS
+    if repeats_a_group or not is_short:
+        raise ValueError(f"matching {shown(pattern)} could take long; replace it by the names of the layers")
+    check_pattern(pattern)
+
+
 @dataclass(frozen=True)
 class AdapterFiles:
     """An adapter folder that has been checked."""
 
     folder: Path
     settings: Settings
-    tensors: Mapping[str, StoredTensor]  # names without the prefix that every adapter has
+    tensors: Mapping[str, StoredTensor]  # names without the prefix that every adapter has; of experts, by their stack
+    stored: Mapping[str, str]  # the name in the file, without the prefix, of each of them
+    stacks: frozenset[str]  # the adapted modules that are stacks of experts
 
     def ranks(self) -> dict[str, int]:
-        """The rank of each adapted module, by its tensors.
+        """The rank of each adapted module, by its tensors; of a stack, that of one expert.
 
         Raises:
             ModelError: two factors do not belong together.
@@ -101,10 +115,28 @@ class AdapterFiles:
                 raise ModelError(
                     f"{self.folder}: {shown(module)} lacks a factor, or has two that do not fit; {_ADVICE}"
                 )
-            found[module] = tensor.shape[0]
+            found[module] = self._rank_of_stack(module, tensor) if module in self.stacks else tensor.shape[0]
         if not found:
             raise ModelError(f"{self.folder}/{WEIGHTS} holds no LoRA factors; {_ADVICE}")
         return found
+
+    def _rank_of_stack(self, module: str, a: StoredTensor) -> int:
+        """The rank of one expert's factors, of which `a` holds those of all."""
+        from peft.utils.other import get_pattern_key
+
+        patterns = (self.settings.model_extra or {}).get("rank_pattern") or {}
+        try:
+            for pattern in patterns:
+                _check_quick(pattern)
+            rank = patterns.get(get_pattern_key(list(patterns), module), self.settings.r)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ModelError(f"{self.folder}/{CONFIG}: rank_pattern: {error}; {_ADVICE}") from error
+        if type(rank) is not int or rank < 1 or a.shape[0] % rank:
+            raise ModelError(
+                f"{self.folder}: the rank of {shown(module)} is {shown(rank)}, which does not divide its {a.shape[0]} "
+                f"rows; {_ADVICE}"
+            )
+        return rank
 
     def token_rows(self) -> dict[str, list[int]]:
         """The tokens whose rows the adapter holds, by module: the embeddings, and a head that is not tied to them.
@@ -159,13 +191,14 @@ class AdapterFiles:
             raise ModelError(
                 f"{self.folder}/{CONFIG}: {', '.join(settings.unknown)[:200]} is not known; LoRA, rsLoRA and DoRA are"
             )
-        modules = dict(model.named_modules())
-        for module in ranks:
-            self._check_size(module, modules.get(module))
+        modules, stacks = dict(model.named_modules()), expert_stacks(model)
+        for module, rank in ranks.items():
+            self._check_size(module, stacks.get(module) if module in self.stacks else modules.get(module), rank)
         return LoraConfig(
             task_type="CAUSAL_LM",
             inference_mode=True,
-            target_modules=list(ranks),
+            target_modules=[module for module in ranks if module not in self.stacks],
+            target_parameters=sorted(self.stacks) or None,
             rank_pattern={module: rank for module, rank in ranks.items() if rank != settings.r},
             alpha_pattern={m: alpha for m, alpha in self.alphas().items() if alpha != settings.lora_alpha},
             **settings.model_dump(
@@ -173,9 +206,16 @@ class AdapterFiles:
             ),
         )
 
-    def _check_size(self, module: str, layer: nn.Module | None) -> None:
+    def _check_size(self, module: str, layer: nn.Module | Stack | None, rank: int) -> None:
         a, b = (self.tensors.get(f"{module}.{ends[0]}") for ends in (_A, _B))
         sizes = (getattr(layer, "out_features", None), getattr(layer, "in_features", None))
+        if isinstance(layer, Stack) and a is not None and b is not None:
+            if a.shape[0] != rank * layer.n_experts:
+                raise ModelError(
+                    f"{self.folder}: adapter does not fit this base: it has {a.shape[0] // rank} experts in "
+                    f"{shown(module)}, and this base {layer.n_experts}; give the base that it was trained on"
+                )
+            sizes = sizes[::-1] if (b.shape[0], a.shape[1]) == sizes[::-1] else sizes  # Llama 4: A on the outputs
         if layer is None or (
             a is not None and b is not None and None not in sizes and (b.shape[0], a.shape[1]) != sizes
         ):
@@ -201,8 +241,26 @@ def read_adapter(folder: Path) -> AdapterFiles:
         if pickles:
             raise ModelError(f"{folder}: {pickles[0]} is a pickle, which can run code; convert it to {WEIGHTS}")
         raise ModelError(f"{folder} holds no {WEIGHTS}; {_ADVICE}")
-    tensors = {name.removeprefix(PREFIX): tensor for name, tensor in read_header(file)[0].items()}
-    return AdapterFiles(folder, settings, tensors)
+    headers = {name.removeprefix(PREFIX): tensor for name, tensor in read_header(file)[0].items()}
+    targets = (settings.model_extra or {}).get("target_parameters") or []
+    names = {name: _by_stack(name, targets) for name in headers}
+    stacks = {own.rpartition(".lora_")[0] for name, own in names.items() if name != own}
+    tensors = {names[name]: tensor for name, tensor in headers.items()}
+    return AdapterFiles(folder, settings, tensors, {own: name for name, own in names.items()}, frozenset(stacks))
+
+
+def _by_stack(name: str, targets: Any) -> str:
+    """The name of a factor by the stack of experts that it belongs to; the same name for any other tensor."""
+    wrapped, dot, factor = name.rpartition(".lora_")
+    if not dot or not isinstance(targets, list):
+        return name
+    module = re.sub(r"(\.base_layer)+$", "", wrapped)
+    depth = wrapped.count(".base_layer")
+    # A bare name stands for every module with such a parameter; of those only experts have stacks.
+    named = [t if "." in t or not module.endswith("experts") else f"experts.{t}" for t in targets if isinstance(t, str)]
+    adapted = [stack for stack in _STACKS if any("." in t and f".{module}.{stack}".endswith(f".{t}") for t in named)]
+    place = len(adapted) - 1 - depth
+    return f"{module}.{adapted[place]}.lora_{factor}" if 0 <= place < len(adapted) else name
 
 
 def read_settings(folder: Path) -> Settings:

@@ -23,7 +23,7 @@ from nybble.models.sharding import full_tensors, shard_like
 from nybble.models.skeleton import embeddings_and_head
 from nybble.models.targets import lora_config, token_indices
 from nybble.models.vocabulary import NewTokens, grow_vocabulary, make_room
-from nybble.nn import Linear4bit
+from nybble.nn import Experts4bit, Linear4bit
 from nybble.recipe import LoraSection
 from nybble.storage.atomic import write_text
 
@@ -76,9 +76,12 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
     """
     from peft import PeftModel
 
+    from nybble.models.lora_linear import use_our_experts
+
     files = read_adapter(folder)
     grow_vocabulary(model, files.n_embeddings(embeddings_and_head(model)[0]))
     config = files.to_peft(model)
+    use_our_experts(config)
     with _fitting(folder), targets_as_told(model):
         return _unmergeable(_with_token_rows(PeftModel.from_pretrained(model, folder, config=config)))
 
@@ -89,11 +92,14 @@ def add_adapter(adapted: Any, folder: Path, name: str) -> None:
     Raises:
         ModelError: as `load_adapter`.
     """
+    from nybble.models.lora_linear import use_our_experts
+
     files, base = read_adapter(folder), adapted.get_base_model()
     size = base.config.get_text_config().vocab_size
     if files.n_embeddings(embeddings_and_head(base)[0]) > size:
         raise ModelError(f"{folder}: has rows for tokens beyond the {size:,} of the first adapter; ask it separately")
     config = files.to_peft(base)
+    use_our_experts(config)
     with _fitting(folder), targets_as_told(base):
         adapted.add_adapter(name, config)
         adapted.load_adapter(folder, name)
@@ -136,7 +142,7 @@ def _unmergeable(adapted: Any) -> Any:
 
     PEFT would add to packed bytes; over bitsandbytes it decodes, adds and rounds to 4 bits, which loses small adapters.
     """
-    if any(isinstance(module, Linear4bit) for module in adapted.modules()):
+    if any(isinstance(module, Linear4bit | Experts4bit) for module in adapted.modules()):
 
         def refuse(*_args: Any, **_options: Any) -> None:
             raise ModelError(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nybble.errors import ModelError, RecipeError
 from nybble.kernels import dequantize, dispatcher, quantize
 from nybble.models.checkpoint_names import names_in_checkpoint
+from nybble.models.experts import packed_experts
 from nybble.models.skeleton import decoder_layers, model_without_weights
 from nybble.models.source import ModelSource
 from nybble.models.targets import AdapterSize, adapted_linears
@@ -38,7 +39,7 @@ class Calibration:
     starts: Starts = field(default_factory=dict)
     n_rows: int = 0
     n_tokens: int = 0
-    left: list[str] = field(default_factory=list)  # linears outside the layers, or without a 16-bit original
+    left: list[str] = field(default_factory=list)  # outside the layers, without a 16-bit original, or experts
 
 
 def needs_calibration(quantization: QuantizationSection, lora: LoraSection) -> bool:
@@ -93,6 +94,7 @@ def calibrate(
     progress(len(layers), len(layers))
     inside = tuple(f"{names[id(layer)]}." for layer in layers)
     done.left += [n for n, m in model.named_modules() if isinstance(m, Linear4bit) and not n.startswith(inside)]
+    done.left += packed_experts(model)
     return done
 
 

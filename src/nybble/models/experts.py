@@ -75,7 +75,7 @@ def experts_to_pack(model: Any, skip_modules: Iterable[str]) -> tuple[list[str],
 
 def _holds_stacks(module: nn.Module) -> bool:
     """Whether a module has matrices for several experts in one tensor; kernels of convolutions have the same shape."""
-    is_ours_or_convolution = isinstance(module, Experts4bit | nn.modules.conv._ConvNd)
+    is_ours_or_convolution = isinstance(module, Experts4bit | nn.Conv1d | nn.Conv2d | nn.Conv3d)
     return not is_ours_or_convolution and any(
         parameter.ndim == 3 and min(parameter.shape) > 1 for parameter in module.parameters(recurse=False)
     )
@@ -94,6 +94,15 @@ def swap_experts(model: nn.Module, names: Iterable[str], dtype: torch.dtype) -> 
 def packed_experts(model: nn.Module) -> dict[str, Experts4bit]:
     """The modules of packed experts in `model`, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Experts4bit)}
+
+
+def expert_stacks(model: nn.Module) -> dict[str, Stack]:
+    """The stacks of experts in `model`, bare, packed or not, whose layout is known; by their names in the model."""
+    found: dict[str, Stack] = {}
+    for name, module in model.named_modules():
+        stacks = module.stacks if isinstance(module, Experts4bit) else stacks_of(module)
+        found |= {f"{name}.{projection}": stack for projection, stack in (stacks or {}).items()}
+    return found
 
 
 def unpacked_experts(model: nn.Module) -> list[str]:

@@ -36,7 +36,7 @@ SHARD_SIZE = "1GB"  # writing copies a shard's tensors: small ones bound that me
 class LoadReport:
     """The result of loading a model."""
 
-    n_packed: int  # weights that are in 4 bits: linears, and of experts one for each expert and part
+    n_packed: int  # matrices that are in 4 bits: linears, and of experts one for each expert and part
     packed_elements: int  # weights in them
     packed_bytes: int  # their codes and scales
     left_in_16bit: tuple[str, ...]  # modules with matrices that were not packed: the head, skipped ones, other kinds

@@ -64,6 +64,11 @@ def use_our_layer(config: LoraConfig) -> None:
     config._register_custom_module({Linear4bit: LoraLinear, nn.Linear: LoraLinear, Experts4bit: ParamWrapper})
 
 
+def use_our_experts(config: LoraConfig) -> None:
+    """Let PEFT build our layer where `config` puts an adapter on packed experts, as only that one can read them."""
+    config._register_custom_module({Experts4bit: ParamWrapper})
+
+
 def share_seeds(model: nn.Module, seeds: DropoutSeeds) -> None:
     """Let the dropout of every adapter in `model` follow `seeds`."""
     for place, layer in enumerate(m for m in model.modules() if isinstance(m, LoraLinear)):

@@ -10,6 +10,7 @@ names and adds the same sum; it knows no dropout, which is over when a file is r
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,7 +30,10 @@ def targets_as_told(model: Any) -> Iterator[None]:
     before = config.model_type
     config.model_type = ""  # by which PEFT knows the family
     try:
-        yield
+        with warnings.catch_warnings():
+            # Patterns that match nothing are refused by us; PEFT warns of those that match stacks of experts.
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+            yield
     finally:
         if own:
             config.model_type = before

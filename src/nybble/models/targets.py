@@ -1,11 +1,14 @@
-"""Which linear layers get an adapter, and of which rank and scale: PEFT's own rules, applied to names alone.
+"""What gets an adapter, and of which rank and scale: PEFT's own rules, applied to names alone.
 
 PEFT matches `target_modules` and its companions while it changes a model. A plan and a calibration need the answer
-before that, and a name that matches nothing is refused here instead of being passed over.
+before that, and a name that matches nothing is refused here instead of being passed over. A stack of experts is named
+like a linear: by itself (`experts.down_proj`), by the experts (`experts`), or by all of its parts (`gate_proj` and
+`up_proj`); PEFT has a setting of its own for it.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +17,9 @@ from typing import Any
 from torch import nn
 
 from nybble.errors import RecipeError
+from nybble.models.experts import expert_stacks
 from nybble.models.skeleton import base_of, decoder_layers, embeddings_and_head, is_conv1d, linears, routers
-from nybble.nn import Linear4bit
+from nybble.nn import Experts4bit, Linear4bit, Stack
 from nybble.recipe import LoraSection, is_name
 
 
@@ -34,11 +38,18 @@ def lora_config(model: nn.Module, lora: LoraSection) -> Any:
         RecipeError: a name, a number of a layer or a pattern matches nothing.
     """
     found = _matched(model, lora)
-    return _config(model, lora, _plain(lora.rank_pattern, found), _plain(lora.alpha_pattern, found))
+    config = _config(model, lora, _plain(lora.rank_pattern, found), _plain(lora.alpha_pattern, found))
+    names = linears(model)
+    config.target_parameters = [name for name in found if name not in set(names)] or None
+    if config.target_parameters and not isinstance(config.target_modules, str):
+        config.target_modules = {end for end in config.target_modules if any(_ends(name, end) for name in names)}
+    elif config.target_parameters and not {*found} & {*names}:
+        config.target_modules = set()
+    return config
 
 
 def adapted_linears(model: nn.Module, lora: LoraSection) -> dict[str, AdapterSize]:
-    """The linear layers of `model`, which has no adapters yet, that get an adapter.
+    """The linear layers and stacks of experts of `model`, which has no adapters yet, that get an adapter.
 
     Raises:
         RecipeError: as `lora_config`.
@@ -63,7 +74,7 @@ def saved_modules(model: Any, lora: LoraSection) -> list[str]:
         if not names:
             raise RecipeError(f"lora.modules_to_save: {end!r} matches no module{_such_as(linears(model))}")
         for name in names:
-            if any(isinstance(module, Linear4bit) for module in model.get_submodule(name).modules()):
+            if any(isinstance(module, Linear4bit | Experts4bit) for module in model.get_submodule(name).modules()):
                 raise RecipeError(
                     f"lora.modules_to_save: {name} is packed in 4 bits; keep it out of that with skip_modules, or give "
                     "it an adapter"
@@ -177,13 +188,49 @@ def _refused(model: Any, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
+def _matched_stacks(model: nn.Module, lora: LoraSection, config: Any) -> list[str]:
+    """The names of the stacks of experts that get an adapter; `config` is PEFT's for the linears."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    stacks = expert_stacks(model)
+    asked = copy.copy(config)
+    asked.target_modules = _listed(lora.target_modules)
+    if asked.target_modules == "all-linear":
+        asked.target_modules = sorted({name.rpartition(".")[2] for name in stacks})
+    left_out = copy.copy(asked)
+    left_out.exclude_modules, left_out.target_modules = None, _listed(lora.exclude_modules) or []
+    found = []
+    for name, stack in stacks.items():
+        owner = name.rpartition(".")[0]
+        parts = [
+            next((part for part in names if check_target_module_exists(asked, f"{owner}.{part}")), "")
+            for names in _part_names(stack)
+        ]
+        if any(lora.exclude_modules and check_target_module_exists(left_out, key) for key in (name, owner)):
+            continue
+        if all(parts) or any(check_target_module_exists(asked, key) for key in (name, owner)):
+            found.append(name)
+        elif any(parts) and not any(_ends(linear, max(parts)) for linear in linears(model)):
+            both = " and ".join(names[-1] for names in _part_names(stack))
+            raise RecipeError(f"lora.target_modules: {both} of the experts are one stack; name both, or neither")
+    unknown = {"use_dora": lora.use_dora, "lora_dropout": lora.lora_dropout}
+    for setting, value in unknown.items():
+        if found and value:
+            raise RecipeError(
+                f"lora.{setting}: PEFT's adapters on experts do not know it; remove it, or leave the experts out with "
+                "exclude_modules: experts"
+            )
+    return found
+
+
 def _matched(model: nn.Module, lora: LoraSection) -> list[str]:
-    """The names of the linear layers that PEFT would put an adapter on."""
+    """The names of the linear layers and stacks of experts that PEFT would put an adapter on."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
     names = linears(model)
-    _check_names("target_modules", lora.target_modules, names)
-    _check_names("exclude_modules", lora.exclude_modules, names)
+    known = [*names, *_names_of_stacks(model)]
+    _check_names("target_modules", lora.target_modules, known)
+    _check_names("exclude_modules", lora.exclude_modules, known)
     n_layers = len(decoder_layers(model))
     beyond = [number for number in lora.layers_to_transform if number >= n_layers]
     if beyond:
@@ -195,6 +242,7 @@ def _matched(model: nn.Module, lora: LoraSection) -> list[str]:
     found = [name for name in names if check_target_module_exists(config, name)]
     for name, reason in _refused(model, found).items():
         raise RecipeError(f"lora.target_modules: {name} cannot have an adapter: {reason}; leave it out")
+    found += _matched_stacks(model, lora, config)
     if not found:
         raise RecipeError(
             "lora: target_modules, exclude_modules and layers_to_transform together leave no linear layer; change one"
@@ -214,6 +262,25 @@ def _matched(model: nn.Module, lora: LoraSection) -> list[str]:
                     "remove it"
                 )
     return found
+
+
+def _names_of_stacks(model: nn.Module) -> list[str]:
+    """The names by which stacks of experts can be named."""
+    stacks = expert_stacks(model)
+    owners = {name.rpartition(".")[0]: None for name in stacks}
+    parts = [
+        f"{name.rpartition('.')[0]}.{part}"
+        for name, stack in stacks.items()
+        for names in _part_names(stack)
+        for part in names
+    ]
+    return [*stacks, *owners, *parts]
+
+
+def _part_names(stack: Stack) -> list[tuple[str, ...]]:
+    """The names of each part of a stack: that of the family's checkpoints, and that of most families."""
+    usual = ("gate_proj", "up_proj") if len(stack.parts) > 1 else stack.parts
+    return [(own, common) if own != common else (own,) for own, common in zip(stack.parts, usual, strict=True)]
 
 
 def _head(model: nn.Module) -> str | None:
@@ -244,9 +311,13 @@ def _check_names(setting: str, wanted: str | tuple[str, ...], known: list[str]) 
             )
         return
     for end in listed:
-        if not any(name == end or name.endswith(f".{end}") for name in known):
+        if not any(_ends(name, end) for name in known):
             ends = ", ".join(sorted({name.rpartition(".")[2] for name in known}))
             raise RecipeError(f"lora.{setting}: {end!r} matches no linear layer; this model has {ends}")
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
 
 
 def _such_as(names: Iterable[str]) -> str:

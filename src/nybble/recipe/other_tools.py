@@ -57,7 +57,10 @@ ANSWERS: dict[str, str] = {
         "trainable_token_indices tokens added_tokens add_special_tokens new_special_tokens",
         "use new_tokens with the texts of the tokens",
     ),
-    **_all("target_parameters lora_target_parameters", "use target_modules with the names of linear layers"),
+    **_all(
+        "target_parameters lora_target_parameters",
+        "use target_modules, which names experts too, as experts.down_proj",
+    ),
     "lora_target_linear": "use target_modules: all-linear",
     "pissa_init": "use init_lora_weights: pissa",
     **_all("loftq_config", "use init_lora_weights: loftq"),

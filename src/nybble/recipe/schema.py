@@ -157,13 +157,13 @@ class LoraSection(Section):
     )
     target_modules: str | tuple[str, ...] = setting(
         "all-linear",
-        "The linear layers that get an adapter: the ends of their names, separated by commas, or all-linear, or one "
-        "regular expression that matches whole names, as .*layers\\.[0-7]\\..*_proj.",
+        "The linear layers and experts that get an adapter: the ends of their names, separated by commas, or "
+        "all-linear, or one regular expression that matches whole names, as .*layers\\.[0-7]\\..*_proj.",
         aliases=("lora_target_modules", "lora_target", "lora_modules"),
     )
     exclude_modules: str | tuple[str, ...] = setting(
         (),
-        "Linear layers that get no adapter although target_modules names them, in the same form.",
+        "Linear layers and experts that get no adapter although target_modules names them, in the same form.",
         unset="none",
         aliases=("lora_exclude_modules",),
     )
