@@ -41,7 +41,7 @@ STORY: tuple[str | Command, ...] = (
     "## Is this machine all right?",
     "The doctor computes every operator on your device and compares it with float64. `--quick` leaves the training "
     "out.",
-    Command("nybble doctor --quick", first=8, last=3),
+    Command("nybble doctor --quick", first=12, last=3),
     "## A whole fine-tuning",
     "The demo needs no download. Its base knows facts about invented people and cannot answer questions; afterwards it "
     "can, through weights of 4 bits. Without `--no-compare` it also compares three methods.",
@@ -52,7 +52,7 @@ STORY: tuple[str | Command, ...] = (
     "## Your own rows",
     "Look at the rows before you train on them: what is learned is in double brackets here, and green on a terminal. "
     "The recipe of the demo serves as an example; give your file as `--dataset_name`.",
-    Command("nybble data runs/demo/recipe.yaml --show 1", first=30),
+    Command("nybble data runs/demo/recipe.yaml --show 1", first=8, last=6),
     "## Does it fit, and how long does it take?",
     "A plan reads no weights. `--device-profile` plans for a card that you do not have.",
     Command("nybble plan --model llama-2-7b --max_length 1024 --device-profile rx7900xtx --max_steps 300", first=30),

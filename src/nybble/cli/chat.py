@@ -129,7 +129,7 @@ def _reply(talk: Any, line: str, *, as_json_lines: bool) -> None:
         figures = asdict(reply)
         print_json({"done": True, "prompt": line, "answer": figures.pop("text"), **figures}, flush=True)
         return
-    print()
+    print(flush=True)  # before the figures, which go to another stream
     end = "" if reply.stopped else ", cut at max_new_tokens or the context's end"
     print(
         f"  {reply.n_tokens} tokens, first after {reply.first_token_seconds:.2f} s, "
