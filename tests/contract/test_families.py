@@ -325,6 +325,7 @@ KINDS = (
     (PADDED, ""),
 )
 EVERY = {family: kinds for families, kinds in KINDS for family in families.split()}
+ANSWERED = "gpt_oss granite nemotron qwen3_moe smollm3 stablelm starcoder2 vaultgemma"
 TARGETS = dict.fromkeys(("deepseek_v3", "mixtral", "qwen3_moe"), "o_proj")  # experts aside
 # Random models of it multiply rounding: transformers' own gradients in float32 are 3e-5 from those in float64.
 ROUGH = ("gemma4_text",)
@@ -495,3 +496,21 @@ def test_greedy_answers_are_those_of_transformers_and_peft(
         assert len(steps) == (0 if rows_padded else 19 * SIZES["num_hidden_layers"])
     with ours.disable_adapter(), theirs.disable_adapter():
         assert torch.equal(answers(ours, ids, mask)[0], answers(theirs, ids, mask)[0])
+
+
+@pytest.mark.parametrize(
+    "family", ["gpt_oss", "granite", "nemotron", "qwen3_moe", "smollm3", "stablelm", "starcoder2", "vaultgemma"]
+)
+def test_other_families_answer_as_transformers_does(family: str) -> None:
+    config = tiny_config(family, 300)
+    config.eos_token_id = None
+    theirs = AutoModelForCausalLM.from_config(config).float()
+    move(theirs)
+    ours = ours_of(theirs)
+    ids = torch.randint(3, 300, (2, 11), generator=torch.Generator().manual_seed(1))
+    for hidden in (0, 2):
+        mask = torch.ones_like(ids)
+        mask[0, :hidden] = 0
+        (tokens, logits), (expected_tokens, expected) = answers(ours, ids, mask), answers(theirs, ids, mask)
+        assert torch.equal(tokens, expected_tokens)
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)

@@ -123,37 +123,35 @@ def _attention(
     window_of: str,  # which of module and config knows the window
     module: Any,
     hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
-    *others: Any,
+    *others: Any,  # position embeddings and a mask, where they do not come by name
     **settings: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    heads, kv_heads = module.config.num_attention_heads, module.config.num_key_value_heads
     rows = current_rows()
-    if rows is None and not others and _is_step(module, hidden_states, settings):
+    if rows is None and not _is_step(module, hidden_states, others, settings):
+        return type(module).forward(module, hidden_states, *others, **settings)  # type: ignore[no-any-return]
+    heads, kv_heads = module.config.num_attention_heads, module.config.num_key_value_heads
+    positions = settings["position_embeddings"] if "position_embeddings" in settings else others[0]
+    if rows is None:
         q, k, v = _queries_keys_values(module, hidden_states[:, 0], heads, kv_heads)
-        cos, sin = (part[:, 0].expand(len(q), -1) for part in position_embeddings)
+        cos, sin = (part[:, 0].expand(len(q), -1) for part in positions)
         remember = partial(settings["past_key_values"].update, layer_idx=module.layer_idx)
         return module.o_proj(attend_cached(q, k, v, (cos, sin), module.scaling, remember))[:, None], None
-    if rows is None:
-        if not others:  # in Qwen-VL's families it is not the second argument
-            settings["position_embeddings"] = position_embeddings
-            return type(module).forward(module, hidden_states, **settings)  # type: ignore[no-any-return]
-        return type(module).forward(module, hidden_states, position_embeddings, *others, **settings)  # type: ignore[no-any-return]
     q, k, v = _queries_keys_values(module, hidden_states[0], heads, kv_heads)
     span = Span(
         module.scaling,
         getattr(module.config if window_of == "config" else module, "sliding_window", None),
         getattr(module, "attn_logit_softcapping", None) or 0.0,
     )
-    cos, sin = (part[0] for part in position_embeddings)
+    cos, sin = (part[0] for part in positions)
     out = attend_rows(q, k, v, (cos, sin), rows.lengths, span, rows.parents)
     return module.o_proj(out)[None], None
 
 
-def _is_step(module: Any, hidden_states: Tensor, settings: dict[str, Any]) -> bool:
+def _is_step(module: Any, hidden_states: Tensor, others: tuple[Any, ...], settings: dict[str, Any]) -> bool:
     """True in generation without padding: each row has one token, which attends to all cached ones."""
     return (
         not torch.is_grad_enabled()
+        and not others[1:]
         and hidden_states.shape[1] == 1
         and settings.get("attention_mask") is None
         and settings.get("past_key_values") is not None
