@@ -9,15 +9,28 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nybble.errors import CannotRunError
+from nybble.units import format_bytes
 
 if TYPE_CHECKING:
     import torch
 
+# A C++ library that is refused addresses may crash without a word (torch starts threads in a backward pass), and a
+# training of a model of 260K weights takes 1.9 GB of them (2 cores): code, arenas of threads, what oneDNN compiles.
+_ADDRESSES = 2 << 30
+_ADDRESSES_OF_THREAD = 128 << 20
+# What torch's allocator, oneDNN, Python and C++ say when memory or addresses run out.
+_NO_MEMORY = re.compile(
+    "out of memory|can't allocate memory|cannot allocate memory|bad_alloc|can't start new thread|"
+    "could not (create|execute) a primitive|could not create a (memory|stream|engine)",
+    re.IGNORECASE,
+)
 NO_BFLOAT16 = ("gfx900", "gfx906", "gfx908", "gfx10")  # gfx908 has it, at a fraction of its float16
 
 
@@ -52,12 +65,14 @@ def detect_device(wanted: str = "auto") -> Device:
     """The device that `wanted` ("auto", "cpu", "cuda", "hip") names.
 
     Raises:
-        CannotRunError: a GPU is asked for and torch sees none.
+        CannotRunError: a GPU is asked for and torch sees none, or a limit leaves a CPU too few addresses.
     """
     import torch
 
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
-        return _cpu()
+        device = _cpu()
+        _check_addresses(device.n_cores)
+        return device
     if not torch.cuda.is_available():
         build = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda or 'none (CPU build)'}"
         raise CannotRunError(
@@ -115,7 +130,36 @@ def free_bytes(device: torch.device) -> int:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    return int(min(psutil.virtual_memory().available, free_addresses()))
+
+
+def free_addresses() -> int:
+    """Bytes of addresses that this process may still take: what `ulimit -v` has left, or 1 << 62 without a limit."""
+    if sys.platform == "win32":
+        return 1 << 62
+    import resource
+
+    if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) == resource.RLIM_INFINITY:
+        return 1 << 62
+    import psutil
+
+    return int(limit - psutil.Process().memory_info().vms)
+
+
+def _check_addresses(n_threads: int) -> None:
+    free, needed = free_addresses(), _ADDRESSES + n_threads * _ADDRESSES_OF_THREAD
+    if free < needed:
+        raise CannotRunError(
+            f"a limit (ulimit -v) leaves {format_bytes(free)} of addresses, and libraries crash with less than "
+            f"{format_bytes(needed)}; remove it (ulimit -v unlimited) and limit memory with --memory_budget or a cgroup"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out. On a GPU torch has an error for it, on a CPU each library has words of its own."""
+    is_torchs = type(error).__name__ == "OutOfMemoryError"  # by name: whoever asks may not have imported torch
+    said = isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+    return is_torchs or said or isinstance(error, MemoryError)
 
 
 def used_bytes(device: torch.device) -> int:
@@ -178,7 +222,7 @@ def _resident_peak_bytes() -> int:
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
-    import resource  # macOS and kernels without /proc: the peak of the full_tensors process life
+    import resource  # macOS and kernels without /proc: the peak of the process's life
 
     scale = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -306,6 +306,8 @@ def test_a_limit_of_time_saves_before_it(
             "is lost (CUDA error: device-side assert triggered)",
         ),
         (torch.OutOfMemoryError("HIP out of memory"), "out of memory on"),
+        (RuntimeError("could not create a primitive"), "out of memory on"),
+        (MemoryError("std::bad_alloc"), "out of memory on"),
     ],
 )
 def test_a_lost_device_names_the_checkpoint(

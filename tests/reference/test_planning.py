@@ -170,8 +170,19 @@ def test_the_prediction_holds_for_the_trainer(tiny_llama: Callable[..., Path], t
     assert expected == pytest.approx(live.peaks["train"].total_bytes, rel=0.01)
 
 
+# On a GPU, from torch's allocator on a CPU, from oneDNN, and from our C.
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("injected"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
+        RuntimeError("could not create a primitive"),
+        MemoryError("no memory for 3 rows of 4 numbers"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
 def test_a_batch_that_runs_out_of_memory_is_taken_again_and_learns_the_same(
-    tiny_llama: Callable[..., Path], tmp_path: Path
+    error: Exception, tiny_llama: Callable[..., Path], tmp_path: Path
 ) -> None:
     results, notes = [], []
     for fails in (False, True):
@@ -179,7 +190,7 @@ def test_a_batch_that_runs_out_of_memory_is_taken_again_and_learns_the_same(
         torch.manual_seed(1)
         model = _model(recipe)
         layers = model.get_base_model().model.layers
-        fault = _FaultOnce()
+        fault = _FaultOnce(error)
         if fails:
             layers[0].register_forward_hook(fault)
         observer = _Notes()
@@ -199,7 +210,7 @@ def test_a_batch_that_never_fits_ends_in_one_line(tiny_llama: Callable[..., Path
 
     recipe = load_recipe(None, _training(tiny_llama(), tmp_path))
     model = _model(recipe)
-    model.get_base_model().model.layers[0].register_forward_hook(lambda *_: _out_of_memory(None))
+    model.get_base_model().model.layers[0].register_forward_hook(_Fault())
     with pytest.raises(CannotRunError, match="out of memory"):
         _train(model, recipe, tmp_path, [60] * 4, _at_depth(0, 2))
 
@@ -267,21 +278,27 @@ def test_the_largest_length_fits_and_a_longer_one_does_not() -> None:
     assert smallest_peak(forecast(length)) <= budget < smallest_peak(forecast(length + length // 16))
 
 
-def _out_of_memory(_: Any) -> None:
-    raise torch.OutOfMemoryError("injected")
+class _Fault:
+    """A layer's hook: memory runs out in every forward pass."""
+
+    def __call__(self, *_: Any) -> None:
+        raise torch.OutOfMemoryError("injected")
 
 
 class _FaultOnce:
     """A layer's hook: memory runs out in the second micro-batch's backward pass, where gradients are half made."""
 
-    def __init__(self) -> None:
-        self.calls, self.happened = 0, False
+    def __init__(self, error: Exception) -> None:
+        self.calls, self.happened, self.error = 0, False, error
 
     def __call__(self, _module: Any, _inputs: Any, output: Any) -> None:
         self.calls += 1
         if self.calls == 2:
-            (output[0] if isinstance(output, tuple) else output).register_hook(_out_of_memory)
+            (output[0] if isinstance(output, tuple) else output).register_hook(self._fail)
             self.happened = True
+
+    def _fail(self, _: Any) -> None:
+        raise self.error
 
 
 class _Notes(Silent):

@@ -40,7 +40,8 @@ from nybble.cli.options import SettingsCommand
 from nybble.cli.process import own_process, stop_as_by_ctrl_c
 from nybble.cli.streams import make_output_unbreakable
 from nybble.errors import CannotRunError, InputError, NybbleError
-from nybble.guard import redact, refused_by_system, visible
+from nybble.guard import brief, redact, refused_by_system, visible
+from nybble.hardware import is_out_of_memory
 from nybble.run.quiet import quiet_libraries
 from nybble.run.rendezvous import refuse_launcher
 from nybble.subprocesses import report_error
@@ -139,6 +140,8 @@ def run(arguments: list[str]) -> int:
             return _fail(InputError(f"{explain()} (see nybble --help)"), debug)
         if refusal := refused_by_system(error):
             return _fail(CannotRunError(f"{refusal}; make room there, or give another folder"), debug)
+        if is_out_of_memory(error):
+            return _fail(CannotRunError(f"out of memory ({brief(error)}); free some, or make the work smaller"), debug)
         return _fail(NybbleError(f"fault of nybble: {type(error).__name__}: {error}; --debug shows where"), debug)
     if result == _INTERRUPTED:
         return _stopped(debug)

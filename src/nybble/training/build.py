@@ -12,7 +12,7 @@ import torch
 
 from nybble.data import Groups
 from nybble.errors import CannotRunError, StoppedError
-from nybble.hardware import Device, PeakMemory
+from nybble.hardware import Device, PeakMemory, is_out_of_memory
 from nybble.models import is_sharded
 from nybble.nn.dropout_seed import DropoutSeeds
 from nybble.recipe import EvaluationSection, StepMemory, TrainingSection, evaluation_pace, saving_pace
@@ -225,21 +225,20 @@ def _device_errors_in_words(device: Device, writer: CheckpointWriter) -> Iterato
     """What a device does to a training, as an error that says how to continue."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
         writer.finish()
+        if is_device_loss(error):
+            line = str(error).strip().partition("\n")[0].rstrip(".")
+            raise CannotRunError(f"{device.name} is lost ({line}); see `nybble doctor`; {writer.way_on}") from error
+        if not is_out_of_memory(error):
+            raise
         raise CannotRunError(
             f"out of memory on {device.name}; use --memory_budget, a smaller --per_device_train_batch_size (with more "
             f"--gradient_accumulation_steps), or a shorter --max_length; {writer.way_on}"
         ) from error
-    except RuntimeError as error:
-        writer.finish()
-        if not is_device_loss(error):
-            raise
-        line = str(error).strip().partition("\n")[0].rstrip(".")
-        raise CannotRunError(f"{device.name} is lost ({line}); see `nybble doctor`; {writer.way_on}") from error
 
 
-def is_device_loss(error: RuntimeError) -> bool:
+def is_device_loss(error: Exception) -> bool:
     """Whether torch says that the device, not the program, failed."""
     return isinstance(error, torch.AcceleratorError) or any(
         word in str(error) for word in ("CUDA error", "HIP error", "hipError", "device lost", "device-side")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nybble.errors import InputError
-from nybble.hardware import Device
+from nybble.hardware import Device, is_out_of_memory
 from nybble.models import full_tensors
 from nybble.nn.dropout_seed import DropoutSeeds
 from nybble.nn.workspace import workspace
@@ -161,7 +161,9 @@ def forward_backward(t: Training, batch: MicroBatch, n_learned: int) -> Tensor:
     while True:
         try:
             return _forward_backward(t, inputs, n_items)
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             # Several processes cannot repeat it, because the others are in the middle of the pass.
             if t.processes.are_many or not before.can_restore or not t.recomputation.deepen(n_tokens):
                 raise
