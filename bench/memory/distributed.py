@@ -28,7 +28,6 @@ from bench.models import small_models
 from nybble.data import Example, Groups
 from nybble.hardware import detect_device
 from nybble.models import (
-    config_with_layers,
     find_model,
     for_shards,
     held_bytes,
@@ -108,7 +107,7 @@ class Trained:
         config, name = find_config(recipe.model)
         device, share = detect_device("cpu"), share_of(recipe, processes.count)
         if self.n_layers:
-            config = config_with_layers(config, self.n_layers)
+            config.num_hidden_layers = self.n_layers
             config.tie_word_embeddings = self.tied
         ids = [1] * self.length
         n_shards = shards_among(recipe.training, processes.count)
@@ -156,7 +155,8 @@ def live_here(models: list[str], first: int) -> list[dict[str, Any]]:
 def held_here(n_layers: int) -> dict[str, Any]:
     """In each of two processes: a model of Llama-2-7B's shape, of zeros."""
     recipe = load_recipe(None, {"model_name_or_path": "llama-2-7b"})
-    config = config_with_layers(find_config(recipe.model)[0], n_layers)
+    config = find_config(recipe.model)[0]
+    config.num_hidden_layers = n_layers
     with joined(True) as processes:
         model = meta_model(config, recipe, torch.bfloat16)
         packed = sum(m.packed.n_bytes for m in model.modules() if isinstance(m, Linear4bit))

@@ -20,16 +20,19 @@ from nybble.hardware import detect_device
 from nybble.kernels import Choice, dispatcher
 from nybble.models import MEMORY_SAVERS, MemorySavers, attach, find_model, load_model, materialize, meta_model
 from nybble.nn.workspace import workspace
+from nybble.planning.chosen_layers import chosen
 from nybble.planning.devices import named_profile
 from nybble.planning.extrapolate import StepAtLevels, TracedModel
 from nybble.planning.memory_tracer import MemoryTracer
 from nybble.planning.phases import Batches, Forecast
+from nybble.planning.planner import make_plan
 from nybble.planning.search import changed, choose, largest_length, plan_levels, smallest_peak
 from nybble.planning.traced_step import BatchShape, StepCost, adopt, batch_of, reusing, run_steps
 from nybble.recipe import Recipe, StepMemory, load_recipe
 from nybble.run.directory import RunDirectory
 from nybble.run.record import Silent
 from nybble.training import train_model
+from tools.families import tiny_config
 
 SIZES = {
     "hidden_size": 64,
@@ -366,10 +369,10 @@ def test_trees_are_planned_as_batches_hold_them() -> None:
     recipe = load_recipe(None, {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 3})
     batches = Batches.of(SimpleNamespace(train=examples, held_out=examples), None, recipe)  # type: ignore[arg-type]
     groups = Groups(examples)
-    for rows, chosen in ((batches.longest, (0, 2)), (batches.evaluation, (0, 2, 1))):
-        assert rows.learned == sum(examples[i].n_trained for i in chosen)
+    for rows, drawn in ((batches.longest, (0, 2)), (batches.evaluation, (0, 2, 1))):
+        assert rows.learned == sum(examples[i].n_trained for i in drawn)
         for setting, collate in ((setting_of(), FlatBatch()), (padding(), PadBatch(0))):
-            real = collate([groups[i] for i in chosen])["input_ids"]
+            real = collate([groups[i] for i in drawn])["input_ids"]
             assert setting.laid_out(rows) == real.numel()
             model = meta_model(setting.config, setting.recipe, setting.dtype)
             assert batch_of(model, rows)["input_ids"].shape == real.shape
@@ -395,3 +398,49 @@ def test_a_step_over_trees_takes_no_more_than_the_plan_of_so_many_tokens(path: s
     lengths = tuple(examples.column("length").tolist())
     planned = StepAtLevels(setting, BatchShape(lengths, int(examples.column("n_trained").sum())))
     assert later.peak.total_bytes <= 1.01 * planned.steady(depth).peak.total_bytes
+
+
+@pytest.mark.parametrize(
+    ("kind", "depth", "changes"),
+    [
+        ("gemma3_text", 5, {"sliding_window": 16}),
+        ("deepseek_v3", 0, {"first_k_dense_replace": 2, "num_hidden_layers": 7}),
+        ("bamba", 0, {"attn_layer_indices": [2, 5], "num_hidden_layers": 7}),
+        ("gpt2", 3, {"n_layer": 6}),
+    ],
+)
+def test_layers_of_several_kinds_take_what_a_trace_of_all_takes(kind: str, depth: int, changes: dict[str, Any]) -> None:
+    """Kinds of attention, dense layers before experts, Mamba layers between, a tuple as a layer's result."""
+    if kind == "gemma3_text":
+        setting = setting_of(kind, **changes)
+    else:
+        fields = {k: v for k, v in tiny_config(kind, 512).to_dict().items() if k not in ("n_layer", "layer_types")}
+        recipe = load_recipe(None, {"r": 4, "target_modules": "all-linear"})
+        setting = TracedModel(AutoConfig.for_model(**{**fields, "model_type": kind, **changes}), recipe, torch.bfloat16)
+    n = len(setting.kinds)
+    few = chosen(setting.kinds, depth)
+    assert len(few.layers) < n - 1
+    assert few.more
+    whole, _ = setting.trace(ROWS, range(n), depth)
+    reduced = StepAtLevels(setting, ROWS).steady(depth)
+    assert reduced.peak.total_bytes == pytest.approx(whole.peak.total_bytes, rel=0.003)
+    assert reduced.flops == pytest.approx(whole.flops, rel=0.003)
+
+
+def test_chosen_layers_are_the_first_and_last_of_each_kind_at_any_depth() -> None:
+    kinds = (0, 0, 1) * 4
+    few = chosen(kinds, 6)
+    assert few.stand_for == (0, 2, 4, 5, 6, 8, 10, 11)
+    assert [kinds[n] for n in few.layers] == [0, 1, 0, 1, 0, 1, 0, 1]
+    assert few.n_recomputed == 4
+    assert {one.group: one.n_left for one in few.more} == {(0, True): 2, (0, False): 2}
+    assert chosen((0, 1, 0, 1), 2).layers == (0, 1, 2, 3)
+    assert chosen((), 0).layers == ()
+
+
+def test_a_family_whose_layers_are_not_recomputed_has_one_level() -> None:
+    recipe = load_recipe(None, {"r": 4, "target_modules": "all-linear"})
+    plan = make_plan(recipe, tiny_config("ctrl", 512), named_profile("rtx4090"), Batches(ROWS, ROWS, ROWS))
+    assert plan.n_layers == 0
+    assert plan.recompute_layers == 0
+    assert plan.fits

@@ -107,9 +107,9 @@ def test_a_plan_computes_in_the_type_that_the_run_computes_in(
     recipe = load_recipe(None, {"compute_dtype": wanted, "method": "lora", "r": 4, "max_length": 32})
     seen = []
 
-    def recorded(config: Any, recipe: Any, dtype: torch.dtype, *whole: Any) -> Any:
+    def recorded(config: Any, recipe: Any, dtype: torch.dtype, *bare: Any) -> Any:
         seen.append(dtype)
-        return meta_model(config, recipe, dtype, *whole)
+        return meta_model(config, recipe, dtype, *bare)
 
     monkeypatch.setattr("nybble.planning.extrapolate.meta_model", recorded)
     make_plan(recipe, config_of(), profile)

@@ -25,11 +25,12 @@ from nybble.models.blocks import SwapReport, blocks_of, swap_blocks
 from nybble.models.calibrate import Calibration, Starts, calibrate, needs_calibration
 from nybble.models.content import weights_hash
 from nybble.models.continued import adapter_weights, check_adapter_base, start_from, take_over_adapter
+from nybble.models.cut_model import kinds_of_layers, with_layers
 from nybble.models.expert_files import StoredExperts
 from nybble.models.load import LoadReport, count_parameters, hash_of, load_model, save_whole, write_whole
 from nybble.models.load_sharded import for_shards, load_in_shards
 from nybble.models.memory_savers import MEMORY_SAVERS, MemorySavers
-from nybble.models.meta_model import config_with_layers, materialize, meta_model
+from nybble.models.meta_model import bare_model, materialize, meta_model
 from nybble.models.quantizer import NybbleConfig, register
 from nybble.models.sharding import full_tensors, held_bytes, is_sharded, shard, shard_like, shards_among, tables
 from nybble.models.skeleton import (
@@ -71,6 +72,7 @@ __all__ = [
     "add_adapter",
     "add_new_tokens",
     "attach",
+    "bare_model",
     "base_of",
     "blocks_of",
     "calibrate",
@@ -78,7 +80,6 @@ __all__ = [
     "check_original",
     "complete",
     "compute_dtype",
-    "config_with_layers",
     "count_parameters",
     "decoder_layers",
     "embeddings_and_head",
@@ -92,6 +93,7 @@ __all__ = [
     "hash_of",
     "held_bytes",
     "is_sharded",
+    "kinds_of_layers",
     "load_adapter",
     "load_artifact",
     "load_in_shards",
@@ -125,6 +127,7 @@ __all__ = [
     "trained_parameters",
     "trained_weights",
     "weights_hash",
+    "with_layers",
     "with_mean_rows",
     "write_note",
     "write_whole",

@@ -7,7 +7,6 @@ tensors: real ones, or fake ones under torch's fake mode.
 from __future__ import annotations
 
 import copy
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from nybble.models.adapters import attach
 from nybble.models.blocks import implementation_of, swap_blocks
 from nybble.models.experts import experts_to_pack, packed_experts, swap_experts
 from nybble.models.skeleton import linears_to_pack, model_without_weights, swap_linears
-from nybble.models.text_part import text_section
 from nybble.models.vocabulary import NewTokens
 from nybble.nn import Linear4bit
 from nybble.quant import PackedWeight
@@ -25,39 +23,31 @@ from nybble.quant.packed import NESTED_BLOCK_SIZE
 from nybble.recipe import QuantizationSection, Recipe
 
 
-def config_with_layers(config: Any, n_layers: int) -> Any:
-    """A copy of `config` with `n_layers` decoder layers, among them every kind of layer that it has."""
-    whole = copy.deepcopy(config)
-    whole.__dict__.pop("quantization_config", None)  # of a folder in 4 bits: `meta_model` packs by itself
-    cut = text_section(whole)
-    kinds = getattr(cut, "layer_types", None)
-    cut.num_hidden_layers = n_layers
-    if kinds:
-        # The last layer's kind may differ; memory does not, but each kind brings rotary tables of its own.
-        rare = list(dict.fromkeys(kinds))
-        with suppress(AttributeError):  # a config that derives them from the number of layers cannot be told
-            cut.layer_types = [*rare, *([kinds[0]] * n_layers)][:n_layers]
-    return whole
-
-
-def meta_model(config: Any, recipe: Recipe, dtype: torch.dtype, whole: Any = None) -> Any:
-    """The model of `recipe` as loading and attaching make it, on the meta device.
-
-    The rows of new tokens are added to those of the config. `whole` is the config of the model whose first layers these
-    are, if it is another: what Nybble computes of a model does not depend on how many of them are traced. It must not
-    be called under a fake mode. Raises what transformers or PEFT raise for a config they cannot build.
-    """
-    model = model_without_weights(
+def bare_model(config: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
+    """The base of `recipe` as transformers builds it, on the meta device, before anything is packed or replaced."""
+    config = copy.deepcopy(config)
+    config.__dict__.pop("quantization_config", None)  # of a folder in 4 bits: `meta_model` packs by itself
+    return model_without_weights(
         config,
         dtype=torch.float32 if recipe.method == "full" else dtype,
         attn_implementation=implementation_of(recipe.model),
         trust_remote_code=recipe.model.trust_remote_code,
     )
+
+
+def meta_model(config: Any, recipe: Recipe, dtype: torch.dtype, bare: Any = None) -> Any:
+    """The model of `recipe` as loading and attaching make it, on the meta device.
+
+    The rows of new tokens are added to those of the config. It must not be called under a fake mode. `bare` is what
+    `bare_model` made, with fewer layers perhaps; it is changed. Raises what transformers or PEFT raise for a config
+    that they cannot build.
+    """
+    model = bare_model(config, recipe, dtype) if bare is None else bare
     with torch.device("meta"):
         if recipe.method == "qlora":
             _pack(model, recipe.quantization, dtype)
         model.eval()
-        swap_blocks(model, recipe.model.attn_implementation, whole)
+        swap_blocks(model, recipe.model.attn_implementation)
         if recipe.method != "full":
             first, n = config.get_text_config().vocab_size, len(recipe.lora.new_tokens)
             model = attach(model, recipe.lora, "planned", tokens=NewTokens(tuple(range(first, first + n)), first))

@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from nybble.models.cut_model import SkippedLayer
 from nybble.models.text_part import is_multimodal, text_class, text_config
 from nybble.nn import Linear4bit
 
@@ -56,17 +57,17 @@ def base_of(model: Any) -> Any:
 def decoder_layers(model: Any) -> list[nn.Module]:
     """The decoder layers of `model`, bare or with adapters, in order; empty where it keeps no list of them.
 
-    They are the first `ModuleList` with as many entries as the config counts hidden layers.
+    They are the first `ModuleList` with as many entries as the config counts hidden layers; where it does not count
+    them, the one that holds most parameters. Layers that a plan leaves out are not among them.
     """
     base = base_of(model)
-    config = getattr(base, "config", None)
-    if config is None:
+    if getattr(base, "config", None) is None:
         return []
-    n_layers = config.get_text_config().num_hidden_layers
-    for module in base.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-            return list(module)
-    return []
+    n_layers = getattr(base.config.get_text_config(), "num_hidden_layers", None)
+    lists = [module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    counted = [module for module in lists if len(module) == n_layers]
+    largest = max(lists, key=lambda module: sum(p.numel() for p in module.parameters()), default=())
+    return [layer for layer in (counted[0] if counted else largest) if not isinstance(layer, SkippedLayer)]
 
 
 def embeddings_and_head(model: Any) -> tuple[str, str]:

@@ -253,7 +253,7 @@ def _operator_seconds(stopwatch: _Stopwatch) -> float:
 
     recipe = load_recipe(None, {"r": 4})
     setting = TracedModel(AutoConfig.for_model("llama", **_TINY), recipe, torch.bfloat16)
-    work, _ = setting.trace(_FEW, setting.n_layers, 0)
+    work, _ = setting.trace(_FEW, range(setting.n_layers), 0)
     model = meta_model(setting.config, recipe, setting.dtype)
     batch = batch_of(model, _FEW)
     materialize(model)

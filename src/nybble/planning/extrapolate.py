@@ -3,10 +3,11 @@
 Levels 0 to n recompute that many of the n decoder layers. The levels beyond recompute all of them and apply the savers
 of `nybble.models.memory_savers`, one more at each level.
 
-Decoder layers are alike, so at a given place of a step (a layer's forward pass, the loss, a layer's backward pass) the
-bytes alive are a linear function of the number of recomputed layers before it and of those that keep everything. Three
-small traces fix that function for each place; the peak is the largest of them. All layers recomputed and none are
-cases of their own, since the first layer, whose input needs no gradient, is then of the other kind.
+Decoder layers of a kind are alike, so at a given place of a step (a layer's forward pass, the loss, a layer's backward
+pass) the bytes alive are a linear function of how many layers of each kind, recomputed or not, lie before it and behind
+it. A trace of the first and the last layer of each kind holds every place where a peak can be; traces with one more
+layer of one kind give the function's slopes (`nybble.planning.chosen_layers`). All layers recomputed and none are cases
+of their own, since the first layer, whose input needs no gradient, is then of the other kind.
 """
 
 from __future__ import annotations
@@ -23,15 +24,19 @@ from nybble.data.batches import filled
 from nybble.models import (
     MemorySavers,
     SwapReport,
+    bare_model,
     blocks_of,
-    config_with_layers,
     count_parameters,
+    decoder_layers,
+    kinds_of_layers,
     materialize,
     meta_model,
-    model_without_weights,
+    recomputable_layers,
     same_in_every_layer,
+    with_layers,
 )
 from nybble.nn.workspace import workspace
+from nybble.planning.chosen_layers import Chosen, chosen, extrapolated
 from nybble.planning.memory_tracer import MemoryTracer, Peak
 from nybble.planning.sharded_memory import Shards, Sizes
 from nybble.planning.traced_step import (
@@ -46,8 +51,6 @@ from nybble.planning.traced_step import (
     run_steps,
 )
 from nybble.recipe import Recipe
-
-_FEW = 4  # up to this number of layers, a model is traced as it is
 
 
 @dataclass(frozen=True)
@@ -67,10 +70,26 @@ class TracedModel:
         """The same with another recipe or config, without the traces so far, which would not hold."""
         return replace(self, traces={}, **changes)
 
-    @property
+    @cached_property
+    def _bare(self) -> Any:
+        """The whole base, without weights."""
+        return bare_model(self.config, self.recipe, self.dtype)
+
+    @cached_property
+    def kinds(self) -> tuple[int, ...]:
+        """The kind of each decoder layer."""
+        return kinds_of_layers(decoder_layers(self._bare))
+
+    @cached_property
     def n_layers(self) -> int:
-        """The number of decoder layers."""
-        return int(self.config.get_text_config().num_hidden_layers)
+        """The number of decoder layers that can be recomputed: all or none."""
+        return len(self.kinds) if len(recomputable_layers(self._bare)) == len(self.kinds) else 0
+
+    @cached_property
+    def largest_weight(self) -> int:
+        """Elements of the largest weight in a decoder layer that is read or merged in one piece."""
+        weights = (p for layer in decoder_layers(self._bare) for p in layer.parameters() if p.ndim == 2)
+        return max((weight.numel() for weight in weights), default=0)
 
     def laid_out(self, rows: BatchShape) -> int:
         """Tokens that go through the model for `rows`: flattened and filled up, or padded to the longest row."""
@@ -106,7 +125,7 @@ class TracedModel:
 
     @cached_property
     def _small(self) -> tuple[Any, MemorySavers]:
-        model = self._model(1)
+        model = self._model(self.evaluated.layers)
         return model, MemorySavers(model)
 
     @cached_property
@@ -114,23 +133,30 @@ class TracedModel:
         """The recipe with the adapters of the largest layer on every layer, and whether its own are that anyway."""
         if self.recipe.method == "full":
             return self.recipe, True
-        config = config_with_layers(self.config, self.n_layers)
-        whole = model_without_weights(config, trust_remote_code=self.recipe.model.trust_remote_code)
-        lora, are_alike = same_in_every_layer(whole, self.recipe.lora)
+        lora, are_alike = same_in_every_layer(self._bare, self.recipe.lora)
         return self.recipe.model_copy(update={"lora": lora}), are_alike
 
-    def _model(self, n_layers: int) -> Any:
-        """The model with so many of its layers, on the meta device."""
-        recipe = self.recipe if n_layers == self.n_layers else self._alike[0]
-        return meta_model(config_with_layers(self.config, n_layers), recipe, self.dtype, self.config)
+    def _model(self, layers: Sequence[int]) -> Any:
+        """The model with those of its layers, on the meta device."""
+        recipe = self.recipe if len(layers) == len(self.kinds) else self._alike[0]
+        bare = with_layers(self._bare, decoder_layers(self._bare), layers)
+        return meta_model(self.config, recipe, self.dtype, bare)
 
     @cached_property
     def parameters(self) -> tuple[int, int]:
         """Trainable and all parameters of the whole model."""
         if not self._alike[1]:
-            return count_parameters(self._model(self.n_layers))
-        (t2, a2), (t3, a3) = (count_parameters(self._model(n)) for n in (2, 3))
-        return t2 + (self.n_layers - 2) * (t3 - t2), a2 + (self.n_layers - 2) * (a3 - a2)
+            return count_parameters(self._model(range(len(self.kinds))))
+        few = self.evaluated
+        base = count_parameters(self._model(few.layers))
+        more = [(one.n_left, count_parameters(self._model(one.layers))) for one in few.more]
+        trainable, total = (base[i] + sum(n * (counts[i] - base[i]) for n, counts in more) for i in (0, 1))
+        return trainable, total
+
+    @cached_property
+    def evaluated(self) -> Chosen:
+        """The layers that are traced for an evaluated batch."""
+        return chosen(self.kinds, 0)
 
     @cached_property
     def shards(self) -> Shards | None:
@@ -148,13 +174,14 @@ class TracedModel:
     def trace(
         self,
         rows: BatchShape,
-        n_layers: int,
+        layers: Sequence[int],
         n_recomputed: int,
         savers: Sequence[str] = (),
         begin: Reused | None = None,
     ) -> tuple[StepCost, Reused]:
-        """A later step of the model with so many layers, and the reused memory after it, which the next may `begin`
-        with; without it an earlier step is traced too.
+        """A later step of the model with those of its layers, and the reused memory after it.
+
+        The next may `begin` with that; without it an earlier step is traced too.
         """
 
         def steps(live: MemoryTracer, model: Any, batch: dict[str, Any]) -> tuple[StepCost, Reused]:
@@ -164,21 +191,22 @@ class TracedModel:
             done = run_steps(live, model, batch, n_recomputed, self.dtype, n_steps, model_savers)
             return done[-1], reused()
 
-        found: tuple[StepCost, Reused] = self._run(n_layers, rows, steps, begin or ())
+        found: tuple[StepCost, Reused] = self._run(layers, rows, steps, begin or ())
         return found
 
-    def trace_evaluation(self, rows: BatchShape, n_layers: int) -> StepCost:
-        """What one evaluated batch takes in the model with `n_layers` layers."""
+    def trace_evaluation(self, rows: BatchShape, layers: Sequence[int]) -> StepCost:
+        """What one evaluated batch takes in the model with those of its layers."""
 
         def pass_once(live: MemoryTracer, model: Any, batch: dict[str, Any]) -> StepCost:
             return run_evaluation(live, model, batch, self.dtype)
 
-        if (rows, n_layers) not in self.traces:
-            self.traces[rows, n_layers] = self._run(n_layers, rows, pass_once)
-        return self.traces[rows, n_layers]
+        key = (rows, tuple(layers))
+        if key not in self.traces:
+            self.traces[key] = self._run(layers, rows, pass_once)
+        return self.traces[key]
 
-    def _run(self, n_layers: int, rows: BatchShape, work: Callable[..., Any], begin: Reused = ()) -> Any:
-        model = self._model(n_layers)
+    def _run(self, layers: Sequence[int], rows: BatchShape, work: Callable[..., Any], begin: Reused = ()) -> Any:
+        model = self._model(layers)
         batch = batch_of(model, rows)
         with FakeTensorMode(), reusing(begin):
             materialize(model)
@@ -213,25 +241,18 @@ class StepAtLevels:
         return self.setting.here(self._steady(min(level, n), savers))
 
     def _steady(self, depth: int, savers: tuple[str, ...]) -> StepCost:
-        n = self.setting.n_layers
-        recomputed, kept = depth, n - depth
-        if n <= _FEW:
-            return self._trace(recomputed, kept, savers)
-        if not recomputed:
-            return _line(self._trace(0, 2), [(kept - 2, self._trace(0, 3))])
-        if savers:  # of layers that wait on the host, the highest is one between: two lie on the device
-            return _line(self._trace(3, 0, savers), [(recomputed - 3, self._trace(4, 0, savers))])
-        if not kept:
-            return _line(self._trace(2, 0), [(recomputed - 2, self._trace(3, 0))])
-        more = [(recomputed - 2, self._trace(3, 2)), (kept - 2, self._trace(2, 3))]
-        return _line(self._trace(2, 2), more)
+        # Of layers that wait on the host, the highest is one between: two lie on the device.
+        few = chosen(self.setting.kinds, depth, 3 if savers else 2)
+        base = self._trace(few.layers, few.n_recomputed, savers)
+        return extrapolated(few, base, [self._trace(one.layers, one.n_recomputed, savers) for one in few.more])
 
-    def _trace(self, recomputed: int, kept: int, savers: tuple[str, ...] = ()) -> StepCost:
-        key, found = (self.rows, recomputed, kept, savers), self.setting.traces
+    def _trace(self, layers: tuple[int, ...], n_recomputed: int, savers: tuple[str, ...]) -> StepCost:
+        kinds = tuple(self.setting.kinds[number] for number in layers)
+        key, found = (self.rows, kinds, n_recomputed, savers), self.setting.traces
         if key not in found:
             # At the last level no memory is reused.
             begin = () if "slices" in savers else self._reused
-            work, left = self.setting.trace(self.rows, recomputed + kept, recomputed, savers, begin)
+            work, left = self.setting.trace(self.rows, layers, n_recomputed, savers, begin)
             found[key] = work
             self._reused = left or self._reused
         return found[key]
@@ -256,31 +277,6 @@ def _without_state(peak: Peak) -> Peak:
 
 def evaluation(setting: TracedModel, rows: BatchShape) -> StepCost:
     """What one evaluated batch of the whole model takes."""
-    if setting.n_layers <= _FEW:
-        return setting.here(setting.trace_evaluation(rows, setting.n_layers))
-    base, more = (setting.trace_evaluation(rows, n) for n in (2, 3))
-    return setting.here(_line(base, [(setting.n_layers - 2, more)]))
-
-
-def _line(base: StepCost, steps: list[tuple[int, StepCost]]) -> StepCost:
-    """`base` plus, for each pair in `steps`, n times the difference between its cost and that of `base`."""
-
-    def at(of: Callable[[StepCost], int]) -> int:
-        return of(base) + sum(n * (of(work) - of(base)) for n, work in steps)
-
-    def each(of: Callable[[StepCost], Mapping[str, int]]) -> dict[str, int]:
-        return {part: at(lambda work, part=part: of(work).get(part, 0)) for part in of(base)}  # type: ignore[misc]
-
-    peaks = {}
-    for name in base.peaks:
-        if all(name in work.peaks for _, work in steps):
-            parts = each(lambda work, name=name: work.peaks[name].parts)  # type: ignore[misc]
-            peaks[name] = Peak(sum(parts.values()), parts)
-    return StepCost(
-        peaks,
-        at(lambda w: w.flops),
-        at(lambda w: w.moved_bytes),
-        at(lambda w: w.operators),
-        each(lambda w: w.rest),
-        at(lambda w: w.host_bytes),
-    )
+    few = setting.evaluated
+    base = setting.trace_evaluation(rows, few.layers)
+    return setting.here(extrapolated(few, base, [setting.trace_evaluation(rows, one.layers) for one in few.more]))

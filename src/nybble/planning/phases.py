@@ -237,9 +237,7 @@ class Forecast:
         shards = self.setting.shards
         if shards and self.profile.backend != "cpu":
             return _with(Peak(rest["weights"], {"weights": rest["weights"]}), "gathered", shards.sizes.largest)
-        text = self.setting.config.get_text_config()
-        inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-        largest = max(text.hidden_size * inner, text.hidden_size**2)
+        largest = self.setting.largest_weight
         n_blocks = largest // self.setting.recipe.quantization.bnb_4bit_blocksize
         working = 2 * largest + 16 * n_blocks if self.setting.recipe.method == "qlora" else 0
         whole = shards.sizes.all_bytes if shards else 0  # where the device is the host
@@ -248,9 +246,7 @@ class Forecast:
 
     def _merge(self) -> Peak:
         """One weight at a time: itself in 16 bits, what is added in float32, the sum in float32."""
-        text = self.setting.config.get_text_config()
-        inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-        trained = 0 if self.setting.recipe.method == "full" else 10 * text.hidden_size * inner
+        trained = 0 if self.setting.recipe.method == "full" else 10 * self.setting.largest_weight
         return _with(Peak(), "workspace", trained)
 
 

@@ -246,7 +246,7 @@ def find_config(model: ModelSection) -> tuple[Any, str | None]:
         raise not_known(name) from error
     config = read_config(folder, model.trust_remote_code)
     text = config.get_text_config()
-    needed = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    needed = ("hidden_size", "vocab_size")
     missing = [field for field in needed if not getattr(text, field, None)]
     if missing:
         raise ModelError(f"{folder}/config.json lacks {', '.join(missing)}; it cannot be planned for")

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from nybble.models import config_with_layers, count_parameters, meta_model, tables
+from nybble.models import count_parameters, decoder_layers, meta_model, tables
 from nybble.planning.memory_tracer import Peak
 from nybble.planning.traced_step import StepCost
 from nybble.recipe import Recipe
@@ -35,8 +35,8 @@ _SHARDED = ("weights", "adapters", "gradients", "optimizer")
 class Sizes:
     """Bytes of the units of a model as it is trained."""
 
-    layer: int  # weights and adapters of a decoder layer
-    n_layers: int
+    layer: int  # weights and adapters of the largest decoder layer
+    layers: int  # of all
     embeddings: int  # where they are gathered by themselves, for the forward pass alone
     head: int  # the same
     table: int  # both as one tied weight, the same
@@ -47,12 +47,12 @@ class Sizes:
     @property
     def all_bytes(self) -> int:
         """Bytes of all weights and adapters."""
-        return self.n_layers * self.layer + self.embeddings + self.head + self.table + self.rest
+        return self.layers + self.embeddings + self.head + self.table + self.rest
 
     @property
     def passed(self) -> int:
         """Bytes that are gathered in a micro-batch, for its forward and backward passes."""
-        return self.all_bytes + self.n_layers * self.layer + self.rest
+        return self.all_bytes + self.layers + self.rest
 
     @property
     def largest(self) -> int:
@@ -77,15 +77,17 @@ class Sizes:
 
     @classmethod
     def of(cls, config: Any, recipe: Recipe, dtype: torch.dtype) -> Sizes:
-        """The sizes of a model, read off two small ones on the meta device, without any weight."""
-        n = int(config.get_text_config().num_hidden_layers)
-        smaller, model = (meta_model(config_with_layers(config, k), recipe, dtype, config) for k in (2, 3))
-        layer = _bytes_of([model]) - _bytes_of([smaller])
+        """The sizes of a model, read off it on the meta device, without any weight."""
+        model = meta_model(config, recipe, dtype)
+        layers = decoder_layers(model)
+        in_layers = [_bytes_of([layer]) for layer in layers]
+        largest = max(layers, key=lambda layer: _bytes_of([layer]))
         apart = [_bytes_of(unit) for unit in tables(model)]
         embeddings, head, table = {0: (0, 0, 0), 1: (0, 0, *apart), 2: (*apart, 0)}[len(apart)]
-        rest = _bytes_of([model]) - 3 * layer - sum(apart)
-        t2, t3 = (count_parameters(made)[0] for made in (smaller, model))
-        return cls(layer, n, embeddings, head, table, rest, 4 * (t3 - t2), t2 + (n - 2) * (t3 - t2))
+        rest = _bytes_of([model]) - sum(in_layers) - sum(apart)
+        trained = sum(p.numel() for p in largest.parameters() if p.requires_grad)
+        all_trained = count_parameters(model)[0]
+        return cls(max(in_layers), sum(in_layers), embeddings, head, table, rest, 4 * trained, all_trained)
 
 
 def _bytes_of(modules: list[torch.nn.Module]) -> int:

@@ -4,9 +4,9 @@
     run_evaluation   one evaluated batch
 
 Tensors are on the CPU, whatever the device that is planned for: shapes and types are the same. A step falls into
-sections; the highest moment of each is kept. Sections are named for what they compute and for the run of layers they
-lie in, counted from both ends: `backward kept 0`, `backward kept -1`. The moment before a layer, `gather kept 0`, and
-before the head is a section too.
+sections; the highest moment of each is kept. Sections are named for what they compute and for the layer that they lie
+in, by its place among those that are traced: `backward 0`. The moment before a layer, `gather 0`, and before the head
+is a section too.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from nybble.nn.dropout_seed import DropoutSeeds
 from nybble.nn.recompute import recomputed, recomputing
 from nybble.nn.workspace import workspace
 from nybble.planning.memory_tracer import HOST, MemoryTracer, Peak
+from nybble.training.objective import next_token_loss
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def run_steps(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     done = []
-    with live, _sections(live, model, n_recomputed), _gradients(live, trained):
+    with live, _sections(live, model), _gradients(live, trained):
         if n_steps == 1:
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
@@ -143,8 +144,8 @@ def run_steps(
             live.start("forward")
             inputs = _like(batch)
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                loss = model(**inputs, num_items_in_batch=1).loss
-            loss.backward()
+                loss = next_token_loss(model, inputs, torch.ones(()))
+            loss.backward()  # type: ignore[no-untyped-call]
             del loss
             live.section("update")
             _update(live, optimizer, trained)
@@ -167,8 +168,8 @@ def stepper(model: Any, batch: dict[str, Any], dtype: torch.dtype, n_recomputed:
 
     def step() -> None:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = model(**batch, num_items_in_batch=1).loss
-        loss.backward()
+            loss = next_token_loss(model, batch, torch.ones(()))
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -210,14 +211,14 @@ def run_evaluation(live: MemoryTracer, model: Any, batch: dict[str, Any], dtype:
 
 
 @contextmanager
-def _sections(live: MemoryTracer, model: Any, n_recomputed: int) -> Iterator[None]:
+def _sections(live: MemoryTracer, model: Any) -> Iterator[None]:
     """Report to `live` which layer is at work, in the forward and in the backward pass."""
     handles, layers, head = [], decoder_layers(model), model.get_output_embeddings()
     if head is not None:
         handles.append(head.register_forward_pre_hook(_enters(live, "gather head", "loss")))
-    for number, (layer, name) in enumerate(zip(layers, _names(len(layers), n_recomputed), strict=True)):
-        handles.append(layer.register_forward_pre_hook(_enters(live, f"gather {name}", f"forward {name}")))
-        handles.append(layer.register_forward_hook(_leaves(live, name, number == len(layers) - 1)))
+    for number, layer in enumerate(layers):
+        handles.append(layer.register_forward_pre_hook(_enters(live, f"gather {number}", f"forward {number}")))
+        handles.append(layer.register_forward_hook(_leaves(live, number, number == len(layers) - 1)))
     try:
         yield
     finally:
@@ -234,11 +235,11 @@ def _enters(live: MemoryTracer, moment: str, section: str) -> Callable[..., None
     return hook
 
 
-def _leaves(live: MemoryTracer, name: str, is_last: bool) -> Callable[..., None]:
+def _leaves(live: MemoryTracer, number: int, is_last: bool) -> Callable[..., None]:
     """After the last layer comes the loss; a layer's backward pass begins when its output's gradient arrives."""
 
     def turned(_grad: Tensor) -> None:
-        live.section(f"backward {name}")
+        live.section(f"backward {number}")
         live.making = "activations"
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -252,17 +253,6 @@ def _leaves(live: MemoryTracer, name: str, is_last: bool) -> Callable[..., None]
             hidden.register_hook(turned)  # type: ignore[no-untyped-call]
 
     return hook
-
-
-def _names(n_layers: int, n_recomputed: int) -> list[str]:
-    """The place of each layer among its kind: 0 is the first, -1 the last, mid any other."""
-
-    def place(number: int, size: int) -> str:
-        return "-1" if number == size - 1 else "0" if number == 0 else "mid"
-
-    first = [f"recomputed {place(n, n_recomputed)}" for n in range(n_recomputed)]
-    n_kept = n_layers - n_recomputed
-    return first + [f"kept {place(n, n_kept)}" for n in range(n_kept)]
 
 
 Reused = tuple[tuple[int, torch.dtype], ...]  # elements and type of each piece of reused memory
