@@ -15,14 +15,15 @@ from nybble.models import (
     MEMORY_SAVERS,
     MemorySavers,
     attach,
+    bare_model,
     blocks_of,
-    config_with_layers,
     decoder_layers,
     meta_model,
     recomputable_layers,
     recompute_by,
     set_recomputed,
     swap_blocks,
+    with_layers,
 )
 from nybble.nn import Linear4bit
 from nybble.nn.attention import attend_cached
@@ -411,7 +412,9 @@ def test_a_plan_decides_as_a_run_does() -> None:
     planned = blocks_of(meta_model(config, recipe, torch.float32))  # the first to ask decides for all
     assert planned.flattened
     assert planned == swap_blocks(AutoModelForCausalLM.from_config(config))
-    cut = blocks_of(meta_model(config_with_layers(config, 1), recipe, torch.float32, config))
+    bare = bare_model(config, recipe, torch.float32)
+    one = with_layers(bare, decoder_layers(bare), (0,))
+    cut = blocks_of(meta_model(config, recipe, torch.float32, one))
     assert cut.blocks.keys() == planned.blocks.keys()
 
 

@@ -47,6 +47,8 @@ class MemorySavers:
         self._layers: list[Any] = decoder_layers(base) if blocks.flattened else []
         self._linears = [m for layer in self._layers for m in layer.modules() if isinstance(m, Linear4bit)]
         self._has_tiles = bool(blocks.blocks.get("mlp"))
+        # Blocks of ours; an MLP among them reads how many rows it takes at a time.
+        self._blocks: list[Any] = [m for layer in self._layers for m in layer.modules() if "forward" in vars(m)]
         self._store = HostStore()
         table = base.get_input_embeddings()
         is_alone = type(table) is nn.Embedding and not table.weight.requires_grad
@@ -77,8 +79,8 @@ class MemorySavers:
 
     def _switch(self, names: frozenset[str]) -> None:
         recompute_by(self._layers, self._store.recomputed if "inputs" in names else recomputed)
-        for layer in self._layers:
-            layer.mlp.nybble_tiles = "tiles" in names
+        for block in self._blocks:
+            block.nybble_tiles = "tiles" in names
         for linear in self._linears:
             size = linear.in_features * linear.out_features
             linear.slice_elements = max(_SLICE_ELEMENTS, -(-size // _SLICES)) if "slices" in names else 0
