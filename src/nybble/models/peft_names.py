@@ -59,10 +59,16 @@ def _for_stock_peft(model: Any) -> dict[str, Any]:
     }
     # GPT-2's layers are linears with transposed weights, which PEFT wants to be told.
     stored = [layer.get_base_layer() for layer in layers.values()]
-    changes = {"fan_in_fan_out": any(is_conv1d(m) or getattr(m, "stored_transposed", False) for m in stored)}
+    changes: dict[str, Any] = {
+        "fan_in_fan_out": any(is_conv1d(m) or getattr(m, "stored_transposed", False) for m in stored)
+    }
+    has_towers = hasattr(base, "nybble_places")
+    if has_towers:
+        # PEFT shortens a long list of names to ends, which modules of the towers may have, too.
+        changes["target_modules"] = sorted(layers)
     if config.use_dora:
         return changes
-    targets = layers if isinstance(config.target_modules, str) else config.target_modules
+    targets = layers if has_towers or isinstance(config.target_modules, str) else config.target_modules
     kept = _converted(base, set(targets)).target_modules
     lost = [name for name in layers if not any(name == end or name.endswith(f".{end}") for end in kept)]
     if not lost:
