@@ -9,10 +9,13 @@ from pathlib import Path
 import yaml
 from architecture_page import architecture_page
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `tools`, which is not installed
+
 from nybble.diagnostics import driver, wheels
 from nybble.diagnostics.checks import CHECKS
 from nybble.kernels.dispatch import TABLE
 from nybble.recipe import all_settings, json_schema
+from tools.families.page import page
 
 GUIDE = Path(__file__).parent / "guide"
 ROOT = GUIDE.parents[1]
@@ -172,6 +175,9 @@ def main() -> int:
         GUIDE / "settings.md": settings_page(),
         GUIDE / "doctor.md": doctor_page(),
         GUIDE / "errors.md": errors_page(),
+        GUIDE.parent / "evidence" / "families.md": page(
+            sorted((ROOT / "bench" / "results").glob("families-*.json"))[-1]
+        ),
         GUIDE / "recipe.schema.json": json.dumps(json_schema(), indent=1) + "\n",
     }
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]

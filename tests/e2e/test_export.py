@@ -113,6 +113,11 @@ def test_every_known_family_is_read_back_as_the_same_model(
         ("stablelm", {"qk_layernorm": True}, "StableLM with norms"),
         ("ministral", {}, "Ministral with windows"),
         ("mixtral", {}, "does not support the architecture 'mixtral'"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}},
+            "type 'dynamic' in this architecture",
+        ),
     ],
 )
 def test_what_llama_cpp_does_not_compute_is_refused(family: str, changes: dict[str, Any], why: str) -> None:
@@ -127,6 +132,23 @@ def test_a_window_that_llama_cpp_ignores_is_said() -> None:
     assert module.limits_of(SimpleNamespace(config=tiny_config("mistral"))) == []  # type: ignore[arg-type]
     (note,) = module.limits_of(SimpleNamespace(config=tiny_config("mistral#window")))  # type: ignore[arg-type]
     assert "window of 8 tokens" in note
+
+
+def test_long_rotations_of_phi3_have_both_factors_and_the_scale_of_attention() -> None:
+    config = tiny_config("phi3")
+    config.max_position_embeddings, config.original_max_position_embeddings = 131072, 4096
+    config.rope_parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "long_factor": [2.0] * 8,
+        "short_factor": [1.0] * 8,
+    }
+    settings = FAMILIES["phi3"].settings
+    assert settings is not None
+    assert settings(config)["rope_scaling_attn_factors"] == pytest.approx((1 + 5 / 12) ** 0.5)  # log2 of 32 and 4096
+    factors = module._rotary_factors(config)
+    assert factors["rope_factors_long.weight"].tolist() == [2.0] * 8
+    assert factors["rope_factors_short.weight"].tolist() == [1.0] * 8
 
 
 def test_each_change_is_taken_back() -> None:

@@ -19,6 +19,7 @@ import tempfile
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,12 +50,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=180, help="time limit of a family")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--save", type=Path, help="write what is in DIR as one result to this file, and end")
     parser.add_argument("--without", default="", help="parts to leave out, with commas: plan,gguf")
     parser.add_argument("--tokenizer", type=Path, default=base_path(), help="folder of a tokenizer")
     asked = parser.parse_args()
     unknown = set(asked.names) - set(families())
     if unknown:
         parser.error(f"unknown families: {', '.join(sorted(unknown))}")
+    if asked.save:
+        save(asked)
+        return
     asked.out.mkdir(parents=True, exist_ok=True)
     done = {one["family"] for one in read_results(asked.out / RESULTS)}
     waiting = [name for name in asked.names or by_use(families()) if name not in done]
@@ -65,6 +70,25 @@ def main() -> None:
         os.environ["NYBBLE_CACHE"] = str(Path(scratch) / "cache")
         _prepare(python)
         sweep(waiting, asked, Path(scratch))
+
+
+def save(asked: argparse.Namespace) -> None:
+    """One result of what was found, as bench/results has them."""
+    from nybble.training import software_versions
+
+    versions = software_versions()
+    told = {
+        "benchmark": "families",
+        "command": f"python -m tools.families.sweep --out DIR --without '{asked.without}'",
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": versions.get("commit", "")[:7],
+        "transformers": versions["transformers"],
+        "versions": versions,
+        "n_all": len(families()),
+        "without": [name for name in asked.without.split(",") if name],
+        "families": read_results(asked.out / RESULTS),
+    }
+    asked.save.write_text(json.dumps(told) + "\n", encoding="utf-8")
 
 
 def by_use(names: list[str]) -> list[str]:

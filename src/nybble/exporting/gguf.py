@@ -54,6 +54,13 @@ def check_gguf(source: ModelSource) -> Any:
         raise ModelError(
             f"GGUF export does not support the architecture {config.model_type!r}; it supports {', '.join(FAMILIES)}"
         )
+    rotations = ("default", "linear", "yarn", "llama3", *family.rotations)
+    kind = rotation(config).get("rope_type", "default")
+    if kind not in rotations:
+        raise ModelError(
+            f"GGUF export does not support rotary embeddings of type {kind!r} in this architecture; allowed: "
+            f"{', '.join(rotations)}"
+        )
     reason = family.refusal(config) if family.refusal else None
     if reason is not None:
         raise ModelError(f"GGUF export does not support {reason}; merge into safetensors instead")
@@ -218,11 +225,6 @@ def _rotary_scaling(rope: dict[str, Any]) -> dict[str, Any]:
         }
     if kind == "longrope":
         return {"rope_scaling_type": "longrope"}
-    if kind not in ("default", "llama3", "dynamic", "proportional"):
-        raise ModelError(
-            f"GGUF export does not support rotary embeddings of type {kind!r}; allowed: default, linear, yarn, llama3, "
-            "longrope, dynamic, proportional"
-        )
     return {}
 
 

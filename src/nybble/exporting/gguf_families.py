@@ -12,6 +12,7 @@ importing this package.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ class Family:
     settings: _Settings | None = None  # beyond those that all architectures have
     changes: _Changes | None = None
     refusal: _Reason | None = None
+    rotations: tuple[str, ...] = ()  # kinds of rotary settings besides those that all have
     ignores_windows: bool = False  # llama.cpp attends to all tokens, however far back
     tied: bool = False  # llama.cpp has no head for it
 
@@ -149,10 +151,12 @@ def _gemma3_refusal(config: Any) -> str | None:
 
 
 def _phi3(config: Any) -> dict[str, Any]:
-    return {
-        "sliding_window": config.sliding_window or 0,
-        "rope_scaling_orig_ctx_len": config.original_max_position_embeddings,
-    }
+    original = config.original_max_position_embeddings
+    settings = {"sliding_window": config.sliding_window or 0, "rope_scaling_orig_ctx_len": original}
+    stretch = config.max_position_embeddings / original
+    if rotation(config).get("rope_type") == "longrope" and stretch > 1:
+        settings["rope_scaling_attn_factors"] = math.sqrt(1 + math.log(stretch) / math.log(original))
+    return settings
 
 
 def _granite(config: Any) -> dict[str, Any]:
@@ -389,10 +393,10 @@ FAMILIES: dict[str, Family] = {
     "gemma": Family("gemma", norms_plus_one=True, tied=True),
     "gemma2": Family("gemma2", norms_plus_one=True, settings=_gemma2, refusal=_gemma2_refusal, tied=True),
     "gemma3_text": Family("gemma3", norms_plus_one=True, settings=_gemma3, refusal=_gemma3_refusal),
-    "gemma4_text": Family("gemma4", settings=_gemma4, refusal=_gemma4_refusal),
+    "gemma4_text": Family("gemma4", settings=_gemma4, refusal=_gemma4_refusal, rotations=("proportional",)),
     "glm4": Family("glm4"),
     "granite": Family("granite", rotates_pairs=True, settings=_granite),
-    "hunyuan_v1_dense": Family("hunyuan-dense", settings=_hunyuan),
+    "hunyuan_v1_dense": Family("hunyuan-dense", settings=_hunyuan, rotations=("dynamic",)),
     "lfm2": Family("lfm2", settings=_lfm2, changes=_lfm2_changes),
     "llama": Family("llama", rotates_pairs=True),
     "ministral": Family("llama", rotates_pairs=True, refusal=_ministral_refusal),
@@ -402,7 +406,7 @@ FAMILIES: dict[str, Family] = {
     "olmo": Family("olmo", rotates_pairs=True, settings=_olmo),
     "olmo2": Family("olmo2"),
     "olmo3": Family("olmo2", settings=_windows),
-    "phi3": Family("phi3", settings=_phi3, ignores_windows=True),
+    "phi3": Family("phi3", settings=_phi3, rotations=("longrope",), ignores_windows=True),
     "qwen2": Family("qwen2", ignores_windows=True),
     "qwen3": Family("qwen3", ignores_windows=True),
     "qwen3_5_text": Family("qwen35", settings=_qwen35, changes=_qwen35_changes, refusal=_qwen35_refusal),

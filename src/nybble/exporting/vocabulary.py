@@ -24,6 +24,10 @@ _SPLITS = {
     "": "gpt-2",
     _LETTERS + r"\p{N}{1,3}" + _REST: "llama-bpe",
     _LETTERS + r"\p{N}" + _REST: "qwen2",
+    # Qwen 3.5's: marks belong to the letters before them.
+    (_LETTERS + r"\p{N}" + _REST)
+    .replace(r"\p{L}+", r"[\p{L}\p{M}]+")
+    .replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}"): "qwen35",
 }
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE_KIND = range(1, 7)  # llama.cpp's token types
@@ -134,7 +138,7 @@ def _split_name(parts: Sequence[dict[str, Any]]) -> str:
     if name is None or len(patterns) > 1:
         raise ModelError(
             f"GGUF export does not support how this tokenizer splits text ({str(patterns)[:120]}); it supports the "
-            "patterns of GPT-2, Llama-3 and Qwen-2"
+            "patterns of GPT-2, Llama-3, Qwen-2 and Qwen-3.5"
         )
     return name
 
