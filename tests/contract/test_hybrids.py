@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +14,25 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from nybble.bundled import base_path
 from nybble.data import FlatBatch, PadBatch
-from nybble.models import blocks_of, recomputable_layers, recompute_by, set_recomputed, swap_blocks
+from nybble.hardware import detect_device
+from nybble.models import (
+    attach,
+    blocks_of,
+    find_model,
+    load_model,
+    recomputable_layers,
+    recompute_by,
+    set_recomputed,
+    swap_blocks,
+)
 from nybble.models.blocks.attention import over_rows
+from nybble.nn import Linear4bit
 from nybble.nn.recompute import recomputed
 from nybble.nn.rows import current_rows
-from tools.families import tiny_config
+from nybble.recipe import LoraSection, ModelSection, QuantizationSection
+from tools.families import tiny_config, write_tiny
 from tools.families.tiny import model_class
 
 # Short convolution; gated delta rule with a decay for each head, and for each column; Mamba-2; Mamba.
@@ -187,6 +201,31 @@ def test_generation_with_a_cache_is_generation_without(family: str) -> None:
     whole = model(input_ids=cached.sequences, use_cache=False).logits[0]
     for step, logits in enumerate(cached.logits):
         torch.testing.assert_close(logits[0], whole[8 + step], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "jamba"])
+def test_packed_hybrids_learn_their_rows(family: str, tmp_path: Path) -> None:
+    """QLoRA on the flattened step: weights that a layer only reads stay as they are, and the loss falls."""
+    folder = write_tiny(family, tmp_path / "base", base_path())
+    section = ModelSection(model_name_or_path=str(folder))
+    packing, device = QuantizationSection(cache=False), detect_device("cpu")
+    model, report = load_model(find_model(section), "qlora", section, packing, device)
+    assert report.n_packed
+    assert all("dt_proj" not in name for name, module in model.named_modules() if isinstance(module, Linear4bit))
+    adapted = attach(model, LoraSection(r=8, lora_alpha=16), "a/base")
+    assert all("dt_proj" not in name for name, p in adapted.named_parameters() if p.requires_grad)
+    assert blocks_of(adapted).flattened
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=2e-2)
+    batch, losses = FlatBatch()([[r] for r in rows()]), []
+    for _ in range(12):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = adapted(**batch, num_items_in_batch=len(batch["targets"])).loss
+        loss.backward()
+        assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3  # nats, of rows drawn at random
 
 
 def test_a_leak_over_the_border_of_rows_is_seen() -> None:

@@ -8,6 +8,7 @@ describes the model that is trained.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -167,8 +168,20 @@ def linears(model: nn.Module) -> list[str]:
     """Names of the linears of `model`, bare or packed, that can be packed and adapted, the head among them."""
     # What MultiheadAttention owns is never called: it reads the weight.
     inside = [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    owners: list[tuple[str, Any]] = [(name, type(owner)) for name, owner in model.named_modules()]
+    read = {f"{name}.{child}" for name, owner in owners for child in _read_by_itself(owner)}
     names = [name for name, module in model.named_modules() if is_linear(module)]
-    return [name for name in names if not name.startswith(tuple(inside))]
+    return [name for name in names if not name.startswith(tuple(inside)) and name not in read]
+
+
+@cache
+def _read_by_itself(owner: Any) -> frozenset[str]:
+    """Names of a class's parts by whose weights its forward multiplies itself, as Mamba's does with `dt_proj`."""
+    try:
+        source = inspect.getsource(inspect.unwrap(owner.forward))
+    except (OSError, TypeError):  # written where no file is, or in C
+        return frozenset()
+    return frozenset(re.findall(r"self\.(\w+)\.weight @", source))
 
 
 def linears_to_pack(model: Any, skip_modules: Iterable[str]) -> tuple[list[str], list[str]]:
