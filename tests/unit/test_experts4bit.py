@@ -167,7 +167,7 @@ def test_weights_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="scales of another format"):
         experts.set_packed("gate_up_proj", 0, 0, encode(torch.ones(6, 8), double_quant=False))
     with pytest.raises(ValueError, match="does not fit the experts' \\(3, 12, 8\\)"):
-        pack_stack(experts, "gate_up_proj", torch.ones(3, 8, 12), encode)
+        pack_stack(experts, "gate_up_proj", torch.ones(3, 8, 13), encode)
 
 
 def test_a_traced_step_stands_for_the_work_of_all_experts() -> None:

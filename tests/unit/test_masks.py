@@ -352,8 +352,11 @@ def test_an_unknown_token_is_no_end(prepare: Call, tmp_path: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token=unk, eos_token=eos)
     (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
     turns = [{"role": "user", "content": "is it"}, {"role": "assistant", "content": "yes so it is"}]
-    example = prepare([{"messages": turns}], tokenizer=tokenizer, chat_template=str(tmp_path / "own.jinja")).train[0]
-    assert example.labels == [IGNORED, IGNORED, 2, 0, 3, 4, 1]
+    settings = {"tokenizer": tokenizer, "chat_template": str(tmp_path / "own.jinja"), "allow_lost_characters": True}
+    prepared = prepare([{"messages": turns}], **settings)
+    assert prepared.train[0].labels == [IGNORED, IGNORED, 2, 0, 3, 4, 1]
+    assert prepared.ledger.characters_lost == {"o": 1, "s": 1}  # of "so"; other words that hold them have a token
+    assert prepared.ledger.answer_characters_lost == 2
 
 
 def test_no_percentile_is_above_the_longest_row(prepare: Call) -> None:

@@ -5,7 +5,8 @@ White space and what does not print (control characters, joiners) are left out: 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -34,10 +35,10 @@ def lost_in(form: Form, tokenizer: Any) -> Lost:
     if not unknown:
         return Lost(n_answer=n_answer)
     shown = [character for character in unknown if _is_shown(character)]
-    lost = sorted(_lost(shown, tokenizer)) if shown else []
-    kept |= unknown - set(lost)
-    n_lost = sum(text.count(character) for character in lost for text in answers)
-    return Lost(tuple(lost), n_answer, n_lost)
+    alone = set(_lost_alone(shown, tokenizer)) if shown else set()
+    kept |= unknown - alone
+    of_answers, of_others = (_lost_in_words(alone, texts, tokenizer) for texts in (answers, map(_whole, form)))
+    return Lost(tuple(sorted({*of_answers, *of_others})), n_answer, of_answers.total())
 
 
 def _answers(part: Piece | Turn) -> tuple[str, ...]:
@@ -60,8 +61,22 @@ def _kept(_tokenizer: Any) -> set[str]:
     return set()
 
 
-def _lost(characters: list[str], tokenizer: Any) -> Iterator[str]:
+def _lost_alone(characters: list[str], tokenizer: Any) -> Iterator[str]:
+    """Those that no token stands for alone."""
     ids = tokenizer(characters, add_special_tokens=False)["input_ids"]
     for character, own, text in zip(characters, ids, tokenizer.batch_decode(ids), strict=True):
         if tokenizer.unk_token_id in own or not text.strip():
             yield character
+
+
+def _lost_in_words(alone: set[str], texts: Iterable[str], tokenizer: Any) -> Counter[str]:
+    """How often each of the characters `alone` is lost: a tokenizer of words has tokens for words that hold them."""
+    words = Counter(word for text in texts for word in text.split() if not alone.isdisjoint(word)) if alone else {}
+    lost: Counter[str] = Counter()
+    if words:
+        ids = tokenizer(list(words), add_special_tokens=False)["input_ids"]
+        for (word, n), own, kept in zip(words.items(), ids, tokenizer.batch_decode(ids), strict=True):
+            for character in alone.intersection(word):
+                if tokenizer.unk_token_id in own or character not in kept:
+                    lost[character] += n * word.count(character)
+    return lost
