@@ -83,14 +83,15 @@ def measured(
         ("llama", "full", {"tie_word_embeddings": True}),
         ("qwen2", "lora", {"vocab_size": 4096, "tie_word_embeddings": True}),
         ("gemma3_text", "qlora", {"sliding_window": 16}),
-        ("gpt_neox", "lora", {}),
+        ("falcon", "lora", {}),
+        ("mixtral", "full", {"num_local_experts": 4}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_predicted_peak_is_that_of_real_tensors(
     kind: str, method: str, changes: dict[str, Any], depth: int
 ) -> None:
-    setting = padding() if kind == "gpt_neox" else setting_of(kind, method, **changes)
+    setting = padding() if kind == "falcon" else setting_of(kind, method, **changes)
     first, later = measured(setting, ROWS, depth)
     curve = StepAtLevels(setting, ROWS)
     assert curve.steady(depth).peak.total_bytes == pytest.approx(later.peak.total_bytes, rel=0.01)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
@@ -97,6 +98,14 @@ _UNTOUCHED = (torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.emp
 _PICKING = (torch.ops.aten.embedding, torch.ops.aten.index, torch.ops.aten.index_select)
 
 
+def _result_of(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What `func` returns; torch multiplies groups of any type, and without data it takes bfloat16 alone."""
+    is_grouped = func is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor)
+    if not is_grouped or args[0].dtype == torch.bfloat16:
+        return func(*args, **kwargs)
+    return func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **kwargs).to(args[0].dtype)
+
+
 class MemoryTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages that are made while it is entered; `section` names the part of the step that comes next."""
 
@@ -148,7 +157,7 @@ class MemoryTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = _result_of(func, args, kwargs or {})
         self._work(func, args, result)
         for value in (result,) if isinstance(result, Tensor) else tree_iter(result):
             if isinstance(value, Tensor):
