@@ -215,8 +215,11 @@ def _stock(of: Examination, folder: Path, **more: Any) -> Any:
 
 
 def _arguments(model: Any, ids: Tensor) -> dict[str, Tensor]:
-    """What a row of text alone is given as: some multimodal classes ask for the kind of each token."""
-    asked = inspect.signature(model.forward).parameters
+    """What a row of text alone is given as: some multimodal classes ask for the kind of each token.
+
+    Others, such as GPT-2's, would add an embedding of the kind.
+    """
+    asked = inspect.signature(model.forward).parameters if model.config.get_text_config() is not model.config else ()
     kinds = [name for name in ("token_type_ids", "mm_token_type_ids") if name in asked]
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **{name: torch.zeros_like(ids) for name in kinds}}
 
