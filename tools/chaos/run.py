@@ -164,7 +164,8 @@ def train(out: Path, resume: bool) -> Process:
 
     def run() -> None:
         checkpoints._write = slowly
-        pipeline.train(None, {**SETTINGS, "output_dir": str(out)}, on_existing="resume" if resume else "refuse")
+        settings = {**SETTINGS, "output_dir": str(out)}
+        pipeline.train(None, settings, on_existing="resume" if resume else "refuse", observer=None)
 
     return fork(run, out.with_suffix(".err"))
 

@@ -89,7 +89,7 @@ def count_calls(folder: Path) -> int:
 
     def run() -> None:
         arm(out, ALWAYS, ALWAYS, 0)
-        pipeline.train(None, {**SETTINGS, "output_dir": str(out)})
+        pipeline.train(None, {**SETTINGS, "output_dir": str(out)}, observer=None)
         seen.write_text(str(ctypes.CDLL(None).refuse_seen()))
 
     if fork(run, folder / "err").wait() != 0:
@@ -113,7 +113,8 @@ def refused(out: Path, number: int, way: str, expected: dict[str, Any], figures:
         if fault:
             checkpoint.write_checkpoint = report
             arm(out, number, number + calls - 1, error)
-        pipeline.train(None, {**SETTINGS, "output_dir": str(out)}, on_existing="resume" if resume else "refuse")
+        settings = {**SETTINGS, "output_dir": str(out)}
+        pipeline.train(None, settings, on_existing="resume" if resume else "refuse", observer=None)
 
     code = fork(lambda: run(fault=True), log).wait()
     figures["runs"] += 1
