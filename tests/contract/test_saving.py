@@ -164,11 +164,11 @@ def test_what_is_saved_by_time_changes_nothing_and_is_resumed_from(
 
     def die(t: Any) -> Any:
         if t.state.step == 4:
-            raise MemoryError
+            raise ZeroDivisionError
         return step(t)
 
     monkeypatch.setattr(loop, "clip_gradients", die)
-    with pytest.raises(MemoryError):
+    with pytest.raises(ZeroDivisionError):
         made.train(tmp_path / "out")
     monkeypatch.setattr(loop, "clip_gradients", step)
     assert names(tmp_path / "out")[0] == "checkpoint-4"

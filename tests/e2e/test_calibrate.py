@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nybble.run import progress
+
 Run = Callable[..., Any]
 SHORT = ("--max_steps", "4", "--learning_rate", "1e-2", "--n_samples", "1", "--max_new_tokens", "4")
 
@@ -21,8 +23,14 @@ def adapter(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("words", [("--encoder", "calibrated"), ("--init", "qera"), ("--init", "pissa")], ids=str)
 def test_a_calibrated_run_keeps_its_base_and_answers_from_it(
-    words: tuple[str, ...], nybble: Run, tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+    words: tuple[str, ...],
+    nybble: Run,
+    tiny_llama: Callable[..., Path],
+    rows_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0)
     run = tmp_path / "run"
     given = ("--model_name_or_path", tiny_llama(), "--dataset_name", rows_file, "--output_dir", run)
     done = nybble("train", *given, *SHORT, *words)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import nybble as library
+from nybble.run import progress
 
 
 @pytest.fixture
@@ -73,7 +74,10 @@ def test_a_terminal_gets_colours_and_no_steering(
     assert "[[" not in done.out
 
 
-def test_many_rows_are_tokenized_in_sight_and_once(nybble: Callable[..., Any], words: tuple[object, ...]) -> None:
+def test_many_rows_are_tokenized_in_sight_and_once(
+    nybble: Callable[..., Any], words: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0)
     Path(str(words[4])).write_text("".join(json.dumps({"text": f"a {n}"}) + "\n" for n in range(600)))
     first = nybble(*words, "--json")
     assert [line.strip() for line in first.err.splitlines() if "tokenizing" in line] == [

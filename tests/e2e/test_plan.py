@@ -126,7 +126,7 @@ def test_what_does_not_fit_ends_with_3_and_the_cheapest_changes(nybble: Callable
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
-        (("--model", "{tmp}/lacking"), 2, "cannot be"),
+        (("--model", "{tmp}/lacking"), 2, "leave no linear layer"),
         (("--target_modules", "nothing"), 2, "nothing"),
     ],
 )

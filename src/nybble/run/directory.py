@@ -168,6 +168,7 @@ class RunDirectory:
     @_only_by_writer
     def discard(self) -> None:
         """Remove the files of a run that failed before training, so that they do not block the next attempt."""
+        shutil.rmtree(self.path / "tensorboard", ignore_errors=True)  # of its tracker; what stays blocks nothing else
         for name in ("mask.jsonl", "recipe.yaml", "run.json"):  # run.json last, as in `create`
             (self.path / name).unlink(missing_ok=True)
         if not any(self.path.iterdir()):
