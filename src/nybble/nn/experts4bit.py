@@ -76,7 +76,8 @@ class Experts4bit(nn.Module):
         self.quant_type, self.block_size, self.source_dtype = "nf4", 64, compute_dtype
         for name, stack in self.stacks.items():
             n_bytes = (stack.part_shape[0] * stack.part_shape[1] + 1) // 2
-            codes = torch.empty(self.n_experts, len(stack.parts), n_bytes, dtype=torch.uint8, device="meta")
+            # In the type of the weights until they come: transformers 5.17 casts what it reads to what is there.
+            codes = torch.empty(self.n_experts, len(stack.parts), n_bytes, dtype=compute_dtype, device="meta")
             self.register_parameter(name, nn.Parameter(codes, requires_grad=False))
             bias = getattr(original, f"{name}_bias", None)
             if bias is not None:
