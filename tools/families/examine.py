@@ -62,11 +62,16 @@ class Examination:
             self.found[name] = does(self) or "ok"
         except NybbleError as error:
             self.found[name] = "refused" if error.exit_code != 1 else "FAULT"
-            self.found["errors"][name] = str(error)[:300]
+            self.found["errors"][name] = self._without_folder(str(error))[:300]
         except Exception as error:  # noqa: BLE001 - every fault is a finding
             self.found[name] = "FAULT"
-            self.found["errors"][name] = f"{type(error).__name__}: {error} ({_place(error)})"[:300]
+            said = f"{type(error).__name__}: {error} ({_place(error)})"
+            self.found["errors"][name] = self._without_folder(said)[:300]
         self.found["seconds"][name] = round(time.monotonic() - started, 1)
+
+    def _without_folder(self, text: str) -> str:
+        """A result names files relative to the folder of its family, which is gone afterwards."""
+        return text.replace(f"{self.folder}/", "")
 
 
 def examine(
