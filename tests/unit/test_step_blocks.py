@@ -171,6 +171,17 @@ def test_loss_gradients_and_value(softcap: float, piece: int, monkeypatch: pytes
         torch.testing.assert_close(seen, wanted, rtol=2e-7, atol=1e-12)  # 1 / 7 is float32
 
 
+@pytest.mark.parametrize("n", [5, 1500])
+def test_16_bit_gradients_of_the_loss_are_divided_in_float32(n: int) -> None:
+    hidden = torch.randn(n, IN).bfloat16().requires_grad_()
+    weight, targets = torch.randn(9, IN).bfloat16(), torch.randint(9, (n,))
+    sums, means = (
+        torch.autograd.grad(next_token_loss(hidden, targets, Head(weight, None, 0.0), items), hidden)[0]
+        for items in (1, 37)
+    )
+    assert torch.equal(means, (sums.float() * (torch.ones(()) / 37)).bfloat16())
+
+
 def test_loss_of_no_learned_token_is_zero() -> None:
     hidden = rand(0, IN, grad=True)
     loss = next_token_loss(hidden, torch.empty(0, dtype=torch.int64), Head(rand(9, IN), None, 0.0), 1)

@@ -101,6 +101,20 @@ def _taken_out(d_logits: Tensor, rows: TokenRows) -> Tensor:
     return taken
 
 
+def _scaled(d: Tensor, factor: Tensor) -> Tensor:
+    """d, multiplied in place with a float32 scalar; some rows at a time where d has 16 bits.
+
+    A GPU would round the factor to the type of d first: one over the learned tokens is then off by up to 0.4 %, as
+    are all gradients.
+    """
+    if d.dtype.itemsize > 2:
+        return d.mul_(factor)
+    for piece in d.split(_MOST_ROWS):
+        wide = workspace.take(tuple(piece.shape), piece, torch.float32)
+        piece.copy_(wide.copy_(piece).mul_(factor))
+    return d
+
+
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, values: Tensor | None, targets: Tensor, head: Head) -> Tensor:
@@ -128,4 +142,4 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         saved = iter(ctx.saved_tensors)
         made = [next(saved) if wanted else None for wanted in ctx.needs_input_grad[:3]]
-        return (*(None if d is None else d.mul_(grad.to(d.dtype)) for d in made), None, None)
+        return (*(None if d is None else _scaled(d, grad) for d in made), None, None)
