@@ -1,5 +1,6 @@
-"""What device is here: facts only, no choices.
+"""What device is here.
 
+A process computes on one device, however many it sees: that which is asked for by its number, else torch's current one.
 AMD cards answer to torch's `cuda` device type; `torch.version.hip` tells them apart. On a CPU the memory that counts is
 the resident memory of this process: Linux keeps its high-water mark (`VmHWM`) and resets it on request
 (proc(5), `/proc/PID/clear_refs`, value 5), so that each phase has a peak of its own.
@@ -28,9 +29,14 @@ _ADDRESSES_OF_THREAD = 128 << 20
 # What torch's allocator, oneDNN, Python and C++ say when memory or addresses run out.
 _NO_MEMORY = re.compile(
     "out of memory|can't allocate memory|cannot allocate memory|bad_alloc|can't start new thread|"
-    "could not (create|execute) a primitive|could not create a (memory|stream|engine)",
+    "could not (create|execute) a primitive|could not create a (memory|stream|engine)|"
+    # Libraries of GPUs that allocate beside torch: cuBLAS, hipBLAS, cuDNN; rocBLAS, MIOpen; the runtimes' own names.
+    "STATUS_ALLOC_FAILED|status_?memory_?error|error(OutOfMemory|MemoryAllocation)",
     re.IGNORECASE,
 )
+# The part of the free memory that a training takes: a GPU's allocator leaves gaps between its blocks, and a machine
+# whose GPU maps the host's memory freezes where another one raises an error.
+_USABLE, _USABLE_OF_APU = 0.95, 0.80
 NO_BFLOAT16 = ("gfx900", "gfx906", "gfx908", "gfx10")  # gfx908 has it, at a fraction of its float16
 
 
@@ -44,12 +50,19 @@ class Device:
     total_bytes: int
     n_cores: int
     has_bfloat16: bool  # hardware or library support worth using
+    index: int = 0  # among the GPUs that this process sees
+    n_visible: int = 1  # of those
 
     @property
     def torch_device(self) -> torch.device:
         import torch
 
-        return torch.device("cuda", torch.cuda.current_device()) if self.type == "cuda" else torch.device("cpu")
+        return torch.device("cuda", self.index) if self.type == "cuda" else torch.device("cpu")
+
+    @property
+    def usable_share(self) -> float:
+        """The part of its free memory that a training may take."""
+        return _USABLE_OF_APU if self.type == "cuda" and self.shares_memory else _USABLE
 
     @property
     def shares_memory(self) -> bool:
@@ -60,34 +73,72 @@ class Device:
             return True
         return bool(getattr(torch.cuda.get_device_properties(self.torch_device), "is_integrated", False))
 
+    @property
+    def among_others(self) -> str | None:
+        """Which of several visible GPUs this is, for people; None if it is the only one."""
+        if self.n_visible < 2:
+            return None
+        return (
+            f"{self.n_visible} GPUs are visible and one process uses one: cuda:{self.index}, {self.name}; choose by "
+            f"--device cuda:N or {_visible(self.backend)}, or use several (docs/guide/distributed.md)"
+        )
+
 
 def detect_device(wanted: str = "auto") -> Device:
-    """The device that `wanted` ("auto", "cpu", "cuda", "hip") names.
+    """The device that `wanted` ("auto", "cpu", "cuda", "hip", or "cuda:1" and so on) names.
+
+    A GPU that is named by its number becomes torch's current device: libraries put there what they are not told a place
+    for.
 
     Raises:
-        CannotRunError: a GPU is asked for and torch sees none, or a limit leaves a CPU too few addresses.
+        CannotRunError: a GPU is asked for that torch does not see, or a limit leaves a CPU too few addresses.
     """
     import torch
 
+    number = wanted.partition(":")[2]
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         device = _cpu()
         _check_addresses(device.n_cores)
         return device
+    backend = "hip" if torch.version.hip else "cuda"
     if not torch.cuda.is_available():
         build = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda or 'none (CPU build)'}"
         raise CannotRunError(
-            f"device {wanted!r}: torch {torch.__version__} (built for {build}) sees no GPU; "
+            f"device {wanted!r}: torch {torch.__version__} (built for {build}) sees no GPU{_hiding(backend)}; "
             "use --device cpu, or install the torch build that matches your driver"
         )
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    n_visible = torch.cuda.device_count()
+    if number and int(number) >= n_visible:
+        seen = "1 GPU, cuda:0" if n_visible == 1 else f"{n_visible} GPUs, cuda:0 to cuda:{n_visible - 1}"
+        raise CannotRunError(
+            f"device {wanted!r} is not there: torch sees {seen}{_hiding(backend)}; use one of those numbers"
+        )
+    if number:
+        torch.cuda.set_device(int(number))
+    index = torch.cuda.current_device()
+    properties = torch.cuda.get_device_properties(index)
     return Device(
         type="cuda",
-        backend="hip" if torch.version.hip else "cuda",
+        backend=backend,
         name=properties.name,
         total_bytes=properties.total_memory,
         n_cores=properties.multi_processor_count,
         has_bfloat16=_has_bfloat16(properties),
+        index=index,
+        n_visible=n_visible,
     )
+
+
+def _visible(backend: str) -> str:
+    """The variable by which a user says which GPUs a process sees."""
+    return "HIP_VISIBLE_DEVICES" if backend == "hip" else "CUDA_VISIBLE_DEVICES"
+
+
+def _hiding(backend: str) -> str:
+    """In words, what may hide GPUs from torch; ROCm reads all three variables."""
+    names = ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES") if backend == "hip" else ()
+    said = [f"{name}={os.environ[name]}" for name in (*names, "CUDA_VISIBLE_DEVICES") if name in os.environ]
+    return f" ({', '.join(said)})" if said else ""
 
 
 def _has_bfloat16(properties: Any) -> bool:
@@ -180,24 +231,24 @@ class PeakMemory:
     """
 
     def __init__(self, device: Device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._gpu = device.torch_device if device.type == "cuda" else None
         self.reset()
 
     def reset(self) -> None:
         """Forget the peak so far."""
-        if self._on_gpu:
+        if self._gpu is not None:
             import torch
 
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(self._gpu)
         else:
             _reset_resident_peak()
 
     def peak_bytes(self) -> int:
         """Highest use since `reset`, in bytes."""
-        if self._on_gpu:
+        if self._gpu is not None:
             import torch
 
-            return int(torch.cuda.max_memory_allocated())
+            return int(torch.cuda.max_memory_allocated(self._gpu))
         return _resident_peak_bytes()
 
 
@@ -207,7 +258,7 @@ def reserved_bytes(device: Device) -> int | None:
         return None
     import torch
 
-    return int(torch.cuda.max_memory_reserved())
+    return int(torch.cuda.max_memory_reserved(device.torch_device))
 
 
 def _reset_resident_peak() -> None:

@@ -117,6 +117,8 @@ def open_run(
         check_best_step(recipe.evaluation, recipe.training)
         tracker_names(recipe.training)
         device = detect_device(recipe.model.device)
+    if device.among_others and not processes.are_many:
+        observer.note(device.among_others)
     if resumes and directory.holds_run and read_record(path)["status"] == "killed":
         observer.note(f"the process that trained {path} ended without a word: it was killed, or the machine went down")
     limit = recipe.training.max_seconds
@@ -150,6 +152,11 @@ def fit_to_processes(recipe: Recipe, processes: Processes) -> Recipe:
         RecipeError: train_batch_size cannot be divided among the processes, or a setting works only in one process or
             unsharded.
     """
+    if processes.are_many and ":" in recipe.model.device:
+        raise RecipeError(
+            f"device {recipe.model.device} is for one process, and {processes.count} were started, which take one GPU "
+            "each: use --device cuda, and HIP_VISIBLE_DEVICES or CUDA_VISIBLE_DEVICES to say which"
+        )
     for_one_process(recipe.training, processes.count)
     shards_among(recipe.training, processes.count)
     if processes.are_many and recipe.training.learning_rate == "probe":

@@ -188,6 +188,24 @@ def test_full_training_has_the_gradients_of_transformers(family: str) -> None:
     assert largest_relative(shared, {name: found[name] for name in shared}) < 1e-5
 
 
+@pytest.mark.parametrize("family", [*sorted(FAMILIES), "hunyuan_v1_dense", "olmo3", "qwen3_moe"])
+def test_full_training_in_bfloat16_is_near_that_of_transformers(family: str) -> None:
+    """Masters are float32 and products bfloat16, so that a norm that is trained gives float32 where others do not."""
+    if family in FAMILIES:
+        model = build(family).train()
+    else:
+        move(model := AutoModelForCausalLM.from_config(tiny_config(family, 300)).float().train())
+    ours = ours_of(model).train()
+    assert blocks_of(ours).flattened
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, expected = gradients(model, PadBatch(0)([rows()]))
+        got, found = gradients(ours, FlatBatch()([rows()]))
+    assert got == pytest.approx(loss, rel=5e-3)
+    assert found.keys() == {name for name, p in ours.named_parameters() if p.requires_grad}
+    whole = [torch.cat([grads[name].flatten() for name in sorted(expected)]) for grads in (expected, found)]
+    assert float(torch.cosine_similarity(*whole, dim=0)) > 0.99
+
+
 def test_no_row_sees_another() -> None:
     ours = adapt(ours_of(build("llama")))
     one, two = rows((9, 12)), rows((9, 12))

@@ -306,6 +306,11 @@ def test_a_limit_of_time_saves_before_it(
             "is lost (CUDA error: device-side assert triggered)",
         ),
         (torch.OutOfMemoryError("HIP out of memory"), "out of memory on"),
+        (torch.AcceleratorError("CUDA error: out of memory\nmore"), "out of memory on"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            "out of memory on",
+        ),
         (RuntimeError("could not create a primitive"), "out of memory on"),
         (MemoryError("std::bad_alloc"), "out of memory on"),
     ],

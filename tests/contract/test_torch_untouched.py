@@ -40,6 +40,7 @@ def settings() -> dict[str, Any]:
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
             torch.backends.cudnn.deterministic,
+            torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
         ),
         "grad": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),

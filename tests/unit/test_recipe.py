@@ -20,7 +20,7 @@ from nybble.errors import InputError, RecipeError
 from nybble.recipe import DataSet, Recipe, Setting, all_settings, json_schema, load_recipe, path_of, save_recipe
 from nybble.recipe.other_tools import ANSWERS
 from nybble.recipe.schema import COLUMN_ROLES
-from nybble.recipe.setting import Bytes, Steps, StepsOrEpochs, StepsOrNone
+from nybble.recipe.setting import Bytes, NumberedGpu, Steps, StepsOrEpochs, StepsOrNone
 
 SETTINGS = all_settings()
 SECTIONS = sorted({item.section for item in SETTINGS if item.section})
@@ -51,7 +51,7 @@ def other_value(item: Setting) -> Any:
     if item.is_size:
         return "123456789B"
     if get_origin(kind) is Union and get_origin(get_args(kind)[0]) is Literal:
-        return get_args(get_args(kind)[0])[0]
+        return next(choice for choice in get_args(get_args(kind)[0]) if choice != item.default)
     if get_origin(kind) is Literal:
         return next(choice for choice in get_args(kind) if choice != item.default)
     if kind == bool | None:
@@ -325,6 +325,8 @@ def values(kind: Any, limits: dict[str, float]) -> st.SearchStrategy[Any]:
         return st.sampled_from(get_args(kind))
     if get_origin(kind) in (Union, types.UnionType):
         return st.one_of([values(one, limits) for one in get_args(kind)])
+    if kind is NumberedGpu:
+        return st.builds("{}:{}".format, st.sampled_from(["cuda", "hip"]), st.integers(0, 999))
     if get_origin(kind) is Annotated:
         own = getattr(get_args(kind)[1], "metadata", ())
         return values(get_args(kind)[0], {k: getattr(m, k) for m in own for k in LIMITS if hasattr(m, k)})

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def doctor(
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or hip.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or hip; cuda:1 is the second GPU.")] = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="Leave out the training run.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results on stdout as JSON.")] = False,
 ) -> int:

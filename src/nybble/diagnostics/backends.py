@@ -167,7 +167,7 @@ def choose_backends(
 
 def _found_by_checks(device: Device, store: BackendStore, note: Callable[[str], None]) -> dict[str, BackendChoice]:
     note("looking for paths that compute rightly here (once for each driver and version)")
-    run = run_checks(device.type, wanted=lambda check: bool(check["operator"]))
+    run = run_checks(str(device.torch_device), wanted=lambda check: bool(check["operator"]))
     # What a run that broke off did not reach is left to the self-tests in this process.
     choices = {name: choice for name, choice in pick_backends(run).items() if choice.path or run.is_whole}
     if not choices:

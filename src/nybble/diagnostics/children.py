@@ -45,7 +45,7 @@ def run_checks(
     """Run every wanted check of the module `table` on `device`.
 
     Args:
-        device: "auto", "cpu", "cuda" or "hip".
+        device: as `nybble.hardware.detect_device` takes it.
         wanted: decides whether a check, as the worker describes it, runs.
         told: a function that is called with the name of the next check, the number of finished checks, and the total.
         table: a module with CHECKS.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from nybble.errors import RecipeError
 from nybble.run.progress import ObserverChoice, watching
 from nybble.storage.cache import default_folder
 
-DEVICES = ("auto", "cpu", "cuda", "hip")
+_DEVICES = re.compile(r"auto|cpu|(cuda|hip)(:\d{1,3})?")
 _PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")
 
 
@@ -56,7 +57,7 @@ def doctor(
     """Examine this machine and compute every operator on its device, in processes of their own.
 
     Args:
-        device: "auto", "cpu", "cuda" or "hip".
+        device: "auto", "cpu", "cuda" or "hip", or one of several GPUs, as "cuda:1".
         quick: leave out what takes long.
         machine: to be examined in place of this one; the computing is done here all the same.
         observer: receives the progress; "auto" shows it where you are, None shows nothing.
@@ -65,8 +66,8 @@ def doctor(
     Raises:
         RecipeError: a device that does not exist.
     """
-    if device not in DEVICES:
-        raise RecipeError(f"device {device!r} is unknown; allowed: {', '.join(DEVICES)}")
+    if not _DEVICES.fullmatch(device):
+        raise RecipeError(f"device {device!r} is unknown; allowed: auto, cpu, cuda, hip, or one of several, as cuda:1")
     started = time.monotonic()
     environment = dict(os.environ)  # of the processes that compute: this one's stays as it is
     said = prepare(environment)

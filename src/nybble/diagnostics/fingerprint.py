@@ -45,6 +45,7 @@ def _version(name: str) -> str:
 def _code() -> str:
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for file in sorted(file for folder in _OURS for file in (package / folder).iterdir() if file.is_file()):
+    files = sorted(file for folder in _OURS for file in (package / folder).rglob("*"))
+    for file in (file for file in files if file.suffix in (".py", ".so", ".pyd")):
         digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -5,6 +5,7 @@ from nybble.kernels.dispatch import Choice, dispatcher
 from nybble.kernels.eager import is_eager
 from nybble.kernels.ops4bit.ops import ENCODERS, dequantize, most_rows, multiply, multiply_dense, quantize
 from nybble.kernels.ops4bit.torch import LowRank
+from nybble.kernels.transfer import send
 
 __all__ = [
     "ENCODERS",
@@ -18,4 +19,5 @@ __all__ = [
     "multiply",
     "multiply_dense",
     "quantize",
+    "send",
 ]

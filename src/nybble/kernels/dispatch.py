@@ -202,27 +202,23 @@ class Dispatcher:
                 return True
         return self.fault(backend, device) is None
 
-    def candidates(self, operator: str, device: torch.device) -> tuple[Backend, ...]:
-        """The backends that may run, fastest first; empty where there is no choice."""
-        return tuple(b for b in self.backends(operator, device) if self.allows(operator, b, device))
-
     def code(self, operator: str, device: torch.device) -> Any:
         """The code that runs an operator on `device`, attention and the switches of torch apart."""
         key = (device.type, operator)
         code = self._first.get(key)
         if code is None:
-            candidates = self.candidates(operator, device)
-            code = candidates[0].load() if candidates else self._table[operator].backends["cpu"][-1].load()
+            backends = self.backends(operator, device) or self._table[operator].backends["cpu"][-1:]
+            code = next(b for b in backends if self.allows(operator, b, device)).load()
             self._first[key] = code
         return code
 
-    def attention(self, device: torch.device) -> tuple[AttentionBackend, ...]:
-        """The backends of attention that may run on `device`, fastest first."""
-        key = (device.type, "attend")
-        if key not in self._first:
-            self._first[key] = tuple(backend.load() for backend in self.candidates("attend", device))
-        found: tuple[AttentionBackend, ...] = self._first[key]
-        return found
+    def attention(self, device: torch.device, takes: Callable[[AttentionBackend], bool]) -> AttentionBackend | None:
+        """The fastest backend of attention on `device` that `takes` what is asked and may run."""
+        for backend in self.backends("attend", device):
+            code: AttentionBackend = backend.load()
+            if takes(code) and self.allows("attend", backend, device):
+                return code
+        return None
 
     def named(self, operator: str, name: str, device: torch.device) -> tuple[Backend, ...]:
         """What goes by `name` among the backends of an operator on `device`."""
@@ -271,6 +267,8 @@ class Dispatcher:
 
 
 def _tested(backend: Backend, device: torch.device) -> str | None:
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     # In a thread of its own: autocast, modes and hooks of the caller, such as a training step, do not reach there.
     with ThreadPoolExecutor(1) as alone:
         return alone.submit(_test, backend, device).result()
@@ -278,6 +276,8 @@ def _tested(backend: Backend, device: torch.device) -> str | None:
 
 def _test(backend: Backend, device: torch.device) -> str | None:
     try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # each thread has its own, at first that of number 0
         wrong = backend.test(backend.load(), device)
     except Exception as error:  # noqa: BLE001 - a compiler or driver may fail in any way; the next backend then runs
         wrong = f"{type(error).__name__}: {str(error)[:200]}"

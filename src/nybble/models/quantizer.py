@@ -36,7 +36,7 @@ from nybble.models.experts import (
 )
 from nybble.models.skeleton import linears_to_pack, swap_linears
 from nybble.nn import Experts4bit, Linear4bit
-from nybble.quant import BLOCK_SIZES, QUANT_TYPES, SUFFIXES, PackedWeight, from_bnb
+from nybble.quant import BLOCK_SIZES, NESTED_BLOCK_SIZE, QUANT_TYPES, SUFFIXES, PackedWeight, from_bnb
 
 METHOD = "nybble"
 
@@ -127,6 +127,16 @@ class NybbleQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: NybbleConfig
     _loading: nn.Module
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes of a packed weight with its share of the scales: what transformers asks the device for beforehand.
+
+        Without it that is 2, and a model that fits is refused as out of memory before its first tensor is read.
+        """
+        config = self.quantization_config
+        scale = 1 + 4 / NESTED_BLOCK_SIZE if config.bnb_4bit_use_double_quant else 4
+        return 0.5 + scale / config.bnb_4bit_blocksize
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
         """True for a tensor of the checkpoint that is to be packed."""

@@ -260,7 +260,7 @@ def _rank_multiple(kind: str) -> int:
     """
     if kind != "cuda" or torch.version.hip is None:
         return 1
-    return 64 if torch.cuda.get_device_properties(0).gcnArchName.startswith("gfx12") else 1
+    return 64 if torch.cuda.get_device_properties(torch.cuda.current_device()).gcnArchName.startswith("gfx12") else 1
 
 
 @cache

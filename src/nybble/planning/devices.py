@@ -169,7 +169,9 @@ def _profile(device: Device, rates: Rates, n_beside: int = 1) -> Profile:
     where = device.torch_device
     used = used_bytes(where)
     context = used if device.type == "cpu" else _CONTEXT[device.backend]
-    memory = free_bytes(where) // n_beside + used
+    free = free_bytes(where) // n_beside
+    # A machine whose GPU shares its memory freezes where another raises an error: a plan may not count on all of it.
+    memory = (int(device.usable_share * free) if device.type == "cuda" and device.shares_memory else free) + used
     products, traffic, operator = rates
     known = (links for word, links in _LINKS.items() if word in device.name)
     links = _LOOPBACK if device.type == "cpu" else next(known, Profile.links)
@@ -236,7 +238,9 @@ class _Stopwatch:
 
 def _product_rate(device: Device, stopwatch: _Stopwatch) -> float:
     n = 1024 if device.type == "cpu" else 8192
-    a, b = (torch.ones(n, n, dtype=torch.bfloat16, device=device.torch_device) for _ in range(2))
+    # Random, since GPUs multiply ones faster than weights: fewer bits change, which takes less power.
+    random = torch.Generator(device.torch_device).manual_seed(0)
+    a, b = (torch.empty(n, n, dtype=torch.bfloat16, device=random.device).normal_(generator=random) for _ in range(2))
     return _STEP_SHARE * 2 * n**3 / stopwatch(lambda: torch.mm(a, b))
 
 

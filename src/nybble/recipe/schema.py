@@ -16,6 +16,7 @@ from nybble.recipe.setting import (
     MAX_ROWS,
     Bytes,
     BytesOrGiB,
+    NumberedGpu,
     Numbers,
     Rate,
     Section,
@@ -58,8 +59,10 @@ class ModelSection(Section):
         "With auto and sdpa Nybble's own attention over rows without padding takes its place in training.",
         neutral=True,
     )
-    device: Literal["auto", "cpu", "cuda", "hip"] = setting(
-        "auto", "Device to run on; auto takes the GPU if torch sees one.", neutral=True
+    device: Literal["auto", "cpu", "cuda", "hip"] | NumberedGpu = setting(
+        "auto",
+        "Device to run on: one, however many there are. auto takes the GPU if torch sees one; cuda:1 is the second.",
+        neutral=True,
     )
     paths: tuple[str, ...] = setting(
         (),

@@ -106,6 +106,7 @@ Tokens = Annotated[int, Field(ge=8, le=2**24)]
 Steps = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)]
 StepsOrNone = Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)]  # 0: never
 StepsOrEpochs = Annotated[int, Field(ge=1, le=10**9)] | Literal[-1]  # -1: as many as the epochs have
+NumberedGpu = Annotated[str, Field(pattern=r"^(cuda|hip):\d{1,3}$")]
 Numbers = dict[str, int | float | bool | str]  # what is given to a function by name
 _OF_NUMBERS = (Rate, Steps, StepsOrNone, StepsOrEpochs)
 

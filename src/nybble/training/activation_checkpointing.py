@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-import torch
 from torch import Tensor, nn
 
 from nybble.errors import RecipeError
@@ -21,7 +20,7 @@ from nybble.nn.recompute import recomputed
 from nybble.recipe import StepMemory, TrainingSection
 
 _SMALL_SHARE = 0.1  # below this share of trained parameters, gradients are copied so that a batch can be repeated
-_SHARE = 0.95  # the part of the free memory that is used, because the allocator leaves gaps between its blocks
+_SHARE = 0.95  # the part of a budget that is used, because the allocator leaves gaps between its blocks
 
 
 class Recomputation:
@@ -116,18 +115,20 @@ class SavedGradients:
 class Room:
     """The bytes that training may take beyond what is in use before it begins."""
 
-    def __init__(self, device: torch.device, budget_bytes: int | None, n_beside: int = 1) -> None:
+    def __init__(self, device: Device, budget_bytes: int | None, n_beside: int = 1) -> None:
         """`n_beside`: the number of processes, including this one, that share the device's memory."""
-        self._device = device
+        self._device = device.torch_device
+        self._usable_share = device.usable_share
         self._n_beside = n_beside
-        self._before = used_bytes(device)
+        self._before = used_bytes(self._device)
         self._most = float("inf") if budget_bytes is None else float(budget_bytes - self._before)
         self._limit = float("inf")
 
     def bytes_now(self) -> float:
         """The free bytes, plus those that training itself has taken."""
         own = used_bytes(self._device) - self._before
-        return min(_SHARE * min(self._most, free_bytes(self._device) // self._n_beside + own), self._limit)
+        usable = self._usable_share * (free_bytes(self._device) // self._n_beside + own)
+        return min(_SHARE * self._most, usable, self._limit)
 
     def limit_to(self, n_bytes: float) -> None:
         """Return at most `n_bytes` from now on."""
@@ -153,5 +154,5 @@ def recomputation_for(
     if memory is not None:
         savers.apply(memory.savers)  # first, because they change the room that is measured next
     shallowest = len(layers) if section.gradient_checkpointing == "always" else 0
-    room = Room(device.torch_device, section.memory_budget, n_beside)
+    room = Room(device, section.memory_budget, n_beside)
     return Recomputation(model, memory, room, savers, shallowest=shallowest)

@@ -211,13 +211,18 @@ def _writer(
 @contextmanager
 def _deterministic(is_wanted: bool) -> Iterator[None]:
     """torch's deterministic algorithms where it has them, while training; cuBLAS needs a variable, too (docs)."""
+    deterministic: Any = torch.utils.deterministic
     before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = deterministic.fill_uninitialized_memory
     if is_wanted:
         torch.use_deterministic_algorithms(True, warn_only=True)
+        # No result depends on memory as it was allocated, and filling all of it takes as long as writing it.
+        deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warns)
+        deterministic.fill_uninitialized_memory = fills
 
 
 @contextmanager
@@ -227,15 +232,20 @@ def _device_errors_in_words(device: Device, writer: CheckpointWriter) -> Iterato
         yield
     except (RuntimeError, MemoryError) as error:
         writer.finish()
-        if is_device_loss(error):
-            line = str(error).strip().partition("\n")[0].rstrip(".")
-            raise CannotRunError(f"{device.name} is lost ({line}); see `nybble doctor`; {writer.way_on}") from error
-        if not is_out_of_memory(error):
+        # First, since libraries that find no memory for themselves call it an error of the device.
+        if is_out_of_memory(error):
+            raise _out_of_memory(device, writer) from error
+        if not is_device_loss(error):
             raise
-        raise CannotRunError(
-            f"out of memory on {device.name}; use --memory_budget, a smaller --per_device_train_batch_size (with more "
-            f"--gradient_accumulation_steps), or a shorter --max_length; {writer.way_on}"
-        ) from error
+        line = str(error).strip().partition("\n")[0].rstrip(".")
+        raise CannotRunError(f"{device.name} is lost ({line}); see `nybble doctor`; {writer.way_on}") from error
+
+
+def _out_of_memory(device: Device, writer: CheckpointWriter) -> CannotRunError:
+    return CannotRunError(
+        f"out of memory on {device.name}; use --memory_budget, a smaller --per_device_train_batch_size (with more "
+        f"--gradient_accumulation_steps), or a shorter --max_length; {writer.way_on}"
+    )
 
 
 def is_device_loss(error: Exception) -> bool:

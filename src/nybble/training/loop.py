@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nybble.errors import InputError
 from nybble.hardware import Device, is_out_of_memory
+from nybble.kernels import send
 from nybble.models import full_tensors
 from nybble.nn.dropout_seed import DropoutSeeds
 from nybble.nn.workspace import workspace
@@ -148,7 +149,7 @@ def forward_backward(t: Training, batch: MicroBatch, n_learned: int) -> Tensor:
     """
     step = t.state.step
     inputs = to_device(batch.inputs, t.device.torch_device)
-    n_items = torch.tensor(float(n_learned), device=t.device.torch_device)
+    n_items = torch.full((), float(n_learned), device=t.device.torch_device)  # `torch.tensor` waits for a GPU
     t.noise.begin(step, batch.rows, batch.lengths)
     if step < t.section.parity_steps and "lengths" in inputs:
         t.parities.append(compare(t.model, inputs, n_items, t.compute_dtype))
@@ -197,12 +198,7 @@ def loss_of(t: Training, inputs: dict[str, Any], n_items: Tensor) -> Tensor:
 
 def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The tensors of a batch on `device`; the host does not wait for the copy."""
-    if device.type == "cpu":
-        return dict(inputs)
-    return {
-        name: value.pin_memory().to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in inputs.items()
-    }
+    return {name: send(value, device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
 def clip_gradients(t: Training) -> Tensor:

@@ -60,9 +60,9 @@ def attend(
     if sinks is not None:
         return with_sinks(q, k, v, sinks, settings)
     if not isinstance(q, FakeTensor) and q.numel():
-        for backend in dispatcher.attention(q.device):
-            if backend.takes(q, settings):
-                return backend.attend(q, k, v, settings)
+        backend = dispatcher.attention(q.device, lambda backend: backend.takes(q, settings))
+        if backend is not None:
+            return backend.attend(q, k, v, settings)
     out: Tensor = torch.ops.nybble.attend(q, k, v, *settings)[0]
     return out
 

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nybble.kernels.transfer import send
+
 __all__ = ["Segment", "check_parents", "gather_paths", "path_of", "segments_of"]
 
 
@@ -110,4 +112,4 @@ def path_places(lengths: tuple[int, ...], parents: tuple[int, ...], device: torc
     with torch.inference_mode(False):  # a later step may save it for its backward
         own = [torch.arange(s.start, s.start + s.length, device="cpu") for s in segments]
         places = torch.cat([own[i] for index in range(len(segments)) for i in path_of(segments, index)])
-        return places.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else places.to(device)
+        return send(places, device)

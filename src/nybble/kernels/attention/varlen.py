@@ -14,6 +14,7 @@ from torch import Tensor
 from nybble.kernels.attention.backend import AttentionBackend, computed_again, derive_by_autograd
 from nybble.kernels.attention.segments import gather_paths, segments_of
 from nybble.kernels.attention.torch import Settings
+from nybble.kernels.transfer import send
 
 __all__ = ["VARLEN", "VARLEN_TREE", "VARLEN_WINDOW", "missing", "varlen_attn"]
 
@@ -63,10 +64,10 @@ def _at_once(q: Tensor, k: Tensor, v: Tensor, settings: Settings) -> Tensor:
 
 @lru_cache(maxsize=8)  # all layers of a step ask for the same
 def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """0 and the end of each part, int32 on `device`, sent from pinned memory: nothing waits for the device."""
+    """0 and the end of each part, int32 on `device`."""
     with torch.inference_mode(False):  # a later step may save it for its backward
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu")
-        return ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends.to(device)
+        return send(ends, device)
 
 
 def _backend(takes: Callable[[Tensor, Settings], bool]) -> AttentionBackend:

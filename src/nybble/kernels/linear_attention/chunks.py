@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nybble.kernels.attention.segments import segments_of
+from nybble.kernels.transfer import send
 
 __all__ = ["Chunks", "Level", "chunks_of", "earlier_tokens"]
 
@@ -63,9 +64,9 @@ def chunks_of(lengths: tuple[int, ...], parents: tuple[int, ...], size: int, dev
         members = [chunk for chunk in order[first_of_level[-1] :] if found[chunk][0] == level]
         first_of_level.append(first_of_level[-1] + len(members))
         earlier = [numbers[found[chunk][1]] - first_of_level[-3] for chunk in members] if level else []
-        places = torch.tensor(earlier, dtype=torch.int64, device="cpu").to(device) if level else None
+        places = send(torch.tensor(earlier, dtype=torch.int64, device="cpu"), device) if level else None
         levels.append(Level(slice(*first_of_level[-2:]), places))
-    return Chunks(len(found), size, token.to(device), place[:n_tokens].to(device), tuple(levels))
+    return Chunks(len(found), size, send(token, device), send(place[:n_tokens], device), tuple(levels))
 
 
 @lru_cache(maxsize=8)
@@ -83,4 +84,4 @@ def earlier_tokens(lengths: tuple[int, ...], parents: tuple[int, ...], n: int, d
             path = torch.cat([path.new_full((n - 1,), n_tokens), path])
         for steps in range(n):
             earlier[steps, start : start + length] = path[n - 1 - steps : len(path) - steps]
-    return earlier.to(device)
+    return send(earlier, device)

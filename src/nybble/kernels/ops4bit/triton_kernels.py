@@ -148,7 +148,8 @@ def nested_codes(
     step = tl.load(nested_ptr + ((first + block) >> 8), mask=live, other=0.0)
     offset = tl.load(offset_ptr)
     scale = tl.load(scales_ptr + first + block, mask=live, other=0.0)
-    wanted = (scale - offset) * tl.div_rn(1.0, tl.maximum(step, TINY))
+    # A tensor of it: below 2^-126 a number alone is float64 to Triton before 3.9, which `div_rn` does not take.
+    wanted = (scale - offset) * tl.div_rn(1.0, tl.maximum(step, tl.full([tile], TINY, tl.float32)))
     nearest = tl.zeros([tile], tl.int32)  # counts the midpoints below
     for power in tl.static_range(8):
         half = 128 >> power

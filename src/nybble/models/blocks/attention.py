@@ -79,7 +79,8 @@ def _attend(
         raise NotRowsError("attention with a bias for positions")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise NotRowsError("attention in both directions")
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    # Of one type, as torch's attention makes them under autocast: norms in float32 give float32.
+    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
     attending.add(type(module))
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     width = max(q.shape[-1], v.shape[-1])
@@ -174,4 +175,7 @@ def _queries_keys_values(module: Any, x: Tensor, heads: int, kv_heads: int) -> t
         else:
             q, k, v = (layer(x) for layer in layers)
     q, k, v = q.view(-1, heads, width), k.view(-1, kv_heads, width), v.view(-1, kv_heads, width)
-    return (module.q_norm(q), module.k_norm(k), v) if hasattr(module, "q_norm") else (q, k, v)
+    if not hasattr(module, "q_norm"):
+        return q, k, v
+    # Under autocast a norm that is trained, in float32, gives float32.
+    return module.q_norm(q).to(v.dtype), module.k_norm(k).to(v.dtype), v

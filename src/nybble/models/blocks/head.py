@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from nybble.kernels import send
 from nybble.models.blocks.attention import over_rows
 from nybble.models.blocks.kinds import use_forward
 from nybble.nn.lora_projection import Projection, project
@@ -111,10 +112,10 @@ def _next_token(
     with over_rows(model, lengths, parents):
         hidden = body_of(model)(**inputs).last_hidden_state[0]
     head, scale, softcap = model.get_output_embeddings(), made.scale(model.config), made.softcap(model.config)
-    # The branches of a tree begin behind the same token: its gradients are added in one order, which on a CPU the
-    # backward of indexing does not keep.
-    repeats = bool(parents) and hidden.device.type == "cpu"
-    chosen = hidden.index_select(0, learned) if repeats else hidden[learned]
+    # The backward of indexing sorts first; that of index_select adds each row where it belongs. Only the branches of a
+    # tree begin behind the same token, whose gradients are added in one order by sorting on a GPU, by adding on a CPU.
+    sorts = bool(parents) and hidden.device.type != "cpu"
+    chosen = hidden[learned] if sorts else hidden.index_select(0, learned)
     chosen = chosen if scale == 1 else chosen * scale
     if not has_fused_head(model):
         losses = _losses_of_logits(head(chosen), targets, softcap)
@@ -195,7 +196,7 @@ def _token_rows(wrapper: Any) -> TokenRows | None:
     values = adapter.trainable_tokens_delta[active[0]]
     known = vars(wrapper).get("nybble_numbers")
     if known is None or known[0] != active[0] or known[1].device != values.device:
-        known = (active[0], torch.tensor(adapter.token_indices[active[0]], device=values.device))
+        known = (active[0], send(torch.tensor(adapter.token_indices[active[0]], device="cpu"), values.device))
         wrapper.nybble_numbers = known
     return TokenRows(known[1], values)
 
