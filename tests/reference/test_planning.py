@@ -282,6 +282,30 @@ def test_the_largest_length_fits_and_a_longer_one_does_not() -> None:
     assert smallest_peak(forecast(length)) <= budget < smallest_peak(forecast(length + length // 16))
 
 
+def test_the_proposed_changes_are_smaller_than_what_does_not_fit_and_fit_where_they_say_so() -> None:
+    """The batch is split and every saver taken already: what is proposed is measured against that."""
+    recipe = load_recipe(None, {"per_device_train_batch_size": 2, "r": 64, "target_modules": "all-linear"})
+    config = AutoConfig.for_model("llama", **SIZES)
+    rows = BatchShape((40,) * 2)
+    profile, batches = named_profile("rtx4090"), Batches(rows, rows, rows)
+    smallest = make_plan(budgeted(recipe, 1), config, profile, batches)  # all that is neutral is done where nothing fits
+    budget = max(phase.peak_bytes for phase in smallest.phases) * 499 // 500
+    made = make_plan(budgeted(recipe, budget), config, profile, batches)
+    assert not made.fits
+    assert made.micro_batch == 1
+    peak = max(phase.peak_bytes for phase in made.phases)
+    changes = {change.setting: change for change in made.cheapest_changes}
+    assert "per_device_train_batch_size" not in changes  # one row goes through at a time already
+    assert changes["r"].fits
+    assert all(change.peak_bytes < peak for change in changes.values())
+    smaller = changed(budgeted(recipe, budget), "lora", r=8)
+    assert make_plan(smaller, config, profile, batches).fits
+
+
+def budgeted(recipe: Recipe, n_bytes: int) -> Recipe:
+    return changed(recipe, "training", memory_budget=n_bytes)
+
+
 class _Fault:
     """A layer's hook: memory runs out in every forward pass."""
 

@@ -198,7 +198,14 @@ def test_every_help_text_is_a_sentence() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "code"), [(["train", "--help"], 0), (["train", "--lerning_rate", "1"], 2), (["train", "--r", "0"], 2)]
+    ("words", "code"),
+    [
+        (["train", "--help"], 0),
+        (["train", "--lerning_rate", "1"], 2),
+        (["train", "--r", "0"], 2),
+        (["plan", "--model", "lama-2-7b"], 2),
+        (["plan", "--model", "llama-2-7b", "--link-rate", "5GB"], 2),
+    ],
 )
 def test_help_and_a_wrong_option_are_answered_without_torch(words: list[str], code: int) -> None:
     script = (

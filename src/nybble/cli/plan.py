@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,11 +10,14 @@ import typer
 from nybble.cli.options import RecipeFile, takes_settings
 from nybble.cli.process import import_libraries
 from nybble.cli.terminal import print_json
-from nybble.recipe import load_recipe
+from nybble.errors import RecipeError
+from nybble.recipe import load_recipe, refusal
+from nybble.recipe.shapes import check_spelling
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from nybble.planning import SharedPlan
     from nybble.recipe import Plan
 
 
@@ -52,30 +56,34 @@ def plan(
     if memory is not None:
         overrides["memory_budget"] = memory
     resolved = load_recipe(recipe, overrides)
-    import_libraries()
-    from nybble import planning
-    from nybble.errors import RecipeError
-    from nybble.recipe import refusal
-
-    if processes is not None:
-        shared = planning.plan_processes(resolved, n=processes, profile=profile, link_rate=link_rate)
-        if as_json:
-            print_json(shared.to_json())
-        else:
-            _print(shared.plan)
-            print("\n".join(shared.lines()))
-        if not shared.plan.fits:
-            raise refusal(shared.plan)
-        return
-    if link_rate is not None:
+    check_spelling(resolved.model.model_name_or_path)
+    if link_rate is not None and processes is None:
         raise RecipeError("--link-rate is the rate between several processes; give --processes N with it")
-    made = planning.plan(resolved, profile=profile, largest=largest)
+    shared: SharedPlan | None = None
+    with _shown_at_work():
+        import_libraries()
+        from nybble import planning
+
+        if processes is None:
+            made = planning.plan(resolved, profile=profile, largest=largest)
+        else:
+            shared = planning.plan_processes(resolved, n=processes, profile=profile, link_rate=link_rate)
+            made = shared.plan
     if as_json:
-        print_json(made.to_json())
+        print_json((shared or made).to_json())
     else:
         _print(made)
+        if shared is not None:
+            print("\n".join(shared.lines()))
     if not made.fits:
         raise refusal(made)
+
+
+def _shown_at_work() -> AbstractContextManager[Any]:
+    """Within, a terminal shows that the plan is being made: large models take many seconds."""
+    from rich.console import Console
+
+    return Console(stderr=True).status("Tracing the step without data ..")
 
 
 def _print(made: Plan) -> None:

@@ -21,7 +21,7 @@ from nybble.planning.distributed import (
 )
 from nybble.planning.phases import Batches
 from nybble.planning.planner import find_config, make_plan, plan
-from nybble.planning.shapes import SHAPES
+from nybble.recipe.shapes import SHAPES
 
 __all__ = [
     "PROFILES",

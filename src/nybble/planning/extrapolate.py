@@ -67,8 +67,15 @@ class TracedModel:
     traces: dict[Any, StepCost] = field(default_factory=dict, repr=False, compare=False)  # of whole models
 
     def of(self, **changes: Any) -> TracedModel:
-        """The same with another recipe or config, without the traces so far, which would not hold."""
-        return replace(self, traces={}, **changes)
+        """The same with another recipe or config, and with the traces so far where they hold for the same model."""
+        other = replace(self, **changes)
+        return other if self._what_is_built == other._what_is_built else replace(other, traces={})
+
+    @property
+    def _what_is_built(self) -> tuple[Any, ...]:
+        """All that `meta_model` makes the model of."""
+        recipe = self.recipe
+        return (self.config, recipe.method, recipe.model, recipe.quantization, recipe.lora)
 
     @cached_property
     def _bare(self) -> Any:

@@ -134,15 +134,22 @@ class Forecast:
         if not self.leaves_room(curve, budget_bytes):
             return None
         room = budget_bytes - self.beside_a_step
-        return next((n for n in self.levels if self.total(curve.steady(n).peak) <= room), None)
 
-    def leaves_room(self, curve: StepAtLevels, budget_bytes: int) -> bool:
-        """Whether weights and optimizer state alone stay within the budget.
+        def stays(level: int) -> bool:
+            return self.total(curve.steady(level).peak) <= room
+
+        # The last level is the smallest: where it does not fit, the others need no trace.
+        return next(filter(stays, self.levels), None) if stays(self.levels[0]) or stays(self.levels[-1]) else None
+
+    def leaves_room(
+        self, curve: StepAtLevels, budget_bytes: int, parts: Sequence[str] = ("weights", "adapters", "optimizer")
+    ) -> bool:
+        """Whether weights and optimizer state alone, or other `parts`, stay within the budget.
 
         They are the same at every level and for every split of a batch; where they do not, no other is worth tracing.
         """
         rest = curve.steady(self.levels[0]).rest
-        always = {part: rest.get(part, 0) for part in ("weights", "adapters", "optimizer")}
+        always = {part: rest.get(part, 0) for part in parts}
         return self.total(Peak(sum(always.values()), always)) <= budget_bytes - self.beside_a_step
 
     @cached_property

@@ -48,7 +48,7 @@ from nybble.planning.search import (
     largest_model,
     plan_levels,
 )
-from nybble.planning.shapes import config_of, known_shape, not_known
+from nybble.planning.shapes import config_of
 from nybble.recipe import (
     ModelSection,
     Plan,
@@ -59,6 +59,7 @@ from nybble.recipe import (
     saving_in_words,
     step_in_words,
 )
+from nybble.recipe.shapes import known_shape, not_known
 from nybble.run.quiet import quiet_libraries
 from nybble.units import format_bytes
 
@@ -193,7 +194,7 @@ class _Result:
             total_seconds=seconds * n_steps if n_steps else None,
             trainable_parameters=trainable,
             total_parameters=total,
-            cheapest_changes=() if chosen.fits else cheapest_changes(self.forecast, self.budget_bytes),
+            cheapest_changes=() if chosen.fits else cheapest_changes(chosen, self.budget_bytes),
             step_memory=chosen.forecast.step_memory(self.budget_bytes, chosen.longest_level),
             saving_rule=saving_in_words(training),
             notes=tuple(filter(None, (unknown if n_rows is None else None, self.forecast.setting.blocks.reason))),

@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nybble.planning.phases import Batches, Forecast
-from nybble.planning.shapes import SHAPES, config_of
+from nybble.planning.shapes import config_of
 from nybble.planning.traced_step import BatchShape
 from nybble.recipe import Change, LevelPlan, PhasePlan, Recipe
+from nybble.recipe.shapes import SHAPES
 
 _SPLITS = 3  # splits of a batch that are tried
 
@@ -129,10 +130,15 @@ def plan_levels(choice: ChosenSettings) -> tuple[LevelPlan, ...]:
 
 def smallest_peak(forecast: Forecast) -> int:
     """The highest peak of the run at the last level whose weights are not decoded in slices (slow to trace)."""
+    level = max(level for level in forecast.levels if level == forecast.levels[0] or not _slices(forecast, level))
+    return _peak_at(forecast, level)
+
+
+def _peak_at(forecast: Forecast, level: int) -> int:
+    """The highest peak of the run if every batch is the longest one, at that level and with one row evaluated."""
     setting = forecast.setting
     if "embedding" in setting.savers:
         forecast = replace(forecast, setting=replace(setting, host_embedding=True))
-    level = max(level for level in forecast.levels if level == forecast.levels[0] or not _slices(forecast, level))
     slim = replace(forecast, batches=replace(forecast.batches, average=forecast.batches.longest))
     return max(phase.peak_bytes for phase in slim.phases(level, level, 1))
 
@@ -142,19 +148,24 @@ def _slices(forecast: Forecast, level: int) -> bool:
     return level > n and "slices" in levels[level - n - 1]
 
 
-def cheapest_changes(forecast: Forecast, budget_bytes: int) -> tuple[Change, ...]:
-    """Changes that would make the run smaller, those that cost learning least first.
+def cheapest_changes(chosen: ChosenSettings, budget_bytes: int) -> tuple[Change, ...]:
+    """Changes that would make the run smaller than what was chosen, those that cost learning least first.
 
-    Where weights and optimizer state alone exceed the budget, changes of the batch are not tried: they cannot help.
+    Changes that cannot help are not tried: those of the batch where weights and optimizer state alone exceed the
+    budget, and those of what is trained where the weights alone do.
     """
+    forecast = chosen.forecast
     has_room = forecast.leaves_room(forecast.average, budget_bytes)
-    now = smallest_peak(forecast)
+    cannot_help = set() if has_room else set(_OF_THE_BATCH)
+    if not forecast.leaves_room(forecast.average, budget_bytes, parts=("weights",)):
+        cannot_help |= {*_OF_WHAT_IS_TRAINED}
+    now = max(phase.peak_bytes for phase in chosen.phases)
     found = []
-    for setting, value, recipe, batches, meaning in _variants(forecast):
-        if setting in _OF_THE_BATCH and not has_room:
+    for setting, value, recipe, batches, meaning in _variants(forecast, chosen.n_parts):
+        if setting in cannot_help:
             continue
         other = replace(forecast, setting=forecast.setting.of(recipe=recipe), batches=batches)
-        peak = smallest_peak(other)
+        peak = _peak_at(other, other.levels[-1])
         if peak < 0.995 * now:
             found.append(Change(setting, value, peak, peak <= budget_bytes, meaning))
     length = largest_length(forecast, budget_bytes) if has_room else None
@@ -165,9 +176,11 @@ def cheapest_changes(forecast: Forecast, budget_bytes: int) -> tuple[Change, ...
 
 
 _OF_THE_BATCH = ("gradient_checkpointing", "per_device_train_batch_size")  # weights and states stay as they are
+_OF_WHAT_IS_TRAINED = ("r", "optim")  # the weights of the base stay as they are
 
 
-def _variants(forecast: Forecast) -> Iterator[tuple[str, str, Recipe, Batches, str]]:
+def _variants(forecast: Forecast, n_parts: int) -> Iterator[tuple[str, str, Recipe, Batches, str]]:
+    """Changes of a run whose batches are in `n_parts` already: setting, value, recipe, batches and what it means."""
     recipe, batches = forecast.setting.recipe, forecast.batches
     training = recipe.training
     if training.gradient_checkpointing == "never":
@@ -182,7 +195,7 @@ def _variants(forecast: Forecast) -> Iterator[tuple[str, str, Recipe, Batches, s
         lean = changed(recipe, "training", lean="auto")
         yield "lean", "auto", lean, batches, "what can wait lies on the host, the MLP runs in tiles: the same result"
     size = training.per_device_train_batch_size
-    if size > 1:
+    if size > n_parts:
         sizes = {
             "per_device_train_batch_size": 1,
             "gradient_accumulation_steps": size * training.gradient_accumulation_steps,
@@ -191,7 +204,7 @@ def _variants(forecast: Forecast) -> Iterator[tuple[str, str, Recipe, Batches, s
             "per_device_train_batch_size",
             "1",
             changed(recipe, "training", **sizes),
-            batches.split(size),
+            batches.split(size // n_parts),
             (f"with gradient_accumulation_steps {sizes['gradient_accumulation_steps']} the same result, slower"),
         )
     if recipe.method == "full":
@@ -216,18 +229,31 @@ def changed(recipe: Recipe, section: str, **values: Any) -> Recipe:
 
 
 def largest_length(forecast: Forecast, budget_bytes: int) -> int | None:
-    """The largest `max_length` (a multiple of 16) that fits, all rows being that long; None where none does."""
+    """The largest `max_length` (a multiple of 16) that fits, all rows being that long; None where none does.
 
-    def fits(length: int) -> bool:
-        return smallest_peak(replace(forecast, batches=_stretched(forecast.batches, length))) <= budget_bytes
+    A peak is nearly a line over the length, so a length is tried where the line through the two lengths around it meets
+    the budget, and just beyond one that fits; every third is the middle between those, in case it is no line.
+    """
+
+    def peak(length: int) -> int:
+        return smallest_peak(replace(forecast, batches=_stretched(forecast.batches, 16 * length)))
 
     positions = forecast.setting.config.get_text_config().max_position_embeddings
     low, high = 1, max(2, positions // 16 + 1)  # in units of 16 tokens
-    if not fits(16 * low):
+    peaks = {low: peak(low)}
+    if peaks[low] > budget_bytes:
         return None
-    while high - low > max(1, low // 32):
-        middle = min((low * high) ** 0.5, (low + high) / 2) if high > 4 * low else (low + high) / 2
-        low, high = (int(middle), high) if fits(16 * int(middle)) else (low, int(middle))
+    turn = 0
+    while high - low > (step := max(1, low // 32)):
+        middle = int(min((low * high) ** 0.5, (low + high) / 2)) if high > 4 * low else (low + high) // 2
+        others = sorted((n for n in peaks if n != low), key=lambda n: abs(n - low))
+        if others and turn % 3 != 2:
+            slope = (peaks[others[0]] - peaks[low]) / (others[0] - low)
+            meets = low + int((budget_bytes - peaks[low]) / slope) if slope > 0 else high
+            middle = min(max(meets, low + step), high - 1)
+        peaks[middle] = peak(middle)
+        low, high = (middle, high) if peaks[middle] <= budget_bytes else (low, middle)
+        turn += 1
     return 16 * low
 
 
