@@ -95,6 +95,7 @@ def open_run(
         CannotRunError: the device or a library is missing.
     """
     started = time.monotonic()
+    recipe.preferences.check_trained()
     path = Path(recipe.training.output_dir).expanduser()
     if processes.have_begun(str(path)):  # only the first start of a launcher may overwrite
         on_existing = "resume" if on_existing == "resume" else "resume_if_any"
@@ -197,6 +198,9 @@ def _prepare(recipe: Recipe, run: RunContext, *, force: bool) -> RunInputs:
     if run.resumes and checkpoint is None:
         note("no checkpoint found; starting from step 0")
     choose_backends(run.device, recipe.model.paths, recipe.training.optim, note)
+
+    for name in recipe.preferences.unused:
+        note(f"{name} is not used under objective: {recipe.preferences.objective}")
 
     run.observer.stage("rows")
     source = find_model(recipe.model)

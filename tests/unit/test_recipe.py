@@ -382,6 +382,13 @@ def recipes(draw: st.DrawFn) -> Recipe:
     if content["training"].get("fsdp_cpu_offload") or content["training"].get("fsdp_shards"):
         content["training"]["distributed"] = "fsdp"
     content.get("lora", {}).pop("layers_pattern", None)
+    if content.get("preferences", {}).get("objective", "sft") != "sft":  # it compares whole answers
+        content["data"] = {k: v for k, v in content.get("data", {}).items() if k not in ("loss_on", "overlong")}
+        content["preferences"].pop("precompute_ref_log_probs", None)
+        if content["training"].get("learning_rate") == "probe":
+            del content["training"]["learning_rate"]
+    if content.get("preferences", {}).get("label_smoothing"):
+        content["preferences"].pop("loss_type", None)
     if isinstance(content.get("data", {}).get("dataset_name"), list):  # several sets have their own rows and splits
         content["data"] = {
             k: v for k, v in content["data"].items() if k not in ("max_train_rows", "eval_dataset_split")

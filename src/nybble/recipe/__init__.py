@@ -20,6 +20,7 @@ from nybble.recipe.plan import (
     StepMemory,
     refusal,
 )
+from nybble.recipe.preferences import Objective, PreferencesSection
 from nybble.recipe.schema import (
     DataSection,
     DataSet,
@@ -41,9 +42,11 @@ __all__ = [
     "LevelPlan",
     "LoraSection",
     "ModelSection",
+    "Objective",
     "Pace",
     "PhasePlan",
     "Plan",
+    "PreferencesSection",
     "QuantizationSection",
     "Recipe",
     "RecipeSource",

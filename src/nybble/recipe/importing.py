@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -20,6 +20,7 @@ from nybble.guard import clipped, shown
 from nybble.recipe.catalogue import spellings
 from nybble.recipe.load import first_fault, read_yaml
 from nybble.recipe.other_tools import ANSWERS
+from nybble.recipe.preferences import Objective
 from nybble.recipe.schema import Recipe
 
 Settings = dict[str, Any]  # ours, by path
@@ -392,7 +393,17 @@ def _kind(everything: _Conversion, said: Any) -> Settings:
 def _stage(everything: _Conversion, said: Any) -> Settings:
     if said == "pt":
         return {"data.loss_on": "all"}
-    return {} if said == "sft" else everything.remark("stage", ANSWERS["stage"].removeprefix(_SAID))
+    if said in get_args(Objective):
+        return {"preferences.objective": said}
+    return everything.remark("stage", f"an objective is one of {', '.join(get_args(Objective))} here")
+
+
+def _preference_loss(everything: _Conversion, said: Any) -> Settings:
+    """LLaMA-Factory's `pref_loss`, which names objectives too."""
+    if said in ("ipo", "orpo", "simpo"):
+        everything.settings.pop("preferences.objective", None)
+        return {"preferences.objective": said}
+    return {"preferences.loss_type": said}
 
 
 _OF_ALL: dict[str, Convert] = {
@@ -440,6 +451,7 @@ _BY_TOOL: dict[str, dict[str, Convert]] = {
     "llama_factory": {
         "add_special_tokens": _to("lora.new_tokens"),
         "stage": _stage,
+        "pref_loss": _preference_loss,
         "finetuning_type": _kind,
         "quantization_bit": _nothing,  # decides the method
         "quantization_type": _to("quantization.bnb_4bit_quant_type"),

@@ -123,7 +123,6 @@ ANSWERS: dict[str, str] = {
     ),
     "dataloader_drop_last": _REMOVE + "the last step of an epoch has the rows that are left, each weighing the same",
     # the step
-    "loss_type": _REMOVE + "the loss is the cross entropy of the learned tokens",
     "label_smoothing_factor": _REMOVE + "the loss is the cross entropy of the learned tokens, without smoothing",
     "average_tokens_across_devices": _REMOVE + "each learned token of a step weighs the same, on any number of devices",
     "optim_target_modules": "use target_modules, or optim_args for an optimizer that projects gradients",
@@ -205,6 +204,8 @@ ANSWERS: dict[str, str] = {
     "cosine_min_lr_ratio": "use lr_scheduler_type: cosine_with_min_lr with lr_scheduler_kwargs: {min_lr_rate: RATIO}",
     "peft_use_dora": "use use_dora",
     "peft_use_rslora": "use use_rslora",
-    **_all("stage rl", _REMOVE + "training is supervised fine-tuning"),
+    "loss_weights": "use rpo_alpha for the weight of the chosen answer's supervised loss",
+    "pref_bco_weight": _REMOVE + "objectives are dpo, ipo, kto, orpo and simpo",
+    **_all("max_prompt_length max_completion_length", "use max_length, the longest prompt and answer together"),
     **_all("plugins", _REMOVE + "there are no plugins"),
 }

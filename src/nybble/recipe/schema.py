@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from nybble.guard import shown
+from nybble.recipe.preferences import PreferencesSection
 from nybble.recipe.setting import (
     MAX_ROWS,
     Bytes,
@@ -33,7 +34,8 @@ from nybble.recipe.setting import (
 
 # What the setting `columns` can name.
 COLUMN_ROLES = (
-    "prompt", "completion", "question", "answer", "messages", "input", "system", "history", "tools", "reasoning"
+    "prompt", "completion", "question", "answer", "messages", "input", "system", "history", "tools", "reasoning",
+    "chosen", "rejected", "label"
 )  # fmt: skip
 
 
@@ -274,7 +276,9 @@ class LoraSection(Section):
         return self
 
 
-DataFormat = Literal["auto", "text", "prompt_completion", "qa", "alpaca", "sharegpt", "messages"]
+DataFormat = Literal[
+    "auto", "text", "prompt_completion", "qa", "alpaca", "sharegpt", "messages", "preference", "unpaired_preference"
+]
 _OF_EACH_SET = ("data_format", "columns", "ignore_columns")  # settings that a set may have of its own
 
 
@@ -367,8 +371,9 @@ class DataSection(Section):
     columns: tuple[str, ...] = setting(
         (),
         "What columns with other names hold, as prompt=question,completion=response: text as it is "
-        "(prompt, completion), a question with its answer for the chat template (question, answer), messages, or what "
-        "stands beside them (input, system, history, tools, reasoning).",
+        "(prompt, completion), a question with its answer for the chat template (question, answer), messages, the answers "
+        "of a preference (chosen, rejected) or whether one is good (label), or what stands beside them (input, system, "
+        "history, tools, reasoning).",
         unset="by their usual names",
     )
     ignore_columns: tuple[str, ...] = setting(
@@ -816,6 +821,7 @@ class Recipe(Section):
     quantization: QuantizationSection = QuantizationSection()
     lora: LoraSection = LoraSection()
     data: DataSection = DataSection()
+    preferences: PreferencesSection = PreferencesSection()
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
 
@@ -837,6 +843,7 @@ class Recipe(Section):
             raise ValueError("fsdp_cpu_offload only works with distributed: fsdp; set that, or remove fsdp_cpu_offload")
         if training.fsdp_shards and training.distributed != "fsdp":
             raise ValueError("fsdp_shards only works with distributed: fsdp; set that, or remove fsdp_shards")
+        self._check_objective()
         if lora.new_tokens and self.method == "full":
             raise ValueError("new_tokens learns rows beside adapters; use it with method: qlora or lora")
         if lora.new_tokens and lora.adapter_name_or_path:
@@ -847,3 +854,27 @@ class Recipe(Section):
                 "use it with method: qlora and without use_dora, or set it to default"
             )
         return self
+
+    def _check_objective(self) -> None:
+        preferences, data = self.preferences, self.data
+        if preferences.objective == "sft":
+            return
+        if data.loss_on not in ("answers", "last_answer"):
+            raise ValueError(
+                f"objective {preferences.objective} compares whole answers; use loss_on: answers or last_answer, not "
+                f"{data.loss_on}"
+            )
+        if data.overlong == "split":
+            raise ValueError(
+                f"overlong: split would part answers that objective {preferences.objective} compares; use truncate or "
+                "drop"
+            )
+        if self.training.learning_rate == "probe":
+            raise ValueError(
+                f"learning_rate: probe compares supervised losses; give a number under objective {preferences.objective}"
+            )
+        if self.method == "full" and preferences.needs_reference and not preferences.precompute_ref_log_probs:
+            raise ValueError(
+                f"objective {preferences.objective} with method: full needs precompute_ref_log_probs: true, because "
+                "the model that training starts from is gone after the first step; set it, or use adapters"
+            )
