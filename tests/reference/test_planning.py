@@ -288,7 +288,9 @@ def test_the_proposed_changes_are_smaller_than_what_does_not_fit_and_fit_where_t
     config = AutoConfig.for_model("llama", **SIZES)
     rows = BatchShape((40,) * 2)
     profile, batches = named_profile("rtx4090"), Batches(rows, rows, rows)
-    smallest = make_plan(budgeted(recipe, 1), config, profile, batches)  # all that is neutral is done where nothing fits
+    smallest = make_plan(
+        budgeted(recipe, 1), config, profile, batches
+    )  # all that is neutral is done where nothing fits
     budget = max(phase.peak_bytes for phase in smallest.phases) * 499 // 500
     made = make_plan(budgeted(recipe, budget), config, profile, batches)
     assert not made.fits

@@ -50,7 +50,8 @@ def test_settings_of_other_objectives_are_named() -> None:
 def test_names_of_other_tools_are_understood() -> None:
     section = load_recipe({"rl": "dpo", "rl_beta": 0.3, "dpo_label_smoothing": 0.1}).preferences
     assert (section.objective, section.beta, section.label_smoothing) == ("dpo", 0.3, 0.1)
-    assert section.compares and section.needs_reference
+    assert section.compares
+    assert section.needs_reference
     section = load_recipe({"stage": "dpo", "pref_beta": 0.2, "pref_ftx": 0.5, "loss_type": ["hinge"]}).preferences
     assert (section.beta, section.rpo_alpha, section.loss_type) == (0.2, 0.5, "hinge")
     assert not load_recipe({"objective": "kto"}).preferences.compares

@@ -394,16 +394,13 @@ def _stage(everything: _Conversion, said: Any) -> Settings:
     if said == "pt":
         return {"data.loss_on": "all"}
     if said in get_args(Objective):
-        return {"preferences.objective": said}
+        loss = everything.content.get("pref_loss") if said == "dpo" else None  # which names objectives too
+        return {"preferences.objective": loss if loss in get_args(Objective) else said}
     return everything.remark("stage", f"an objective is one of {', '.join(get_args(Objective))} here")
 
 
-def _preference_loss(everything: _Conversion, said: Any) -> Settings:
-    """LLaMA-Factory's `pref_loss`, which names objectives too."""
-    if said in ("ipo", "orpo", "simpo"):
-        everything.settings.pop("preferences.objective", None)
-        return {"preferences.objective": said}
-    return {"preferences.loss_type": said}
+def _preference_loss(_all: _Conversion, said: Any) -> Settings:
+    return {} if said in get_args(Objective) else {"preferences.loss_type": said}
 
 
 _OF_ALL: dict[str, Convert] = {

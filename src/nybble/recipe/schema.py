@@ -371,9 +371,9 @@ class DataSection(Section):
     columns: tuple[str, ...] = setting(
         (),
         "What columns with other names hold, as prompt=question,completion=response: text as it is "
-        "(prompt, completion), a question with its answer for the chat template (question, answer), messages, the answers "
-        "of a preference (chosen, rejected) or whether one is good (label), or what stands beside them (input, system, "
-        "history, tools, reasoning).",
+        "(prompt, completion), a question with its answer for the chat template (question, answer), messages, the two "
+        "answers of a preference (chosen, rejected) or whether an answer is good (label), or what stands beside them "
+        "(input, system, history, tools, reasoning).",
         unset="by their usual names",
     )
     ignore_columns: tuple[str, ...] = setting(
@@ -856,25 +856,25 @@ class Recipe(Section):
         return self
 
     def _check_objective(self) -> None:
-        preferences, data = self.preferences, self.data
-        if preferences.objective == "sft":
+        preferences = self.preferences
+        objective = preferences.objective
+        data = self.data
+        if objective == "sft":
             return
         if data.loss_on not in ("answers", "last_answer"):
             raise ValueError(
-                f"objective {preferences.objective} compares whole answers; use loss_on: answers or last_answer, not "
-                f"{data.loss_on}"
+                f"objective {objective} compares whole answers; use loss_on: answers or last_answer, not {data.loss_on}"
             )
         if data.overlong == "split":
             raise ValueError(
-                f"overlong: split would part answers that objective {preferences.objective} compares; use truncate or "
-                "drop"
+                f"overlong: split would part answers that objective {objective} compares; use truncate or drop"
             )
         if self.training.learning_rate == "probe":
             raise ValueError(
-                f"learning_rate: probe compares supervised losses; give a number under objective {preferences.objective}"
+                f"learning_rate: probe compares supervised losses; give a number under objective {objective}"
             )
         if self.method == "full" and preferences.needs_reference and not preferences.precompute_ref_log_probs:
             raise ValueError(
-                f"objective {preferences.objective} with method: full needs precompute_ref_log_probs: true, because "
+                f"objective {objective} with method: full needs precompute_ref_log_probs: true, because "
                 "the model that training starts from is gone after the first step; set it, or use adapters"
             )
