@@ -39,6 +39,7 @@ EXPORT int64_t nybble_constant(const char *name)
         SIZE(Packed),
         SIZE(Nested),
         SIZE(Product),
+        SIZE(Columns),
         SIZE(Norm),
         SIZE(Gate),
         SIZE(Dropout),

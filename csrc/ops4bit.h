@@ -65,11 +65,22 @@ typedef struct {
     float *inner;   /* (rows, rank): s x A^T; set here */
 } Product;
 
+/* Columns of a weight, whose values for all outputs lie side by side. */
+typedef struct {
+    const float *scales; /* (n, outputs) */
+    const float *factor; /* (n, n) of a matrix with rows of `stride` numbers */
+    int64_t stride;
+    int64_t n;
+    int64_t outputs;
+    const Tables *tables;
+} Columns;
+
 ASSERT_SIZE(Tables, 388);
 ASSERT_SIZE(Source, 40);
 ASSERT_SIZE(Packed, 72);
 ASSERT_SIZE(Nested, 48);
 ASSERT_SIZE(Product, 120);
+ASSERT_SIZE(Columns, 48);
 
 /* Some rows of W, each of whole blocks. */
 typedef struct {

@@ -6,8 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from nybble.quant import decode, decode_absmax, encode_calibrated, encode_searched, feedback, low_rank
-from nybble.quant.feedback import damp
+from nybble.kernels.ops4bit import cpu
+from nybble.quant import (
+    codebook,
+    decode,
+    decode_absmax,
+    encode_calibrated,
+    encode_searched,
+    factorise,
+    feedback,
+    low_rank,
+)
 
 
 def inputs(n: int, features: int) -> Tensor:
@@ -33,9 +42,9 @@ def test_outputs_are_closer_row_by_row(shape: tuple[int, int], block_size: int, 
     fitted = decode(encode_calibrated(weight, moments, quant_type, block_size))
     before, after = output_errors(x, weight, nearest), output_errors(x, weight, fitted)
     assert after.sum() < 0.5 * before.sum()
-    damped = damp(moments)
-    assert damped is not None
-    rows = [((weight - w) @ damped * (weight - w)).sum(dim=1) for w in (fitted, nearest)]
+    factors = factorise(moments)
+    assert factors is not None
+    rows = [((weight - w) @ factors.damped * (weight - w)).sum(dim=1) for w in (fitted, nearest)]
     assert (rows[0] <= rows[1] * (1 + 1e-4)).all()
 
 
@@ -48,6 +57,62 @@ def test_feedback_helps_by_itself_and_sweeps_help_further(sweeps: int, monkeypat
         errors.append(output_errors(x, weight, decode(encode_calibrated(weight, moments_of(x)))).sum())
     assert errors[0] < 0.5 * output_errors(x, weight, decode(encode_searched(weight))).sum()
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("features", [3, 128, 600])
+def test_the_factor_is_the_root_of_the_inverse(features: int) -> None:
+    factors = factorise(moments_of(inputs(1000, features)))
+    assert factors is not None
+    activity = factors.damped.diagonal()[factors.order]
+    assert (activity[:-1] >= activity[1:]).all()
+    wanted = factors.damped[factors.order][:, factors.order].double()
+    upper = factors.upper.double()
+    assert torch.equal(factors.upper, factors.upper.triu())
+    torch.testing.assert_close(upper.t() @ upper @ wanted, torch.eye(features).double(), rtol=0, atol=2e-3)
+
+
+def test_moments_that_are_hardly_positive_definite_are_damped_more() -> None:
+    moments = torch.eye(64)
+    moments[0, 1] = moments[1, 0] = 1.05
+    factors = factorise(moments)
+    assert factors is not None
+    torch.testing.assert_close(factors.damped.diagonal(), torch.full((64,), 1.1))
+    moments[0, 1] = moments[1, 0] = 5.0
+    assert factorise(moments) is None
+
+
+def test_weights_with_the_same_inputs_share_their_factors() -> None:
+    weight, moments = torch.randn(32, 128), moments_of(inputs(500, 128))
+    assert torch.equal(encode_calibrated(weight, factorise(moments)).packed, encode_calibrated(weight, moments).packed)
+    assert torch.equal(encode_calibrated(weight, None).packed, encode_searched(weight).packed)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("outputs", [1, 64, 200])
+def test_native_columns_have_the_bits_of_torch(quant_type: str, outputs: int) -> None:
+    moments = moments_of(inputs(500, 160))
+    factors = factorise(moments)
+    assert factors is not None
+    columns, pull = torch.randn(100, outputs), torch.randn(100, outputs)
+    scales = torch.randn(100, outputs)
+    scales[::7] = 0.0
+    scales[0] = codebook(quant_type)[5]
+    part = slice(30, 130)
+    left = [columns.clone(), columns.clone()]
+    fed = [
+        b.feed_back(x, factors.upper[part, part], scales, quant_type)
+        for b, x in zip((cpu, feedback), left, strict=True)
+    ]
+    assert torch.equal(*left)
+    assert all(map(torch.equal, *fed))
+    chosen, pulls = [columns.clone(), columns.clone()], [pull.clone(), pull.clone()]
+    moved = [
+        b.descend(x, y, factors.damped[part, part], scales, quant_type)
+        for b, x, y in zip((cpu, feedback), chosen, pulls, strict=True)
+    ]
+    assert torch.equal(*moved)
+    assert torch.equal(*chosen)
+    assert torch.equal(*pulls)
 
 
 def test_scales_are_those_of_the_search() -> None:
@@ -95,10 +160,10 @@ def test_low_rank_is_the_truncated_decomposition() -> None:
 
 def test_low_rank_with_moments_is_best_at_the_output() -> None:
     difference, x = torch.randn(48, 64), inputs(1000, 64)
-    damped = damp(moments_of(x))
-    assert damped is not None
-    a, b = low_rank(difference, damped, 8)
-    root = torch.linalg.cholesky(damped)
+    factors = factorise(moments_of(x))
+    assert factors is not None
+    a, b = low_rank(difference, factors.damped, 8)
+    root = torch.linalg.cholesky(factors.damped)
     singular = torch.linalg.svdvals(difference @ root)
     assert ((difference - b @ a) @ root).norm() <= 1.002 * singular[8:].norm()
 

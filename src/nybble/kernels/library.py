@@ -34,7 +34,7 @@ __all__ = [
     "unavailable",
 ]
 
-ABI = 4  # NYBBLE_ABI of csrc/common.h: raise both with every change of a structure or signature
+ABI = 5  # NYBBLE_ABI of csrc/common.h: raise both with every change of a structure or signature
 INSTRUCTION_SETS = ("plain C", "AVX2", "AVX-512", "AVX512-BF16")  # by their number in the library
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_ROWS = 8  # of a product straight from the codes
@@ -111,6 +111,9 @@ def open_library(file: Path) -> ctypes.CDLL:
     library.nybble_search.argtypes = (_Pointer, _Pointer, _Size, _Pointer, _Size, _Size)
     library.nybble_nested.argtypes = (_Pointer, _Pointer, _Pointer, _Size, _Size)
     library.nybble_nearest.argtypes = (_Pointer, _Pointer, _Pointer, _Size, _Size)
+    for name in ("nybble_feed_back", "nybble_descend"):
+        getattr(library, name).argtypes = (_Pointer, _Pointer, _Pointer, _Pointer, _Size, _Size)
+        getattr(library, name).restype = None
     for name in ("nybble_decode", "nybble_set_team", "nybble_search", "nybble_nested", "nybble_nearest"):
         getattr(library, name).restype = None
     return library

@@ -10,7 +10,9 @@ model, memory holds one layer in 16 bits, its moments, and the rows' hidden stat
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,19 @@ from torch import Tensor, nn
 
 from nybble.errors import ModelError, RecipeError
 from nybble.kernels import dequantize, dispatcher, quantize
+from nybble.models.blocks import blocks_of, body_of, over_rows
 from nybble.models.checkpoint_names import names_in_checkpoint
 from nybble.models.experts import packed_experts
 from nybble.models.skeleton import decoder_layers, model_without_weights
 from nybble.models.source import ModelSource
 from nybble.models.targets import AdapterSize, adapted_linears
 from nybble.nn import Linear4bit
-from nybble.quant import PackedWeight, damp, encode_calibrated, low_rank
+from nybble.quant import Factors, PackedWeight, encode_calibrated, factorise, low_rank
 from nybble.recipe import LoraSection, QuantizationSection
 
 Starts = dict[str, tuple[Tensor, Tensor]]  # linear -> LoRA's A (r, in) and B (out, r)
+_BATCH_TOKENS = 2048  # of rows that go through a layer together; a longer row goes alone
+_MOMENT_COLUMNS = 256  # of moments that one product computes
 ALTERNATIONS = 3  # of packing what the adapter does not hold and fitting the adapter to what packing lost
 
 
@@ -81,18 +86,19 @@ def calibrate(
     job = _Job(quantization, lora, adapted_linears(model, lora) if lora.init_lora_weights != "default" else {})
     done = Calibration()
     stream = None
+    names = {id(module): name for name, module in model.named_modules()}
+    named = {names[id(layer)]: layer for layer in layers}
     if job.needs_moments:
         if not rows:
             raise RecipeError("calibration needs rows: set dataset_name, or encoder: search")
-        stream = _Stream(model, layers, rows)
+        stream = _Stream(model, named, rows)
         done.n_rows, done.n_tokens = len(rows), sum(len(row) for row in rows)
     originals = _Originals(source)
-    names = {id(module): name for name, module in model.named_modules()}
-    for index, layer in enumerate(layers):
+    for index, (name, layer) in enumerate(named.items()):
         progress(index, len(layers))
-        _pack_layer(layer, names[id(layer)], originals, job, stream, done)
+        _pack_layer(layer, name, originals, job, stream, done)
     progress(len(layers), len(layers))
-    inside = tuple(f"{names[id(layer)]}." for layer in layers)
+    inside = tuple(f"{name}." for name in named)
     done.left += [n for n, m in model.named_modules() if isinstance(m, Linear4bit) and not n.startswith(inside)]
     done.left += packed_experts(model)
     return done
@@ -124,10 +130,12 @@ def _pack_layer(
         plain[name] = _as_linear(module, weights[name])
         layer.set_submodule(name, plain[name])
     moments = stream.gather(layer, plain) if stream else {}
+    factors = _Factorised()
     for name, linear in plain.items():
         module, full_name = packed[name], f"{prefix}.{name}"
         adapter = job.repaired.get(full_name)
-        made, start = _fit(weights.pop(name).float(), moments.get(name), job, adapter.r if adapter else None)
+        known = factors.of(moments.get(name))
+        made, start = _fit(weights.pop(name).float(), known, job, adapter.r if adapter else None)
         module.set_packed(replace(made, dtype=module.source_dtype))
         linear.weight.data = module.dequantize()
         if start is not None and adapter is not None:
@@ -141,6 +149,22 @@ def _pack_layer(
         layer.set_submodule(name, module)
 
 
+class _Factorised:
+    """Keeps the factors of the latest moments: linears that share their inputs follow each other."""
+
+    def __init__(self) -> None:
+        self._moments: Tensor | None = None
+        self._factors: Factors | None = None
+
+    def of(self, moments: Tensor | None) -> Factors | None:
+        """The factors of `moments`; None if these cannot be used."""
+        if moments is not self._moments:
+            self._factors = None  # makes room for the next
+            self._factors = None if moments is None else factorise(moments)
+            self._moments = moments
+        return self._factors
+
+
 def _as_linear(module: Linear4bit, weight: Tensor) -> nn.Linear:
     """An ordinary linear that computes what `module` would with the 16-bit weight."""
     linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
@@ -150,16 +174,16 @@ def _as_linear(module: Linear4bit, weight: Tensor) -> nn.Linear:
 
 
 def _fit(
-    weight: Tensor, moments: Tensor | None, job: _Job, r: int | None
+    weight: Tensor, factors: Factors | None, job: _Job, r: int | None
 ) -> tuple[PackedWeight, tuple[Tensor, Tensor] | None]:
     """The packed weight, and with a rank the factors of an adapter that compensates for its loss."""
     section, init = job.quantization, job.lora.init_lora_weights
 
     def pack(wanted: Tensor) -> PackedWeight:
         form = (section.bnb_4bit_quant_type, section.bnb_4bit_blocksize, section.bnb_4bit_use_double_quant)
-        if section.encoder == "calibrated" and moments is not None:
+        if section.encoder == "calibrated":
             return encode_calibrated(
-                wanted, moments, *form, section.signed_scales, dispatcher.code("quantize_4bit", wanted.device)
+                wanted, factors, *form, section.signed_scales, dispatcher.code("quantize_4bit", wanted.device)
             )
         return quantize(wanted, *form, "absmax" if section.encoder == "absmax" else "search", section.signed_scales)
 
@@ -168,7 +192,7 @@ def _fit(
     if init == "pissa":
         a, b = low_rank(weight, None, r)
         return pack(weight - b @ a), (a, b)
-    damped = damp(moments) if init == "qera" and moments is not None else None
+    damped = factors.damped if init == "qera" and factors is not None else None
     held = torch.zeros_like(weight)
     for _ in range(ALTERNATIONS):
         made = pack(weight - held)
@@ -177,60 +201,126 @@ def _fit(
     return made, (a, b)
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Rows that go through a layer together."""
+
+    rows: tuple[list[int], ...]
+    around: Callable[[], AbstractContextManager[None]]  # within which the layers compute them
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(map(len, self.rows))
+
+    def inputs(self, device: torch.device) -> dict[str, Any]:
+        ids = torch.cat([torch.tensor(row) for row in self.rows])[None]
+        positions = torch.cat([torch.arange(len(row)) for row in self.rows])[None]
+        return {"input_ids": ids.to(device), "position_ids": positions.to(device), "use_cache": False}
+
+
+def _batches(model: Any, rows: Sequence[Sequence[int]]) -> list[_Batch]:
+    """The rows one after another in sequences of some thousand tokens, or each alone where the model needs padding."""
+    if not blocks_of(model).flattened:
+        return [_Batch((list(row),), nullcontext) for row in rows]
+    packs: list[list[list[int]]] = []
+    for row in rows:
+        if not packs or sum(map(len, packs[-1])) + len(row) > _BATCH_TOKENS:
+            packs.append([])
+        packs[-1].append(list(row))
+    return [_Batch(tuple(pack), partial(over_rows, model, tuple(map(len, pack)))) for pack in packs]
+
+
+class _Recorder(nn.Module):
+    """Stands for a layer while a model hands its layers their arguments; it passes the hidden states on unchanged."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._layer = (layer,)  # not as a submodule
+        self._extra: tuple[Any, ...] | None = None  # what the layer returns besides the hidden states, if it is a tuple
+        self._is_known = False
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"][0], name)  # some models ask a layer for its kind of attention
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The hidden states, in the form in which the layer returns them; the first call learns that form."""
+        if not self._is_known:
+            result = self._layer[0](*args, **kwargs)
+            self._is_known, self._extra = True, result[1:] if isinstance(result, tuple) else None
+            return result
+        self.calls.append((args, kwargs))
+        state = args[0] if args else kwargs["hidden_states"]
+        return state if self._extra is None else (state, *self._extra)
+
+
 class _Stream:
     """The hidden states of the rows on their way through the decoder layers."""
 
-    def __init__(self, model: Any, layers: Sequence[nn.Module], rows: Sequence[Sequence[int]]) -> None:
-        self._calls: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {id(layer): [] for layer in layers}
-        self._states: list[Tensor] = []
-
-        def record(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # What a layer receives besides hidden states depends only on positions, so it serves later passes too.
-            if layer is layers[0]:
-                self._states.append(args[0] if args else kwargs["hidden_states"])
-            others = {key: value for key, value in kwargs.items() if key != "hidden_states"}
-            self._calls[id(layer)].append((args[1:], others))
-
-        hooks = [layer.register_forward_pre_hook(record, with_kwargs=True) for layer in layers]
+    def __init__(self, model: Any, layers: dict[str, nn.Module], rows: Sequence[Sequence[int]]) -> None:
+        self._batches = _batches(model, rows)
+        recorders = {name: _Recorder(layer) for name, layer in layers.items()}
         device = next(model.parameters()).device
+        body = body_of(model)
+        for name, recorder in recorders.items():
+            model.set_submodule(name, recorder)
         try:
-            for row in rows:
-                model(input_ids=torch.tensor([list(row)], device=device), use_cache=False)
+            for batch in (*_batches(model, [rows[0][:2]]), *self._batches):
+                with batch.around():
+                    body(**batch.inputs(device))
         finally:
-            for hook in hooks:
-                hook.remove()
+            for name, layer in layers.items():
+                model.set_submodule(name, layer)
+        first = next(iter(recorders.values())).calls
+        self._states: list[Tensor] = [args[0] if args else kwargs["hidden_states"] for args, kwargs in first]
+        # What a layer receives besides hidden states depends only on positions, so it serves later passes too.
+        self._calls = {
+            id(layer): [
+                (args[1:], {key: value for key, value in kwargs.items() if key != "hidden_states"})
+                for args, kwargs in recorders[name].calls
+            ]
+            for name, layer in layers.items()
+        }
 
     def gather(self, layer: nn.Module, linears: dict[str, nn.Linear]) -> dict[str, Tensor]:
-        """Second moments of the inputs of the current layer's `linears`, `(in, in) float32` each."""
+        """Second moments of the inputs of the current layer's `linears`, `(in, in) float32` each.
+
+        Linears that receive the same tensors, as q, k and v do, share one.
+        """
         sums: dict[str, Tensor] = {}
-        shared: dict[int, str] = {}  # q, k and v receive the same tensor: one product serves all three
+        shared: dict[int, str] = {}  # one product serves all who receive a tensor
 
         def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
             def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                first = shared.setdefault(id(inputs[0]), name)
-                kept.append(inputs[0])  # an id is unique only while its tensor lives
-                if first != name:
-                    sums[name] = sums[first]
+                x = inputs[0]
+                original = shared.setdefault(x.data_ptr(), name)
+                kept.append(x)  # its address is its own only while it lives
+                if original != name:
+                    sums[name] = sums[original]
                     return
-                x = inputs[0].reshape(-1, inputs[0].shape[-1]).float()
+                x = x.reshape(-1, x.shape[-1]).float()
                 if name not in sums:
                     sums[name] = x.new_zeros(x.shape[1], x.shape[1])
-                sums[name].addmm_(x.t(), x)
+                for first in range(0, x.shape[1], _MOMENT_COLUMNS):  # what is below the diagonal is the same again
+                    part = slice(first, first + _MOMENT_COLUMNS)
+                    sums[name][part, first:].addmm_(x[:, part].t(), x[:, first:])
 
             return add
 
         kept: list[Tensor] = []
         hooks = [linear.register_forward_pre_hook(hook_for(name)) for name, linear in linears.items()]
-        tokens = 0
-        for index, state in enumerate(self._states):
+        for index in range(len(self._batches)):
             self._run(layer, index)
-            tokens += state.shape[1]
             kept.clear()
             shared.clear()
         for hook in hooks:
             hook.remove()
+        tokens = sum(batch.n_tokens for batch in self._batches)
         for total in {id(total): total for total in sums.values()}.values():
-            total /= tokens
+            total.copy_(total.triu() + total.triu(1).t()).div_(tokens)
         return sums
 
     def advance(self, layer: nn.Module) -> None:
@@ -240,7 +330,8 @@ class _Stream:
 
     def _run(self, layer: nn.Module, index: int) -> Tensor:
         args, kwargs = self._calls[id(layer)][index]
-        result = layer(self._states[index], *args, **kwargs)
+        with self._batches[index].around():
+            result = layer(self._states[index], *args, **kwargs)
         state: Tensor = result[0] if isinstance(result, tuple) else result
         return state
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from nybble.kernels.ops4bit.torch import LowRank
-from nybble.quant import PackedWeight, Steps
+from nybble.quant import CalibrationSteps, PackedWeight
 
 
-class Ops4bitBackend(Steps, Protocol):
+class Ops4bitBackend(CalibrationSteps, Protocol):
     """The functions of a backend: the loops of the encoder, and these. `ops4bit.torch` says what each result must be.
 
     Everything but sums must be bit-identical to it.

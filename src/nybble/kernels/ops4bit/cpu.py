@@ -23,6 +23,8 @@ from nybble.quant.search import FACTORS, NEIGHBOURS
 __all__ = [
     "NAME",
     "dequantize",
+    "descend",
+    "feed_back",
     "most_rows",
     "multiply",
     "multiply_dense",
@@ -38,6 +40,7 @@ _TRIED = 1 << 16  # the same for the encoder's loops
 # The 16 values are multiplied in bfloat16 as multiples of these, which round best: those of NF4 by .085 % (root mean
 # square; as they are, by .14 %, and decoded weights by .11 %), those of FP4 not at all.
 _UNITS = {"nf4": 1 / 1.4367523, "fp4": 1 / 192}
+_SPREAD = 1 << 20  # the same for the products of its error feedback
 _Pointer = ctypes.c_void_p
 _Size = ctypes.c_int64
 
@@ -100,6 +103,17 @@ class _Product(ctypes.Structure):
         ("wide", _Pointer),
         ("stride", _Size),
         ("inner", _Pointer),
+    )
+
+
+class _Columns(ctypes.Structure):
+    _fields_ = (
+        ("scales", _Pointer),
+        ("factor", _Pointer),
+        ("stride", _Size),
+        ("n", _Size),
+        ("outputs", _Size),
+        ("tables", _Pointer),
     )
 
 
@@ -211,6 +225,50 @@ def nearest_codes(flat: Tensor, quant_type: str, block_size: int, scales: Tensor
     split(run, scales.numel(), flat.numel() // _TRIED)
     del kept
     return packed
+
+
+def feed_back(left: Tensor, upper: Tensor, scales: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
+    """`nybble.quant.feedback.feed_back`."""
+    if not _has_columns(left, upper, scales):
+        return reference.feed_back(left, upper, scales, quant_type)
+    columns = _columns(left, upper, scales, quant_type)
+    chosen, errors = torch.empty_like(left), torch.empty_like(left)
+    library, addresses = load_library(), (left.data_ptr(), chosen.data_ptr(), errors.data_ptr())
+
+    def run(first: int, last: int) -> None:
+        library.nybble_feed_back(ctypes.byref(columns), *addresses, first, last)
+
+    split(run, left.shape[1], left.numel() * len(left) // _SPREAD)
+    return chosen, errors
+
+
+def descend(chosen: Tensor, pull: Tensor, moments: Tensor, scales: Tensor, quant_type: str) -> Tensor:
+    """`nybble.quant.feedback.descend`."""
+    if not (_has_columns(chosen, moments, scales) and _has_columns(pull, moments, scales)):
+        return reference.descend(chosen, pull, moments, scales, quant_type)
+    columns = _columns(chosen, moments, scales, quant_type)
+    moved = torch.empty_like(chosen)
+    library, addresses = load_library(), (chosen.data_ptr(), pull.data_ptr(), moved.data_ptr())
+
+    def run(first: int, last: int) -> None:
+        library.nybble_descend(ctypes.byref(columns), *addresses, first, last)
+
+    split(run, chosen.shape[1], chosen.numel() * len(chosen) // _SPREAD)
+    return moved
+
+
+def _has_columns(values: Tensor, factor: Tensor, scales: Tensor) -> bool:
+    """Whether the library can take them: in float32, each column's outputs side by side."""
+    return (
+        factor.stride(1) == 1
+        and all(x.dtype == torch.float32 for x in (values, factor, scales))
+        and all(x.is_contiguous() for x in (values, scales))
+    )
+
+
+def _columns(values: Tensor, factor: Tensor, scales: Tensor, quant_type: str) -> _Columns:
+    pointers = (scales.data_ptr(), factor.data_ptr())
+    return _Columns(*pointers, factor.stride(0), *values.shape, ctypes.addressof(_tables(quant_type)))
 
 
 def _source(flat: Tensor, quant_type: str, block_size: int) -> tuple[_Source, Tensor]:

@@ -6,6 +6,8 @@ passed. Each function names what differs, or returns None.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,22 @@ def encoding_differs(backend: Ops4bitBackend, device: torch.device) -> str | Non
         nearest = reference.nearest_codes(flat, quant_type, 64, scales)
         if not torch.equal(backend.nearest_codes(flat, quant_type, 64, scales), nearest):
             return _differs("nearest_codes")
+        for name in ("feed_back", "descend"):
+            if not all(
+                map(torch.equal, _columns(backend, name, quant_type, flat), _columns(reference, name, quant_type, flat))
+            ):
+                return _differs(name)
     return None
+
+
+def _columns(backend: Any, name: str, quant_type: str, flat: Tensor) -> list[Tensor]:
+    """All that a loop over columns returns and writes: 7 of them for 71 outputs, in the middle of a larger matrix."""
+    matrix = flat[:169].view(13, 13)
+    part = (matrix @ matrix.t() + torch.eye(13, device=flat.device))[3:10, 3:10]
+    columns, pull, scales = (flat[k : k + 497].view(7, 71).clone() for k in (0, 300, 600))
+    if name == "feed_back":
+        return [columns, *backend.feed_back(columns, part, scales, quant_type)]
+    return [columns, pull, backend.descend(columns, pull, part, scales, quant_type)]
 
 
 def decoding_differs(backend: Ops4bitBackend, device: torch.device) -> str | None:

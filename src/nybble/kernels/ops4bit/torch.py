@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from nybble.quant import PackedWeight, codebook, decode_absmax
+from nybble.quant.feedback import descend, feed_back
 from nybble.quant.search import nearest_codes, nested_codes, search_scales
 
 __all__ = [
     "NAME",
     "LowRank",
     "dequantize",
+    "descend",
+    "feed_back",
     "most_rows",
     "multiply",
     "multiply_dense",

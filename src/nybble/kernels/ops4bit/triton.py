@@ -16,11 +16,14 @@ from nybble.kernels.ops4bit import triton_kernels as kernels
 from nybble.kernels.ops4bit.torch import LowRank, multiply_dense
 from nybble.quant import PackedWeight, codebook
 from nybble.quant.codebooks import dynamic_codebook
+from nybble.quant.feedback import descend, feed_back  # columns one after another: the products take the time
 from nybble.quant.search import FACTORS, NEIGHBOURS
 
 __all__ = [
     "NAME",
     "dequantize",
+    "descend",
+    "feed_back",
     "most_rows",
     "multiply",
     "multiply_dense",

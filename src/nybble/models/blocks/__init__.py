@@ -10,15 +10,18 @@ list of families decides: what a block is made of makes it a candidate, and equa
     proof        what is taken, decided on a small model of the same class and config
 """
 
-from nybble.models.blocks.head import NextTokenOutput, has_fused_head, use_token_rows, use_whole_head
+from nybble.models.blocks.attention import over_rows
+from nybble.models.blocks.head import NextTokenOutput, body_of, has_fused_head, use_token_rows, use_whole_head
 from nybble.models.blocks.swap import SwapReport, blocks_of, implementation_of, swap_blocks
 
 __all__ = [
     "NextTokenOutput",
     "SwapReport",
     "blocks_of",
+    "body_of",
     "has_fused_head",
     "implementation_of",
+    "over_rows",
     "swap_blocks",
     "use_token_rows",
     "use_whole_head",
