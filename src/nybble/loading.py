@@ -11,10 +11,12 @@ from safetensors.torch import load_file
 
 from nybble.kernels import dispatcher
 from nybble.models import (
+    CalibratedBase,
     LoadReport,
     Starts,
     attach,
     calibrate,
+    compute_dtype,
     count_parameters,
     find_model,
     held_bytes,
@@ -67,14 +69,20 @@ def _load_whole(run: RunContext, inputs: RunInputs, recorder: RunRecorder) -> Tr
     if has_own_base:
         section = section.model_copy(update={"model_name_or_path": str(base)})
         source = find_model(section)
+    calibrated = None
+    if recipe.method == "qlora" and needs_calibration(recipe.quantization, recipe.lora) and not has_own_base:
+        rows = inputs.rows.calibration_rows(recipe.quantization.calibration_rows)
+        dtype, _ = compute_dtype(recipe.quantization.bnb_4bit_compute_dtype, run.device)
+        calibrated = CalibratedBase(source, rows, recipe.quantization, recipe.lora, dtype)
     with recorder.phase("load"):
-        module, report = load_model(source, recipe.method, section, recipe.quantization, run.device)
+        found = None if calibrated is None else calibrated.folder
+        module, report = load_model(
+            source, recipe.method, section, recipe.quantization, run.device, packed_folder=found
+        )
     stop_at(module, inputs.rows.ledger.stop_tokens)
     _record_loading(run, inputs, recorder, report, module.device)
 
-    starts: Starts = {}
-    if recipe.method == "qlora" and needs_calibration(recipe.quantization, recipe.lora) and not has_own_base:
-        starts = _calibrate(run, inputs, recorder, module)
+    starts = {} if calibrated is None else _calibrate(run, inputs, recorder, module, calibrated)
     if recipe.method != "full":
         module = _attach(run, inputs, module, starts)
     return TrainableModel(module, getattr(torch, report.compute_dtype))
@@ -114,14 +122,21 @@ def _record_loading(
         )
 
 
-def _calibrate(run: RunContext, inputs: RunInputs, recorder: RunRecorder, module: Any) -> Starts:
+def _calibrate(run: RunContext, inputs: RunInputs, recorder: RunRecorder, module: Any, kept: CalibratedBase) -> Starts:
     """Pack the base again, fitted to the rows. It is saved in the run, because loading would not give it again."""
     section = inputs.recipe.quantization
     rows = inputs.rows.calibration_rows(section.calibration_rows)
     progress = partial(run.observer.progress, "calibrating")
     with recorder.phase("calibrate"):
-        result = calibrate(module, inputs.source, rows, section, inputs.recipe.lora, progress)
+        if kept.folder is not None:
+            result = kept.figures()
+            run.observer.note("the calibrated base is taken from the cache")
+        else:
+            result = calibrate(module, inputs.source, rows, section, inputs.recipe.lora, progress)
         if run.processes.is_main:
+            why_not = kept.keep(module, result)
+            if why_not:
+                run.observer.note(f"the calibrated base {why_not}")
             save_whole(run.directory.base, module, inputs.tokenizer, inputs.source)
     if result.left:
         run.observer.note(f"{len(result.left)} modules were not calibrated and keep other scales, as {result.left[0]}")

@@ -132,7 +132,8 @@ def written(run: RunContext, inputs: RunInputs) -> Iterator[RunRecorder]:
             directory.write_manifest()
     training = inputs.recipe.training
     if training.push_to_hub and training.hub_model_id and run.processes.is_main:
-        run.observer.note(f"uploaded to {push_folder(weights_folder(run, inputs), training.hub_model_id)}")
+        base = run.directory.base if run.directory.base.is_dir() else None
+        run.observer.note(f"uploaded to {push_folder(weights_folder(run, inputs), training.hub_model_id, base)}")
 
 
 def recorder_of(run: RunContext, inputs: RunInputs) -> RunRecorder:

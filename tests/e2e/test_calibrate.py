@@ -83,3 +83,32 @@ def test_quantize_calibrates_on_rows(
     assert not torch.equal(files[0][name], files[1][name])
     assert not torch.equal(files[1][name], files[2][name])
     assert torch.equal(files[1][f"{name}.absmax"], files[2][f"{name}.absmax"])
+
+
+def test_a_calibrated_base_is_made_again_and_cached(
+    nybble: Run, tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    model = tiny_llama(torch.bfloat16)
+    given = ("--model_name_or_path", model, "--dataset_name", rows_file, "--encoder", "calibrated", "--seed", "3")
+    first = nybble("train", *given, *SHORT, "--eval_fraction", "0.2", "--output_dir", tmp_path / "first")
+    assert first.code == 0, first.err
+    card = (tmp_path / "first" / "adapter" / "README.md").read_text()
+    assert "nybble quantize MODEL --recipe RUN/recipe.yaml --out FOLDER" in card
+    recipe = tmp_path / "first" / "recipe.yaml"
+    for name, cache in (("again", "false"), ("cached", "true")):
+        done = nybble("quantize", model, "--recipe", recipe, "--out", tmp_path / name, "--cache", cache)
+        assert done.code == 0, done.err
+        made = (tmp_path / name / "model.safetensors").read_bytes()
+        assert made == (tmp_path / "first" / "base" / "model.safetensors").read_bytes()
+    second = nybble("train", *given, *SHORT, "--eval_fraction", "0.2", "--output_dir", tmp_path / "second")
+    assert second.code == 0, second.err
+    assert "the calibrated base is taken from the cache" in second.err
+    records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("first", "second")]
+    assert records[0]["model"]["calibration"] == records[1]["model"]["calibration"]
+    assert records[0]["evaluation_base"]["loss"] == records[1]["evaluation_base"]["loss"]
+    a, b = adapter(tmp_path / "first"), adapter(tmp_path / "second")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    for words in (("--calibration_rows", "2"), ("--seed", "4"), ("--init", "qera")):
+        other = nybble("train", *given, *SHORT, "--eval_fraction", "0.2", *words, "--output_dir", tmp_path / words[1])
+        assert other.code == 0, other.err
+        assert "from the cache" not in other.err

@@ -94,13 +94,16 @@ def test_a_level_above_info_is_a_wish_for_silence(capsys: pytest.CaptureFixture[
 
 
 def test_other_work_is_said_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(0, 1000, 4))
+    clock = iter(range(0, 1000, 6))
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     said: list[str] = []
     lines = Lines(lambda text, is_heading: said.append(text))
     for done in range(1, 9):
         lines.progress("merging", done, 8)
-    assert said == ["merging 3/8", "merging 6/8"]
+    assert said == ["merging 2/8  36.0 s left", "merging 4/8  24.0 s left", "merging 6/8  12.0 s left", "merging 8/8"]
+    lines.progress("calibrating", 0, 2)
+    lines.progress("calibrating", 1, 2)
+    assert said[4:] == ["calibrating 1/2  6.0 s left"]
 
 
 FIGURES = ("step 1000/20000", "loss 2.3456", "123,456 tokens/s", "peak 12.34 GB", "12 min left")

@@ -17,18 +17,22 @@ def quantize(
     overrides: dict[str, Any],
     model: Annotated[str, typer.Argument(help="Folder or hub id of a 16-bit model.")],
     out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="New folder for the 4-bit checkpoint.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", metavar="FILE", help="A recipe, as recipe.yaml of a run, whose settings are taken."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print sizes and counts on stdout as JSON.")] = False,
 ) -> None:
     """Write a 4-bit checkpoint for other programs.
 
     bitsandbytes, transformers and vLLM read it.
     """
-    load_recipe(None, {**overrides, "model_name_or_path": model})  # a wrong setting is refused at once
+    load_recipe(recipe, {**overrides, "model_name_or_path": model})  # a wrong setting is refused at once
     import_libraries()
     from nybble.models.four_bit_folder import quantize as write_checkpoint
     from nybble.units import format_bytes
 
-    done = write_checkpoint(model, out, overrides)
+    done = write_checkpoint(model, out, overrides, recipe=recipe)
     if as_json:
         print_json(done)
         return

@@ -23,6 +23,7 @@ from nybble.models.artifact import (
 from nybble.models.base_weights import BaseWeights
 from nybble.models.blocks import SwapReport, blocks_of, swap_blocks
 from nybble.models.calibrate import Calibration, Starts, calibrate, needs_calibration
+from nybble.models.calibrated_cache import CalibratedBase
 from nybble.models.content import weights_hash
 from nybble.models.continued import adapter_weights, check_adapter_base, start_from, take_over_adapter
 from nybble.models.cut_model import kinds_of_layers, with_layers
@@ -58,6 +59,7 @@ __all__ = [
     "AdapterFiles",
     "Artifact",
     "BaseWeights",
+    "CalibratedBase",
     "Calibration",
     "LoadReport",
     "MemorySavers",

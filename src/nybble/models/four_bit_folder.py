@@ -11,8 +11,10 @@ from typing import Any
 from nybble.data import prepare_rows, rows_cache
 from nybble.errors import InputError, RecipeError
 from nybble.hardware import detect_device
-from nybble.models.calibrate import calibrate, needs_calibration
+from nybble.models.calibrate import calibrate
+from nybble.models.calibrated_cache import CalibratedBase
 from nybble.models.load import load_model, save_whole
+from nybble.models.skeleton import compute_dtype
 from nybble.models.source import find_model
 from nybble.models.tokenizer import load_tokenizer
 from nybble.recipe import Recipe, load_recipe, within_context
@@ -21,19 +23,26 @@ from nybble.run.record import Observer
 
 
 def quantize(
-    model: str, out: Path | str, overrides: Mapping[str, Any] | None = None, *, observer: ObserverChoice = "auto"
+    model: str,
+    out: Path | str,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    recipe: Path | str | None = None,
+    observer: ObserverChoice = "auto",
 ) -> dict[str, Any]:
     """Write `model` as a 4-bit checkpoint in bitsandbytes' layout to the new folder `out`; returns the report.
+
+    With the `recipe` of a run whose encoder is `calibrated`, that is the base that the run made.
 
     Raises:
         InputError: `out` exists, or the model cannot be used.
     """
-    recipe = load_recipe(None, {**(overrides or {}), "model_name_or_path": model})
+    resolved = load_recipe(recipe, {**(overrides or {}), "model_name_or_path": model})
     folder = Path(out).expanduser()
     if folder.exists():
         raise InputError(f"{folder} already exists; choose a new folder")
     with watching(observer) as watch:
-        return _quantize(recipe, folder, watch)
+        return _quantize(resolved, folder, watch)
 
 
 def _quantize(recipe: Recipe, folder: Path, watch: Observer) -> dict[str, Any]:
@@ -53,9 +62,12 @@ def _quantize(recipe: Recipe, folder: Path, watch: Observer) -> dict[str, Any]:
             recipe.data, recipe.evaluation, tokenizer, recipe.training.seed, rows_cache(section), watch
         )
         rows = prepared.calibration_rows(section.calibration_rows)
-    packed, report = load_model(source, "qlora", recipe.model, section, detect_device(recipe.model.device))
-    if needs_calibration(section, recipe.lora):
-        calibrate(packed, source, rows, section, recipe.lora, partial(watch.progress, "calibrating"))
+    device = detect_device(recipe.model.device)
+    kept = CalibratedBase(source, rows, section, recipe.lora, compute_dtype(section.bnb_4bit_compute_dtype, device)[0])
+    packed, report = load_model(source, "qlora", recipe.model, section, device, packed_folder=kept.folder)
+    if section.encoder == "calibrated" and kept.folder is None:
+        done = calibrate(packed, source, rows, section, recipe.lora, partial(watch.progress, "calibrating"))
+        kept.keep(packed, done)
     save_whole(folder, packed, tokenizer, source)
     file_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return {"out": str(folder), "file_bytes": file_bytes, "bits_per_weight": report.bits_per_weight, **asdict(report)}

@@ -58,11 +58,13 @@ def load_model(
     quantization: QuantizationSection,
     device: Device,
     on_host: bool = False,
+    packed_folder: Path | None = None,
 ) -> tuple[Any, LoadReport]:
     """The base model for a method, in evaluation mode, on `device` or, with `on_host`, still on the host.
 
     `qlora` packs every linear except the output head; the rest, and everything under `lora`, has the compute type.
-    `full` loads float32, the master weights of a training that computes in the compute type.
+    `full` loads float32, the master weights of a training that computes in the compute type. `packed_folder` holds the
+    model in 4 bits already, without its towers and tokenizer.
 
     Raises:
         RecipeError: the folder is stored in 4 bits, and the method needs 16.
@@ -74,10 +76,12 @@ def load_model(
         raise RecipeError(f"{source.name} is stored in 4 bits, but method {method!r} needs 16 bits; use --method qlora")
     if source.is_4bit:
         notes.append("the base is stored in 4 bits: its format stays as it is")
-    kept = _Kept(source, quantization, dtype) if method == "qlora" and not source.is_4bit else None
+    packs = method == "qlora" and not source.is_4bit and packed_folder is None
+    kept = _Kept(source, quantization, dtype) if packs else None
     if kept is not None and kept.folder is not None:
         notes.append("the packed base is taken from the cache")
-    files = source if kept is None or kept.folder is None else _stored(source, kept.folder)
+        packed_folder = kept.folder
+    files = source if packed_folder is None else _stored(source, packed_folder)
     place = torch.device("cpu") if on_host else device.torch_device
     loaded = _from_pretrained(files, method, model, _packing(files, method, quantization, dtype), place, dtype)
     packed = [m.packed for m in loaded.modules() if isinstance(m, Linear4bit)]

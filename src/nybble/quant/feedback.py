@@ -70,7 +70,8 @@ def _inverse_of_upper(matrix: Tensor) -> Tensor:
     n = len(matrix)
     if n <= 2 * _COLUMNS:
         one = torch.eye(n, device=matrix.device)
-        return torch.linalg.solve_triangular(matrix, one, upper=True)
+        solved: Tensor = torch.linalg.solve_triangular(matrix, one, upper=True)
+        return solved
     half = n // 2
     inverse = matrix.new_zeros(n, n)
     inverse[:half, :half] = _inverse_of_upper(matrix[:half, :half])

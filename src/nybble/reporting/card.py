@@ -32,10 +32,29 @@ def model_card(record: Mapping[str, Any]) -> str:
             f"Trained parameters: {format_count(record['trainable_parameters'])} of "
             f"{format_count(record['total_parameters'])}.",
             "",
+            *_calibrated(record),
             *_measured(record),
             "",
         ]
     )
+
+
+def _calibrated(record: Mapping[str, Any]) -> list[str]:
+    """How to get the base again, where it is not what anybody can download."""
+    calibration = record["model"].get("calibration")
+    if calibration is None:
+        return []
+    lora = record["recipe"]["lora"]
+    if lora["init_lora_weights"] != "default" or lora["new_tokens"]:
+        return ["The base was packed for this adapter alone; it is in the run's folder `base`.", ""]
+    return [
+        f"The base was packed in 4 bits for {format_count(calibration['rows'])} of the rows; it is in the run's folder "
+        "`base`. From the 16-bit base and the same rows it is made again, to the byte on the same kind of processor "
+        "with the same number of threads, by:",
+        "",
+        "    nybble quantize MODEL --recipe RUN/recipe.yaml --out FOLDER",
+        "",
+    ]
 
 
 def _measured(record: Mapping[str, Any]) -> list[str]:

@@ -100,6 +100,7 @@ class Lines:
         """`say` takes a line and whether it is a heading."""
         self._say = say
         self._said = time.monotonic()  # when the latest line about other work was
+        self._work: tuple[str, int, float] | None = None  # which, how far it was at first, and when
 
     def stage(self, name: str) -> None:
         """Announce a part of the run."""
@@ -112,9 +113,21 @@ class Lines:
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Say now and then how far other work is."""
-        if time.monotonic() - self._said >= _SECONDS_BETWEEN_LINES:
-            self._said = time.monotonic()
-            self.note(f"{what} {done:,}/{total:,}")
+        now = time.monotonic()
+        line = self._so_far(what, done, total, now)
+        if now - self._said >= _SECONDS_BETWEEN_LINES:
+            self._said = now
+            self.note(line)
+
+    def _so_far(self, what: str, done: int, total: int, now: float) -> str:
+        """How far work is, and how long the rest takes if it goes on as since it was first told."""
+        if self._work is None or self._work[0] != what or done <= self._work[1]:
+            self._work = (what, done, now)
+        _what, first, since = self._work
+        line = f"{what} {done:,}/{total:,}"
+        if not first < done < total:
+            return line
+        return f"{line}  {format_seconds((now - since) / (done - first) * (total - done))} left"
 
     def step(self, event: StepEvent) -> None:
         """Say the figures of a step."""
@@ -152,7 +165,7 @@ class Bar(Lines):
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Move the bar of other work."""
-        self._move(done, total, (f"{what} {done:,}/{total:,}",), (0,))
+        self._move(done, total, (self._so_far(what, done, total, time.monotonic()),), (0,))
         if done == total:
             self.close()
 
