@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE := 1
 WORKERS ?= logical
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --maxprocesses 8 --dist worksteal
 
-.PHONY: install demo test test-all test-oldest check check-c sanitize fix bench bench-step chaos faults planted fuzz \
+.PHONY: install demo test test-all test-oldest check check-c sanitize fix bench bench-step chaos faults disturbed planted fuzz \
 	kernel-code docs
 
 install: .venv/.installed
@@ -102,6 +102,10 @@ chaos: install
 
 faults: install
 	$(BIN)/python -m tools.faults.run
+
+# What a closed terminal, a pause, a full disk and other events of a day cost a training, in steps
+disturbed: install
+	$(BIN)/python -m tools.disturbed.run
 
 # Whether the tests notice a fault, planted in each area; a quarter of an hour
 planted: install

@@ -76,7 +76,7 @@ def in_front_of_libc() -> int:
     with tempfile.TemporaryDirectory() as name:
         library = Path(name) / "refuse.so"
         source = Path(__file__).with_name("refuse.c")
-        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)  # noqa: S607
+        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
         environment = {**os.environ, "LD_PRELOAD": str(library)}
         return subprocess.run(
             [sys.executable, "-m", "tools.faults.run", *sys.argv[1:]], env=environment, check=False
