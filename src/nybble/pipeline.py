@@ -25,6 +25,7 @@ from nybble.models import (
     find_tokenizer,
     push_folder,
     save_adapter,
+    take_over_adapter,
     trained_parameters,
     write_note,
     write_whole,
@@ -336,7 +337,7 @@ def inspect_rows(
     Raises:
         InputError: tokenizer or rows cannot be used.
     """
-    resolved = _as_recipe(recipe, overrides)
+    resolved = take_over_adapter(_as_recipe(recipe, overrides))
     with watching(observer) as watch:
         tokenizer, context = find_tokenizer(resolved.model)
         add_new_tokens(tokenizer, resolved.lora.new_tokens)

@@ -170,7 +170,6 @@ def test_the_plan_counts_the_rows(tied: bool) -> None:
         ({"new_tokens": "<a>", "method": "full"}, "new_tokens learns rows beside adapters"),
         ({"new_tokens": "<a>,<a>"}, "'<a>' is given twice"),
         ({"new_tokens": ["<a>", " "]}, "' ' is empty"),
-        ({"new_tokens": "<a>", "adapter_name_or_path": "x"}, "cannot be added to the adapter"),
         ({"new_tokens": "<a>", "target_modules": "lm_head,q_proj"}, "lm_head cannot have an adapter"),
     ],
 )

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from nybble.errors import ModelError, RecipeError
-from nybble.models import attach, save_adapter
+from nybble.models import NewTokens, attach, save_adapter
 from nybble.models.continued import start_from, take_over_adapter
 from nybble.recipe import load_recipe
 
@@ -132,7 +132,7 @@ def test_an_adapter_of_peft_is_taken_over(
 
 
 @pytest.mark.parametrize("spoilt", [{"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"lora_bias": True}])
-def test_an_adapter_that_holds_more_than_factors_is_refused(
+def test_an_adapter_that_holds_what_is_not_learned_is_refused(
     tiny_llama: Callable[..., Path], tmp_path: Path, spoilt: dict[str, Any]
 ) -> None:
     model = attach(AutoModelForCausalLM.from_pretrained(tiny_llama()), load_recipe().lora, "base")
@@ -141,6 +141,51 @@ def test_an_adapter_that_holds_more_than_factors_is_refused(
     file.write_text(json.dumps({**json.loads(file.read_text()), **spoilt}))
     with pytest.raises(ModelError, match=r"does not continue from an adapter with .*; merge it first"):
         take_over_adapter(load_recipe(None, {"adapter_name_or_path": str(tmp_path)}))
+
+
+@pytest.mark.parametrize(
+    ("tied", "more"),
+    [
+        (False, ("--modules_to_save", "lm_head,model.norm")),
+        (False, ("--new_tokens", "<call>,two")),
+        (True, ("--new_tokens", "<call>,two")),
+    ],
+)
+def test_whole_modules_and_rows_of_tokens_are_learned_on(
+    nybble: Callable[..., Any],
+    tiny_llama: Callable[..., Path],
+    words: list[object],
+    tmp_path: Path,
+    tied: bool,
+    more: tuple[str, ...],
+) -> None:
+    first, still = tmp_path / "first", tmp_path / "still"
+    begun = nybble(*words, "--model", tiny_llama(tied=tied), *SHAPE, *more, "--output_dir", first, "--json")
+    assert begun.code == 0, begun.err
+    words += ["--adapter_name_or_path", first, "--output_dir", still]
+    done = nybble(*words, "--learning_rate", 1e-30, "--json")
+    assert done.code == 0, done.err
+    assert done.json["evaluation_base"]["loss"] == begun.json["evaluation_tuned"]["loss"]
+    assert all(torch.equal(adapter_of(still)[name], tensor) for name, tensor in adapter_of(first).items())
+    assert len(adapter_of(first)) == len(adapter_of(still)) > 8  # with more than the factors of two layers
+    assert nybble(*words, "--overwrite").code == 0
+    assert not all(torch.equal(adapter_of(still)[name], tensor) for name, tensor in adapter_of(first).items())
+    assert nybble("ask", still, "What is two?").code == 0
+    refused = nybble(*words, "--overwrite", more[0], "norm" if "norm" in more[1] else "<other>")
+    assert refused.code == 2
+    assert f"has {more[0].removeprefix('--')} " in refused.err
+    assert "remove that from the recipe" in refused.err
+
+
+def test_new_tokens_with_other_numbers_are_refused(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:
+    lora = load_recipe(None, {"new_tokens": ["<call>"]}).lora
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama())
+    size = len(base.get_input_embeddings().weight)
+    save_adapter(attach(base, lora, "base", tokens=NewTokens((size,), size)), tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama())
+    model = attach(model, lora, "base", tokens=NewTokens((size - 1,), size))
+    with pytest.raises(ModelError, match="its new tokens have other numbers with the tokenizer of this base"):
+        start_from(model, str(tmp_path))
 
 
 def test_weights_of_another_shape_are_refused(tiny_llama: Callable[..., Path], tmp_path: Path) -> None:

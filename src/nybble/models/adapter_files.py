@@ -40,7 +40,7 @@ _OF_TRAINING = {
 }
 _Name = Annotated[str, StringConstraints(pattern=r"^[\w.]{1,200}$")]  # a pattern is refused: PEFT would match it as one
 _Index = Annotated[int, Field(ge=0, lt=1 << 24)]  # of a token
-_ROWS = ".token_adapter.trainable_tokens_delta"
+ROWS_OF_TOKENS = ".token_adapter.trainable_tokens_delta"
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")  # of experts, in the order in which PEFT wraps them
 # What a regular expression may be made of, so that matching a name with it takes no longer than reading the name often.
 _PATTERN = re.compile(r"[\w.^$|()\[\]*+?\\-]{1,200}")
@@ -147,8 +147,8 @@ class AdapterFiles:
         indices = self.settings.trainable_token_indices
         found = {}
         for name, tensor in self.tensors.items():
-            if name.endswith(_ROWS):
-                module = name.removesuffix(_ROWS)
+            if name.endswith(ROWS_OF_TOKENS):
+                module = name.removesuffix(ROWS_OF_TOKENS)
                 named = indices if isinstance(indices, dict) else {module: indices or []}
                 tokens = next((t for key, t in named.items() if module == key or module.endswith(f".{key}")), [])
                 if not tokens or len(tokens) != tensor.shape[0]:
@@ -157,6 +157,11 @@ class AdapterFiles:
                     )
                 found[module] = tokens
         return found
+
+    def whole(self) -> dict[str, list[str]]:
+        """The tensors of the modules that the adapter holds whole, by their name in `modules_to_save`."""
+        ends = self.settings.modules_to_save or []
+        return {end: [name for name in self.tensors if f".{end}." in f".{name}"] for end in ends}
 
     def n_embeddings(self, embeddings: str) -> int:
         """The rows that the module named `embeddings` must have for this adapter; 0 if it does not matter."""

@@ -14,14 +14,15 @@ from safetensors.torch import load_file
 
 from nybble.errors import ModelError, RecipeError
 from nybble.guard import as_path
-from nybble.models.adapter_files import WEIGHTS, AdapterFiles, read_adapter
+from nybble.models.adapter_files import ROWS_OF_TOKENS, WEIGHTS, AdapterFiles, read_adapter
 from nybble.models.adapters import put_weights_back
 from nybble.models.artifact import Artifact, check_original, find_artifact
 from nybble.models.source import ModelSource
-from nybble.recipe import LoraSection, Recipe
+from nybble.models.tokenizer import find_tokenizer
+from nybble.recipe import LoraSection, ModelSection, Recipe
 from nybble.run.directory import RunDirectory
 
-_FACTORS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")  # what a tensor that is learned on is named
+_FACTORS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")  # what the tensors of a linear are named
 
 
 def adapter_folder(name: str) -> Path:
@@ -105,6 +106,13 @@ def start_from(model: Any, name: str) -> None:
         ModelError: they are not those of the model.
     """
     file = adapter_weights(name)
+    rows = set(map(tuple, read_adapter(file.parent).token_rows().values()))
+    here = model.peft_config["default"].trainable_token_indices or {}
+    if not rows <= {tuple(ids) for ids in here.values()}:
+        raise ModelError(
+            f"{file.parent}: its new tokens have other numbers with the tokenizer of this base; give the base that it "
+            "was trained on"
+        )
     try:
         put_weights_back(model, load_file(file))
     except ModelError as error:
@@ -123,12 +131,15 @@ def _shape(files: AdapterFiles) -> dict[str, Any]:
     """The settings of the recipe by which `attach` makes the adapter's shape."""
     settings, ranks = files.settings, files.ranks()
     further = {name: value for name, value in (settings.model_extra or {}).items() if value}
-    more = [name for name in files.tensors if not name.endswith(_FACTORS)]
+    tokens, whole = files.token_rows(), files.whole()
+    known = {name for names in whole.values() for name in names}
+    more = [name for name in files.tensors if not name.endswith((*_FACTORS, ROWS_OF_TOKENS)) and name not in known]
     held = {
         "lora_bias": settings.lora_bias,
         f"bias: {settings.bias}": settings.bias != "none",
         "fan_in_fan_out": settings.fan_in_fan_out,
-        "modules_to_save": bool(settings.modules_to_save),
+        "modules_to_save and no weights of them": not all(whole.values()),
+        "rows of different tokens in embeddings and head": len({tuple(ids) for ids in tokens.values()}) > 1,
         **dict.fromkeys(settings.unknown, True),
         **({more[0]: True} if more else {}),
     }
@@ -149,12 +160,27 @@ def _shape(files: AdapterFiles) -> dict[str, Any]:
         "use_rslora": settings.use_rslora,
         "use_dora": settings.use_dora,
         "target_modules": tuple(sorted(targets or ())),
+        "modules_to_save": tuple(whole),
+        "new_tokens": _texts(files.folder, next(iter(tokens.values()), [])),
         "rank_pattern": {module: rank for module, rank in ranks.items() if rank != settings.r},
         "alpha_pattern": {m: alpha for m, alpha in files.alphas().items() if alpha != settings.lora_alpha},
         "exclude_modules": (),
         "layers_to_transform": (),
         "layers_pattern": (),
     }
+
+
+def _texts(folder: Path, ids: list[int]) -> tuple[str, ...]:
+    """The tokens numbered `ids`, by the tokenizer beside the adapter."""
+    if not ids:
+        return ()
+    tokenizer, _ = find_tokenizer(ModelSection(tokenizer_name_or_path=str(folder)))
+    texts = tokenizer.convert_ids_to_tokens(ids)
+    if None in texts:
+        raise ModelError(
+            f"{folder}: its tokenizer has no token {ids[texts.index(None)]}; give the one it was saved with"
+        )
+    return tuple(texts)
 
 
 def _name_all(targets: Any, ranks: Mapping[str, int]) -> bool:
@@ -169,6 +195,8 @@ def _agree(setting: str, lora: LoraSection, value: Any, files: AdapterFiles) -> 
     if setting == "target_modules":
         # `all-linear` and expressions need the model; the adapter's tensors are compared when they are loaded.
         return isinstance(said, str) or set(said) == set(value) or _name_all(said, files.ranks())
+    if setting == "modules_to_save":
+        return set(said) == set(value)
     if setting in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         return True  # the adapter has what they left
     if setting in ("rank_pattern", "alpha_pattern"):

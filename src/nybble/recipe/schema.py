@@ -208,8 +208,8 @@ class LoraSection(Section):
     )
     adapter_name_or_path: str | None = setting(
         None,
-        "Folder of an adapter, or of the run that made it, from which training continues; its rank, scale and layers "
-        "are taken over.",
+        "Folder of an adapter, or of the run that made it, from which training continues; its rank, scale, layers, "
+        "modules_to_save and new_tokens are taken over.",
         unset="a fresh adapter",
         aliases=("adapter_path", "lora_model_dir", "resume_adapter"),
         neutral=True,
@@ -846,8 +846,6 @@ class Recipe(Section):
         self._check_objective()
         if lora.new_tokens and self.method == "full":
             raise ValueError("new_tokens learns rows beside adapters; use it with method: qlora or lora")
-        if lora.new_tokens and lora.adapter_name_or_path:
-            raise ValueError("new_tokens cannot be added to the adapter of adapter_name_or_path; remove one of them")
         if lora.init_lora_weights != "default" and (self.method != "qlora" or lora.use_dora):
             raise ValueError(
                 f"init_lora_weights {lora.init_lora_weights!r} starts plain LoRA on a 4-bit base; "
