@@ -344,7 +344,8 @@ def inspect_rows(
         resolved = within_context(resolved, context, watch.note)
         cache = rows_cache(resolved.quantization)
         seed = resolved.training.seed
-        prepared = examine_rows(resolved.data, resolved.evaluation, tokenizer, seed, cache, watch)
+        objective = resolved.preferences.objective
+        prepared = examine_rows(resolved.data, resolved.evaluation, tokenizer, seed, cache, watch, objective)
     shown = show_rows(prepared, tokenizer, show, find)
     return Inspection(resolved.data.source, replace(prepared.ledger, context=context), shown, prepared.fault)
 

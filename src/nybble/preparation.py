@@ -215,7 +215,8 @@ def _prepare(recipe: Recipe, run: RunContext, *, force: bool) -> RunInputs:
     recipe = within_context(recipe, context, note)
     cache = rows_cache(recipe.quantization)
     with fixed_clock(run.clock):
-        rows = prepare_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed, cache, run.observer)
+        seed, objective = recipe.training.seed, recipe.preferences.objective
+        rows = prepare_rows(recipe.data, recipe.evaluation, tokenizer, seed, cache, run.observer, objective)
     rows = replace(rows, ledger=replace(rows.ledger, context=context))
     for line in rows.ledger.in_words:
         note(line)

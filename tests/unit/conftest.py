@@ -60,9 +60,10 @@ def prepare(tmp_path: Path, tok: Any) -> Callable[..., Prepared]:
         file = tmp_path / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         cache, watch = settings.pop("cache", None), settings.pop("watch", None)
+        objective = settings.pop("objective", "sft")
         evaluation = EvaluationSection(max_eval_rows=settings.pop("max_eval_rows", 500))
         data = DataSection(**{"dataset_name": str(file), "eval_fraction": 0, **settings})
-        return prepare_rows(data, evaluation, tokenizer or tok, seed, cache, watch)
+        return prepare_rows(data, evaluation, tokenizer or tok, seed, cache, watch, objective)
 
     return run
 

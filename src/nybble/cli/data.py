@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _LONGEST_IN_TABLE = 40  # characters; longer values, such as why a row was skipped, are printed below the table
 
 
-@takes_settings(("model", "data"))
+@takes_settings(("model", "data", "preferences"))
 def data(
     overrides: dict[str, Any],
     recipe: RecipeFile = None,
@@ -36,8 +36,8 @@ def data(
 ) -> None:
     """Count the rows and show which tokens are learned.
 
-    They are green, or in [[..]] where there are no colours. Nothing is trained. The folder of a tokenizer is enough; no
-    model is needed.
+    They are green (red in answers that are rejected or bad), or in [[..]] where there are no colours. Nothing is
+    trained. The folder of a tokenizer is enough; no model is needed.
     """
     from dataclasses import asdict
 
@@ -65,7 +65,10 @@ def data(
 def _as_json(row: ShownRow) -> dict[str, Any]:
     names = ("row", "use", "tokens", "trained", "stops", "truncated", "input_ids", "segments")
     spans = [{"first": first, "end": end, "kind": kind} for first, end, kind in row.spans]
-    return {name: getattr(row, name) for name in names} | {"spans": spans}
+    found = {name: getattr(row, name) for name in names} | {"spans": spans}
+    if row.is_pair:
+        found["pair"] = True
+    return found if row.is_desirable is None else found | {"label": row.is_desirable}
 
 
 def _print(lines: Sequence[tuple[str, str]], rows: Sequence[ShownRow], html: Path | None) -> None:
@@ -92,7 +95,7 @@ def _print(lines: Sequence[tuple[str, str]], rows: Sequence[ShownRow], html: Pat
             brackets = ("[[", "]]") if is_learned and is_colourless else ("", "")
             text.append(brackets[0])
             for part in parts:
-                style = "green" if is_learned else "dim"
+                style = "red" if part.is_rejected else "green" if is_learned else "dim"
                 text.append(visible(part.text), style=f"{style} reverse" if part.is_control else style)
             text.append(brackets[1])
         console.print(text, soft_wrap=True)

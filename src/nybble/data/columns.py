@@ -36,7 +36,7 @@ from nybble.recipe import DataSection
 _CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
 # The usual names of a question and of its answer, the first that a row has is taken. `answer` comes late, because
 # beside a solution it holds only the result.
-_QUESTIONS = ("question", "instruction", "prompt", "query", "problem", "input", "user", "human")
+QUESTIONS = ("question", "instruction", "prompt", "query", "problem", "input", "user", "human")
 _ANSWERS = ("completion", "output", "response", "solution", "answer", "assistant", "target")
 # Role -> the usual names of its column; these columns may be absent from any row.
 _BESIDE = {
@@ -46,6 +46,7 @@ _BESIDE = {
     "reasoning": REASONING_KEYS,
     "input": ("input", "context"),
 }
+_ADVICE_ON_PAIRS = "; --objective dpo learns which of them is preferred"
 _RANKED = ("chosen", "rejected", "completions", "responses", "scores", "ranks")
 _MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
 # Columns and keys that usually carry words: a row is refused if one of them would not be used.
@@ -60,6 +61,7 @@ class Layout:
     columns: Mapping[str, str]  # role -> column, of the roles that every row must have
     given: Mapping[str, str] = field(default_factory=dict)  # role -> column, as the setting `columns` says
     ignored: frozenset[str] = frozenset()  # columns that the setting `ignore_columns` names
+    label: str = ""  # column that says whether the answer is good, of rows of rated answers
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Converted:
     is_learned: bool = True  # False if a column says that nothing of the row is learned
     not_used: tuple[str, ...] = ()  # columns, and message keys as `messages.key`, that hold something and are not used
     notes: tuple[str, ...] = ()  # what was changed in the row, for the ledger
+    rejected: Form = ()  # of a row of two answers: the conversation or text with the answer that is not preferred
+    is_desirable: bool | None = None  # of a row of a rated answer
 
 
 def find_layout(rows: Rows, data: DataSection) -> Layout:
@@ -83,7 +87,7 @@ def find_layout(rows: Rows, data: DataSection) -> Layout:
     where = f"{rows.source} row 1"
     missing = [column for column in given.values() if column not in first]
     if missing:
-        raise RowsError(f"{where}: has no column {missing[0]!r}, which --columns names; it has {_names(first)}")
+        raise RowsError(f"{where}: has no column {missing[0]!r}, which --columns names; it has {names_of(first)}")
     ignored = frozenset(data.ignore_columns)
     free = {
         name: value
@@ -97,17 +101,17 @@ def find_layout(rows: Rows, data: DataSection) -> Layout:
         if ranked:
             raise RowsError(
                 f"{where}: the columns {', '.join(ranked)} hold several answers, ranked or scored, and one is learned; "
-                f"{_advice_on_ranked(first)}"
+                f"{_advice_on_ranked(first)}{_ADVICE_ON_PAIRS if {'chosen', 'rejected'} <= first.keys() else ''}"
             )
         raise RowsError(
-            f"{where}: has the columns {_names(first)}; allowed: {data.dataset_text_field} (--dataset_text_field), "
+            f"{where}: has the columns {names_of(first)}; allowed: {data.dataset_text_field} (--dataset_text_field), "
             "prompt + completion, instruction + output, messages, or conversations, question + answer; name others "
             "with --columns, e.g. --columns question=ask,answer=reply"
         )
     columns = {role: given.get(role, role) for role in _roles_of(shape, present, data)}
     if shape == "qa":
-        question = "question" if "question" in given else _find_column(_QUESTIONS, present) or "question"
-        answer = "answer" if "answer" in given else _find_column(_ANSWERS, present) or "answer"
+        question = "question" if "question" in given else find_column(QUESTIONS, present) or "question"
+        answer = "answer" if "answer" in given else find_column(_ANSWERS, present) or "answer"
         columns = {"question": given.get(question, question), "answer": given.get(answer, answer)}
     return Layout(shape, columns, given, ignored)
 
@@ -116,7 +120,7 @@ def _advice_on_ranked(first: Row) -> str:
     if isinstance(first.get("chosen"), list):
         return "name it, e.g. --columns messages=chosen"
     if isinstance(first.get("chosen"), str):
-        asked = _first_text(_QUESTIONS, first)
+        asked = first_text(QUESTIONS, first)
         return "name it, e.g. " + (
             f"--columns question={asked},answer=chosen" if asked else "--dataset_text_field chosen"
         )
@@ -125,14 +129,14 @@ def _advice_on_ranked(first: Row) -> str:
 
 def _roles_of(shape: str, present: Mapping[str, Any], data: DataSection) -> tuple[str, ...]:
     if shape in ("messages", "sharegpt"):
-        return (_find_chat(present) or ("messages" if shape == "messages" else "conversations"),)
+        return (find_chat(present) or ("messages" if shape == "messages" else "conversations"),)
     roles = {"text": (data.dataset_text_field,), "prompt_completion": ("prompt", "completion")}
     return roles.get(shape, ("instruction", "output"))
 
 
 def _find_shape(present: Mapping[str, Any], given: Mapping[str, str], data: DataSection) -> str | None:
     """The shape, or None. What the setting `columns` names comes first; then a shape that has its usual names."""
-    chat = _find_chat(present)
+    chat = find_chat(present)
     usual: list[tuple[str, bool]] = [
         ("qa", bool({"question", "answer"} & given.keys())),
         ("sharegpt", chat is not None and "from" in (_first_message(present[chat]) or ())),
@@ -140,16 +144,16 @@ def _find_shape(present: Mapping[str, Any], given: Mapping[str, str], data: Data
         ("prompt_completion", "prompt" in present and "completion" in present),
         ("alpaca", "instruction" in present and "output" in present),
         ("text", data.dataset_text_field in present),
-        ("qa", bool(_first_text(_QUESTIONS, present) and _first_text(_ANSWERS, present))),
+        ("qa", bool(first_text(QUESTIONS, present) and first_text(_ANSWERS, present))),
         # These hold no conversation or no text in the first row, which is then named as a fault.
         ("messages", "messages" in present),
         ("sharegpt", "conversations" in present),
-        ("qa", bool(_find_column(_QUESTIONS, present) and _find_column(_ANSWERS, present))),
+        ("qa", bool(find_column(QUESTIONS, present) and find_column(_ANSWERS, present))),
     ]
     return next((shape for shape, is_there in usual if is_there), None)
 
 
-def _find_chat(present: Mapping[str, Any]) -> str | None:
+def find_chat(present: Mapping[str, Any]) -> str | None:
     """The first of the usual columns that holds messages, as a list or as the JSON text of one."""
     return next((name for name in _CHATS if _first_message(present.get(name)) is not None), None)
 
@@ -164,14 +168,14 @@ def _first_message(value: Any) -> Mapping[str, Any] | None:
     return first if isinstance(first, Mapping) else None
 
 
-def _first_text(names: tuple[str, ...], present: Mapping[str, Any]) -> str | None:
+def first_text(names: tuple[str, ...], present: Mapping[str, Any]) -> str | None:
     return next((name for name in names if isinstance(present.get(name), str)), None)
 
 
-def _find_column(names: tuple[str, ...], present: Mapping[str, Any]) -> str | None:
+def find_column(names: tuple[str, ...], present: Mapping[str, Any]) -> str | None:
     """The first of the names whose column holds text; if none does, the first that is a column of single values."""
     single = (name for name in names if name in present and not isinstance(present[name], list | Mapping))
-    return _first_text(names, present) or next(single, None)
+    return first_text(names, present) or next(single, None)
 
 
 def convert_row(row: Row, layout: Layout, where: str, has_template: bool, answer_field: str = "") -> Converted:
@@ -187,18 +191,36 @@ def convert_row(row: Row, layout: Layout, where: str, has_template: bool, answer
     Raises:
         RowsError: a column is missing, has the wrong type, or holds words that would not be used.
     """
-    reader = _Reader(row, layout, where)
-    is_learned = reader.is_learned()
+    reader = RowReader(row, layout, where)
+    is_desirable = reader.rating() if layout.label else None
+    is_learned = True if layout.label else reader.is_learned()
+    form = _form_of(reader, has_template)
+    if layout.label and layout.shape in ("messages", "sharegpt"):
+        form = only_last_learned(form)
+    return Converted(form, is_learned, reader.not_used(answer_field), tuple(reader.notes), is_desirable=is_desirable)
+
+
+def only_last_learned(form: Form) -> Form:
+    """The form, of which only the last answer is learned: those before it are what it answers."""
+    last = max((i for i, part in enumerate(form) if isinstance(part, Turn) and part.role == "assistant"), default=0)
+    return [replace(part, learn=False) if isinstance(part, Turn) and i < last else part for i, part in enumerate(form)]
+
+
+def _form_of(reader: RowReader, has_template: bool) -> Form:
+    """The row as pieces or turns, according to its shape."""
+    layout = reader.layout
     form: Form
     if layout.shape in ("messages", "sharegpt"):
         (role,) = layout.columns
         form = reader.conversation(reader.listed(role), role)
-    elif layout.shape == "prompt_completion" and isinstance(row.get(layout.columns["prompt"]), list):
+    elif layout.shape == "prompt_completion" and isinstance(reader.row.get(layout.columns["prompt"]), list):
         completion = reader.completion()
-        asked = [replace(turn, learn=False) for turn in read_turns(reader.listed("prompt"), where)]
+        asked = [replace(turn, learn=False) for turn in read_turns(reader.listed("prompt"), reader.where)]
         form = reader.with_beside([*asked, *completion])
     elif layout.shape == "prompt_completion":
         prompt = reader.text("prompt")
+        if layout.label and not prompt:
+            raise RowsError(f"{reader.where}: its prompt is empty; an answer must follow one; repair the row")
         form = [Piece(prompt + reader.text("completion"), len(prompt))]
     elif layout.shape == "text":
         (role,) = layout.columns
@@ -208,10 +230,10 @@ def convert_row(row: Row, layout: Layout, where: str, has_template: bool, answer
             reader.notes.append("text that looks like turns has no known marks, so all of it is learned")
     else:
         form = reader.exchange(has_template)
-    return Converted(form, is_learned, reader.not_used(answer_field), tuple(reader.notes))
+    return form
 
 
-class _Reader:
+class RowReader:
     """Reads the columns of one row and remembers which of them were used."""
 
     def __init__(self, row: Row, layout: Layout, where: str) -> None:
@@ -225,7 +247,7 @@ class _Reader:
     def text(self, role: str) -> str:
         """The text of a column that every row has."""
         column = self.layout.columns[role]
-        value = self._value(column)
+        value = self.value(column)
         if not isinstance(value, str):
             raise RowsError(
                 f"{self.where}: column {column!r} is of type {type(value).__name__}, not text; repair the row"
@@ -236,7 +258,7 @@ class _Reader:
     def listed(self, role: str) -> list[Any]:
         """The messages of a column, which holds a list or the JSON text of one."""
         column = self.layout.columns[role]
-        value = self._value(column)
+        value = self.value(column)
         if isinstance(value, str) and value.lstrip().startswith("["):
             value = parse_json(value, f"{self.where}: column {column!r}")
         if not isinstance(value, list) or not value:
@@ -294,13 +316,17 @@ class _Reader:
     def exchange(self, has_template: bool) -> Form:
         """A question and its answer."""
         question, answer = (self.text(role) for role in self.layout.columns)
+        reasoning = self._words_beside("reasoning") if has_template else ""
+        return self.answered(question, Turn("assistant", answer, reasoning=reasoning), has_template)
+
+    def answered(self, question: str, answer: Turn, has_template: bool) -> Form:
+        """A question, with what stands beside it, and an answer to it."""
         extra = self._words_beside("input")
         if has_template:
             asked = f"{question}\n\n{extra}" if extra else question
-            answered = Turn("assistant", answer, reasoning=self._words_beside("reasoning"))
-            return self.with_beside([Turn("user", asked), answered])
+            return self.with_beside([Turn("user", asked), answer])
         prompt = alpaca_prompt(question, extra)
-        return [Piece(prompt + answer, len(prompt), is_literal=True, prompt_form="alpaca")]
+        return [Piece(prompt + answer.content, len(prompt), is_literal=True, prompt_form="alpaca")]
 
     def with_beside(self, turns: list[Turn]) -> list[Turn]:
         """The turns behind those that the columns for tools, system text and history hold."""
@@ -314,6 +340,8 @@ class _Reader:
                 "column with --ignore_columns"
             )
         former = self._history()
+        if former and self.layout.label:
+            former = [replace(turn, learn=False) for turn in former]
         if former:
             at = 1 if turns[0].role == "system" else 0
             turns = [*turns[:at], *former, *turns[at:]]
@@ -380,6 +408,22 @@ class _Reader:
                 learned = read_flag(self.row[column], f"{self.where}: column {column!r}", column) and learned
         return learned
 
+    def rating(self) -> bool:
+        """Whether the answer of the row is good.
+
+        Raises:
+            RowsError: the label is neither true nor false.
+        """
+        column = self.layout.label
+        value = self.value(column)
+        said = {"true": True, "false": False}.get(value.strip().lower()) if isinstance(value, str) else value
+        if said not in (True, False):  # 0 and 1 are equal to them
+            raise RowsError(
+                f"{self.where}: column {column!r} holds {shown(value)}; a label is true (a good answer) or false (a "
+                "bad one); repair the row"
+            )
+        return bool(said)
+
     def _flag_columns(self) -> list[str]:
         return [name for name in FLAG_KEYS if name in self.row and name not in self.layout.ignored]
 
@@ -413,10 +457,10 @@ class _Reader:
             return "write it into the messages"
         return "set --chat_template, which takes it"
 
-    def _value(self, column: str) -> Any:
+    def value(self, column: str) -> Any:
         if column not in self.row:
             raise RowsError(
-                f"{self.where}: column {column!r} is missing; the row has {_names(self.row)}; repair the row"
+                f"{self.where}: column {column!r} is missing; the row has {names_of(self.row)}; repair the row"
             )
         self.used.add(column)
         return self.row[column]
@@ -432,5 +476,5 @@ class _Reader:
         return value if column else ""
 
 
-def _names(row: Row) -> str:
+def names_of(row: Row) -> str:
     return clipped(", ".join(map(str, row))) or "none"

@@ -39,6 +39,11 @@ class Example:
     answer: str | None = None  # the reference answer, if the row has one
     segments: Segments = ()  # of a tree
     spans: tuple[Span, ...] = ()  # the learned tokens by kind
+    is_pair: bool = False  # a tree of a prompt and two answers (see `nybble.data.pairs`)
+    is_desirable: bool | None = None  # whether the first answer is good, under kto
+    n_chosen: int = 0  # tokens to learn of the first answer of a pair, before truncation
+    n_rejected: int = 0  # and of the second
+    n_cut_sides: int = 0  # how many of the two are truncated
 
     @property
     def n_trained(self) -> int:
@@ -90,7 +95,7 @@ def encode_row(
         RowsError: the chat template cannot render the row, leaves out something that it says, or its answers cannot be
             located.
     """
-    whole, notes = _encode(form, tokenizer, loss_on, reasoning, where)
+    whole, notes = contexts_of(form, tokenizer, loss_on, reasoning, where)
     parts = [whole]
     length = max(len(context.ids) for context in whole)
     key = key_of([token for context in whole for token in context.ids])
@@ -99,7 +104,7 @@ def encode_row(
         loss_on = "answers"
     elif length > max_length and overlong == "split":
         forms = _split(form, tokenizer, max_length)
-        parts = [_encode(part, tokenizer, loss_on, reasoning, where)[0] for part in forms]
+        parts = [contexts_of(part, tokenizer, loss_on, reasoning, where)[0] for part in forms]
     examples = [example for contexts in parts for example in _examples(contexts, max_length, loss_on)]
     return EncodedRow(
         _learned(examples),
@@ -131,9 +136,10 @@ def key_of(ids: Sequence[int]) -> int:
     return int.from_bytes(hashlib.blake2b(array("i", ids).tobytes(), digest_size=8).digest())
 
 
-def _encode(
+def contexts_of(
     form: Form, tokenizer: Any, loss_on: str, reasoning: str, where: str
 ) -> tuple[list[Context], tuple[str, ...]]:
+    """The contexts of a row, one or one for each learned answer, and notes of what was changed in it."""
     if form and isinstance(form[0], Turn):
         return encode_turns([t for t in form if isinstance(t, Turn)], tokenizer, loss_on, reasoning, where)
     context = _encode_pieces([p for p in form if isinstance(p, Piece)], tokenizer)

@@ -26,10 +26,12 @@ from typing import Any
 
 from pyarrow import RecordBatch
 
-from nybble.data.columns import Layout, convert_row
+from nybble.data.columns import Converted, Layout, convert_row
 from nybble.data.coverage import lost_in
 from nybble.data.encode import EncodedRow, Example, encode_row
 from nybble.data.files import Row
+from nybble.data.pairs import encode_pair, encode_rated
+from nybble.data.preferences import convert_preference
 from nybble.data.rows import Placed, Rows
 from nybble.data.shapes import Form, Turn, prompt_form_of
 from nybble.data.store import Examples, map_records, to_records, write_records
@@ -44,7 +46,7 @@ CHUNK = 250  # rows per task of a worker; fewer if the rows are long
 _CHUNK_BYTES = 8 << 20  # approximate limit for a chunk as JSON; each worker has at most three chunks in flight
 _MOST_WORKERS = 16  # with more workers, reading the rows is the bottleneck
 # Part of every cache key: raise it when the same rows and settings give different tokens or a different record layout.
-_VERSION = 7
+_VERSION = 8
 _NO_LIMIT = 1 << 40  # tokens
 
 _Chunk = tuple[int, list[Placed]]  # the number of rows before the chunk, and the chunk's rows
@@ -58,6 +60,7 @@ class Encoder:
     layout: Layout
     data: DataSection
     answer_field: str
+    objective: str = "sft"
 
     def key(self) -> str:
         """A cache key that is equal for encoders that encode the same rows identically."""
@@ -73,7 +76,7 @@ class Encoder:
             {name: str(value) for name, value in tokenizer.init_kwargs.items() if not name.endswith(("file", "path"))},
             (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id),
             (template, dates_in(template)),
-            (asdict(self.layout) | {"ignored": sorted(self.layout.ignored)}, self.answer_field),
+            (asdict(self.layout) | {"ignored": sorted(self.layout.ignored)}, self.answer_field, self.objective),
             self.data.model_dump(include={"loss_on", "reasoning", "on_bad_row", "overlong", "max_length"}),
         )
 
@@ -95,20 +98,36 @@ class Encoder:
 
     def _encode_good(self, number: int, where: str, row: Row) -> EncodedRow:
         data = self.data
-        has_template = bool(self.tokenizer.chat_template)
-        converted = convert_row(row, self.layout, where, has_template, self.answer_field)
+        converted = self._convert(where, row)
         form = converted.form
-        if not has_template and any(isinstance(part, Turn) for part in form):
-            raise RowsError(
-                f"{where}: {self.layout.shape} rows need a chat template and this tokenizer has none; "
-                "set --chat_template inst, chatml or a .jinja file"
-            )
+        if self.objective == "kto":
+            label = True if converted.is_desirable is None else converted.is_desirable
+            answers = [(form, label), *([(converted.rejected, False)] if converted.rejected else [])]
+            return self._completed(encode_rated(answers, self.tokenizer, data, where), converted, number, row)
+        if self.objective != "sft":
+            encoded = encode_pair((form, converted.rejected), self.tokenizer, data, where)
+            return self._completed(encoded, converted, number, row)
         encoded = self._encode_form(form, data.max_length, where)
         is_text = self.layout.shape == "text" and not prompt_form_of(form)
         if is_text and encoded.length > data.max_length and data.overlong != "drop":
             # No part of a text without answers is worth less than its beginning.
             documents = [self._encode_form([piece], _NO_LIMIT, where).examples[0] for piece in form]
             encoded = replace(encoded, examples=[part for whole in documents for part in self._parts(whole)])
+        return self._completed(encoded, converted, number, row)
+
+    def _convert(self, where: str, row: Row) -> Converted:
+        has_template = bool(self.tokenizer.chat_template)
+        convert = convert_preference if self.layout.shape == "preference" else convert_row
+        converted = convert(row, self.layout, where, has_template, self.answer_field)
+        if not has_template and any(isinstance(part, Turn) for part in converted.form):
+            raise RowsError(
+                f"{where}: {self.layout.shape} rows need a chat template and this tokenizer has none; "
+                "set --chat_template inst, chatml or a .jinja file"
+            )
+        return converted
+
+    def _completed(self, encoded: EncodedRow, converted: Converted, number: int, row: Row) -> EncodedRow:
+        """The row with its number, its reference answer, and what the ledger counts of its columns."""
         answer = row.get(self.answer_field)
         examples = [
             replace(
@@ -119,7 +138,7 @@ class Encoder:
             for example in encoded.examples
         ]
         notes = (*converted.notes, *encoded.notes)
-        lost = lost_in(form, self.tokenizer)
+        lost = lost_in([*converted.form, *converted.rejected], self.tokenizer)
         return replace(encoded, examples=examples, not_used=converted.not_used, notes=notes, lost=lost)
 
     def _encode_form(self, form: Form, max_length: int, where: str) -> EncodedRow:

@@ -17,6 +17,44 @@ _MOST_SHOWN = 5  # characters that are lost and named
 
 
 @dataclass(frozen=True)
+class PreferenceCounts:
+    """Counts of compared or rated answers, in the rows that are trained on unless it says otherwise."""
+
+    pairs: int = 0
+    pairs_equal: int = 0  # both answers have the same tokens, so neither can be preferred
+    pairs_cut_on_one_side: int = 0
+    pairs_cut_on_both_sides: int = 0
+    pairs_lost: int = 0  # rows read of which an answer lies wholly beyond max_length, so they are dropped
+    chosen_tokens_mean: float = 0.0  # before truncation
+    rejected_tokens_mean: float = 0.0
+    chosen_longer_fraction: float = 0.0  # of the pairs; far from a half, length alone tells the answers apart
+    tokens_shared: int = 0  # of prompts, computed once for two answers
+    good_answers: int = 0  # of rated ones
+    bad_answers: int = 0
+
+    @property
+    def in_words(self) -> list[str]:
+        """The lines of the ledger about them."""
+        if not self.pairs:
+            return [f"{self.good_answers:,} good and {self.bad_answers:,} bad answers"]
+        lines = [
+            f"{self.pairs:,} pairs: chosen answers have {self.chosen_tokens_mean:.0f} tokens on average, "
+            f"rejected ones {self.rejected_tokens_mean:.0f}; in {100 * self.chosen_longer_fraction:.1f} % the "
+            "chosen one is the longer"
+        ]
+        if self.pairs_cut_on_one_side or self.pairs_cut_on_both_sides:
+            lines.append(
+                f"{self.pairs_cut_on_one_side:,} pairs are cut on one side only, {self.pairs_cut_on_both_sides:,} on "
+                "both"
+            )
+        if self.pairs_lost:
+            lines.append(f"{self.pairs_lost:,} pairs are dropped because max_length leaves nothing of an answer")
+        if self.pairs_equal:
+            lines.append(f"{self.pairs_equal:,} pairs have equal answers, of which none can be preferred")
+        return lines
+
+
+@dataclass(frozen=True)
 class Ledger:
     """Counts of rows, answers and tokens; answers and tokens are counted in the training rows after truncation."""
 
@@ -57,6 +95,7 @@ class Ledger:
     answer_characters_lost: int = 0  # those of them that the tokenizer has no token for
     context: int | None = None  # the most tokens that the model takes, if that is known
     sets: dict[str, Ledger] = field(default_factory=dict)  # the ledger of each set, if there are several
+    preferences: PreferenceCounts | None = None  # of rows that are compared or rated
 
     @property
     def in_words(self) -> list[str]:
@@ -69,6 +108,7 @@ class Ledger:
         ]
         if self.tokens_by_kind.keys() & {"reasoning", "call"}:
             lines.append("learned: " + ", ".join(f"{n:,} tokens of {kind}" for kind, n in self.tokens_by_kind.items()))
+        lines += self.preferences.in_words if self.preferences else []
         for name, part in self.sets.items():
             share = part.tokens_trained / max(self.tokens_trained, 1)
             lines.append(f"{name}: {_rows(part.rows_used)} to train, {100 * share:.1f} % of the learned tokens")
@@ -140,7 +180,7 @@ def count_rows(read: Examples, is_used: NDArray[np.bool_], n_held_out: int, max_
         rows_held_out=n_held_out,
         rows_over_max_length=int((lengths > max_length).sum()),
         rows_truncated=len(np.unique(used.column("row")[used.column("is_truncated")])),
-        rows_split=int((examples_of > 1).sum()),
+        rows_split=int((examples_of > 1).sum()) if used.is_null("is_desirable").all() else 0,
         rows_duplicate=len(good) - len(np.unique(good.column("row_key"))),
         rows_multi_turn=int((good.column("row_turns") > 1).sum()),
         examples=len(used),
@@ -166,6 +206,31 @@ def count_rows(read: Examples, is_used: NDArray[np.bool_], n_held_out: int, max_
         characters_lost=read.counts("lost"),
         answer_characters=_sum(used, "n_answer_characters"),
         answer_characters_lost=_sum(used, "n_answer_lost"),
+        preferences=_preferences(read, used),
+    )
+
+
+def _preferences(read: Examples, used: Examples) -> PreferenceCounts | None:
+    is_rated = ~used.is_null("is_desirable")
+    if is_rated.any():
+        n_good = int(used.take(is_rated).column("is_desirable").astype(bool).sum())
+        return PreferenceCounts(good_answers=n_good, bad_answers=int(is_rated.sum()) - n_good)
+    if not read.column("is_pair").any():
+        return None
+    pairs = used.take(used.column("is_pair"))
+    cut, n = pairs.column("n_cut_sides"), max(len(pairs), 1)
+    chosen, rejected = pairs.column("n_chosen"), pairs.column("n_rejected")
+    is_lost = read.column("is_pair") & (read.column("n_trained") == 0) & (read.column("n_cut_stops") > 0)
+    return PreferenceCounts(
+        pairs=len(pairs),
+        pairs_equal=int(pairs.column("is_equal").sum()),
+        pairs_cut_on_one_side=int((cut == 1).sum()),
+        pairs_cut_on_both_sides=int((cut == 2).sum()),
+        pairs_lost=int(is_lost.sum()),
+        chosen_tokens_mean=int(chosen.sum()) / n,
+        rejected_tokens_mean=int(rejected.sum()) / n,
+        chosen_longer_fraction=int((chosen > rejected).sum()) / n,
+        tokens_shared=_sum(pairs, "n_shared"),
     )
 
 

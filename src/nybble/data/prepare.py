@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nybble.data.columns import find_layout
 from nybble.data.encode_all import Encoder, encode_rows
 from nybble.data.ledger import Ledger, count_rows, first_of_rows
 from nybble.data.mixture import mix_sets
+from nybble.data.preferences import layout_of
 from nybble.data.rows import Rows, read_rows
 from nybble.data.store import Examples
 from nybble.data.templates import find_template
-from nybble.data.tree import path_before
+from nybble.data.tree import path_before, unfold
 from nybble.errors import RowsError
 from nybble.recipe import DataSection, DataSet, EvaluationSection, QuantizationSection
 from nybble.run.record import Observer, Silent
@@ -41,10 +41,15 @@ class Prepared:
     def calibration_rows(self, most: int) -> list[list[int]]:
         """Token ids of at most `most` training examples, evenly spaced because files are often sorted by kind.
 
-        Of a tree it is the last context.
+        Of a tree it is the last context, of a pair the one with the chosen answer.
         """
         step = max(1, len(self.train) // most)
-        return [path_before(e.input_ids, e.segments, len(e.input_ids)) for e in self.train[::step][:most]]
+        return [
+            unfold(e.input_ids, e.labels, e.segments)[0][0]
+            if e.is_pair
+            else path_before(e.input_ids, e.segments, len(e.input_ids))
+            for e in self.train[::step][:most]
+        ]
 
 
 def prepare_rows(
@@ -54,6 +59,7 @@ def prepare_rows(
     seed: int,
     cache: Cache | None = None,
     watch: Observer | None = None,
+    objective: str = "sft",
 ) -> Prepared:
     """Read, encode, split and count the rows; tokenized rows are stored in `cache`.
 
@@ -62,7 +68,7 @@ def prepare_rows(
     Raises:
         RowsError: the rows cannot be used, nothing would be learned, or no end token would be learned.
     """
-    prepared = examine_rows(data, evaluation, tokenizer, seed, cache, watch)
+    prepared = examine_rows(data, evaluation, tokenizer, seed, cache, watch, objective)
     if prepared.fault:
         raise RowsError(prepared.fault)
     return prepared
@@ -75,13 +81,15 @@ def examine_rows(
     seed: int,
     cache: Cache | None = None,
     watch: Observer | None = None,
+    objective: str = "sft",
 ) -> Prepared:
     """Like `prepare_rows`, but if nothing useful would be learned, return the rows with the reason in `fault`."""
     if data.chat_template is not None:
         tokenizer.chat_template = find_template(data.chat_template)
 
     def encode(rows: Rows, own: DataSection) -> Examples:
-        encoder = Encoder(tokenizer, find_layout(rows, own), own, evaluation.answer_field)
+        layout = layout_of(rows, own, objective)
+        encoder = Encoder(tokenizer, layout, own, evaluation.answer_field, objective)
         return encode_rows(rows, encoder, cache, watch or Silent())
 
     sets = [
@@ -110,7 +118,7 @@ def examine_rows(
     dropped = is_good & ~used & ~(is_held_out & useful)
     held_out = _of_rows(held_out, held_out_useful)
     is_used = used[read.column("row") - 1]
-    shapes = [find_layout(rows, own).shape for rows, own in zip(sets, sections, strict=True)]
+    shapes = [layout_of(rows, own, objective).shape for rows, own in zip(sets, sections, strict=True)]
 
     def count(is_counted: NDArray[np.bool_], shape: str) -> Ledger:
         """The ledger of those rows for which `is_counted`, `(rows,)`, is true."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -24,6 +24,7 @@ class Stretch:
     is_learned: bool
     is_control: bool
     kind: str = ""  # of learned tokens: one of `kinds.KINDS`
+    is_rejected: bool = False  # of learned tokens: of an answer that is rejected, or that is rated as bad
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class ShownRow:
     spans: tuple[Span, ...]  # the learned tokens: first, end, kind
     segments: Segments  # of a row whose answers have contexts of their own: (number of tokens, parent or -1)
     parts: list[Stretch]
+    is_pair: bool = False  # its segments are a prompt, the chosen answer and the rejected one
+    is_desirable: bool | None = None  # whether a rated answer is good
 
     @property
     def title(self) -> str:
@@ -47,7 +50,8 @@ class ShownRow:
         use = {"held_out": ", held out", "dropped": ", dropped"}.get(self.use, "")
         ends = "1 end token" if self.stops == 1 else f"{self.stops} end tokens"
         cut = ", cut at max_length" if self.truncated else ""
-        return f"row {self.row}{use}: {self.trained:,} of {self.tokens:,} tokens learned, {ends}{cut}"
+        rated = "" if self.is_desirable is None else ", a good answer" if self.is_desirable else ", a bad answer"
+        return f"row {self.row}{use}{rated}: {self.trained:,} of {self.tokens:,} tokens learned, {ends}{cut}"
 
 
 def show_rows(prepared: Prepared, tokenizer: Any, n_rows: int, find: str = "") -> list[ShownRow]:
@@ -87,6 +91,8 @@ def _shown(use: str, example: Example, tokenizer: Any, control: frozenset[int]) 
         spans=example.spans,
         segments=example.segments,
         parts=list(_parts(example, tokenizer, control)),
+        is_pair=example.is_pair,
+        is_desirable=example.is_desirable,
     )
 
 
@@ -96,7 +102,12 @@ def _parts(example: Example, tokenizer: Any, control: frozenset[int]) -> Iterato
     for first, end, kind in example.spans:
         kinds[first:end] = [kind] * (end - first)
     if not example.segments:
-        yield from _stretches(example.input_ids, kinds, tokenizer, control)
+        is_rejected = example.is_desirable is False
+        for part in _stretches(example.input_ids, kinds, tokenizer, control):
+            yield replace(part, is_rejected=is_rejected and part.is_learned)
+        return
+    if example.is_pair:
+        yield from _sides(example, kinds, tokenizer, control)
         return
     codes = [IGNORED if not kind else KINDS.index(kind) for kind in kinds]
     rows = unfold(example.input_ids, codes, example.segments)
@@ -107,23 +118,41 @@ def _parts(example: Example, tokenizer: Any, control: frozenset[int]) -> Iterato
         yield from _stretches(ids, row_kinds, tokenizer, control)
 
 
+def _sides(example: Example, kinds: Sequence[str], tokenizer: Any, control: frozenset[int]) -> Iterator[Stretch]:
+    """The stretches of a pair: those of the prompt, and of each answer behind it."""
+    n_prompt, n_chosen = (length for length, _parent in example.segments[:2])
+    chosen = range(n_prompt, n_prompt + n_chosen)
+    rejected = range(chosen.stop, len(example.input_ids))
+    for name, places in (("prompt", range(0)), ("chosen", chosen), ("rejected", rejected)):
+        yield Stretch(f"{chr(10) if name != 'prompt' else ''}{name}:", False, is_control=True)
+        yield Stretch("\n", False, is_control=False)
+        context = [*range(n_prompt), *places]
+        ids = [example.input_ids[place] for place in context]
+        own = [kinds[place] for place in context]
+        first = n_prompt if places else 0
+        for part in _stretches(ids, own, tokenizer, control, first):
+            yield replace(part, is_rejected=name == "rejected" and part.is_learned)
+
+
 def _stretches(
-    token_ids: Sequence[int], kinds: Sequence[str], tokenizer: Any, control: frozenset[int]
+    token_ids: Sequence[int], kinds: Sequence[str], tokenizer: Any, control: frozenset[int], first: int = 0
 ) -> Iterator[Stretch]:
+    """The stretches of the tokens from `first` on; those before it are only their context."""
     marked = [
         # The position makes each control token a group by itself.
-        (kind, place if token in control else -1, token)
+        ((kind, place if token in control else -1, place >= first), token)
         for place, (token, kind) in enumerate(zip(token_ids, kinds, strict=True))
     ]
     ids: list[int] = []
     before = ""
-    for (kind, place), group in groupby(marked, key=lambda entry: entry[:2]):
-        group_ids = [token for *_, token in group]
+    for (kind, place, is_shown), group in groupby(marked, key=lambda entry: entry[0]):
+        group_ids = [token for _, token in group]
         ids += group_ids
         # A decoder may drop a leading space, so the text of a stretch is what it adds to the text before it.
         whole = _decode(ids, tokenizer)
         text = whole[len(before) :] if whole.startswith(before) else _decode(group_ids, tokenizer)
-        yield Stretch(text, bool(kind), place >= 0, kind)
+        if is_shown:
+            yield Stretch(text, bool(kind), place >= 0, kind)
         before = whole
 
 

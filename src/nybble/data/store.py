@@ -21,7 +21,10 @@ from nybble.data.kinds import KINDS
 from nybble.data.tokens import IGNORED
 from nybble.data.tree import paths
 
-_COPIED = ("row", "answer", "n_answers", "n_stops", "n_cut_stops", "n_empty", "last_answer_start", "is_truncated")
+_COPIED = (
+    "row", "answer", "n_answers", "n_stops", "n_cut_stops", "n_empty", "last_answer_start", "is_truncated", "is_pair",
+    "is_desirable", "n_chosen", "n_rejected", "n_cut_sides"
+)  # fmt: skip
 _SCHEMA = pa.schema(
     {
         "tokens": pa.list_(pa.int32()),  # id where learned, else ~id
@@ -36,11 +39,18 @@ _SCHEMA = pa.schema(
         "is_truncated": pa.bool_(),
         "segments": pa.list_(pa.int32()),  # length and parent of each in turn
         "spans": pa.list_(pa.int32()),  # first token, end and kind (its index in KINDS) of each in turn
+        "is_pair": pa.bool_(),
+        "is_desirable": pa.bool_(),
+        "n_chosen": pa.int32(),
+        "n_rejected": pa.int32(),
+        "n_cut_sides": pa.int32(),
         # Columns for the ledger: first those of the example, then those of its row.
         "length": pa.int32(),
         "n_paths": pa.int32(),  # rows that a padded batch has for it
         "longest_path": pa.int32(),  # the tokens of the longest of them
         "n_trained": pa.int32(),
+        "n_shared": pa.int32(),  # tokens of the prompt that the answers of a pair share
+        "is_equal": pa.bool_(),  # a pair of equal answers
         "key": pa.uint64(),  # hash of the ids
         "row_length": pa.int32(),
         "row_turns": pa.int32(),
@@ -76,11 +86,20 @@ def to_records(rows: Iterable[EncodedRow]) -> pa.RecordBatch:
             record |= {"n_paths": len(ends), "longest_path": max(ends)}
             record |= {"tokens": np.where(learned, ids, ~ids), "length": len(ids), "key": key_of(example.input_ids)}
             record |= {"n_trained": int(learned[1:].sum()), "row_length": row.length, "row_turns": row.n_turns}
+            record |= {"n_shared": example.segments[0][0] if example.is_pair and example.segments else 0}
+            record |= {"is_equal": _is_equal(example)}
             records.append(record | once | {"row_key": row.key, "row_form": row.prompt_form})
             once = {"not_used": (), "notes": (), "fault": None, "lost": ()}
             once |= {"n_answer_characters": 0, "n_answer_lost": 0}
     columns = {name: [record[name] for record in records] for name in _SCHEMA.names}
     return pa.RecordBatch.from_pydict(columns, schema=_SCHEMA)
+
+
+def _is_equal(example: Example) -> bool:
+    if not example.is_pair or not example.segments or example.is_desirable is not None:
+        return False
+    (n_root, _), (n_chosen, _), _rejected = example.segments
+    return example.input_ids[n_root : n_root + n_chosen] == example.input_ids[n_root + n_chosen :]
 
 
 def write_records(batches: Iterable[pa.RecordBatch], file: Path) -> None:

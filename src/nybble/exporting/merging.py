@@ -289,7 +289,8 @@ def _rows(job: _Merge) -> _Compared:
         rows = [Example(one, one, stop_tokens=(), is_truncated=False, **whole) for one in ids]
         return _Compared("built-in", rows, None)
     data = recipe.data if job.is_run else recipe.data.model_copy(update={"eval_fraction": 0.0})
-    prepared = examine_rows(data, recipe.evaluation, tokenizer, recipe.training.seed)
+    objective = recipe.preferences.objective
+    prepared = examine_rows(data, recipe.evaluation, tokenizer, recipe.training.seed, objective=objective)
     if not job.is_run:
         return _Compared("given", prepared.train, prepared)
     if prepared.held_out:

@@ -59,7 +59,13 @@ def _quantize(recipe: Recipe, folder: Path, watch: Observer) -> dict[str, Any]:
     if section.encoder == "calibrated":
         recipe = within_context(recipe, getattr(source.text_config, "max_position_embeddings", None), watch.note)
         prepared = prepare_rows(
-            recipe.data, recipe.evaluation, tokenizer, recipe.training.seed, rows_cache(section), watch
+            recipe.data,
+            recipe.evaluation,
+            tokenizer,
+            recipe.training.seed,
+            rows_cache(section),
+            watch,
+            recipe.preferences.objective,
         )
         rows = prepared.calibration_rows(section.calibration_rows)
     device = detect_device(recipe.model.device)

@@ -262,7 +262,8 @@ def read_batches(recipe: Recipe) -> tuple[Batches | None, str | None]:
     try:
         tokenizer, _ = find_tokenizer(recipe.model)
         add_new_tokens(tokenizer, recipe.lora.new_tokens)
-        prepared = examine_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed)
+        objective = recipe.preferences.objective
+        prepared = examine_rows(recipe.data, recipe.evaluation, tokenizer, recipe.training.seed, objective=objective)
     except NybbleError as error:
         return None, f"the rows cannot be read: {error}"
     if not len(prepared.train):

@@ -34,6 +34,18 @@ _LINES: tuple[tuple[str, str], ...] = (
     ("99 % of the rows have at most", "length_p99"),
     ("longest row", "length_max"),
 )
+_PAIRS = (
+    ("pairs", "pairs"),
+    ("mean length of chosen answers", "chosen_tokens_mean"),
+    ("mean length of rejected answers", "rejected_tokens_mean"),
+    ("pairs whose chosen answer is the longer", "chosen_longer_fraction"),
+    ("pairs of equal answers", "pairs_equal"),
+    ("pairs cut on one side only", "pairs_cut_on_one_side"),
+    ("pairs cut on both sides", "pairs_cut_on_both_sides"),
+    ("pairs dropped because nothing is left of an answer", "pairs_lost"),
+    ("tokens of prompts, computed once for two answers", "tokens_shared"),
+)
+_RATED = (("good answers", "good_answers"), ("bad answers", "bad_answers"))
 
 _MOST_CHARACTERS = 10  # that are shown
 _KINDS = {"answer": "answers", "call": "tool calls", "end": "ends of turns", "text": "other text"}
@@ -42,6 +54,7 @@ _KINDS = {"answer": "answers", "call": "tool calls", "end": "ends of turns", "te
 def ledger_lines(ledger: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Pairs of label and count; counts that an older record lacks are omitted."""
     lines = [(label, _show(name, ledger[name])) for label, name in _LINES if name in ledger]
+    lines += _preferences(ledger.get("preferences") or {})
     kinds = ledger.get("tokens_by_kind", {})
     lines += [(f"tokens learned: {_KINDS.get(kind, kind)}", format_count(n)) for kind, n in kinds.items()]
     for name, part in ledger.get("sets", {}).items():
@@ -60,6 +73,11 @@ def ledger_lines(ledger: Mapping[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
+def _preferences(counts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    names = _PAIRS if counts.get("pairs") else _RATED
+    return [(label, _show(name, counts[name])) for label, name in names if name in counts]
+
+
 def _first_lost(ledger: Mapping[str, Any]) -> list[tuple[str, int]]:
     return list(ledger.get("characters_lost", {}).items())[:_MOST_CHARACTERS]
 
@@ -73,4 +91,5 @@ def _show(name: str, value: Any) -> str:
         return value
     if name.endswith("_fraction"):
         return format_share(value)
-    return f"{format_count(value)} tokens" if name.startswith("length_") else format_count(value)
+    is_length = name.startswith("length_") or name.endswith("_tokens_mean")
+    return f"{format_count(value)} tokens" if is_length else format_count(value)
