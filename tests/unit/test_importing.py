@@ -206,7 +206,7 @@ EXPECTED = {
 }
 REMARKED = {
     TRL: "eos_token gradient_checkpointing_kwargs dataloader_num_workers tf32",
-    AXOLOTL: "model_type tokenizer_type datasets datasets.field_messages dataset_prepared_path pad_to_sequence_len "
+    AXOLOTL: "model_type tokenizer_type datasets dataset_prepared_path pad_to_sequence_len "
     "wandb_project flash_attention special_tokens",
     LLAMA_FACTORY: "quantization_method dataset max_samples template overwrite_cache plot_loss ddp_timeout flash_attn",
 }

@@ -77,6 +77,66 @@ def test_recipes_of_other_tools_keep_their_objective(tmp_path: Path, content: di
     assert not any("said twice" in remark or "pref" in remark for remark in imported.remarks)
 
 
+@pytest.mark.parametrize(
+    ("content", "settings", "remark"),
+    [
+        (
+            {"beta": 0.05, "loss_type": ["ipo"], "use_peft": True},
+            {"objective": "ipo", "beta": 0.05, "learning_rate": 1e-6, "lora_dropout": 0},
+            "",
+        ),
+        ({"loss_type": "hinge", "learning_rate": 1e-5}, {"loss_type": "hinge", "learning_rate": 1e-5}, ""),
+        ({"desirable_weight": 1.2, "beta": 0.2}, {"objective": "kto", "desirable_weight": 1.2}, ""),
+        ({"loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 1.6}, {"objective": "simpo", "simpo_gamma": 1.6}, ""),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [0.5, 1]}, {"objective": "dpo", "rpo_alpha": 2}, ""),
+        ({"precompute_ref_log_probs": True}, {"objective": "dpo"}, ""),
+        ({"beta": 0.1}, {"objective": "sft"}, "beta (0.1): a recipe of TRL does not name its trainer; set objective"),
+        ({"loss_type": "nll"}, {"objective": "sft"}, ""),
+        ({"loss_type": "dft"}, {"objective": "sft"}, "loss_type (dft): an objective is one of sft, dpo"),
+        ({"loss_type": ["sigmoid", "bco_pair"]}, {"objective": "dpo"}, "loss_type (bco_pair): loss_type is one of sig"),
+        ({"loss_type": {"a": 1}, "loss_weights": 3}, {"objective": "sft"}, ""),
+        (
+            {"use_peft": True, "lora_dropout": 0.1, "loss_type": "sigmoid"},
+            {"lora_dropout": 0},
+            "lora_dropout (0.1): TRL's disable_dropout turns it off, so it is 0 here",
+        ),
+        (
+            {"use_peft": True, "lora_dropout": 0.1, "loss_type": "ipo", "disable_dropout": False},
+            {"lora_dropout": 0.1},
+            "",
+        ),
+        (
+            {"base_model": "a", "rl": "orpo", "orpo_alpha": 0.3, "datasets": [{"path": "b", "type": "chatml.argilla"}]},
+            {"objective": "orpo", "beta": 0.3, "dataset_name": "b"},
+            "",
+        ),
+        (
+            {
+                "base_model": "a",
+                "rl": "dpo",
+                "datasets": [{"path": "b", "field_messages": "talk", "field_chosen": "x", "field_rejected": "y"}],
+            },
+            {"columns": ("chosen=x", "messages=talk", "rejected=y")},
+            "",
+        ),
+        ({"base_model": "a", "rl": "simpo", "cpo_alpha": 1.0}, {"objective": "simpo"}, "cpo_alpha (1.0): the losses"),
+        ({"stage": "kto", "ref_model": "b"}, {"objective": "kto"}, "ref_model (b): the reference is the"),
+        ({"stage": "dpo", "pref_loss": "kto_pair"}, {"objective": "dpo"}, "pref_loss (kto_pair): loss_type is one of"),
+    ],
+)  # fmt: skip
+def test_what_recipes_say_of_preferences(
+    tmp_path: Path, content: dict[str, Any], settings: dict[str, Any], remark: str
+) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump({"model_name_or_path": "a", **content}))
+    imported = import_recipe(file)
+    values = {name: value for section in imported.recipe.model_dump().values() if isinstance(section, dict)
+              for name, value in section.items()}  # fmt: skip
+    assert {name: values[name] for name in settings} == settings
+    remarks = [text for text in imported.remarks if not text.startswith("loss:")]
+    assert any(text.startswith(remark) for text in remarks) if remark else not remarks
+
+
 def test_a_stage_that_is_no_objective_is_remarked(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump({"model_name_or_path": "a", "stage": "ppo"}))

@@ -36,8 +36,8 @@ from nybble.data.shapes import Form, Piece, Turn
 from nybble.errors import RowsError
 from nybble.recipe import DataSection
 
-_CHOSEN = ("chosen", "preferred", "accepted")
-_REJECTED = ("rejected", "dispreferred")
+_CHOSEN = ("chosen", "chosen_response", "preferred", "accepted")
+_REJECTED = ("rejected", "rejected_response", "dispreferred")
 _LABELS = ("label", "kto_tag")
 _NEEDS_PAIR = (
     "chosen + rejected (whole conversations), or these beside prompt, question, instruction or messages; name others "

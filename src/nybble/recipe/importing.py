@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -18,9 +18,9 @@ from pydantic import ValidationError
 from nybble.errors import RecipeError
 from nybble.guard import clipped, shown
 from nybble.recipe.catalogue import spellings
+from nybble.recipe.importing_preferences import preferences_of
 from nybble.recipe.load import first_fault, read_yaml
 from nybble.recipe.other_tools import ANSWERS
-from nybble.recipe.preferences import Objective
 from nybble.recipe.schema import Recipe
 
 Settings = dict[str, Any]  # ours, by path
@@ -90,8 +90,12 @@ def import_recipe(path: Path | str) -> Imported:
     content = {name: value for name, value in _flat(read_yaml(path)) if value is not None}
     tool = _tool_of(content)
     conversion = _Conversion(tool, content)
+    said = preferences_of(tool, content)
+    conversion.settings |= said.settings
+    conversion.remarks += said.remarks
     for name, value in content.items():
-        conversion.take(name, value)
+        if name not in said.names:
+            conversion.take(name, value)
     if not conversion.settings:
         raise RecipeError(f"{path}: holds no setting of TRL, Axolotl or LLaMA-Factory; give a recipe of one of them")
     conversion.finish()
@@ -166,7 +170,7 @@ class _Conversion:
             self.remarks.append("max_samples: of several sets, `rows` of each says how many are taken (dataset_name)")
         if self.tool == "llama_factory" and said["method"] != "full" and isinstance(said["lora.r"], int):
             said.setdefault("lora.lora_alpha", 2 * said["lora.r"])
-        if self.tool == "trl" and "data.loss_on" not in said:
+        if self.tool == "trl" and "data.loss_on" not in said and "preferences.objective" not in said:
             self.remarks.append(
                 "loss: TRL learns every token of a conversation unless assistant_only_loss is set; here only answers "
                 "are learned (loss_on: all learns every token)"
@@ -285,7 +289,9 @@ def _data_set(everything: _Conversion, said: Any, name: str, paths: Mapping[str,
     found: Settings = {}
     for key, value in ({"path": said} if isinstance(said, str) else dict(said)).items():
         if value is not None and key != "ds_type":
-            found |= _of_data_set(everything, name, key, value, paths)
+            one = _of_data_set(everything, name, key, value, paths)
+            columns = [*found.get("data.columns", []), *one.get("data.columns", [])]
+            found |= one | ({"data.columns": columns} if columns else {})
     return found
 
 
@@ -304,12 +310,19 @@ def _of_data_set(everything: _Conversion, name: str, key: str, value: Any, paths
         return _chat_template(everything, value)
     if is_trained_on and key == "type" and str(value) in _FORMATS:
         return {"data.data_format": _FORMATS[str(value)]}
+    if is_trained_on and key == "type" and "rl" in everything.content and str(value).endswith(_PREFERENCES):
+        return {}  # read from the columns
+    if is_trained_on and key in _COLUMNS:
+        return {"data.columns": [f"{_COLUMNS[key]}={value}"]}
     text = ANSWERS.get(key, f"{_SAID}columns are found by their usual names, or by `columns`").removeprefix(_SAID)
     everything.remarks.append(f"{name}.{key} ({clipped(brief_value(value))}): {text}")
     return {}
 
 
 # Axolotl's types of rows -> ours; a chat is read from its columns, whichever they are.
+_COLUMNS = {"field_messages": "messages", "field_chosen": "chosen", "field_rejected": "rejected"}
+# Ends of the names of its types of pairs whose columns have the names that are looked for.
+_PREFERENCES = (".default", ".intel", ".argilla", ".argilla_chat", ".ultra", ".icr", ".prompt_pairs")
 _FORMATS = {"alpaca": "alpaca", "completion": "text", "sharegpt": "sharegpt", "chat_template": "auto"}
 
 
@@ -390,19 +403,6 @@ def _kind(everything: _Conversion, said: Any) -> Settings:
     return {"method": said}
 
 
-def _stage(everything: _Conversion, said: Any) -> Settings:
-    if said == "pt":
-        return {"data.loss_on": "all"}
-    if said in get_args(Objective):
-        loss = everything.content.get("pref_loss") if said == "dpo" else None  # which names objectives too
-        return {"preferences.objective": loss if loss in get_args(Objective) else said}
-    return everything.remark("stage", f"an objective is one of {', '.join(get_args(Objective))} here")
-
-
-def _preference_loss(_all: _Conversion, said: Any) -> Settings:
-    return {} if said in get_args(Objective) else {"preferences.loss_type": said}
-
-
 _OF_ALL: dict[str, Convert] = {
     **dict.fromkeys(("load_in_4bit", "load_in_8bit", "use_peft", "do_train", "overwrite_output_dir"), _nothing),
     "bf16": _dtype("bfloat16"),
@@ -447,8 +447,7 @@ _BY_TOOL: dict[str, dict[str, Convert]] = {
     },
     "llama_factory": {
         "add_special_tokens": _to("lora.new_tokens"),
-        "stage": _stage,
-        "pref_loss": _preference_loss,
+        "stage": lambda _all, said: {"data.loss_on": "all"} if said == "pt" else {},
         "finetuning_type": _kind,
         "quantization_bit": _nothing,  # decides the method
         "quantization_type": _to("quantization.bnb_4bit_quant_type"),

@@ -205,6 +205,21 @@ ANSWERS: dict[str, str] = {
     "peft_use_dora": "use use_dora",
     "peft_use_rslora": "use use_rslora",
     "loss_weights": "use rpo_alpha for the weight of the chosen answer's supervised loss",
+    **_all(
+        "ref_model ref_model_adapters ref_model_quantization_bit ref_adapter_name model_adapter_name reference_free "
+        "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps ref_model_init_kwargs",
+        _REMOVE + "the reference is the model that training starts from, with the adapter of adapter_name_or_path",
+    ),
+    **_all(
+        "f_divergence_type f_alpha_divergence_coef discopop_tau use_weighting dpo_use_weighting dpo_norm_loss "
+        "cpo_alpha",
+        _REMOVE + "the losses are those of loss_type under dpo, and of ipo, kto, orpo and simpo",
+    ),
+    "orpo_alpha": "use beta, the weight of orpo's odds ratio",
+    "precompute_ref_batch_size": _REMOVE + "the reference is computed in batches of as many tokens as a step",
+    "disable_dropout": "use lora_dropout: 0",
+    "generate_during_eval": _REMOVE + "answers to held-out prompts are always shown in the report",
+    **_all("padding_value label_pad_token_id is_encoder_decoder", _REMOVE + "rows are not padded"),
     "pref_bco_weight": _REMOVE + "objectives are dpo, ipo, kto, orpo and simpo",
     **_all("max_prompt_length max_completion_length", "use max_length, the longest prompt and answer together"),
     **_all("plugins", _REMOVE + "there are no plugins"),
