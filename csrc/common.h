@@ -13,7 +13,7 @@
 
 /* Raise this number with every change of a structure, a signature or a meaning that callers rely on, and ABI in
 `nybble/kernels/library.py` with it: a library of other sources is then refused when it is loaded. */
-#define NYBBLE_ABI 5
+#define NYBBLE_ABI 6
 
 #define EXPORT __attribute__((visibility("default")))
 #define ALWAYS_INLINE static inline __attribute__((always_inline))

@@ -3,6 +3,7 @@
 Loaded with ctypes: no Python header is needed, and there is no PyInit. */
 
 #include "attention.h"
+#include "kquants.h"
 #include "linear_attention.h"
 #include "ops4bit.h"
 #include "pointwise.h"
@@ -53,6 +54,7 @@ EXPORT int64_t nybble_constant(const char *name)
         SIZE(Chunk),
         SIZE(LinearAttention),
         SIZE(Convolution),
+        SIZE(KQuant),
     };
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
         if (strcmp(name, known[i].name) == 0)
@@ -93,6 +95,7 @@ EXPORT int nybble_set_isa(int isa)
     ops4bit_use(isa);
     pointwise_use(isa);
     linear_attention_use(isa);
+    kquants_use(isa);
     return isa;
 }
 

@@ -34,7 +34,7 @@ __all__ = [
     "unavailable",
 ]
 
-ABI = 5  # NYBBLE_ABI of csrc/common.h: raise both with every change of a structure or signature
+ABI = 6  # NYBBLE_ABI of csrc/common.h: raise both with every change of a structure or signature
 INSTRUCTION_SETS = ("plain C", "AVX2", "AVX-512", "AVX512-BF16")  # by their number in the library
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 MAX_ROWS = 8  # of a product straight from the codes
@@ -114,7 +114,8 @@ def open_library(file: Path) -> ctypes.CDLL:
     for name in ("nybble_feed_back", "nybble_descend"):
         getattr(library, name).argtypes = (_Pointer, _Pointer, _Pointer, _Pointer, _Size, _Size)
         getattr(library, name).restype = None
-    for name in ("nybble_decode", "nybble_set_team", "nybble_search", "nybble_nested", "nybble_nearest"):
+    library.nybble_kquants.argtypes = (_Pointer, _Size, _Size)
+    for name in ("nybble_decode", "nybble_set_team", "nybble_search", "nybble_nested", "nybble_nearest", "nybble_kquants"):
         getattr(library, name).restype = None
     return library
 
