@@ -175,6 +175,49 @@ def test_8_bits_take_half_and_differ_a_little(nybble: Callable[..., Any], models
     assert kl["q8_0"] > 0
 
 
+def test_a_run_is_quantized_with_an_importance_matrix_of_its_rows(
+    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+) -> None:
+    flags = {"model_name_or_path": tiny_llama(), "dataset_name": rows_file, "output_dir": tmp_path / "run", "r": 4}
+    flags |= {"max_steps": 2, "device": "cpu", "report_to": "none"}
+    assert nybble("train", *(word for name, value in flags.items() for word in (f"--{name}", value))).code == 0
+    arguments = ["export", tmp_path / "run", "--gguf", tmp_path / "m.gguf", "--max_new_tokens", 4]
+    done = nybble(*arguments, "--quantize", "q4_k_m,Q6_K", "--json")
+    assert done.code == 0, done.err
+    four, six = done.json["files"]
+    assert [one["type"] for one in (four, six)] == ["Q4_K_M", "Q6_K"]
+    assert [Path(one["gguf"]).name for one in (four, six)] == ["m-Q4_K_M.gguf", "m-Q6_K.gguf"]
+    assert four["file_bytes"] < six["file_bytes"]
+    assert four["held_out"]["mean_kl"] > six["held_out"]["mean_kl"] > 0
+    assert four["without_importance"]["mean_kl"] != four["held_out"]["mean_kl"]
+    assert "are Q5_0 instead of Q4_K, because their rows are not multiples of 256" in done.err
+    card = Path(done.json["card"]).read_text()
+    assert "| Q4_K_M |" in card
+    assert "| Q6_K |" in card
+    kinds = {one.name: one.tensor_type.name for one in gguf.GGUFReader(tmp_path / "m-Q4_K_M.gguf").tensors}
+    assert kinds["blk.0.attn_q.weight"] == "Q5_0"
+    assert gguf.GGUFReader(tmp_path / "m-Q4_K_M.gguf").fields["general.file_type"].contents() == 15
+
+
+def test_a_whole_model_without_rows_is_quantized_with_all_columns_alike(
+    nybble: Callable[..., Any], models: Any, tmp_path: Path
+) -> None:
+    done = nybble("export", models("llama"), "--gguf", tmp_path / "m.gguf", "--quantize", "Q5_K_S", "--json")
+    assert done.code == 0, done.err
+    (one,) = done.json["files"]
+    assert (one["gguf"], one["without_importance"], one["rows"]) == (str(tmp_path / "m.gguf"), None, "built-in")
+    assert "all columns of a weight count alike" in done.err
+
+
+def test_importance_goes_with_the_columns_as_they_are_written() -> None:
+    placed = module._Placed("model.layers.0.x.weight", "blk.0.x.weight", (2, 4), None, [("columns", [3, 2, 1, 0])])
+    importance = {"model.language_model.layers.0.x.weight": torch.arange(4.0)}
+    found = module._importance_of(placed, importance)
+    assert found is not None
+    assert found.tolist() == [3, 2, 1, 0]
+    assert module._importance_of(placed, {}) is None
+
+
 def test_rows_in_the_wrong_order_are_found_out(
     nybble: Callable[..., Any], models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,6 +373,8 @@ def test_wrong_input_is_one_line(
         ([model], 2, "--gguf FILE, --ollama DIR or --hub NAME"),
         ([model, "--gguf", file, "--gguf_type", "q2_k"], 2, "allowed: f16, bf16, q8_0, adapter"),
         ([model, "--gguf", file, "--gguf_type", "adapter"], 2, "without an adapter"),
+        ([model, "--gguf", file, "--quantize", "Q4_KM"], 2, "did you mean Q4_K_M?"),
+        ([model, "--quantize", "Q4_K_M", "--ollama", file], 2, "goes with --gguf FILE"),
         ([tmp_path / "none", "--gguf", file], 2, "does not exist"),
         ([model, "--gguf", tmp_path / "gpt2"], 2, "already exists"),
         ([model, "--hub", "some/name"], 3, "log in with"),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-from nybble.kernels import library
+from nybble.kernels import kquants, library
 from nybble.kernels.attention import cpu as attention
 from nybble.kernels.dispatch import Choice, Dispatcher, dispatcher
 from nybble.kernels.library import MAX_ROWS
@@ -284,6 +284,7 @@ MIRRORS = {
     "DecodeAttention": pointwise._DecodeAttention,
     "StridedHeads": attention._StridedHeads,
     "Attention": attention._Attention,
+    "KQuant": kquants._KQuant,
 }
 
 

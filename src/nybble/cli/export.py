@@ -24,6 +24,14 @@ def export(
             help="Type of the weights in the GGUF file; adapter writes the adapter alone, for llama.cpp's --lora.",
         ),
     ] = "f16",
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            "--quantize",
+            metavar="Q4_K_M,..",
+            help="Mix of types for --gguf instead of --gguf_type: Q3_K_S to Q6_K, Q8_0; several with commas.",
+        ),
+    ] = None,
     ollama: Annotated[
         str | None, typer.Option("--ollama", metavar="FOLDER", help="New folder for a GGUF file and a Modelfile.")
     ] = None,
@@ -47,12 +55,22 @@ def export(
         overrides,
         gguf=gguf,
         gguf_type=gguf_type,
+        quantize=quantize,
         ollama=ollama,
         hub=hub,
     )
     if as_json:
         print_json(done)
     else:
+        for one in done.get("files", ()):
+            state = "verified" if one["verified"] else f"NOT VERIFIED: {'; '.join(one['faults'])}"
+            plain = one["without_importance"]
+            beside = f" (without importance matrix {format_number(plain['mean_kl'], 6)})" if plain else ""
+            print(
+                f"{one['gguf']}: {format_bytes(one['file_bytes'])}; on {one['rows']} rows mean KL "
+                f"{format_number(one['held_out']['mean_kl'], 6)}{beside}, loss "
+                f"{format_number(one['held_out']['loss'])}; {state}"
+            )
         for name in ("gguf", "adapter_gguf", "ollama", "hub"):
             if name in done:
                 print(f"{name}: {done[name]}" + (f", {format_bytes(done['file_bytes'])}" if name != "hub" else ""))

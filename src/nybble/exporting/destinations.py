@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nybble.data import fixed_clock
 from nybble.errors import CannotRunError, InputError, NybbleError, RecipeError
 from nybble.exporting.arithmetic import merged_bytes
 from nybble.exporting.fresh import run_fresh
 from nybble.exporting.gguf import TYPES, check_gguf, limits_of, write_adapter_gguf, write_gguf
-from nybble.exporting.merging import UNVERIFIED, merge
+from nybble.exporting.importance import measure_importance
+from nybble.exporting.merging import UNVERIFIED, Compared, find_rows, merge, tuned_now
+from nybble.exporting.mixes import MIXES, read_types
 from nybble.exporting.ollama import modelfile
+from nybble.exporting.quantized import quantized_card, quantized_figures
 from nybble.exporting.verify import TEXTS
 from nybble.exporting.vocabulary import read_vocabulary, says_alike
 from nybble.models import (
@@ -33,6 +38,7 @@ from nybble.models import (
     source_of,
     tokenizer_of,
 )
+from nybble.recipe import load_recipe
 from nybble.run.progress import ObserverChoice, watching
 from nybble.run.record import Observer
 from nybble.storage.atomic import atomic_folder, remove_left_overs
@@ -41,8 +47,9 @@ from nybble.units import format_bytes
 # The largest mean KL, in nats a position, between the folder and the file as stock transformers reads both. float16 and
 # bfloat16 only round once more.
 MOST_KL = {"f16": 0.001, "bf16": 0.001, "q8_0": 0.02}
+MOST_KL |= {"Q6_K": 0.05, "Q5_K": 0.1, "Q4_K": 0.3, "Q3_K": 1.0}  # of a mix: that of its most frequent type
 ADAPTER = "adapter"
-_BYTES = {"f16": 2, "bf16": 2, "q8_0": 1.0625}
+_BYTES = {"f16": 2, "bf16": 2, "q8_0": 1.0625, "Q6_K": 0.9, "Q5_K": 0.8, "Q4_K": 0.75, "Q3_K": 0.7}
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class _Whole:
     texts: list[str]  # the texts that folder and file are compared on
     notes: tuple[str, ...]  # what GGUF cannot express
     clock: datetime | None = None  # that chat templates are told
+    importance: Mapping[str, Tensor] | None = None  # of the columns of each weight, on the rows
 
 
 def export(
@@ -64,6 +72,7 @@ def export(
     *,
     gguf: Path | str | None = None,
     gguf_type: str = "f16",
+    quantize: str | None = None,
     ollama: Path | str | None = None,
     hub: str | None = None,
     observer: ObserverChoice = "auto",
@@ -75,6 +84,8 @@ def export(
         overrides: settings that have changed since, such as the place of the base.
         gguf: the file to write.
         gguf_type: the type of the matrices, "f16", "bf16" or "q8_0"; or "adapter", which exports only the adapter.
+        quantize: instead of `gguf_type` one of llama.cpp's mixes, as "Q4_K_M", or several with commas between them;
+            then each file has its type in its name.
         ollama: a new folder for a GGUF file and a Modelfile.
         hub: the name of a repository, which is created as private if it is new. `tuned` is uploaded as it is.
         observer: receives the progress; "auto" shows it where you are, None shows nothing.
@@ -93,11 +104,22 @@ def export(
         raise RecipeError(f"gguf_type: got {gguf_type!r}; allowed: {allowed}")
     file = Path(gguf).expanduser() if gguf else None
     folder = Path(ollama).expanduser() if ollama else None
-    for path in (file, folder):
+    types = read_types(quantize) if quantize is not None else []
+    if types and (gguf_type != "f16" or file is None or folder is not None):
+        raise RecipeError("quantize: goes with --gguf FILE, and without --gguf_type and --ollama")
+    files = _named(file, types) if file is not None and types else {}
+    for path in (*(files.values() or (file,)), folder):
         if path is not None and path.exists():
             raise InputError(f"{path} already exists; choose a new name")
     with watching(observer) as watch:
+        if files:
+            return _export_quantized(tuned, overrides, files, hub, watch)
         return _export(tuned, overrides, file, gguf_type, folder, hub, watch)
+
+
+def _named(file: Path, types: Sequence[str]) -> dict[str, Path]:
+    """The file of each type."""
+    return {kind: file if len(types) == 1 else file.with_name(f"{file.stem}-{kind}{file.suffix}") for kind in types}
 
 
 def _export(
@@ -110,8 +132,7 @@ def _export(
     watch: Observer,
 ) -> dict[str, Any]:
     found = find_artifact(str(tuned), overrides)
-    if (found.folder / UNVERIFIED).exists():
-        raise InputError(f"{found.folder} is marked {UNVERIFIED}, so it is not what was trained; merge again")
+    _check_marked(found)
     result: dict[str, Any] = {"verified": True}
     if file is not None and gguf_type == ADAPTER:
         result |= {"adapter_gguf": str(file), **_adapter(found, file)}
@@ -120,13 +141,93 @@ def _export(
         with tempfile.TemporaryDirectory(dir=beside, prefix=".nybble-export-") as scratch:
             whole = _whole(found, overrides, watch, scratch)
             if file is not None:
-                result |= {"gguf": str(file), **_write_checked(whole, file, gguf_type, watch)}
+                result |= {"gguf": str(file), **_figures(_write_checked(whole, file, gguf_type, watch))}
             if folder is not None:
-                result |= {"ollama": str(folder), **_write_ollama(whole, folder, gguf_type, watch)}
+                result |= {"ollama": str(folder), **_figures(_write_ollama(whole, folder, gguf_type, watch))}
     if hub is not None:
         watch.stage("upload")
         result["hub"] = push_folder(found.folder, hub)
     return result
+
+
+def _export_quantized(
+    tuned: Path | str,
+    overrides: Mapping[str, Any] | None,
+    files: Mapping[str, Path],
+    hub: str | None,
+    watch: Observer,
+) -> dict[str, Any]:
+    """Write a file of each type, with an importance matrix from the rows, and measure what each costs."""
+    found = find_artifact(str(tuned), overrides)
+    _check_marked(found)
+    check_gguf(source_of(found))
+    is_run = (Path(tuned) / "run.json").is_file()
+    if is_run or found.is_adapter:
+        found, recipe, is_run = tuned_now(Path(tuned), overrides, watch)
+    else:
+        recipe = load_recipe(None, overrides)
+    place = next(p for p in next(iter(files.values())).absolute().parents if p.exists())
+    done: dict[str, Any] = {"files": []}
+    with tempfile.TemporaryDirectory(dir=place, prefix=".nybble-export-") as scratch:
+        whole = _whole(found, overrides, watch, scratch)
+        with fixed_clock(whole.clock):
+            compared = find_rows(found, recipe, is_run=is_run, watch=watch)
+        if any(kind in MIXES for kind in files):
+            whole = _with_importance(whole, compared, recipe.quantization.calibration_rows, watch)
+        for kind, file in files.items():
+            outtype = kind if kind in MIXES else kind.lower()
+            written = {"type": kind, "gguf": str(file), **_write_checked(whole, file, outtype, watch)}
+            done["files"].append(written)
+            for line in written["fallbacks"]:
+                watch.note(line)
+        watch.stage("measure")
+        plain = _without_importance(whole, [kind for kind in files if kind in MIXES], Path(scratch), watch)
+        quantized_figures(found, recipe, compared, whole.source.folder, done["files"], plain)
+    card = Path(done["files"][0]["gguf"]).with_suffix(".md")
+    if not card.exists():
+        card.write_text(quantized_card(Path(tuned).name, compared.kind, done["files"]), encoding="utf-8")
+        done["card"] = str(card)
+    done["verified"] = all(one["verified"] for one in done["files"])
+    if hub is not None:
+        watch.stage("upload")
+        done["hub"] = push_folder(found.folder, hub)
+    return done
+
+
+def _figures(written: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in written.items() if name not in ("tensors", "fallbacks")}
+
+
+def _check_marked(found: Artifact) -> None:
+    if (found.folder / UNVERIFIED).exists():
+        raise InputError(f"{found.folder} is marked {UNVERIFIED}, so it is not what was trained; merge again")
+
+
+def _with_importance(whole: _Whole, compared: Compared, most: int, watch: Observer) -> _Whole:
+    rows = compared.prepared.calibration_rows(most) if compared.prepared is not None else []
+    if not rows:
+        watch.note(
+            "no rows are given, so all columns of a weight count alike; --dataset_name takes rows for an importance "
+            "matrix"
+        )
+        return whole
+    watch.stage("importance")
+    return replace(
+        whole, importance=measure_importance(whole.source.folder, rows, partial(watch.progress, "importance"))
+    )
+
+
+def _without_importance(
+    whole: _Whole, mixes: Sequence[str], scratch: Path, watch: Observer
+) -> dict[str, tuple[Path, list[dict[str, Any]]]]:
+    """The same files without an importance matrix, to show what it does; none where there is no matrix."""
+    found = {}
+    for mix in mixes if whole.importance is not None else ():
+        file = scratch / f"plain-{mix}.gguf"
+        progress = partial(watch.progress, "gguf without importance")
+        tensors = write_gguf(whole.source, whole.tokenizer, whole.stop_tokens, file, mix, progress)
+        found[mix] = (file, tensors)
+    return found
 
 
 def _whole(tuned: Artifact, overrides: Mapping[str, Any] | None, watch: Observer, scratch: str) -> _Whole:
@@ -152,11 +253,17 @@ def _write_checked(whole: _Whole, file: Path, outtype: str, watch: Observer) -> 
     """Write a GGUF file, which gets its name once stock transformers has read it back."""
     watch.stage("gguf")
     with BaseWeights(whole.source) as base:
-        _check_disk(file, int(merged_bytes(base, torch.float16) * _BYTES[outtype] / 2))
+        _check_disk(file, int(merged_bytes(base, torch.float16) * _BYTES[MIXES.get(outtype, outtype)] / 2))
     unfinished = file.with_name(f".{file.stem}.partial.gguf")
     try:
         tensors = write_gguf(
-            whole.source, whole.tokenizer, whole.stop_tokens, unfinished, outtype, partial(watch.progress, "gguf")
+            whole.source,
+            whole.tokenizer,
+            whole.stop_tokens,
+            unfinished,
+            outtype,
+            partial(watch.progress, "gguf"),
+            whole.importance,
         )
         watch.stage("verify")
         with tempfile.TemporaryDirectory(prefix="nybble-verify-") as scratch:
@@ -172,13 +279,24 @@ def _write_checked(whole: _Whole, file: Path, outtype: str, watch: Observer) -> 
     if faults:
         file.with_suffix(f"{file.suffix}.{UNVERIFIED}").write_text("".join(f"{fault}\n" for fault in faults))
     measured["notes"] = list(whole.notes)
+    measured |= {"tensors": tensors, "fallbacks": _fallbacks(outtype, tensors)}
     return {**measured, "verified": not faults, "faults": faults, "file_bytes": file.stat().st_size}
+
+
+def _fallbacks(mix: str, tensors: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What became of matrices whose rows are not whole blocks, in words."""
+    changed = Counter((one["wanted"], one["type"]) for one in tensors if one.get("wanted"))
+    return [
+        f"{mix}: {n} matrices are {kind} instead of {wanted}, because their rows are not multiples of 256 weights"
+        for (wanted, kind), n in sorted(changed.items())
+    ]
 
 
 def _faults(measured: Mapping[str, Any], outtype: str) -> list[str]:
     faults = []
-    if not measured["mean_kl"] <= MOST_KL[outtype]:
-        faults.append(f"mean KL {measured['mean_kl']:.5f} is above {MOST_KL[outtype]:g}")
+    most = MOST_KL[MIXES.get(outtype, outtype)]
+    if not measured["mean_kl"] <= most:
+        faults.append(f"mean KL {measured['mean_kl']:.5f} is above {most:g}")
     if measured["texts_with_other_ids"]:
         faults.append(f"token ids differ, e.g. of {measured['texts_with_other_ids'][0][:60]!r}")
     if not measured["same_special_tokens"]:

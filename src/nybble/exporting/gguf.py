@@ -6,8 +6,8 @@ multimodal checkpoint the language model is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from math import pi, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +18,11 @@ from torch import Tensor
 from nybble.errors import CannotRunError, ModelError
 from nybble.exporting.arithmetic import AdapterDelta
 from nybble.exporting.gguf_families import FAMILIES, Change, Family, changed, changes_of, head_dim, rotation
+from nybble.exporting.mixes import LAST_FALLBACK, MIXES, choose_types
 from nybble.exporting.vocabulary import read_vocabulary
+from nybble.kernels.kquants import fit_blocks
 from nybble.models import BaseWeights, ModelSource
+from nybble.quant.kquants import FORMATS, encode_blocks
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,6 +42,7 @@ class _Placed:
     shape: tuple[int, ...]
     kind: Any  # a gguf.GGMLQuantizationType
     changes: list[Change]
+    wanted: str | None = None  # the type that its rows are too short for
 
 
 def check_gguf(source: ModelSource) -> Any:
@@ -84,13 +88,22 @@ def limits_of(source: ModelSource) -> list[str]:
 
 
 def write_gguf(
-    source: ModelSource, tokenizer: Any, stop_tokens: tuple[int, ...], file: Path, outtype: str, progress: _Progress
+    source: ModelSource,
+    tokenizer: Any,
+    stop_tokens: tuple[int, ...],
+    file: Path,
+    outtype: str,
+    progress: _Progress,
+    importance: Mapping[str, Tensor] | None = None,
 ) -> list[dict[str, Any]]:
     """Write the whole model in `source` to `file`; vectors are written in float32.
 
+    `outtype` is one of `TYPES`, or of `nybble.exporting.mixes.MIXES`. For these `importance` says how much an error in
+    each column of a matrix matters, by the name of the weight.
+
     Returns:
-        For each tensor of the checkpoint its name, its place in the file and what was changed, as plain data; a part
-        that is left out has no place.
+        For each tensor of the checkpoint its name, its place in the file, what was changed, its type, and the type that
+        the mix wanted where its rows are too short for that, as plain data; a part that is left out has no place.
 
     Raises:
         ModelError: the architecture, tokenizer or rotary settings cannot be expressed, or a value exceeds float16.
@@ -108,7 +121,10 @@ def write_gguf(
     read_vocabulary(tokenizer, config.vocab_size).write(writer, tokenizer, stop_tokens)
     extra = _rotary_factors(config)
     with BaseWeights(source) as base:
-        placed = _places(gguf, base, family, getattr(gguf.GGMLQuantizationType, outtype.upper()))
+        kind = "F16" if outtype in MIXES else outtype.upper()
+        placed = _places(gguf, base, family, getattr(gguf.GGMLQuantizationType, kind))
+        if outtype in MIXES:
+            placed = _mixed(gguf, placed, outtype, family.architecture)
         for one in placed:
             block, size = gguf.GGML_QUANT_SIZES[one.kind]
             n_bytes = prod(one.shape) // block * size
@@ -121,13 +137,16 @@ def write_gguf(
         for done, one in enumerate(placed):
             progress(done, len(placed))
             weight = changed(base.read(one.name).float(), one.changes)
-            writer.write_tensor_data(_encoded(gguf, weight, one.kind, one.name))
+            writer.write_tensor_data(_encoded(gguf, weight, one, _importance_of(one, importance or {})))
         for factors in extra.values():
             writer.write_tensor_data(factors)
         left_out = [name for name in base.names() if _is_left_out(name)]
     writer.close()
     progress(len(placed), len(placed))
-    written = [{"name": one.name, "place": one.place, "changes": one.changes} for one in placed]
+    written = [
+        {"name": one.name, "place": one.place, "changes": one.changes, "type": one.kind.name, "wanted": one.wanted}
+        for one in placed
+    ]
     return [*written, *({"name": name, "place": None, "changes": []} for name in left_out)]
 
 
@@ -307,8 +326,34 @@ def _place(places: Any, name: str) -> str | None:
     return place
 
 
-def _encoded(gguf: Any, weight: Tensor, kind: Any, name: str) -> np.ndarray[Any, Any]:
-    if kind == gguf.GGMLQuantizationType.F16 and weight.abs().max() > torch.finfo(torch.float16).max:
-        raise ModelError(f"{name} has values that float16 cannot represent; export as bf16")
-    result: np.ndarray[Any, Any] = gguf.quants.quantize(weight.contiguous().numpy(), kind)
+def _mixed(gguf: Any, placed: list[_Placed], mix: str, architecture: str) -> list[_Placed]:
+    """The same with the types of a mix; vectors and kernels of convolutions stay float32."""
+    kinds = gguf.GGMLQuantizationType
+    names = {*FORMATS, *MIXES.values(), "Q8_0", LAST_FALLBACK}
+    blocks = {name: gguf.GGML_QUANT_SIZES[kinds[name]][0] for name in names}
+    shapes = {one.place: one.shape for one in placed if one.kind != kinds.F32}
+    chosen = choose_types(mix, shapes, blocks, architecture)
+    return [
+        replace(one, kind=kinds[chosen[one.place].kind], wanted=chosen[one.place].wanted)
+        if one.place in chosen
+        else one
+        for one in placed
+    ]
+
+
+def _importance_of(one: _Placed, importance: Mapping[str, Tensor]) -> Tensor | None:
+    """Of the columns as they are written. Embeddings that are the head as well are seen as the head."""
+    name = "lm_head.weight" if one.place in ("token_embd.weight", "output.weight") else _text_name(one.name)
+    found = {_text_name(key): value for key, value in importance.items()}.get(name)
+    if found is None or found.shape != one.shape[-1:]:
+        return None
+    return changed(found.unsqueeze(0), _of_columns(one.changes))[0]
+
+
+def _encoded(gguf: Any, weight: Tensor, one: _Placed, importance: Tensor | None) -> np.ndarray[Any, Any]:
+    if one.kind == gguf.GGMLQuantizationType.F16 and weight.abs().max() > torch.finfo(torch.float16).max:
+        raise ModelError(f"{one.name} has values that float16 cannot represent; export as bf16")
+    if one.kind.name in FORMATS:
+        return encode_blocks(weight.contiguous(), one.kind.name, importance, fit_blocks).numpy()
+    result: np.ndarray[Any, Any] = gguf.quants.quantize(weight.contiguous().numpy(), one.kind)
     return result

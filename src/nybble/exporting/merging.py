@@ -117,7 +117,7 @@ def merge(
 def _merge(job: _Merge) -> dict[str, Any]:
     started = time.monotonic()
     with fixed_clock(job.tuned.clock):
-        compared = _rows(job)
+        compared = find_rows(job.tuned, job.recipe, is_run=job.is_run, watch=job.watch)
     stops = job.tuned.stop_tokens
     with (
         fixed_clock(job.tuned.clock),
@@ -158,7 +158,7 @@ def _prepare(
         raise RecipeError(f"dtype: got {dtype!r}; allowed: {', '.join(DTYPES)}")
     if out.exists():
         raise InputError(f"{out} already exists; choose a new folder")
-    tuned, recipe, is_run = _tuned_now(run, overrides, watch)
+    tuned, recipe, is_run = tuned_now(run, overrides, watch)
     if not tuned.is_adapter:
         how = "trained every parameter (method full)" if is_run else "holds no adapter"
         raise InputError(f"{run} {how}: {tuned.folder} is the whole model already")
@@ -171,7 +171,7 @@ def _prepare(
     return job
 
 
-def _tuned_now(run: Path, overrides: Mapping[str, Any] | None, watch: Observer) -> tuple[Artifact, Recipe, bool]:
+def tuned_now(run: Path, overrides: Mapping[str, Any] | None, watch: Observer) -> tuple[Artifact, Recipe, bool]:
     """The adapter, its run's recipe with the overrides, and whether it has a run.
 
     Settings that decided the training cannot be changed afterwards. An adapter of another tool does not say how its
@@ -269,7 +269,7 @@ def _check_disk(job: _Merge) -> None:
 
 
 @dataclass(frozen=True)
-class _Compared:
+class Compared:
     """What the adapter on its base and the merged model are compared on."""
 
     kind: str  # "held-out", "trained", "given" or "built-in"
@@ -277,29 +277,28 @@ class _Compared:
     prepared: Prepared | None  # the rows that packing in 4 bits reads
 
 
-def _rows(job: _Merge) -> _Compared:
+def find_rows(tuned: Artifact, recipe: Recipe, *, is_run: bool, watch: Observer) -> Compared:
     """The run's held-out rows, else those that it was trained on; without a run those that are given, else our own."""
-    job.watch.stage("rows")
-    tokenizer = tokenizer_of(job.tuned, source_of(job.tuned))
-    recipe = job.recipe
+    watch.stage("rows")
+    tokenizer = tokenizer_of(tuned, source_of(tuned))
     if not recipe.data.dataset_name:
-        job.watch.note("no rows are given, so the comparison uses texts of our own; --dataset_name takes yours")
+        watch.note("no rows are given, so the comparison uses texts of our own; --dataset_name takes yours")
         ids = [tokenizer(text).input_ids for text in TEXTS]
         whole: dict[str, Any] = {"n_answers": 0, "n_stops": 0, "n_cut_stops": 0, "n_empty": 0, "last_answer_start": 0}
         rows = [Example(one, one, stop_tokens=(), is_truncated=False, **whole) for one in ids]
-        return _Compared("built-in", rows, None)
-    data = recipe.data if job.is_run else recipe.data.model_copy(update={"eval_fraction": 0.0})
+        return Compared("built-in", rows, None)
+    data = recipe.data if is_run else recipe.data.model_copy(update={"eval_fraction": 0.0})
     objective = recipe.preferences.objective
     prepared = examine_rows(data, recipe.evaluation, tokenizer, recipe.training.seed, objective=objective)
-    if not job.is_run:
-        return _Compared("given", prepared.train, prepared)
+    if not is_run:
+        return Compared("given", prepared.train, prepared)
     if prepared.held_out:
-        return _Compared("held-out", prepared.held_out, prepared)
-    job.watch.note("no rows were held out, so the comparison uses rows that were trained on")
-    return _Compared("trained", prepared.train, prepared)
+        return Compared("held-out", prepared.held_out, prepared)
+    watch.note("no rows were held out, so the comparison uses rows that were trained on")
+    return Compared("trained", prepared.train, prepared)
 
 
-def _ask_adapter(job: _Merge, reference: Reference, compared: _Compared) -> tuple[Any, Any]:
+def _ask_adapter(job: _Merge, reference: Reference, compared: Compared) -> tuple[Any, Any]:
     """Store the answers of the adapter on its base; return its generation config and tokenizer."""
     job.watch.stage("reference")
     model, tokenizer, dtype = load_artifact(job.tuned, job.device)

@@ -146,7 +146,8 @@ def total(terms: Tensor) -> Tensor:
     while half:
         sums = sums[..., :half] + sums[..., half : 2 * half]
         half //= 2
-    return sums[..., 0]
+    found: Tensor = sums[..., 0]
+    return found
 
 
 def over_groups(terms: Tensor) -> Tensor:
@@ -299,9 +300,7 @@ def _squares_above(x: Tensor, w: Tensor, scale: Tensor, below: Tensor, top: floa
     return total(w * difference * difference)
 
 
-def _refit_lines(
-    x: Tensor, w: Tensor, n: Tensor, m: Tensor, q: Tensor, d: Tensor, e: Tensor
-) -> tuple[Tensor, Tensor]:
+def _refit_lines(x: Tensor, w: Tensor, n: Tensor, m: Tensor, q: Tensor, d: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
     """The least squares solution of x = d a - e m with a = n q, where it has the right signs; else that of d alone."""
     a = n[..., None] * q
     aa, am = over_groups(total(w * a * a)), over_groups(m * total(w * a))
@@ -352,8 +351,8 @@ def pack(fitted: Fitted, name: str) -> Tensor:
     if name in ("Q4_K", "Q5_K"):
         halves = q.view(-1, 4, 2, 32)
         low = ((halves[:, :, 0] & 15) | (halves[:, :, 1] & 15) << 4).flatten(1)
-        high = [] if name == "Q4_K" else [_planes(q.view(-1, 8, 32) >> 4, 1)]
-        return torch.cat([d, _bytes(fitted.e), _pack_6bit_pairs(fitted.scales, fitted.mins), *high, low], 1)
+        fifth = [] if name == "Q4_K" else [_planes(q.view(-1, 8, 32) >> 4, 1)]
+        return torch.cat([d, _bytes(fitted.e), _pack_6bit_pairs(fitted.scales, fitted.mins), *fifth, low], 1)
     if name == "Q6_K":
         parts = q.view(-1, 2, 4, 32)  # in 128 weights: those of the low and of the high nibbles
         low = torch.cat([(parts[:, :, i] & 15) | (parts[:, :, i + 2] & 15) << 4 for i in (0, 1)], 2).flatten(1)
@@ -370,7 +369,8 @@ def _bytes(number: Tensor) -> Tensor:
 def _bits(values: Tensor, bits: int) -> Tensor:
     """Each 8 / bits neighbours in a byte, the first one lowest."""
     parts = values.unflatten(-1, (-1, 8 // bits))
-    return (parts << (bits * torch.arange(8 // bits, dtype=torch.uint8))).sum(-1).to(torch.uint8)
+    shifts = bits * torch.arange(8 // bits, dtype=torch.uint8)
+    return torch.as_tensor((parts << shifts).sum(-1).to(torch.uint8))
 
 
 def _planes(values: Tensor, bits: int) -> Tensor:
