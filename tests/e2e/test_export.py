@@ -175,38 +175,48 @@ def test_8_bits_take_half_and_differ_a_little(nybble: Callable[..., Any], models
     assert kl["q8_0"] > 0
 
 
+@pytest.mark.nightly
 def test_a_run_is_quantized_with_an_importance_matrix_of_its_rows(
-    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+    nybble: Callable[..., Any], rows_file: Path, tmp_path: Path
 ) -> None:
-    flags = {"model_name_or_path": tiny_llama(), "dataset_name": rows_file, "output_dir": tmp_path / "run", "r": 4}
+    flags = {"model_name_or_path": base_path(), "dataset_name": rows_file, "output_dir": tmp_path / "run", "r": 4}
     flags |= {"max_steps": 2, "device": "cpu", "report_to": "none"}
     assert nybble("train", *(word for name, value in flags.items() for word in (f"--{name}", value))).code == 0
     arguments = ["export", tmp_path / "run", "--gguf", tmp_path / "m.gguf", "--max_new_tokens", 4]
-    done = nybble(*arguments, "--quantize", "q4_k_m,Q6_K", "--json")
+    done = nybble(*arguments, "--quantize", "q4_k_m, Q6_K,Q8_0", "--json")
     assert done.code == 0, done.err
-    four, six = done.json["files"]
-    assert [one["type"] for one in (four, six)] == ["Q4_K_M", "Q6_K"]
-    assert [Path(one["gguf"]).name for one in (four, six)] == ["m-Q4_K_M.gguf", "m-Q6_K.gguf"]
-    assert four["file_bytes"] < six["file_bytes"]
-    assert four["held_out"]["mean_kl"] > six["held_out"]["mean_kl"] > 0
-    assert four["without_importance"]["mean_kl"] != four["held_out"]["mean_kl"]
-    assert "are Q5_0 instead of Q4_K, because their rows are not multiples of 256" in done.err
-    card = Path(done.json["card"]).read_text()
-    assert "| Q4_K_M |" in card
-    assert "| Q6_K |" in card
-    kinds = {one.name: one.tensor_type.name for one in gguf.GGUFReader(tmp_path / "m-Q4_K_M.gguf").tensors}
-    assert kinds["blk.0.attn_q.weight"] == "Q5_0"
-    assert gguf.GGUFReader(tmp_path / "m-Q4_K_M.gguf").fields["general.file_type"].contents() == 15
+    kl = [one["held_out"]["mean_kl"] for one in done.json["files"]]
+    assert kl[0] > max(kl[1:])
+    assert min(kl) > 0
+    sizes = [one["file_bytes"] for one in done.json["files"]]
+    assert sizes == sorted(sizes)
+    assert [Path(one["gguf"]).name for one in done.json["files"]] == ["m-Q4_K_M.gguf", "m-Q6_K.gguf", "m-Q8_0.gguf"]
+    assert {one["rows"] for one in done.json["files"]} == {"held-out"}
 
 
-def test_a_whole_model_without_rows_is_quantized_with_all_columns_alike(
-    nybble: Callable[..., Any], models: Any, tmp_path: Path
+def test_a_whole_model_is_quantized_for_the_rows_that_are_given(
+    nybble: Callable[..., Any], rows_file: Path, tmp_path: Path
 ) -> None:
+    arguments = ["export", base_path(), "--dataset_name", rows_file, "--max_new_tokens", 4]
+    done = nybble(*arguments, "--gguf", tmp_path / "m.gguf", "--quantize", "q4_k_m", "--json")
+    assert done.code == 0, done.err
+    (one,) = done.json["files"]
+    assert (one["type"], one["rows"], one["gguf"]) == ("Q4_K_M", "given", str(tmp_path / "m.gguf"))
+    assert one["held_out"]["mean_kl"] > 0
+    assert one["without_importance"]["mean_kl"] not in (0, one["held_out"]["mean_kl"])
+    assert "| Q4_K_M |" in Path(done.json["card"]).read_text()
+    read = gguf.GGUFReader(tmp_path / "m.gguf")
+    assert {one.name: one.tensor_type.name for one in read.tensors}["blk.0.attn_q.weight"] == "Q4_K"
+    assert read.fields["general.file_type"].contents() == 15
+
+
+def test_without_rows_all_columns_count_alike(nybble: Callable[..., Any], models: Any, tmp_path: Path) -> None:
     done = nybble("export", models("llama"), "--gguf", tmp_path / "m.gguf", "--quantize", "Q5_K_S", "--json")
     assert done.code == 0, done.err
     (one,) = done.json["files"]
-    assert (one["gguf"], one["without_importance"], one["rows"]) == (str(tmp_path / "m.gguf"), None, "built-in")
+    assert (one["without_importance"], one["rows"]) == (None, "built-in")
     assert "all columns of a weight count alike" in done.err
+    assert "are Q5_1 instead of Q5_K, because their rows are not multiples of 256" in done.err
 
 
 def test_importance_goes_with_the_columns_as_they_are_written() -> None:
@@ -268,7 +278,7 @@ def test_the_adapter_alone_has_the_places_and_the_scale(
 ) -> None:
     from safetensors.torch import load_file
 
-    flags = {"model_name_or_path": tiny_llama(), "dataset_name": rows_file, "output_dir": tmp_path / "run", "r": 4}
+    flags = {"model_name_or_path": models("llama"), "dataset_name": rows_file, "output_dir": tmp_path / "run", "r": 4}
     flags |= {"lora_alpha": 8, "use_rslora": "true", "max_steps": 2, "device": "cpu", "report_to": "none"}
     assert nybble("train", *(word for name, value in flags.items() for word in (f"--{name}", value))).code == 0
     file = tmp_path / "adapter.gguf"
@@ -289,7 +299,7 @@ def test_adapters_of_unequal_rank_and_alpha_have_one_alpha_in_the_file(
 ) -> None:
     from safetensors.torch import load_file
 
-    flags = {"model_name_or_path": tiny_llama(), "dataset_name": rows_file, "output_dir": tmp_path / "run", "r": 4}
+    flags = {"model_name_or_path": models("llama"), "dataset_name": rows_file, "output_dir": tmp_path / "run", "r": 4}
     flags |= {"rank_pattern": "{down_proj: 2}", "alpha_pattern": "{up_proj: 6}", "layers_to_transform": 1}
     flags |= {"gradient_checkpointing": "always", "max_steps": 2, "device": "cpu", "report_to": "none"}
     assert nybble("train", *(word for name, value in flags.items() for word in (f"--{name}", value))).code == 0

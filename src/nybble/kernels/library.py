@@ -115,7 +115,14 @@ def open_library(file: Path) -> ctypes.CDLL:
         getattr(library, name).argtypes = (_Pointer, _Pointer, _Pointer, _Pointer, _Size, _Size)
         getattr(library, name).restype = None
     library.nybble_kquants.argtypes = (_Pointer, _Size, _Size)
-    for name in ("nybble_decode", "nybble_set_team", "nybble_search", "nybble_nested", "nybble_nearest", "nybble_kquants"):
+    for name in (
+        "nybble_decode",
+        "nybble_set_team",
+        "nybble_search",
+        "nybble_nested",
+        "nybble_nearest",
+        "nybble_kquants",
+    ):
         getattr(library, name).restype = None
     return library
 
