@@ -13,7 +13,7 @@ from nybble.nn.attention import Span, attend_rows
 from nybble.nn.dropout_seed import DropoutSeeds
 from nybble.nn.gated_mlp import GatedMlp
 from nybble.nn.lora_projection import Adapter, Projection, project, projection_of
-from nybble.nn.loss import Head, next_token_loss, token_losses
+from nybble.nn.loss import Head, TokenRows, next_token_loss, token_losses
 from nybble.nn.norm import rms_norm
 
 IN, OUT, R, ROWS = 6, 5, 2, 4
@@ -163,12 +163,63 @@ def test_loss_gradients_and_value(softcap: float, piece: int, monkeypatch: pytes
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     expected = nn.functional.cross_entropy(logits, targets, reduction="sum") / 7
     each = nn.functional.cross_entropy(logits, targets, reduction="none")
-    torch.testing.assert_close(token_losses(hidden, targets, Head(weight, bias, softcap)), each.float())
+    with torch.no_grad():
+        torch.testing.assert_close(token_losses(hidden, targets, Head(weight, bias, softcap)), each.float())
     grads = torch.autograd.grad(expected, (hidden, weight))
     value = run(hidden, weight)
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)
     for seen, wanted in zip(torch.autograd.grad(value, (hidden, weight)), grads, strict=True):
         torch.testing.assert_close(seen, wanted, rtol=2e-7, atol=1e-12)  # 1 / 7 is float32
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("piece", [1, 2, 100])
+@pytest.mark.parametrize("trained", ["nothing", "head", "rows"])
+def test_a_coefficient_for_each_token(
+    softcap: float, piece: int, trained: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nybble.nn.loss._LEAST_ROWS", piece)
+    monkeypatch.setattr("nybble.nn.loss._PIECE_BYTES", 1)
+    hidden, weight, targets = rand(ROWS, IN, grad=True), rand(9, IN, grad=trained == "head"), torch.tensor([0, 8, 3, 3])
+    rows = TokenRows(torch.tensor([3, 7]), rand(2, IN, grad=True)) if trained == "rows" else None
+
+    def plain(hidden: Tensor, weight: Tensor, values: Tensor | None) -> Tensor:
+        whole = weight if values is None else weight.index_copy(0, torch.tensor([3, 7]), values)
+        logits = hidden @ whole.t()
+        logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+        return nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    def ours(hidden: Tensor, weight: Tensor, values: Tensor | None) -> Tensor:
+        return token_losses(hidden, targets, Head(weight, None, softcap, rows and TokenRows(rows.numbers, values)))
+
+    def weighed(losses: Tensor) -> Tensor:  # as an objective does: the coefficients depend on the losses
+        return torch.nn.functional.softplus(losses[:2].sum() - losses[2:].sum()) + 0.3 * losses[1]
+
+    inputs = (hidden, weight, rows.values if rows else None)
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    torch.testing.assert_close(ours(*inputs), plain(*inputs))
+    seen = torch.autograd.grad(weighed(ours(*inputs)), wanted)
+    for one, other in zip(seen, torch.autograd.grad(weighed(plain(*inputs)), wanted), strict=True):
+        torch.testing.assert_close(one, other)
+    # gradcheck asks the same graph for its gradient several times, and ours is scaled in place: one direction by hand.
+    along, step = [torch.randn_like(t) for t in wanted], 1e-6
+
+    def value(sign: int) -> float:
+        moved = {id(t): (t + sign * step * d).detach() for t, d in zip(wanted, along, strict=True)}
+        with torch.no_grad():
+            return weighed(plain(*(moved.get(id(t), t) for t in inputs))).item()
+
+    slope = sum(float((g * d).sum()) for g, d in zip(seen, along, strict=True))
+    assert slope == pytest.approx((value(1) - value(-1)) / (2 * step), rel=1e-6)
+
+
+@pytest.mark.parametrize("n", [5, 1500])
+def test_16_bit_gradients_of_each_token_are_weighed_in_float32(n: int) -> None:
+    hidden = torch.randn(n, IN).bfloat16().requires_grad_()
+    head, targets, weights = Head(torch.randn(9, IN).bfloat16(), None, 0.0), torch.randint(9, (n,)), torch.rand(n)
+    each = torch.autograd.grad(token_losses(hidden, targets, head).sum(), hidden)[0]
+    weighed = torch.autograd.grad((token_losses(hidden, targets, head) * weights).sum(), hidden)[0]
+    assert torch.equal(weighed, (each.float() * weights[:, None]).bfloat16())
 
 
 @pytest.mark.parametrize("n", [5, 1500])

@@ -61,7 +61,7 @@ class NextTokenOutput(ModelOutput):  # the kind of result that PEFT and trainers
     """The result of a model with our blocks for a flattened batch."""
 
     loss: Tensor | None = None  # float32 scalar
-    token_losses: Tensor | None = None  # (n,) float32, one for each learned token; in evaluation only
+    token_losses: Tensor | None = None  # (n,) float32, one for each learned token; in evaluation, or if asked for
 
 
 def use_next_token(model: Any, logits: Logits | None) -> None:
@@ -96,9 +96,13 @@ def _next_token(
     learned: Tensor | None = None,
     targets: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
+    each_token: bool = False,
     **settings: Any,
 ) -> Any:
-    """The model's forward; for a flattened batch (`nybble.data.FlatBatch`) the loss, without logits if it can be."""
+    """The model's forward; for a flattened batch (`nybble.data.FlatBatch`) the loss, without logits if it can be.
+
+    `each_token`: the losses of the learned tokens have a graph, so that each may be given a gradient of its own.
+    """
     if lengths is None or input_ids is None or learned is None or targets is None:
         known = {"num_items_in_batch": num_items_in_batch} if num_items_in_batch is not None else {}
         return type(model).forward(model, input_ids=input_ids, labels=labels, **known, **settings)
@@ -108,7 +112,7 @@ def _next_token(
     if made is None:
         with over_rows(model, lengths, parents):
             losses = _losses_of_logits(_own_logits(model, inputs, learned), targets, 0.0)
-        return NextTokenOutput(loss=losses.sum() / n_items, token_losses=losses.detach())
+        return _output(losses, n_items, each_token)
     with over_rows(model, lengths, parents):
         hidden = body_of(model)(**inputs).last_hidden_state[0]
     head, scale, softcap = model.get_output_embeddings(), made.scale(model.config), made.softcap(model.config)
@@ -118,13 +122,18 @@ def _next_token(
     chosen = hidden[learned] if sorts else hidden.index_select(0, learned)
     chosen = chosen if scale == 1 else chosen * scale
     if not has_fused_head(model):
-        losses = _losses_of_logits(head(chosen), targets, softcap)
-        return NextTokenOutput(loss=losses.sum() / n_items, token_losses=losses.detach())
-    if torch.is_grad_enabled():
+        return _output(_losses_of_logits(head(chosen), targets, softcap), n_items, each_token)
+    if torch.is_grad_enabled() and not each_token:
         loss = partial(next_token_loss, targets=targets, n_items=n_items)
         return NextTokenOutput(loss=head(chosen, loss, softcap))
     losses = head(chosen, partial(token_losses, targets=targets), softcap)
-    return NextTokenOutput(loss=losses.sum() / n_items, token_losses=losses)
+    return _output(losses, n_items, each_token)
+
+
+def _output(losses: Tensor, n_items: Tensor | int, each_token: bool) -> NextTokenOutput:
+    if each_token:
+        return NextTokenOutput(token_losses=losses)
+    return NextTokenOutput(loss=losses.sum() / n_items, token_losses=losses.detach())
 
 
 def body_of(model: Any) -> Any:
