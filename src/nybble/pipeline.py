@@ -11,9 +11,12 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, get_args
+
+import torch
 
 from nybble import bundled
 from nybble.data import Example, Ledger, ShownRow, examine_rows, rows_cache, show_rows
@@ -47,11 +50,21 @@ from nybble.run.progress import ObserverChoice, watching
 from nybble.run.record import Observer, RunRecord, Silent
 from nybble.run.rendezvous import joined
 from nybble.storage.atomic import atomic_folder, write_text
+from nybble.storage.cache import Cache, digest
 from nybble.training import (
+    AnswerScorer,
     HeldOut,
+    HeldOutPreferences,
     Judge,
+    Kept,
+    NextToken,
+    Objective,
+    PairObjective,
     Probe,
+    RatedObjective,
+    Reference,
     RunRecorder,
+    Start,
     Trackers,
     evaluate,
     generate_answers,
@@ -164,9 +177,11 @@ def evaluate_base(run: RunContext, inputs: RunInputs, model: TrainableModel, rec
     run.observer.stage("evaluate base")
     section = inputs.evaluation
     prompts = [example.prompt_ids for example in inputs.shown]
+    section_of_pairs = inputs.recipe.preferences
+    preferences = None if section_of_pairs.objective == "sft" else HeldOutPreferences(section_of_pairs)
     arguments = (section, model.compute_dtype, run.processes)
     with recorder.phase("evaluate_base"):
-        measured = evaluate(model.module, inputs.tokenizer, inputs.rows.held_out, *arguments)
+        measured = evaluate(model.module, inputs.tokenizer, inputs.rows.held_out, *arguments, preferences)
         if measured and not math.isfinite(measured.loss):
             raise ModelError(
                 f"{inputs.recipe.model.model_name_or_path}: the base's loss on the held-out rows is not a number; give "
@@ -176,7 +191,9 @@ def evaluate_base(run: RunContext, inputs: RunInputs, model: TrainableModel, rec
         if inputs.checkpointing.resumed is None:
             recorder.trackers.log_evaluation(measured, step=0)
         answers = generate_answers(model.module, inputs.tokenizer, prompts, *arguments)
-    return HeldOut(rows=inputs.rows.held_out, section=section, shown=inputs.shown, base_answers=answers)
+    if preferences and measured and section_of_pairs.needs_reference:
+        preferences = replace(preferences, reference=measured.answers)  # the model as training starts
+    return HeldOut(inputs.rows.held_out, section, inputs.shown, answers, preferences)
 
 
 def train_on_rows(
@@ -188,6 +205,7 @@ def train_on_rows(
     if training.learning_rate == "probe":
         rate = probe_learning_rate(run, inputs, model, recorder).learning_rate
         training = training.model_copy(update={"learning_rate": rate})
+    objective = objective_of(run, inputs, model, recorder)
     run.observer.stage("train")
     seconds_before = sum(phase.seconds for phase in recorder.record.phases.values())
     with recorder.phase("train"):
@@ -201,6 +219,7 @@ def train_on_rows(
             compute_dtype=model.compute_dtype,
             max_steps=inputs.plan.optimizer_steps,
             observer=run.observer,
+            objective=objective,
             held_out=held_out if inputs.rows.held_out else None,
             step_memory=inputs.plan.step_memory,
             checkpointing=inputs.checkpointing,
@@ -217,6 +236,42 @@ def train_on_rows(
     record.weights_step = result.weights_step
     record.tokens_per_second = result.tokens_per_second
     record.seconds_to_first_step = seconds_before + (result.seconds_to_first_step or 0.0)
+
+
+def objective_of(run: RunContext, inputs: RunInputs, model: TrainableModel, recorder: RunRecorder) -> Objective:
+    """What is minimised; the reference of a preference objective is the model as it is now, before the training."""
+    section = inputs.recipe.preferences
+    if section.objective == "sft":
+        return NextToken()
+    if not section.needs_reference:
+        return PairObjective(section)
+    run.observer.stage("precompute")
+    rows = inputs.rows.train
+    with recorder.phase("reference"):
+        scorer = AnswerScorer(model.module, inputs.tokenizer, model.compute_dtype, section.ld_alpha, run.processes)
+        is_asked_later = section.objective == "kto" or not section.precompute_ref_log_probs
+        start = Start(model.module) if is_asked_later else None
+        reference = Reference(rows, 2 if section.compares else 1, scorer, start)
+        if section.precompute_ref_log_probs:
+            kept = kept_reference(inputs, model)
+            n_cached = reference.compute(model.module, kept, partial(run.observer.progress, "reference"))
+            run.observer.note(f"the reference's log-probabilities of {len(rows):,} rows, {n_cached:,} from the cache")
+    if section.compares:
+        return PairObjective(section, reference)
+    return RatedObjective(section, reference, torch.from_numpy(rows.column("is_desirable").astype(bool)))
+
+
+def kept_reference(inputs: RunInputs, model: TrainableModel) -> Kept | None:
+    """Where the reference's log-probabilities are cached, under all that decides them; None if caching is off."""
+    recipe, identity = inputs.recipe, inputs.checkpointing.identity()
+    if not recipe.quantization.cache:
+        return None
+    start = "the base" if recipe.method == "full" else Start(model.module).sha256
+    sections = ("data.", "model.", "quantization.", "lora.", "method", "preferences.objective", "preferences.ld_alpha")
+    settings = {name: value for name, value in identity.settings.items() if name.startswith(sections)}
+    device = str(next(model.module.parameters()).device.type)
+    parts = (identity.base, identity.tokenizer, identity.rows, settings, start, str(model.compute_dtype), device)
+    return Kept(Cache("reference", recipe.quantization.cache_limit), digest(*parts))
 
 
 def probe_learning_rate(run: RunContext, inputs: RunInputs, model: TrainableModel, recorder: RunRecorder) -> Probe:
@@ -259,7 +314,7 @@ def evaluate_tuned(
         model.module.to(model.compute_dtype)  # what is saved is what is measured
     arguments = (held_out.section, model.compute_dtype, run.processes)
     with recorder.phase("evaluate"):
-        measured = evaluate(model.module, inputs.tokenizer, held_out.rows, *arguments)
+        measured = evaluate(model.module, inputs.tokenizer, held_out.rows, *arguments, held_out.preferences)
         # Nothing else looks at what the last update did: without held-out rows, a row of the training is tried.
         tried = measured or evaluate(model.module, inputs.tokenizer, _first_row(inputs), *arguments)
         if tried and not math.isfinite(tried.loss):
@@ -359,6 +414,8 @@ def probe(
         InputError, CannotRunError, StoppedError: as `train`; RecipeError where the run is too short to probe.
     """
     resolved = _as_recipe(recipe, overrides)
+    if resolved.preferences.objective != "sft":
+        raise RecipeError(f"a probe compares supervised losses; objective {resolved.preferences.objective} has none")
     with watching(observer) as watch, TemporaryDirectory() as folder:
         training = resolved.training.model_copy(update={"output_dir": folder})
         resolved = resolved.model_copy(update={"training": training})

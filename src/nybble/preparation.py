@@ -95,7 +95,6 @@ def open_run(
         CannotRunError: the device or a library is missing.
     """
     started = time.monotonic()
-    recipe.preferences.check_trained()
     path = Path(recipe.training.output_dir).expanduser()
     if processes.have_begun(str(path)):  # only the first start of a launcher may overwrite
         on_existing = "resume" if on_existing == "resume" else "resume_if_any"

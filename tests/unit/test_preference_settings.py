@@ -145,9 +145,7 @@ def test_a_stage_that_is_no_objective_is_remarked(tmp_path: Path) -> None:
     assert any(remark.startswith("stage (ppo): an objective is one of sft, dpo") for remark in imported.remarks)
 
 
-@pytest.mark.parametrize("verb", ["train", "plan", "probe"])
-def test_an_objective_is_not_silently_trained_as_sft(verb: str, tmp_path: Path) -> None:
+def test_a_probe_is_for_supervised_losses(tmp_path: Path) -> None:
     settings = {"objective": "dpo", "model": "llama-2-7b", "output_dir": str(tmp_path / "run")}
-    with pytest.raises(RecipeError, match=r"objective dpo is not trained by this version yet; set objective: sft"):
-        getattr(nybble, verb)(settings)
-    assert not (tmp_path / "run").exists()
+    with pytest.raises(RecipeError, match=r"a probe compares supervised losses; objective dpo has none"):
+        nybble.probe(settings)

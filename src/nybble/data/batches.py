@@ -23,6 +23,8 @@ from nybble.recipe import DataSection
 
 Group = Sequence[dict[str, Any]]  # rows that always enter the same batch: input_ids, labels and, of a tree, segments
 NOTHING: Group = ({"input_ids": [0], "labels": [IGNORED]},)  # a row without any token to learn
+# What a model with Nybble's blocks takes of a flattened batch.
+FLAT_INPUTS = ("input_ids", "position_ids", "labels", "lengths", "parents", "learned", "targets")
 
 
 @dataclass(frozen=True)
@@ -157,13 +159,14 @@ class Groups(Sequence[Group]):
 
     def rows(self, index: int) -> list[int]:
         """The row numbers in a group; rows are numbered from 1."""
-        return [self._examples[place].row for place in self._places(index)]
+        return [self._examples[place].row for place in self.places(index)]
 
-    def _places(self, index: int) -> Sequence[int]:
+    def places(self, index: int) -> Sequence[int]:
+        """The places of a group's examples among all examples."""
         return (index,) if self._packs is None else self._packs[index]
 
     def __getitem__(self, index: Any) -> Any:
-        chosen = (self._examples[place] for place in self._places(index))
+        chosen = (self._examples[place] for place in self.places(index))
         return [{"input_ids": e.input_ids, "labels": e.labels, "segments": e.segments} for e in chosen]
 
 

@@ -179,13 +179,11 @@ class _TokenLosses(torch.autograd.Function):
         d_hidden, *made_again = ctx.saved_tensors
         d_weight = d_values = None
         if ctx.trains_head:
-            d_weight, d_values = _head_gradients(ctx, *made_again, grad)
+            d_weight, d_values = _head_gradients(ctx, made_again[0], made_again[1], grad)
         return (None if d_hidden is None else _scaled(d_hidden, grad[:, None])), d_weight, d_values, None, None
 
 
-def _head_gradients(
-    ctx: Any, hidden: Tensor, targets: Tensor, grad: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
+def _head_gradients(ctx: Any, hidden: Tensor, targets: Tensor, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Of a trained head, and of its learned rows, from logits made again."""
     head, (_, wants_weight, wants_values) = ctx.head, ctx.needs_input_grad[:3]
     d_weight = torch.zeros_like(head.weight) if wants_weight else None

@@ -75,7 +75,7 @@ class TracedModel:
     def _what_is_built(self) -> tuple[Any, ...]:
         """All that `meta_model` makes the model of."""
         recipe = self.recipe
-        return (self.config, recipe.method, recipe.model, recipe.quantization, recipe.lora)
+        return (self.config, recipe.method, recipe.model, recipe.quantization, recipe.lora, recipe.preferences)
 
     @cached_property
     def _bare(self) -> Any:
@@ -214,7 +214,7 @@ class TracedModel:
 
     def _run(self, layers: Sequence[int], rows: BatchShape, work: Callable[..., Any], begin: Reused = ()) -> Any:
         model = self._model(layers)
-        batch = batch_of(model, rows)
+        batch = batch_of(model, rows, by_answer=self.recipe.preferences.objective != "sft")
         with FakeTensorMode(), reusing(begin):
             materialize(model)
             live = MemoryTracer(self.rounding)

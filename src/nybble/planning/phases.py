@@ -14,6 +14,7 @@ from nybble.planning.extrapolate import StepAtLevels, TracedModel, evaluation
 from nybble.planning.memory_tracer import Peak
 from nybble.planning.traced_step import BatchShape, StepCost
 from nybble.recipe import PhasePlan, Recipe, StepMemory, saving_pace
+from nybble.training.reference import SCORED_TOKENS
 
 _SMALL = BatchShape((16,))  # where the curve over tokens begins
 _NOT_TRACED = 1 << 62  # bytes: more than there is room for
@@ -180,6 +181,7 @@ class Forecast:
         checkpoint = max((_with(peak, "workspace", n) for peak, n in written), key=self.total)
         return (
             self.phase("load", self._load(rest)),
+            *self._reference(),
             self.phase("first step", self.average.first(average_level).peak),
             self.phase("steady step", steady),
             self.phase("longest batch", longest),
@@ -235,6 +237,17 @@ class Forecast:
         # The optimizer's state is still there after training.
         name, peak = next(iter(work.peaks.items()))
         return replace(work, peaks={name: _with(peak, "optimizer", rest["optimizer"])})
+
+    def _reference(self) -> tuple[PhasePlan, ...]:
+        """The reference's log-probabilities of all rows, where they are computed before the training."""
+        section = self.setting.recipe.preferences
+        if not (section.needs_reference and section.precompute_ref_log_probs):
+            return ()
+        rows = self.batches.longest
+        n = max(1, SCORED_TOKENS // rows.lengths[0])
+        share = None if rows.learned is None else -(-rows.learned * n // len(rows.lengths))
+        batch = BatchShape(rows.lengths[:1] * n, share, rows.unfolded[:1] * n)
+        return (self.phase("reference", evaluation(self.setting, batch).peak),)
 
     def _load(self, rest: dict[str, int]) -> Peak:
         """The base, and the largest weight in 16 bits with its scales while it is packed; of shards the largest unit.

@@ -86,7 +86,6 @@ def plan(
         InputError: a setting, the model or the device's name is wrong. A run that does not fit is valid: see `fits`.
     """
     resolved = take_over_adapter(recipe if isinstance(recipe, Recipe) else load_recipe(recipe, overrides))
-    resolved.preferences.check_trained()
     config, note = find_config(resolved.model)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit and resolved.data.max_length > limit:

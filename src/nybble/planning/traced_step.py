@@ -27,6 +27,7 @@ from nybble.nn.dropout_seed import DropoutSeeds
 from nybble.nn.recompute import recomputed, recomputing
 from nybble.nn.workspace import workspace
 from nybble.planning.memory_tracer import HOST, MemoryTracer, Peak
+from nybble.training.answers import sums_by_answer, token_log_probabilities, with_answers
 from nybble.training.objective import next_token_loss
 
 
@@ -98,12 +99,24 @@ def _is_adapter(name: str) -> bool:
     return any(part in name for part in ("lora_", "trainable_tokens", "modules_to_save"))
 
 
-def batch_of(model: Any, rows: BatchShape) -> dict[str, Any]:
-    """The batch that the collator makes of `rows`, in real tensors; it must not be called under a fake mode."""
+def batch_of(model: Any, rows: BatchShape, *, by_answer: bool = False) -> dict[str, Any]:
+    """The batch that the collator makes of `rows`, in real tensors; it must not be called under a fake mode.
+
+    `by_answer`: as a preference objective takes it, which weighs answers.
+    """
     blocks = blocks_of(model)
     if not blocks.flattened:
-        return PadBatch(0)(rows.groups(unfolds=True))
-    return FlatBatch()(rows.groups(unfolds=not blocks.trees))
+        batch: dict[str, Any] = PadBatch(0)(rows.groups(unfolds=True))
+    else:
+        batch = FlatBatch()(rows.groups(unfolds=not blocks.trees))
+    return with_answers(batch) if by_answer else batch
+
+
+def _loss_of(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """A loss that takes what the objective's takes: of learned tokens, or of the log-probabilities of answers."""
+    if "answer_lengths" not in inputs:
+        return next_token_loss(model, inputs, torch.ones(()))
+    return -sums_by_answer(token_log_probabilities(model, inputs), inputs).sum()
 
 
 def _like(batch: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +157,7 @@ def run_steps(
             live.start("forward")
             inputs = _like(batch)
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                loss = next_token_loss(model, inputs, torch.ones(()))
+                loss = _loss_of(model, inputs)
             loss.backward()  # type: ignore[no-untyped-call]
             del loss
             live.section("update")
@@ -206,7 +219,11 @@ def run_evaluation(live: MemoryTracer, model: Any, batch: dict[str, Any], dtype:
     model.eval()
     with live, torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         live.start("evaluate")
-        model(**_like(batch))
+        inputs = _like(batch)
+        if "answer_lengths" in inputs:
+            sums_by_answer(token_log_probabilities(model, inputs), inputs)
+        else:
+            model(**inputs)
     return StepCost(live.peaks, live.flops, live.moved_bytes, live.operators, live.parts())
 
 

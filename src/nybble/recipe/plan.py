@@ -174,6 +174,7 @@ class Plan:
 # Phases of a run -> those of the plan.
 _PHASES = {
     "load": ("load",),
+    "reference": ("reference",),
     "train": ("first step", "steady step", "longest batch"),
     "evaluate_base": ("evaluation",),
     "evaluate": ("evaluation",),

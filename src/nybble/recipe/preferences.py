@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from nybble.errors import RecipeError
 from nybble.recipe.setting import Section, setting
 
 Objective = Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo"]
@@ -120,12 +119,3 @@ class PreferencesSection(Section):
         if self.label_smoothing and self.loss_type == "hinge":
             raise ValueError("label_smoothing is for loss_type sigmoid or robust; choose one of them, or remove it")
         return self
-
-    def check_trained(self) -> None:
-        """Check that training knows the objective.
-
-        Raises:
-            RecipeError: it does not.
-        """
-        if self.objective != "sft":
-            raise RecipeError(f"objective {self.objective} is not trained by this version yet; set objective: sft")

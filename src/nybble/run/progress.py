@@ -39,6 +39,7 @@ _STAGES = {
     "load": "loading the base",
     "evaluate base": "evaluating the base",
     "probe": "probing learning rates",
+    "precompute": "computing the reference's log-probabilities",
     "train": "training",
     "evaluate": "evaluating the tuned model",
     "save": "saving",

@@ -19,6 +19,7 @@ class StepEvent:
     seconds: float  # since the first step began
     peak_bytes: int  # highest memory of any process since the last line
     eval_loss: float | None = None
+    figures: dict[str, float] | None = None  # what the objective reports, by TRL's names, mean over the same steps
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,23 @@ class RowLoss:
 
 
 @dataclass(frozen=True)
+class PreferenceFigures:
+    """What held-out rows say about a preference objective; the reference is the model as training started."""
+
+    n_rows: int  # pairs, or rated answers
+    likelier: float | None  # share of pairs whose chosen answer has the higher log-probability; None: no pairs
+    accuracy: float | None = None  # share of pairs whose chosen answer has the higher reward, or of answers whose
+    accuracy_low: float | None = None  # reward has the sign of their label; None where all rewards are 0 by definition
+    accuracy_high: float | None = None  # 95 % interval
+    chosen_reward: float | None = None  # mean over chosen, or good, answers
+    rejected_reward: float | None = None
+    margin: float | None = None  # between the two means
+    log_ratio: float | None = None  # nats a token of all answers: log p(answer) less that under the reference
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """Figures over held-out rows."""
+    """Figures over held-out rows; of pairs and rated answers, the loss is that of chosen, or good, answers."""
 
     loss: float  # nats a trained token
     perplexity: float
@@ -41,7 +57,10 @@ class Evaluation:
     n_tokens: int
     exact_match: float | None  # share of rows answered exactly, if rows have an expected answer
     seconds: float
+    preferences: PreferenceFigures | None = None
     rows: tuple[RowLoss, ...] = field(default=(), repr=False)  # written to held_out.jsonl, not to run.json
+    # The log-probabilities of each row's answers, under a preference objective; of the base, they are the reference's.
+    answers: tuple[tuple[float, ...], ...] = field(default=(), repr=False)  # not written
 
 
 @dataclass(frozen=True)
@@ -104,7 +123,7 @@ class RunRecord:
         content = asdict(self)
         for evaluation in (content["evaluation_base"], content["evaluation_tuned"]):
             if evaluation is not None:
-                del evaluation["rows"]
+                del evaluation["rows"], evaluation["answers"]
         return content
 
 

@@ -20,7 +20,7 @@ from typing import Literal, get_args
 from nybble.storage.atomic import atomic_folder, write_text
 from nybble.storage.manifest import MANIFEST, DamagedError, entries_of, read_json, verify_files
 
-Kind = Literal["packed", "rows"]
+Kind = Literal["packed", "rows", "reference"]
 _KINDS: tuple[Kind, ...] = get_args(Kind)
 _RESERVE = 1 << 30  # bytes of the disk that the cache leaves free
 _SECONDS_ABANDONED = 86_400  # age at which a temporary folder no longer belongs to a process that is still writing

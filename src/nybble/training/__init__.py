@@ -13,19 +13,32 @@ from nybble.training.evaluate import (
     stop_at,
 )
 from nybble.training.fingerprint import identify
+from nybble.training.held_out_preferences import HeldOutPreferences
 from nybble.training.loop import Training, train
 from nybble.training.lr_probe import Judge, Probe, probe_rates
+from nybble.training.objective import NextToken, Objective
 from nybble.training.optim import check_optimizer_and_schedule, optimizer_names, schedule_names
+from nybble.training.preferences import PairObjective, RatedObjective
+from nybble.training.reference import AnswerScorer, Kept, Reference, Start
 from nybble.training.run_recorder import RunRecorder, software_versions
 from nybble.training.trackers import Trackers, known_trackers, tracked, tracker_names
 
 __all__ = [
+    "AnswerScorer",
     "Checkpointing",
     "HeldOut",
+    "HeldOutPreferences",
     "Judge",
+    "Kept",
+    "NextToken",
+    "Objective",
+    "PairObjective",
     "Probe",
+    "RatedObjective",
+    "Reference",
     "RunRecorder",
     "Sampling",
+    "Start",
     "Trackers",
     "TrainResult",
     "Training",

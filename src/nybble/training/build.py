@@ -29,7 +29,7 @@ from nybble.training.guards import NonFiniteGuard
 from nybble.training.loop import Training, refuse_bad_step, train
 from nybble.training.metrics import Metrics
 from nybble.training.neftune import EmbeddingNoise
-from nybble.training.objective import Objective, next_token_loss
+from nybble.training.objective import NextToken, Objective
 from nybble.training.optim import create_optimizer, create_schedule
 from nybble.training.run_recorder import software_versions
 from nybble.training.state import TrainState
@@ -69,7 +69,7 @@ def build(
     compute_dtype: torch.dtype,
     max_steps: int,
     observer: Observer | None = None,
-    objective: Objective = next_token_loss,
+    objective: Objective | None = None,
     held_out: HeldOut | None = None,
     step_memory: StepMemory | None = None,
     checkpointing: Checkpointing | None = None,
@@ -89,7 +89,7 @@ def build(
         compute_dtype: of the arithmetic.
         max_steps: optimizer steps in all.
         observer: receives steps and notes.
-        objective: what is minimised.
+        objective: what is minimised; None: the loss of the next token.
         held_out: rows that are evaluated on the way, as often as their section says.
         step_memory: what a step takes at each depth of recomputation; None: every layer is recomputed.
         checkpointing: None: no checkpoints are written.
@@ -106,7 +106,9 @@ def build(
     run.warn = observer.note
     set_seed(section.seed)
     share_seeds(model, seeds := DropoutSeeds(section.seed))
-    loader = StepLoader(groups, batches_for(model, tokenizer), section, processes)
+    objective = objective or NextToken()
+    collate = batches_for(model, tokenizer)
+    loader = StepLoader(groups, lambda drawn: objective.collate(collate(drawn)), section, processes)
     n_beside = processes.beside_on(device.type)
     recomputation = recomputation_for(model, section, device, step_memory, n_beside)
     optimizer = create_optimizer(model, section, device)
@@ -114,7 +116,17 @@ def build(
     scaler = torch.amp.GradScaler(device.type) if compute_dtype == torch.float16 else None
     evaluation = held_out.section if held_out else EvaluationSection()
     best = BestStep(evaluation)
-    state = TrainState(model, optimizer, schedule, scaler, loader, device.torch_device, processes, best)
+    state = TrainState(
+        model,
+        optimizer,
+        schedule,
+        scaler,
+        loader,
+        device.torch_device,
+        processes,
+        best,
+        n_figures=len(objective.figures),
+    )
     writer = _writer(section, checkpointing, observer, processes)
     model.zero_grad(set_to_none=True)
     if resumed is not None:

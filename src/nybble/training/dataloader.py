@@ -30,6 +30,7 @@ class MicroBatch:
 
     inputs: dict[str, Any]  # tensors on the host
     rows: tuple[int, ...]  # the numbers of the rows, from 1
+    places: tuple[int, ...]  # of its examples, among all that are trained on
     lengths: tuple[int, ...]  # the tokens of each row; empty if nothing is learned from the batch
     n_tokens: int  # tokens without padding
     n_learned: int  # tokens that are learned
@@ -61,14 +62,21 @@ class StepLoader:
         The last step of an epoch has fewer groups, and no group is drawn twice: a process that has none left is given
         a batch of which nothing is learned.
         """
+        chosen = self._groups_of(step)
+        size, count, rank = self.groups_a_micro_batch, self._processes.count, self._processes.rank
+        starts = range(rank * size, -(-len(chosen) // (size * count)) * size * count, size * count)
+        return [self._micro_batch(chosen[start : start + size]) for start in starts]
+
+    def places_of(self, step: int) -> list[int]:
+        """The places of the examples of a step, those of all processes, in the order of its micro-batches."""
+        return [place for number in self._groups_of(step) for place in self._groups.places(number)]
+
+    def _groups_of(self, step: int) -> list[int]:
         epoch, within = divmod(step, self.steps_an_epoch)
         if epoch != self._epoch:
             self._epoch, self._order = epoch, epoch_order(len(self._groups), self._seed, epoch).tolist()
         first = within * self.groups_a_step
-        chosen = self._order[first : first + self.groups_a_step]
-        size, count, rank = self.groups_a_micro_batch, self._processes.count, self._processes.rank
-        starts = range(rank * size, -(-len(chosen) // (size * count)) * size * count, size * count)
-        return [self._micro_batch(chosen[start : start + size]) for start in starts]
+        return self._order[first : first + self.groups_a_step]
 
     def order_sha256(self, epoch: int) -> str:
         """A fingerprint of the order in which the groups of an epoch are drawn."""
@@ -95,6 +103,7 @@ class StepLoader:
         return MicroBatch(
             inputs=inputs,
             rows=tuple(row for number in numbers for row in self._groups.rows(number)),
+            places=tuple(place for number in numbers for place in self._groups.places(number)),
             lengths=lengths,
             n_tokens=sum(lengths),
             n_learned=int((inputs["labels"][..., 1:] != IGNORED).sum()),

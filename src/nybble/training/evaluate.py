@@ -26,6 +26,7 @@ from nybble.models import blocks_of, is_sharded
 from nybble.recipe import EvaluationSection
 from nybble.run.processes import Processes
 from nybble.run.record import Evaluation, RowLoss, Sample
+from nybble.training.held_out_preferences import HeldOutPreferences, answer_sizes
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class HeldOut:
     section: EvaluationSection  # its batch size is what fits
     shown: Sequence[Example] = ()
     base_answers: Sequence[str] = ()  # the base's answers to the rows that are shown
+    preferences: HeldOutPreferences | None = None  # what is measured of pairs and rated answers
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,11 @@ def evaluate(
     section: EvaluationSection,
     compute_dtype: torch.dtype,
     processes: Processes = Processes(),  # noqa: B008 - a value
+    preferences: HeldOutPreferences | None = None,
 ) -> Evaluation | None:
     """Loss over all learned tokens of `examples`, each token weighing the same; exact match where rows allow.
 
+    Of pairs only chosen answers count in the loss, of rated answers only good ones, if there are any.
     None if there are no examples. Every process must call it, and each receives the whole result.
     """
     if not examples:
@@ -120,22 +124,25 @@ def evaluate(
     collate = batches_for(model, tokenizer)
     with evaluation_mode(model, compute_dtype):
         batches = _alike([len(e.input_ids) for e in examples], section.per_device_eval_batch_size)
-        losses = _row_losses(model, examples, batches, collate, processes)
+        answered = _answer_losses(model, examples, batches, collate, processes)
         checkable = [i for i, e in enumerate(examples) if e.answer is not None and e.prompt_ids]
         prompts = [examples[i].prompt_ids for i in checkable]
         answers = _generate(model, tokenizer, prompts, section, processes) if checkable else []
     right = {i: a == (examples[i].answer or "").strip() for i, a in zip(checkable, answers, strict=True)}
-    n_tokens = sum(example.n_trained for example in examples)
-    loss = math.fsum(losses) / n_tokens
-    rows = (RowLoss(e.row, e.n_trained, losses[i], right.get(i)) for i, e in enumerate(examples))
+    counted = [i for i, e in enumerate(examples) if e.is_desirable is not False] or range(len(examples))
+    sizes = {i: answer_sizes(examples[i])[0] for i in counted}
+    loss = math.fsum(answered[i][0] for i in counted) / sum(sizes.values())
+    found = tuple(tuple(-nats for nats in row) for row in answered)
     return Evaluation(
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
-        n_rows=len(examples),
-        n_tokens=n_tokens,
+        n_rows=len(counted),
+        n_tokens=sum(sizes.values()),
         exact_match=sum(right.values()) / len(right) if right else None,
         seconds=time.monotonic() - started,
-        rows=tuple(rows),
+        preferences=preferences.figures(examples, found) if preferences else None,
+        rows=tuple(RowLoss(examples[i].row, sizes[i], answered[i][0], right.get(i)) for i in counted),
+        answers=found if preferences else (),
     )
 
 
@@ -185,7 +192,7 @@ def evaluate_quickly(
     rows = held_out.rows
     if held_out.section.metric_for_best_model != "eval_exact_match":
         rows = [replace(example, answer=None) for example in rows]
-    return evaluate(model, tokenizer, rows, held_out.section, compute_dtype, processes)
+    return evaluate(model, tokenizer, rows, held_out.section, compute_dtype, processes, held_out.preferences)
 
 
 def stop_at(model: Any, tokens: Sequence[int]) -> None:
@@ -215,16 +222,16 @@ def _share(batches: Sequence[list[int]], processes: Processes) -> Iterator[list[
         yield batches[min(first + processes.rank, len(batches) - 1)]
 
 
-def _row_losses(
+def _answer_losses(
     model: Any,
     examples: Sequence[Example],
     batches: Sequence[list[int]],
     collate: FlatBatch | PadBatch,
     processes: Processes,
-) -> list[float]:
-    """The summed loss of each example, in nats."""
+) -> list[list[float]]:
+    """The summed loss of each answer of each example, in nats; what is learned of a plain row is one answer."""
     device = device_of(model)
-    mine: dict[int, float] = {}
+    mine: dict[int, list[float]] = {}
     for chosen in _share(batches, processes):
         batch = collate(Groups([examples[i] for i in chosen]))
         moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
@@ -238,10 +245,12 @@ def _in_order(parts: Sequence[dict[int, Any]]) -> list[Any]:
     return [found[i] for i in range(len(found))]
 
 
-def _by_example(model: Any, batch: dict[str, Any], examples: Sequence[Example]) -> list[float]:
+def _by_example(model: Any, batch: dict[str, Any], examples: Sequence[Example]) -> list[list[float]]:
     if "lengths" in batch:
-        losses = model(**batch).token_losses.double()
-        return torch.stack([part.sum() for part in losses.split([e.n_trained for e in examples])]).tolist()
+        sizes = [answer_sizes(e) for e in examples]
+        sums = [part.sum() for part in model(**batch).token_losses.double().split([n for own in sizes for n in own])]
+        each = iter(torch.stack(sums).tolist())
+        return [list(islice(each, len(own))) for own in sizes]
     labels = batch.pop("labels")[:, 1:]
     logits = model(**batch).logits[:, :-1]
     # One row after the other: the float32 logits of a whole batch would be the peak of the run.
@@ -249,7 +258,9 @@ def _by_example(model: Any, batch: dict[str, Any], examples: Sequence[Example]) 
         float(cross_entropy(x.float(), y, ignore_index=IGNORED, reduction="sum"))
         for x, y in zip(logits, labels, strict=True)
     )
-    return [sum(islice(losses, len(paths(e.segments)) or 1)) for e in examples]  # the paths of a tree are its rows
+    # The paths of a tree are its rows.
+    found = [list(islice(losses, len(paths(e.segments)) or 1)) for e in examples]
+    return [own if e.is_pair else [sum(own)] for e, own in zip(examples, found, strict=True)]
 
 
 def _generate(

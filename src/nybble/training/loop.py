@@ -89,19 +89,21 @@ def train(t: Training) -> None:
         if state.best.is_over:
             return
         micro_batches = t.loader.micro_batches_of(step)
-        n_learned = t.processes.sum(sum(batch.n_learned for batch in micro_batches))
+        counts = [t.objective.counts(batch) for batch in micro_batches]
+        n_items = tuple(t.processes.sum(sum(parts)) for parts in zip(*counts, strict=True))
         n_tokens = t.processes.sum(sum(batch.n_tokens for batch in micro_batches))
         rows = [row for batch in micro_batches for row in batch.rows]
         if state.micro_batches == 0:
             state.begin_step()
+        t.objective.begin_step(t.model, t.loader, step)
 
         for number in range(state.micro_batches, len(micro_batches)):
             is_last = number == len(micro_batches) - 1
             # Numbered as by one process, so that the same micro-batches draw the same dropout.
             t.seeds.micro_step = step * _MICRO_STEPS + number * t.processes.count + t.processes.rank
             with gradient_sync(t, wanted=is_last):
-                loss = forward_backward(t, micro_batches[number], n_learned)
-            state.finish_micro_batch(loss)
+                loss, figures = forward_backward(t, micro_batches[number], n_items)
+            state.finish_micro_batch(loss, figures)
             if not is_last and t.stops.within_step():
                 save(t)
                 return
@@ -141,27 +143,28 @@ def gradient_sync(t: Training, *, wanted: bool) -> AbstractContextManager[Any]:
     return nullcontext() if wanted or t.parallel_model is t.model else t.parallel_model.no_sync()
 
 
-def forward_backward(t: Training, batch: MicroBatch, n_learned: int) -> Tensor:
-    """The loss of a micro-batch, with its gradients added to those that are there.
+def forward_backward(t: Training, batch: MicroBatch, n_items: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The loss and the figures of a micro-batch, with its gradients added to those that are there.
 
     A batch that runs out of memory is repeated with more layers recomputed, from the same gradients and dropout seeds:
     what is learned is the same.
     """
     step = t.state.step
-    inputs = to_device(batch.inputs, t.device.torch_device)
-    n_items = torch.full((), float(n_learned), device=t.device.torch_device)  # `torch.tensor` waits for a GPU
+    device = t.device.torch_device
+    inputs = to_device({**batch.inputs, **t.objective.beside(batch.places)}, device)
+    counts = tuple(torch.full((), float(n), device=device) for n in n_items)  # `torch.tensor` waits for a GPU
     t.noise.begin(step, batch.rows, batch.lengths)
     if step < t.section.parity_steps and "lengths" in inputs:
-        t.parities.append(compare(t.model, inputs, n_items, t.compute_dtype))
+        t.parities.append(compare(t.model, inputs, counts[0], t.compute_dtype))
         check(t.parities[-1], step + 1, t.compute_dtype)
     if t.recomputation is None:
-        return _forward_backward(t, inputs, n_items)
+        return _forward_backward(t, inputs, counts)
     n_tokens = inputs["input_ids"].numel()
     t.recomputation.prepare(n_tokens)
     before = SavedGradients(t.state.trained.values(), may_copy=t.recomputation.may_copy_gradients)
     while True:
         try:
-            return _forward_backward(t, inputs, n_items)
+            return _forward_backward(t, inputs, counts)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -181,19 +184,19 @@ def forward_backward(t: Training, batch: MicroBatch, n_learned: int) -> Tensor:
             )
 
 
-def _forward_backward(t: Training, inputs: dict[str, Any], n_items: Tensor) -> Tensor:
+def _forward_backward(t: Training, inputs: dict[str, Any], counts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     # The backward pass on a GPU would run in a thread of its own, with reused memory of its own.
     with torch.autograd.set_multithreading_enabled(False):
-        loss = loss_of(t, inputs, n_items)
+        loss, figures = loss_of(t, inputs, counts)
         (loss if t.state.scaler is None else t.state.scaler.scale(loss)).backward()
-        return loss.detach()
+        return loss.detach(), figures
 
 
-def loss_of(t: Training, inputs: dict[str, Any], n_items: Tensor) -> Tensor:
+def loss_of(t: Training, inputs: dict[str, Any], counts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     """The forward pass; DistributedDataParallel takes the mean of the gradients, where the sum is wanted."""
     with torch.autocast(t.device.type, t.compute_dtype, enabled=t.compute_dtype != torch.float32):
-        loss = t.objective(t.parallel_model, inputs, n_items)
-    return loss.float() * t.processes.count
+        loss, figures = t.objective(t.parallel_model, inputs, counts)
+    return loss.float() * t.processes.count, figures * t.processes.count
 
 
 def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -240,7 +243,8 @@ def update(t: Training) -> bool:
 def log_step(t: Training, learning_rate: float, norm: Tensor, *, is_wanted: bool) -> None:
     """Log the mean loss of the steps that were not logged yet, if there are any."""
     if is_wanted and t.state.unlogged_steps:
-        t.metrics.log_step(t.state, t.state.take_unlogged_loss(), learning_rate, norm)
+        figures = t.state.take_unlogged_figures(t.objective.figures)
+        t.metrics.log_step(t.state, t.state.take_unlogged_loss(), learning_rate, norm, figures)
 
 
 def evaluate_on_the_way(t: Training) -> bool:

@@ -42,10 +42,12 @@ class Metrics:
         if self.seconds_to_first_step is None:
             self.seconds_to_first_step = time.monotonic() - self._created
 
-    def log_step(self, state: TrainState, loss: float, learning_rate: float, grad_norm: Any) -> None:
-        """The mean loss of the steps since the last log, and rate and gradient norm of this one."""
+    def log_step(
+        self, state: TrainState, loss: float, learning_rate: float, grad_norm: Any, figures: dict[str, float]
+    ) -> None:
+        """The means of loss and figures of the steps since the last log, and rate and gradient norm of this one."""
         norm = float(grad_norm)
-        peak = self._log(state, loss=loss, learning_rate=learning_rate, grad_norm=norm)
+        peak = self._log(state, figures, loss=loss, learning_rate=learning_rate, grad_norm=norm)
         epoch = state.step / state.loader.steps_an_epoch
         values = {
             "loss": loss,
@@ -54,12 +56,13 @@ class Metrics:
             "epoch": epoch,
             "tokens_per_second": self._speed(state),
             "peak_memory_bytes": peak,
+            **figures,
         }
         self._trackers.log({f"train/{name}": value for name, value in values.items()}, state.step)
 
     def log_evaluation(self, state: TrainState, measured: Evaluation) -> None:
         """The figures of the held-out rows after this step."""
-        self._log(state, eval_loss=measured.loss)
+        self._log(state, {}, eval_loss=measured.loss)
         self._trackers.log_evaluation(measured, state.step)
 
     def _speed(self, state: TrainState) -> float | None:
@@ -68,7 +71,7 @@ class Metrics:
         self._tracked = (state.tokens, state.seconds)
         return (state.tokens - tokens) / (state.seconds - seconds) if state.seconds > seconds else None
 
-    def _log(self, state: TrainState, **values: float) -> int:
+    def _log(self, state: TrainState, figures: dict[str, float], **values: float) -> int:
         """Write an event; the highest memory of any process since the last one, in bytes."""
         peak = self._memory.peak_bytes()
         self.peak_bytes = max(self.peak_bytes, peak)
@@ -83,6 +86,7 @@ class Metrics:
             seconds=state.seconds,
             peak_bytes=max(self._processes.gather(peak)),
             eval_loss=finite.get("eval_loss"),
+            figures={name: value for name, value in figures.items() if math.isfinite(value)} or None,
         )
         self._memory.reset()
         self._run.append_event(event)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nybble.data import PadBatch
-from nybble.data.batches import rows_of
+from nybble.data import IGNORED, PadBatch
+from nybble.data.batches import FLAT_INPUTS, rows_of
 from nybble.errors import CannotRunError
 from nybble.training.objective import next_token_loss
 
@@ -42,6 +42,9 @@ class Parity:
 def compare(model: Any, inputs: dict[str, Any], n_learned: Tensor, dtype: torch.dtype) -> Parity:
     """Compare loss and gradients of a flattened micro-batch on both paths, computed in `dtype`."""
     weights = [p for p in model.parameters() if p.requires_grad]
+    n = int((inputs["labels"] != IGNORED).sum())  # an objective may go on with prompts
+    inputs = {name: inputs[name] for name in FLAT_INPUTS}
+    inputs |= {name: inputs[name][:n] for name in ("learned", "targets")}
     with _without_dropout(model):
         loss, ours = _gradients(model, weights, inputs, n_learned, dtype)
         with plain_path(model):

@@ -31,7 +31,9 @@ def ipo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
 
 
 def kto(ratios: Tensor, desirable: Tensor, kl: Tensor, beta: float, weights: tuple[float, float]) -> Tensor:
-    """w (1 - s(beta (ratio - kl))) of a good answer, w (1 - s(beta (kl - ratio))) of a bad one (Ethayarajh et al. 2024).
+    """w (1 - s(beta (ratio - kl))) of a good answer, w (1 - s(beta (kl - ratio))) of a bad one.
+
+    Ethayarajh et al. 2024, equation 7, with s the sigmoid.
 
     `weights` are those of good and of bad answers.
     """

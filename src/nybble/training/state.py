@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,9 @@ class TrainState:
         device: torch.device,
         processes: Processes = Processes(),  # noqa: B008 - a value
         best: BestStep | None = None,
+        n_figures: int = 0,
     ) -> None:
+        """`n_figures`: what the objective reports of a step beside its loss."""
         self.best = best or BestStep()
         self.optimizer = optimizer
         self.schedule = schedule
@@ -56,6 +58,10 @@ class TrainState:
         self.unlogged_before_step = torch.zeros((), device=device)  # the same without the current step
         self.logged_loss = 0.0
         self.unlogged_steps = 0
+        # What the objective reports, as the losses: of the current step, since the last log, and without the step.
+        self.step_figures = torch.zeros(n_figures, device=device)
+        self.unlogged_figures = torch.zeros(n_figures, device=device)
+        self.unlogged_figures_before_step = torch.zeros(n_figures, device=device)
 
         self.gradient_norms: deque[float] = deque(maxlen=NORMS_REMEMBERED)
         self.skipped_steps = 0
@@ -72,11 +78,15 @@ class TrainState:
             torch.empty((), dtype=torch.int64).random_()
         self.step_loss.zero_()
         self.unlogged_before_step.copy_(self.unlogged_loss)
+        self.step_figures.zero_()
+        self.unlogged_figures_before_step.copy_(self.unlogged_figures)
 
-    def finish_micro_batch(self, loss: Tensor) -> None:
+    def finish_micro_batch(self, loss: Tensor, figures: Tensor) -> None:
         """After forward and backward of a micro-batch."""
         self.step_loss += loss
         self.unlogged_loss += loss
+        self.step_figures += figures
+        self.unlogged_figures += figures
         self.micro_batches += 1
 
     def share_step_loss(self) -> None:
@@ -84,17 +94,27 @@ class TrainState:
         if self._processes.are_many:
             self.step_loss.copy_(self._processes.mean(self.step_loss))
             self.unlogged_loss.copy_(self.unlogged_before_step + self.step_loss)
+            if len(self.step_figures):
+                self.step_figures.copy_(self._processes.mean(self.step_figures))
+                self.unlogged_figures.copy_(self.unlogged_figures_before_step + self.step_figures)
 
     def finish_step(self, n_tokens: int, *, is_skipped: bool) -> None:
         """After the update; the loss of a skipped step counts for no log."""
         if is_skipped:
             self.unlogged_loss.copy_(self.unlogged_before_step)
+            self.unlogged_figures.copy_(self.unlogged_figures_before_step)
             self.skipped_steps += 1
         else:
             self.unlogged_steps += 1
         self.step += 1
         self.micro_batches = 0
         self.tokens += n_tokens
+
+    def take_unlogged_figures(self, names: Sequence[str]) -> dict[str, float]:
+        """The means of what the objective reported in the steps since the last log, by name; before the loss's."""
+        means = (self.unlogged_figures / self.unlogged_steps).tolist() if names else ()
+        self.unlogged_figures.zero_()
+        return dict(zip(names, means, strict=True))
 
     def take_unlogged_loss(self) -> float:
         """The mean loss of the steps since the last log, which begins again; waits for the device."""
@@ -127,6 +147,7 @@ class TrainState:
                 "unlogged_before_step": self.unlogged_before_step,
                 "logged": self.logged_loss,
                 "unlogged_steps": self.unlogged_steps,
+                **({"figures": self._figures()} if len(self.step_figures) else {}),
             },
             "counters": {
                 "tokens": self.tokens,
@@ -134,6 +155,13 @@ class TrainState:
                 "gradient_norms": list(self.gradient_norms),
                 "skipped_steps": self.skipped_steps,
             },
+        }
+
+    def _figures(self) -> dict[str, Tensor]:
+        return {
+            "step": self.step_figures,
+            "unlogged": self.unlogged_figures,
+            "unlogged_before_step": self.unlogged_figures_before_step,
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, is_forced: bool = False) -> None:
@@ -167,6 +195,10 @@ class TrainState:
         generators, rank = state["generators"], self._processes.rank
         set_generator_states(generators[rank if rank < len(generators) else 0], self._device)
 
+        figures = loss.get("figures")
+        if figures is not None:
+            self.unlogged_figures_before_step.copy_(figures["unlogged_before_step"])
+            self.unlogged_figures.copy_(figures["unlogged_before_step"])
         groups = cursor["micro_batches"] * cursor["groups_a_micro_batch"]
         done, rest = divmod(groups, self.loader.groups_a_micro_batch)
         if rest or (done and self._processes.are_many):  # the step is split in another way than before and starts over
@@ -175,6 +207,9 @@ class TrainState:
         self.micro_batches = done
         self.unlogged_loss.copy_(loss["unlogged"])
         self.step_loss.copy_(loss["step"])
+        if figures is not None:
+            self.step_figures.copy_(figures["step"])
+            self.unlogged_figures.copy_(figures["unlogged"])
         for name, gradient in state["gradients"].items():
             self.trained[name].grad = gradient.to(self.trained[name].device)
 
