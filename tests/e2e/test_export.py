@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, normalizers, processors, trainers
 from tokenizers import models as words
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from nybble.bundled import base_path
 from nybble.data import encode_prompt
 from nybble.errors import ModelError
 from nybble.exporting import gguf as module
 from nybble.exporting.gguf_families import FAMILIES, changed
+from nybble.exporting.importance import measure_importance
 from nybble.exporting.ollama import modelfile, ollama_template
 from nybble.exporting.stock_gguf import undone
 from tools.families import tiny_config, write_tiny
@@ -217,6 +218,44 @@ def test_without_rows_all_columns_count_alike(nybble: Callable[..., Any], models
     assert (one["without_importance"], one["rows"]) == (None, "built-in")
     assert "all columns of a weight count alike" in done.err
     assert "are Q5_1 instead of Q5_K, because their rows are not multiples of 256" in done.err
+
+
+@pytest.mark.nightly
+def test_llama_cpp_computes_the_files_as_stock_transformers_does(
+    nybble: Callable[..., Any], rows_file: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("cyllama", reason="cyllama is not installed")
+    arguments = ["export", base_path(), "--dataset_name", rows_file, "--max_new_tokens", 8, "--check", "llama.cpp"]
+    done = nybble(*arguments, "--gguf", tmp_path / "m.gguf", "--quantize", "F16,Q4_K_M", "--json")
+    assert done.code == 0, (done.err, done.out)
+    for one in done.json["files"]:
+        assert one["llama_cpp"]["faults"] == []
+    exact = done.json["files"][0]["llama_cpp"]
+    assert exact["mean_kl"] < 1e-3
+    assert exact["greedy_equal"] >= exact["n_prompts"] - 2
+
+
+def test_without_llama_cpp_the_check_is_refused_before_any_work(
+    nybble: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nybble.exporting.destinations.find_spec", lambda name: None)
+    done = nybble("export", base_path(), "--gguf", tmp_path / "m.gguf", "--check", "llama.cpp")
+    assert (done.code, "nybble[llama_cpp]" in done.err) == (3, True)
+    assert done.err.count("\n") == 1
+
+
+def test_the_first_token_of_a_row_does_not_count_in_the_importance(models: Any) -> None:
+    folder, rows = models("llama"), [[1, 5, 6, 7], [1, 9]]
+    found = measure_importance(folder, rows, lambda done, of: None)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    seen: list[torch.Tensor] = []
+    down = model.model.layers[0].mlp.down_proj
+    down.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0][0, 1:]))
+    with torch.no_grad():
+        for row in rows:
+            model(torch.tensor([row]))
+    expected = torch.cat(seen).square()
+    torch.testing.assert_close(found["model.layers.0.mlp.down_proj.weight"], expected.mean(0))
 
 
 def test_importance_goes_with_the_columns_as_they_are_written() -> None:

@@ -39,6 +39,18 @@ def export(
         str | None,
         typer.Option("--hub", metavar="NAME", help="Hub repository to upload to; a new one is created as private."),
     ] = None,
+    check: Annotated[
+        str | None,
+        typer.Option(
+            "--check",
+            metavar="llama.cpp|URL",
+            help="Have llama.cpp compute the GGUF file as well, or ask an OpenAI-compatible server for its answers.",
+        ),
+    ] = None,
+    server_model: Annotated[
+        str | None,
+        typer.Option("--server_model", metavar="NAME", help="Name of the model on that server, if it has several."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measurements on stdout as JSON.")] = False,
 ) -> None:
     """Export to llama.cpp, Ollama or the hub.
@@ -58,6 +70,8 @@ def export(
         quantize=quantize,
         ollama=ollama,
         hub=hub,
+        check=check,
+        server_model=server_model,
     )
     if as_json:
         print_json(done)
@@ -71,6 +85,15 @@ def export(
                 f"{format_number(one['held_out']['mean_kl'], 6)}{beside}, loss "
                 f"{format_number(one['held_out']['loss'])}; {state}"
             )
+            if "llama_cpp" in one:
+                beside = one["llama_cpp"]
+                print(
+                    f"  in llama.cpp mean KL {format_number(beside['mean_kl'], 6)}, loss "
+                    f"{format_number(beside['loss'])}, {beside['greedy_equal']} of {beside['n_prompts']} answers equal"
+                    f", {beside['stopped']} stop (as it was trained: {beside['stopped_reference']})"
+                )
+        if "check" in done:
+            print(_of_server(done["check"], format_number))
         for name in ("gguf", "adapter_gguf", "ollama", "hub"):
             if name in done:
                 print(f"{name}: {done[name]}" + (f", {format_bytes(done['file_bytes'])}" if name != "hub" else ""))
@@ -83,3 +106,15 @@ def export(
             )
     if not done["verified"]:
         raise typer.Exit(1)
+
+
+def _of_server(found: dict[str, Any], number: Any) -> str:
+    beside = ""
+    if "difference_to_base" in found:
+        beside = f" (to the base {number(found['difference_to_base'])})"
+    state = "it answers as the tuned model" if found["verified"] else f"NOT VERIFIED: {'; '.join(found['faults'])}"
+    return (
+        f"{found['server']}, model {found['model']}: log-probabilities of first tokens differ by "
+        f"{number(found['difference'])} on average{beside}, {found['equal_answers']} of {found['n_prompts']} answers "
+        f"equal; {state}"
+    )

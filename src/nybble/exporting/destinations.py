@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from nybble.exporting.merging import UNVERIFIED, Compared, find_rows, merge, tun
 from nybble.exporting.mixes import MIXES, read_types
 from nybble.exporting.ollama import modelfile
 from nybble.exporting.quantized import quantized_card, quantized_figures
+from nybble.exporting.served import check_server
 from nybble.exporting.verify import TEXTS
 from nybble.exporting.vocabulary import read_vocabulary, says_alike
 from nybble.models import (
@@ -49,6 +51,7 @@ from nybble.units import format_bytes
 MOST_KL = {"f16": 0.001, "bf16": 0.001, "q8_0": 0.02}
 MOST_KL |= {"Q6_K": 0.05, "Q5_K": 0.1, "Q4_K": 0.3, "Q3_K": 1.0}  # of a mix: that of its most frequent type
 ADAPTER = "adapter"
+LLAMA_CPP = "llama.cpp"
 _BYTES = {"f16": 2, "bf16": 2, "q8_0": 1.0625, "Q6_K": 0.9, "Q5_K": 0.8, "Q4_K": 0.75, "Q3_K": 0.7}
 
 
@@ -66,7 +69,7 @@ class _Whole:
     importance: Mapping[str, Tensor] | None = None  # of the columns of each weight, on the rows
 
 
-def export(
+def export(  # noqa: C901 - one check after another
     tuned: Path | str,
     overrides: Mapping[str, Any] | None = None,
     *,
@@ -75,6 +78,8 @@ def export(
     quantize: str | None = None,
     ollama: Path | str | None = None,
     hub: str | None = None,
+    check: str | None = None,
+    server_model: str | None = None,
     observer: ObserverChoice = "auto",
 ) -> dict[str, Any]:
     """Export a run, an adapter or a merged model. A run is merged first if a whole model is needed.
@@ -88,6 +93,9 @@ def export(
             then each file has its type in its name.
         ollama: a new folder for a GGUF file and a Modelfile.
         hub: the name of a repository, which is created as private if it is new. `tuned` is uploaded as it is.
+        check: "llama.cpp" has it compute the GGUF files on the held-out rows as well; an address asks the server there
+            whether it answers as the tuned model does.
+        server_model: the name that the model has on that server; needed where it serves several.
         observer: receives the progress; "auto" shows it where you are, None shows nothing.
 
     Returns:
@@ -97,7 +105,8 @@ def export(
         InputError: there is nothing to export, or no destination.
         CannotRunError: a library, disk space or the hub is missing.
     """
-    if not (gguf or ollama or hub):
+    is_server = check is not None and check != LLAMA_CPP
+    if not (gguf or ollama or hub or is_server):
         raise InputError("no destination given; give --gguf FILE, --ollama DIR or --hub NAME")
     if gguf_type not in (*TYPES, ADAPTER) or (gguf_type == ADAPTER and ollama):
         allowed = ", ".join(TYPES if ollama else (*TYPES, ADAPTER))
@@ -107,14 +116,35 @@ def export(
     types = read_types(quantize) if quantize is not None else []
     if types and (gguf_type != "f16" or file is None or folder is not None):
         raise RecipeError("quantize: goes with --gguf FILE, and without --gguf_type and --ollama")
+    if is_server and (gguf or ollama):
+        raise InputError(f"check: got {check!r}; {LLAMA_CPP} checks files, and a server is checked without --gguf")
+    if server_model is not None and not is_server:
+        raise InputError("server_model: goes with --check and the address of a server")
+    if check == LLAMA_CPP:
+        types = types or [gguf_type.upper()]
+        if folder is not None or file is None or gguf_type == ADAPTER:
+            raise InputError(f"check: {LLAMA_CPP} reads whole models; give --gguf FILE, and no --gguf_type {ADAPTER}")
+        if find_spec("cyllama") is None:
+            raise CannotRunError(f"{LLAMA_CPP} is not at hand; run pip install 'nybble[llama_cpp]'")
     files = _named(file, types) if file is not None and types else {}
     for path in (*(files.values() or (file,)), folder):
         if path is not None and path.exists():
             raise InputError(f"{path} already exists; choose a new name")
     with watching(observer) as watch:
+        result: dict[str, Any] = {"verified": True}
         if files:
-            return _export_quantized(tuned, overrides, files, hub, watch)
-        return _export(tuned, overrides, file, gguf_type, folder, hub, watch)
+            result = _export_quantized(tuned, overrides, files, watch, in_llama_cpp=check == LLAMA_CPP)
+        elif file is not None or folder is not None:
+            result = _export(tuned, overrides, file, gguf_type, folder, watch)
+        if hub is not None:
+            found = find_artifact(str(tuned), overrides)
+            _check_marked(found)
+            watch.stage("upload")
+            result["hub"] = push_folder(found.folder, hub)
+        if check is not None and is_server:
+            result["check"] = check_server(check, server_model, tuned, overrides, watch)
+            result["verified"] = result["verified"] and result["check"]["verified"]
+        return result
 
 
 def _named(file: Path, types: Sequence[str]) -> dict[str, Path]:
@@ -128,7 +158,6 @@ def _export(
     file: Path | None,
     gguf_type: str,
     folder: Path | None,
-    hub: str | None,
     watch: Observer,
 ) -> dict[str, Any]:
     found = find_artifact(str(tuned), overrides)
@@ -144,9 +173,6 @@ def _export(
                 result |= {"gguf": str(file), **_figures(_write_checked(whole, file, gguf_type, watch))}
             if folder is not None:
                 result |= {"ollama": str(folder), **_figures(_write_ollama(whole, folder, gguf_type, watch))}
-    if hub is not None:
-        watch.stage("upload")
-        result["hub"] = push_folder(found.folder, hub)
     return result
 
 
@@ -154,8 +180,9 @@ def _export_quantized(
     tuned: Path | str,
     overrides: Mapping[str, Any] | None,
     files: Mapping[str, Path],
-    hub: str | None,
     watch: Observer,
+    *,
+    in_llama_cpp: bool,
 ) -> dict[str, Any]:
     """Write a file of each type, with an importance matrix from the rows, and measure what each costs."""
     found = find_artifact(str(tuned), overrides)
@@ -182,15 +209,17 @@ def _export_quantized(
                 watch.note(line)
         watch.stage("measure")
         plain = _without_importance(whole, [kind for kind in files if kind in MIXES], Path(scratch), watch)
-        quantized_figures(found, recipe, compared, whole.source.folder, done["files"], plain)
+        quantized_figures(found, recipe, compared, whole.source.folder, done["files"], plain, in_llama_cpp=in_llama_cpp)
+    for one in done["files"]:
+        if faults := one.get("llama_cpp", {}).get("faults"):
+            one["faults"] += faults
+            one["verified"] = False
+            _mark(Path(one["gguf"]), one["faults"])
     card = Path(done["files"][0]["gguf"]).with_suffix(".md")
     if not card.exists():
         card.write_text(quantized_card(Path(tuned).name, compared.kind, done["files"]), encoding="utf-8")
         done["card"] = str(card)
     done["verified"] = all(one["verified"] for one in done["files"])
-    if hub is not None:
-        watch.stage("upload")
-        done["hub"] = push_folder(found.folder, hub)
     return done
 
 
@@ -277,7 +306,7 @@ def _write_checked(whole: _Whole, file: Path, outtype: str, watch: Observer) -> 
     finally:
         unfinished.unlink(missing_ok=True)
     if faults:
-        file.with_suffix(f"{file.suffix}.{UNVERIFIED}").write_text("".join(f"{fault}\n" for fault in faults))
+        _mark(file, faults)
     measured["notes"] = list(whole.notes)
     measured |= {"tensors": tensors, "fallbacks": _fallbacks(outtype, tensors)}
     return {**measured, "verified": not faults, "faults": faults, "file_bytes": file.stat().st_size}
@@ -290,6 +319,10 @@ def _fallbacks(mix: str, tensors: Sequence[Mapping[str, Any]]) -> list[str]:
         f"{mix}: {n} matrices are {kind} instead of {wanted}, because their rows are not multiples of 256 weights"
         for (wanted, kind), n in sorted(changed.items())
     ]
+
+
+def _mark(file: Path, faults: Sequence[str]) -> None:
+    file.with_suffix(f"{file.suffix}.{UNVERIFIED}").write_text("".join(f"{fault}\n" for fault in faults))
 
 
 def _faults(measured: Mapping[str, Any], outtype: str) -> list[str]:

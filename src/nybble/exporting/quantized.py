@@ -27,11 +27,13 @@ def quantized_figures(
     folder: Path,
     files: Sequence[dict[str, Any]],
     plain: Mapping[str, tuple[Path, list[dict[str, Any]]]],
+    *,
+    in_llama_cpp: bool = False,
 ) -> None:
     """Add to each of `files` its figures on the rows, and those of the same file without an importance matrix.
 
     The reference is what was trained: the adapter on its base; of a whole model that model. The files' tensors, as the
-    `gguf` package decodes them, are run by stock transformers.
+    `gguf` package decodes them, are run by stock transformers; `in_llama_cpp` the files by llama.cpp as well.
     """
     device = detect_device(recipe.model.device)
     with (
@@ -48,6 +50,8 @@ def quantized_figures(
             one["held_out"] = _measure(reference, folder, Path(one["gguf"]), tensors)
             beside = plain.get(one["type"])
             one["without_importance"] = _measure(reference, folder, *beside) if beside else None
+            if in_llama_cpp:
+                one["llama_cpp"] = reference.measure_llama_cpp(Path(one["gguf"]), one["held_out"])
 
 
 def _measure(reference: Reference, folder: Path, file: Path, tensors: list[dict[str, Any]]) -> dict[str, Any]:

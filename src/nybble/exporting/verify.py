@@ -32,6 +32,10 @@ TEXTS = (
 )
 N_PROMPTS = 8
 _REFERENCE_BYTES = 256 << 20  # of stored distributions: 2,097 positions of a 32,000-token vocabulary
+# How far a file's loss in llama.cpp, which rounds inputs of products to 8 bits, may be from that in stock transformers:
+# nats a position, or a share of what quantizing changes.
+MOST_LOSS_BESIDE_STOCK = 0.02
+_SHARE_BESIDE_STOCK = 0.5
 _MOST_LOSS_OF_STOPS = 0.5  # share; a small change of the weights moves some stops past max_new_tokens
 
 
@@ -114,6 +118,7 @@ class Reference:
         self.texts = [tokenizer.decode(row["ids"]) for row in self._chosen[:N_PROMPTS]] + [" two  spaces\n\tünïcødé 🙂"]
         self._tokenized = [tokenizer(text).input_ids for text in self.texts]
         self._rendered = [render_chat(tokenizer, chat, "a chat", asks=True) for chat in self.chats]
+        self._tokenized_chats = [tokenizer(text, add_special_tokens=False).input_ids for text in self._rendered]
 
     def measure(
         self, folder: Path, target: str, limits: Limits, device: str, max_memory: Mapping[str, int] | None = None
@@ -124,7 +129,7 @@ class Reference:
             CannotRunError: that process ran out of memory or lacks a library.
             NybbleError: stock transformers cannot read the folder.
         """
-        answers = self._ask_stock(folder, device, max_memory)
+        answers = self._ask("stock.py", folder, self.chats, device, max_memory)
         faults = []
         stopped, stopped_reference = (self._n_stopped(ids) for ids in (answers["greedy"], self.greedy))
         measured = Verification(
@@ -148,6 +153,38 @@ class Reference:
         if answers["texts"] != self._tokenized or answers["chats"] != self._rendered:
             faults.append("the exported tokenizer or chat template gives other tokens")
         return Verification(**{**asdict(measured), "faults": tuple(faults)})
+
+    def measure_llama_cpp(self, file: Path, stock: Mapping[str, Any]) -> dict[str, Any]:
+        """Measure a GGUF file as llama.cpp computes it, beside `stock`, the figures of stock transformers on the file.
+
+        Raises:
+            CannotRunError: the process ran out of memory, or there is no llama.cpp here.
+            NybbleError: llama.cpp cannot read the file.
+        """
+        answers = self._ask("stock_llama_cpp.py", file, self._rendered)
+        stopped, stopped_reference = (self._n_stopped(ids) for ids in (answers["greedy"], self.greedy))
+        faults = []
+        # Written so that NaN is a fault.
+        allowed = max(MOST_LOSS_BESIDE_STOCK, _SHARE_BESIDE_STOCK * stock["mean_kl"])
+        if not abs(answers["loss"] - stock["loss"]) <= allowed:
+            faults.append(
+                f"in llama.cpp the loss is {answers['loss']:.4f}, in stock transformers {stock['loss']:.4f}; allowed "
+                f"is a difference of {allowed:.4f}"
+            )
+        if answers["texts"] != self._tokenized or answers["chats"] != self._tokenized_chats:
+            faults.append("llama.cpp's tokenizer gives other token ids")
+        if stopped < _MOST_LOSS_OF_STOPS * stopped_reference:
+            faults.append(
+                f"in llama.cpp {stopped} of {len(self.prompts)} answers stop; the adapter's: {stopped_reference}"
+            )
+        return {
+            **{name: answers[name] for name in ("mean_kl", "worst_kl", "loss", "loss_reference")},
+            "n_prompts": len(self.prompts),
+            "greedy_equal": sum(a == b for a, b in zip(answers["greedy"], self.greedy, strict=True)),
+            "stopped": stopped,
+            "stopped_reference": stopped_reference,
+            "faults": faults,
+        }
 
     def _file(self, name: str) -> Path:
         return Path(self._scratch.name) / name
@@ -175,12 +212,19 @@ class Reference:
     def _n_stopped(self, continuations: Sequence[Sequence[int]]) -> int:
         return sum(bool(ids) and ids[-1] in self.stop_tokens for ids in continuations)
 
-    def _ask_stock(self, folder: Path, device: str, max_memory: Mapping[str, int] | None) -> dict[str, Any]:
+    def _ask(
+        self,
+        script: str,
+        subject: Path,
+        chats: Sequence[Any],
+        device: str = "cpu",
+        max_memory: Mapping[str, int] | None = None,
+    ) -> dict[str, Any]:
         asked = {
             "rows": self._chosen,
             "prompts": self.prompts,
             "texts": self.texts,
-            "chats": self.chats,
+            "chats": chats,
             "clock": clock_arguments("strftime_now"),
             "max_new_tokens": self.max_new_tokens,
             "max_memory": max_memory,
@@ -188,4 +232,4 @@ class Reference:
         }
         self._file("questions.json").write_text(json.dumps(asked), encoding="utf-8")
         files = [self._file(name) for name in ("questions.json", "reference.safetensors")]
-        return run_fresh("stock.py", folder, *files, device=device)
+        return run_fresh(script, subject, *files, device=device)

@@ -48,6 +48,9 @@ _STAGES = {
     "pack": "encoding in 4 bits",
     "gguf": "writing GGUF",
     "verify": "reading back in stock transformers",
+    "importance": "gathering the importance matrix",
+    "measure": "measuring the files on the rows",
+    "server": "asking the server",
     "upload": "uploading",
 }
 
