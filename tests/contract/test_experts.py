@@ -326,10 +326,3 @@ def test_an_adapter_of_a_base_with_other_experts_is_refused(tmp_path: Path) -> N
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**settings, "r": 3}))
     with pytest.raises(ModelError, match="is 3, which does not divide its 8 rows; give the adapter folder"):
         load_adapter(load(model_class("mixtral"), tmp_path / "base"), tmp_path / "adapter")
-
-
-def test_a_peft_that_lays_factors_out_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    model = load(write("mixtral", tmp_path), tmp_path)
-    monkeypatch.setattr("peft.__version__", "0.19.0")
-    with pytest.raises(RecipeError, match=r"need PEFT 0\.21 or later, and 0\.19\.0 is installed; pip install"):
-        attach(model, LoraSection(target_modules="all-linear"), "a/base")

@@ -17,6 +17,7 @@ from nybble.models import (
     attach,
     bare_model,
     blocks_of,
+    choice_for,
     decoder_layers,
     meta_model,
     recomputable_layers,
@@ -67,7 +68,7 @@ LENGTHS = (5, 17, 1, 30)
 def build(family: str, **changes: Any) -> Any:
     """A random model in float32."""
     config = AutoConfig.for_model(family, **{**SIZES, **EXTRAS[family], **changes})
-    model = AutoModelForCausalLM.from_config(config).float()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=choice_for(config)).float()
     move(model)
     return model
 
@@ -360,7 +361,7 @@ def test_every_family_trains_as_with_transformers_and_peft(family: str) -> None:
     for name in vars(config):
         if "dropout" in name or "pdrop" in name:
             setattr(config, name, 0.0)
-    model = AutoModelForCausalLM.from_config(config).float()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=choice_for(config)).float()
     move(model)
     ours = copy.deepcopy(model)
     report = swap_blocks(ours)
@@ -406,7 +407,7 @@ def test_outside_of_flattened_rows_a_config_says_what_it_said() -> None:
 def test_attention_with_dropout_runs_over_rows() -> None:
     config = tiny_config("seed_oss", 300)
     config.attention_dropout, config.residual_dropout = 0.5, 0.0
-    ours = AutoModelForCausalLM.from_config(config).float()
+    ours = AutoModelForCausalLM.from_config(config, attn_implementation=choice_for(config)).float()
     stock = copy.deepcopy(ours)
     report = swap_blocks(ours)
     assert (report.flattened, report.trees) == (True, False)
@@ -527,7 +528,7 @@ def test_greedy_answers_are_those_of_transformers_and_peft(
 def test_other_families_answer_as_transformers_does(family: str) -> None:
     config = tiny_config(family, 300)
     config.eos_token_id = None
-    theirs = AutoModelForCausalLM.from_config(config).float()
+    theirs = AutoModelForCausalLM.from_config(config, attn_implementation=choice_for(config)).float()
     move(theirs)
     ours = ours_of(theirs)
     ids = torch.randint(3, 300, (2, 11), generator=torch.Generator().manual_seed(1))

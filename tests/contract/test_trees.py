@@ -17,7 +17,7 @@ from nybble.data import IGNORED, Example, FlatBatch, Groups, PadBatch, pack_rows
 from nybble.data.encode import EncodedRow
 from nybble.data.store import Examples, to_records
 from nybble.data.tree import merge_contexts, unfold
-from nybble.models import attach, blocks_of, swap_blocks
+from nybble.models import attach, blocks_of, choice_for, swap_blocks
 from nybble.nn.recompute import recomputed
 from nybble.recipe import EvaluationSection, LoraSection, TrainingSection
 from nybble.run.processes import Processes
@@ -142,7 +142,7 @@ def check(stock: Any, ours: Any, examples: Sequence[Example]) -> None:
 @pytest.mark.filterwarnings("ignore:It is strongly recommended to train Gemma:UserWarning")
 def test_a_tree_has_the_loss_and_gradients_of_its_rows(family: str) -> None:
     config = AutoConfig.for_model(family, **{**SIZES, **WINDOWS.get(family, {})})
-    model = AutoModelForCausalLM.from_config(config).float()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=choice_for(config)).float()
     stock, ours = both(model)
     check(stock, ours, [conversation(1), plain(5, 17), conversation(2), conversation(3, n_answers=2)])
 

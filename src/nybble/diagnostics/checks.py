@@ -87,7 +87,7 @@ CHECKS = (
         operator="gemv_4bit",
     ),
     Check("4-bit linear", layers.linear, 16, "the loss does not fall", _REPORT),
-    Check("PEFT's LoRA", layers.lora_by_peft, 8, "the loss does not fall", 'pip install -U "peft>=0.19"'),
+    Check("PEFT's LoRA", layers.lora_by_peft, 8, "the loss does not fall", 'pip install -U "peft>=0.21"'),
     Check("row operators", blocks.row_operators, 8, "the loss does not fall, or is NaN", _OTHER_PATH, operator="rows"),
     Check("LoRA", blocks.adapted_linears, 8, "the loss does not fall", _REPORT),
     Check("MLP", blocks.adapted_mlp, 16, "the loss does not fall", _REPORT),

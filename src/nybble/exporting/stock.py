@@ -77,6 +77,7 @@ def main() -> None:
     folder, questions_file, reference_file = sys.argv[1:]
     asked = json.loads(Path(questions_file).read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    text_config = AutoConfig.from_pretrained(folder).get_text_config()
     asking = {"add_generation_prompt": True}
     if asked["clock"] and "strftime_now" in (tokenizer.chat_template or ""):
         macro = asked["clock"]["chat_template"].removesuffix("strftime_now")
@@ -86,7 +87,13 @@ def main() -> None:
         model = (
             class_of(folder)
             .from_pretrained(
-                folder, dtype="auto", device_map="auto", max_memory=asked["max_memory"], offload_folder=scratch
+                folder,
+                dtype="auto",
+                device_map="auto",
+                max_memory=asked["max_memory"],
+                offload_folder=scratch,
+                # Up to transformers 5.17 Gemma 2 may have torch's attention, which leaves the cap on the scores out.
+                attn_implementation="eager" if getattr(text_config, "attn_logit_softcapping", None) else None,
             )
             .eval()
         )

@@ -21,7 +21,7 @@ from nybble.models.artifact import (
     write_note,
 )
 from nybble.models.base_weights import BaseWeights
-from nybble.models.blocks import SwapReport, blocks_of, swap_blocks
+from nybble.models.blocks import SwapReport, blocks_of, choice_for, swap_blocks
 from nybble.models.calibrate import Calibration, Starts, calibrate, needs_calibration
 from nybble.models.calibrated_cache import CalibratedBase
 from nybble.models.content import weights_hash
@@ -80,6 +80,7 @@ __all__ = [
     "calibrate",
     "check_adapter_base",
     "check_original",
+    "choice_for",
     "complete",
     "compute_dtype",
     "count_parameters",

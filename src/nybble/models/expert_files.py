@@ -56,8 +56,10 @@ def stored_experts(model: Any, keys: Collection[str]) -> dict[str, StoredExperts
 def name_of_stack(model: Any, stack: str) -> str:
     """The name that a stack has in the checkpoints of a family that stores it whole."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_renamings
+    from transformers.core_model_loading import PrefixChange, WeightRenaming
 
     renamings = [t for t in get_model_conversion_mapping(model, add_legacy=False) if isinstance(t, WeightRenaming)]
     back = [t.reverse_transform() for t in reversed(renamings) if not isinstance(t, PrefixChange)]
-    return str(apply_renamings(stack, back))
+    for renaming in back:
+        stack, _ = renaming.rename_source_key(stack)
+    return stack

@@ -217,7 +217,7 @@ def _from_pretrained(
                 **{"config": source.text_config, **packing, **remote},
                 dtype=torch.float32 if method == "full" else dtype,
                 device_map={"": place},
-                attn_implementation=implementation_of(model),
+                attn_implementation=implementation_of(model, source.text_config),
                 use_safetensors=True,
                 output_loading_info=True,
             )

@@ -8,32 +8,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import peft
 import torch
 from peft.tuners import lora
 from torch import Tensor
 
-from nybble.errors import ModelError, RecipeError
+from nybble.errors import ModelError
 from nybble.nn import Experts4bit
 from nybble.nn.lora_projection import Adapter
-
-_FIRST_PEFT = (0, 21)  # that reads which side of a stack has the inputs; 0.19 takes every stack for inputs first
 
 
 class ParamWrapper(lora.ParamWrapper):
     """One stack of experts in 4 bits with LoRA; it has PEFT's name, by which PEFT knows what it may wrap again."""
 
     def _get_in_out_features(self, module: Any) -> tuple[int, int]:
-        """Sizes as PEFT reads them from a stack in 16 bits, whose codes have others.
-
-        Raises:
-            RecipeError: the installed PEFT lays the factors out in another way.
-        """
-        if tuple(map(int, peft.__version__.split(".")[:2])) < _FIRST_PEFT:
-            raise RecipeError(
-                f"adapters on experts need PEFT {'.'.join(map(str, _FIRST_PEFT))} or later, and {peft.__version__} is "
-                "installed; pip install -U peft, or leave them out with --exclude_modules experts"
-            )
+        """Sizes as PEFT reads them from a stack in 16 bits, whose codes have others."""
         experts = self._experts()
         stack = experts.stacks[self.parameter_name]
         self.num_experts, self._param_ndim = stack.n_experts, 3

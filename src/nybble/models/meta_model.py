@@ -30,7 +30,7 @@ def bare_model(config: Any, recipe: Recipe, dtype: torch.dtype) -> Any:
     return model_without_weights(
         config,
         dtype=torch.float32 if recipe.method == "full" else dtype,
-        attn_implementation=implementation_of(recipe.model),
+        attn_implementation=implementation_of(recipe.model, config),
         trust_remote_code=recipe.model.trust_remote_code,
     )
 

@@ -13,12 +13,14 @@ list of families decides: what a block is made of makes it a candidate, and equa
 from nybble.models.blocks.attention import over_rows
 from nybble.models.blocks.head import NextTokenOutput, body_of, has_fused_head, use_token_rows, use_whole_head
 from nybble.models.blocks.swap import SwapReport, blocks_of, implementation_of, swap_blocks
+from nybble.models.small import choice_for
 
 __all__ = [
     "NextTokenOutput",
     "SwapReport",
     "blocks_of",
     "body_of",
+    "choice_for",
     "has_fused_head",
     "implementation_of",
     "over_rows",

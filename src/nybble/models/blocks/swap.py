@@ -7,12 +7,13 @@ from typing import Any
 
 from nybble.models.blocks.proof import decide
 from nybble.models.skeleton import base_of
+from nybble.models.small import choice_for
 from nybble.recipe import ModelSection
 
 
-def implementation_of(section: ModelSection) -> str | None:
+def implementation_of(section: ModelSection, config: Any) -> str | None:
     """What transformers is asked for; None: what the class of the model has, `sdpa` or `eager`."""
-    return None if section.attn_implementation == "auto" else section.attn_implementation
+    return choice_for(config) if section.attn_implementation == "auto" else section.attn_implementation
 
 
 @dataclass(frozen=True)
