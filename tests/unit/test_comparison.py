@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from nybble.comparison.arms import ArmPlan, arms_of_methods, arms_of_recipes, check_folder
+from nybble.comparison import compare
+from nybble.comparison.arms import ArmPlan, arms_of_methods, arms_of_objectives, arms_of_recipes, check_folder
 from nybble.comparison.child import TrialEnding, is_done, run_trial
 from nybble.comparison.figures import collect
 from nybble.comparison.verdict import verdict
@@ -34,8 +35,8 @@ def write_run(plan: ArmPlan, losses: list[float], *, seed: int = 0, status: str 
     run.create()
     rows = tuple(RowLoss(i + 1, 10, 10 * loss, i % 2 == 0) for i, loss in enumerate(losses))
     mean = sum(losses) / len(losses)
-    base = Evaluation(5.0, 148.4, len(losses), 100, 0.0, 1.0, rows)
-    tuned = Evaluation(mean, 2.0, len(losses), 100, 0.5, 1.0, rows)
+    base = Evaluation(5.0, 148.4, len(losses), 100, 0.0, 1.0, rows=rows)
+    tuned = Evaluation(mean, 2.0, len(losses), 100, 0.5, 1.0, rows=rows)
     values: dict[str, Any] = {
         "status": status,
         "recipe": trial.recipe.model_dump(mode="json"),
@@ -303,3 +304,21 @@ def test_a_signal_is_handed_on_once_and_stops_the_comparison(monkeypatch: pytest
         run_trial(plan.trials[0], tmp_path / "log", Silent())
     assert (tmp_path / "log").read_text() == "saved\n"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_objectives_are_arms_of_the_same_rows(tmp_path: Path) -> None:
+    pairs = recipe(objective="dpo", beta=0.3)
+    plans = arms_of_objectives(pairs, ["sft", "dpo=5e-6", "orpo"], seeds=1, folder=tmp_path)
+    assert [plan.name for plan in plans] == ["sft", "dpo", "orpo"]
+    assert [plan.recipe.preferences.objective for plan in plans] == ["sft", "dpo", "orpo"]
+    assert [plan.recipe.data.data_format for plan in plans] == ["preference", "auto", "auto"]
+    assert [plan.recipe.training.learning_rate for plan in plans][1] == 5e-6
+    assert all(plan.recipe.preferences.beta == 0.3 for plan in plans)
+    with pytest.raises(RecipeError, match=r"--objectives: unknown objective 'ppo'; allowed: sft, dpo, ipo, kto, orpo"):
+        arms_of_objectives(pairs, ["ppo"], seeds=1, folder=tmp_path)
+    with pytest.raises(RecipeError, match=r"--objectives: dpo is named twice"):
+        arms_of_objectives(pairs, ["dpo", "dpo=1e-3"], seeds=1, folder=tmp_path)
+    with pytest.raises(InputError, match=r"--methods and --objectives each make arms of one recipe; give one of them"):
+        compare([], {"model_name_or_path": "a"}, methods=["lora"], objectives=["dpo"], out=tmp_path)
+    with pytest.raises(InputError, match=r"--objectives needs one recipe, 2 were given"):
+        compare(["a.yaml", "b.yaml"], {"model_name_or_path": "a"}, objectives=["dpo"], out=tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from nybble.recipe import load_recipe
 from nybble.reporting import write_report
 from nybble.reporting.events import held_out_points
 from nybble.run.directory import RunDirectory
-from nybble.run.record import Evaluation, Phase, RunRecord, Sample, StepEvent
+from nybble.run.record import Evaluation, Phase, PreferenceFigures, RunRecord, Sample, StepEvent
 
 HOSTILE = '<script>alert("x")</script><img src=http://evil.example/x.png onerror=alert(1)>&lt;{{ 7 * 7 }}'
 LOADERS = {"src", "href", "xlink:href", "srcset", "data", "action", "formaction", "poster", "background", "ping"}
@@ -169,6 +169,21 @@ def test_curves_are_svg_inside_the_page_with_ids_of_their_own(run: RunDirectory)
     assert len(ids) == len(set(ids))
     referred = set(re.findall(r'(?:url\(#|href="#)([^")]+)', text))
     assert referred <= set(ids)
+
+
+def test_a_preference_run_shows_rewards_and_what_held_out_pairs_say(run: RunDirectory) -> None:
+    was, now = Evaluation(2.5, 12.18, 10, 100, 0.1, 1.0), Evaluation(0.5, 1.65, 10, 100, 0.9, 1.0)
+    base = replace(was, preferences=PreferenceFigures(20, 0.4))
+    after = PreferenceFigures(20, 0.75, 0.85, 0.7, 0.95, 0.5, -0.25, 0.75, -0.1)
+    tuned = replace(now, preferences=after)
+    for step in (1, 2):
+        rewards = {"rewards/chosen": 0.1 * step, "rewards/rejected": -0.2, "rewards/accuracies": 0.5}
+        run.append_event(StepEvent(step, 2, 0.6, 1e-4, 0.5, 100 * step, 0.5 * step, 1_000_000, figures=rewards))
+    text = write(run, finished(evaluation_base=base, evaluation_tuned=tuned))
+    for said in ("40.0 %", "75.0 %", "85.0 % (70.0 % to 95.0 %)", "0.750", "Rewards", "Preference accuracy"):
+        assert said in text
+    assert len(re.findall(r"<svg", text)) == 5
+    assert_loads_nothing(text)
 
 
 def test_the_same_run_gives_the_same_bytes(run: RunDirectory) -> None:

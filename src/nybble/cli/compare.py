@@ -30,6 +30,14 @@ def compare(
             help="Compare these methods, as qlora,lora,full; full=2e-5 or full=probe gives one its own learning rate.",
         ),
     ] = "",
+    objectives: Annotated[
+        str,
+        typer.Option(
+            "--objectives",
+            metavar="NAMES",
+            help="Compare these objectives instead, as sft,dpo,orpo; dpo=5e-6 gives one its own learning rate.",
+        ),
+    ] = "",
     seeds: Annotated[int, typer.Option("--seeds", metavar="N", help="Repeat each run with N seeds.")] = 1,
     out: Annotated[
         str | None,
@@ -57,6 +65,7 @@ def compare(
         recipes or [],
         overrides,
         methods=[word for word in methods.split(",") if word.strip()],
+        objectives=[word for word in objectives.split(",") if word.strip()],
         seeds=seeds,
         out=out,
         overwrite=overwrite,

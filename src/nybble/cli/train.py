@@ -78,6 +78,7 @@ def print_outcome(run_dir: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from nybble.reporting import preference_figures
     from nybble.run.directory import read_record
     from nybble.units import format_bytes, format_count, format_number, format_seconds, format_share
 
@@ -88,6 +89,8 @@ def print_outcome(run_dir: str) -> None:
     table.add_row("perplexity", format_number(base.get("perplexity"), 2), format_number(tuned.get("perplexity"), 2))
     if tuned.get("exact_match") is not None:
         table.add_row("exact match", format_share(base.get("exact_match")), format_share(tuned["exact_match"]))
+    for row in preference_figures(base.get("preferences") or {}, tuned.get("preferences") or {}):
+        table.add_row(*row)
     console = Console(highlight=False)
     console.print()
     if tuned:

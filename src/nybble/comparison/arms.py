@@ -1,4 +1,4 @@
-"""What is compared: arms, each a recipe and its seeds, which differ only in the method and its learning rate.
+"""What is compared: arms, each a recipe and its seeds, which differ in method or objective and its learning rate.
 
 A learning rate suits one kind of training: adapters learn best at about ten times the rate of full training (Schulman
 et al., "LoRA Without Regret", 2025; fifteen times below 100 steps). So an arm of the recipe's own kind gets the rate of
@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from nybble.errors import InputError, RecipeError
-from nybble.recipe import Recipe, load_recipe, save_recipe
+from nybble.recipe import Objective, Recipe, load_recipe, save_recipe
 
 METHODS: tuple[str, ...] = get_args(Recipe.model_fields["method"].annotation)
+OBJECTIVES: tuple[str, ...] = get_args(Objective)
 FULL_RATE = 0.1  # times the rate of adapters
 
 
@@ -58,6 +59,29 @@ def arms_of_methods(recipe: Recipe, methods: Sequence[str], seeds: int, folder: 
         )  # the other initialisations need 4 bits
         arm = load_recipe(None, _flat(recipe) | {"method": method, "training.learning_rate": own} | lora)
         plans.append(_plan(method, source, arm, seeds, folder))
+    return plans
+
+
+def arms_of_objectives(recipe: Recipe, objectives: Sequence[str], seeds: int, folder: Path) -> list[ArmPlan]:
+    """The same recipe under each of `objectives`, given as `name` or `name=learning_rate`.
+
+    Raises:
+        RecipeError: an objective is unknown or named twice, or a rate is invalid.
+    """
+    plans: list[ArmPlan] = []
+    for word in objectives:
+        name, _, rate = (part.strip() for part in word.partition("="))
+        if name not in OBJECTIVES:
+            raise RecipeError(f"--objectives: unknown objective {name!r}; allowed: {', '.join(OBJECTIVES)}")
+        if any(plan.name == name for plan in plans):
+            raise RecipeError(f"--objectives: {name} is named twice; name it once, and use --seeds for repeats")
+        changes: dict[str, Any] = {"preferences.objective": name}
+        if rate:
+            changes["training.learning_rate"] = rate
+        if name == "sft" and recipe.data.data_format == "auto":
+            changes["data.data_format"] = "preference"  # the chosen answers of the same pairs
+        arm = load_recipe(None, _flat(recipe) | changes)
+        plans.append(_plan(name, "given" if rate else "the recipe's", arm, seeds, folder))
     return plans
 
 

@@ -24,6 +24,7 @@ class Arm:
 
     name: str
     method: str
+    objective: str
     status: str  # "done", "failed", "does not fit" or "waiting"
     measured: bool
     error: str | None
@@ -37,6 +38,9 @@ class Arm:
     perplexity: float | None = None
     exact_match: float | None = None
     exact_match_interval: Interval | None = None
+    preference_accuracy: float | None = None  # of held-out pairs, by the objective's own rewards
+    preference_accuracy_interval: Interval | None = None  # of the rows, in the mean over seeds
+    likelier: float | None = None  # share of held-out pairs whose chosen answer is the likelier
     train_loss: float | None = None
     peak_bytes: int | None = None  # highest of all phases and seeds
     reserved_bytes: int | None = None  # by torch's allocator on a GPU; None on a CPU
@@ -126,6 +130,7 @@ def _arm(
     arm: dict[str, Any] = {
         "name": plan.name,
         "method": plan.recipe.method,
+        "objective": plan.recipe.preferences.objective,
         "status": "done" if len(done) == len(plan.trials) else status,
         "measured": bool(done),
         "error": failure.error if failure else None,
@@ -158,6 +163,7 @@ def _figures(
         "perplexity": _mean([t["perplexity"] for t in tuned]),
         "exact_match": _mean([t["exact_match"] for t in tuned]),
         "exact_match_interval": Interval(right.value, max(0.0, right.low), min(1.0, right.high)) if right else None,
+        **_preferences(tuned),
         "peak_bytes": max(record["peak_bytes"] for record in records),
         "reserved_bytes": max((r["reserved_bytes"] for r in records if r.get("reserved_bytes")), default=None),
         "predicted_bytes": max(predicted, default=None),
@@ -166,6 +172,20 @@ def _figures(
         "total_parameters": first["total_parameters"],
         "bits_per_weight": 8 * first["model"]["packed_bytes"] / packed if packed else None,
         "produced_bytes": _produced_bytes(trials[0]),
+    }
+
+
+def _preferences(tuned: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What held-out pairs or rated answers say, as means over seeds."""
+    known = [found for t in tuned if (found := t.get("preferences"))]
+    names = ("accuracy", "accuracy_low", "accuracy_high")
+    accuracy, low, high = ([found[name] for found in known] for name in names)
+    value, least, most = (_mean(each) for each in (accuracy, low, high))
+    span = None if value is None or least is None or most is None else Interval(value, least, most)
+    return {
+        "preference_accuracy": value,
+        "preference_accuracy_interval": span,
+        "likelier": _mean([found["likelier"] for found in known]),
     }
 
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nybble.comparison.arms import METHODS, ArmPlan, arms_of_methods, arms_of_recipes, check_folder
+from nybble.comparison.arms import METHODS, ArmPlan, arms_of_methods, arms_of_objectives, arms_of_recipes, check_folder
 from nybble.comparison.child import TrialEnding, is_done, run_trial
 from nybble.comparison.figures import Comparison, collect
 from nybble.comparison.verdict import verdict
@@ -33,12 +33,13 @@ def compare(
     overrides: Mapping[str, Any] | None = None,
     *,
     methods: Sequence[str] = (),
+    objectives: Sequence[str] = (),
     seeds: int = 1,
     out: Path | str | None = None,
     overwrite: bool = False,
     observer: ObserverChoice = "auto",
 ) -> Comparison:
-    """Run one recipe under several `methods` (default: qlora, lora, full), or several recipes, and compare.
+    """Run one recipe under several `methods` (default: qlora, lora, full) or `objectives`, or several recipes.
 
     All arms get the same rows, order, seeds, tokens and held-out rows. A method may have a learning rate of its own:
     "full=2e-5" or "full=probe". A comparison that was interrupted continues with its unfinished run. An arm that fails
@@ -48,7 +49,7 @@ def compare(
         InputError, CannotRunError: the recipes or the folder cannot be used, or no arm could be run.
         StoppedError: a signal came; the current run has saved what it has.
     """
-    folder, plans = _plan(recipes, overrides or {}, methods, seeds, out)
+    folder, plans = _plan(recipes, overrides or {}, methods, objectives, seeds, out)
     if overwrite and (folder / "comparison.json").is_file():
         shutil.rmtree(folder)
     check_folder(folder, plans)
@@ -77,18 +78,29 @@ def _run_trials(folder: Path, plans: Sequence[ArmPlan], endings: dict[Path, Tria
 
 
 def _plan(
-    recipes: Sequence[Path | str], overrides: Mapping[str, Any], methods: Sequence[str], seeds: int, out: Any
+    recipes: Sequence[Path | str],
+    overrides: Mapping[str, Any],
+    methods: Sequence[str],
+    objectives: Sequence[str],
+    seeds: int,
+    out: Any,
 ) -> tuple[Path, list[ArmPlan]]:
     if not recipes and not overrides:
         raise InputError("no recipe given; e.g. nybble compare recipe.yaml --methods qlora,lora,full")
     if seeds < 1:
         raise InputError(f"--seeds {seeds}: at least 1 is needed; give a larger number")
+    if methods and objectives:
+        raise InputError("--methods and --objectives each make arms of one recipe; give one of them")
+    if len(recipes) > 1 and objectives:
+        raise InputError(f"--objectives needs one recipe, {len(recipes)} were given; remove it to compare the recipes")
     if len(recipes) > 1 and methods:
         raise InputError(f"--methods needs one recipe, {len(recipes)} were given; remove it to compare the recipes")
     first = load_recipe(recipes[0] if recipes else None, overrides)
     folder = Path(out).expanduser() if out else Path(f"{Path(first.training.output_dir).expanduser()}-compare")
     if len(recipes) > 1:
         return folder, arms_of_recipes(recipes, overrides, seeds, folder)
+    if objectives:
+        return folder, arms_of_objectives(first, objectives, seeds, folder)
     return folder, arms_of_methods(first, methods or METHODS, seeds, folder)
 
 

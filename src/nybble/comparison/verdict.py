@@ -27,6 +27,7 @@ def verdict(found: Comparison) -> str:
     else:
         words += _on_loss(found, judged)
         words += _on_answers(found, judged)
+        words += _on_preferences(judged)
         words += _on_seeds(judged)
     words += _on_cost(measured)
     words += [_on_missing(arm) for arm in found.arms if arm.status in ("failed", "does not fit")]
@@ -64,6 +65,21 @@ def _on_answers(found: Comparison, judged: Sequence[Arm]) -> list[str]:
         noise = "" if apart is None else ", within noise" if apart.within_noise else ", worse by more than noise"
         words.append(f"{arm.name} {format_share(arm.exact_match)}{noise}")
     return [f"Answered exactly: {best.name} {format_share(best.exact_match)}; {'; '.join(words)}."]
+
+
+def _on_preferences(judged: Sequence[Arm]) -> list[str]:
+    """What held-out pairs say. Rewards differ between objectives, and the loss is that of chosen answers alone."""
+    known = [arm for arm in judged if arm.preference_accuracy is not None]
+    if not known:
+        return []
+    shares = (f"{arm.name} {format_share(arm.preference_accuracy)}{_within(arm)}" for arm in known)
+    words = ["These losses are those of chosen answers."] if len({arm.objective for arm in judged}) > 1 else []
+    return [*words, f"Held-out answers in the right order, by each objective's own rewards: {', '.join(shares)}."]
+
+
+def _within(arm: Arm) -> str:
+    span = arm.preference_accuracy_interval
+    return "" if span is None else f" ({format_share(span.low)} to {format_share(span.high)})"
 
 
 def _on_seeds(judged: Sequence[Arm]) -> list[str]:

@@ -83,9 +83,11 @@ def rewrite_report(folder: Path) -> Path:
 
 def comparison_lines(arms: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """The rows of the table: a label, then the value for each arm (see `nybble.comparison.Arm`)."""
+    objectives = [arm.get("objective", "sft") for arm in arms]
     rows = [
         ("status", [_status(arm) for arm in arms]),
         ("method", [arm["method"] for arm in arms]),
+        ("objective", objectives if set(objectives) != {"sft"} else ["–"] * len(arms)),
         ("learning rate", [", ".join(dict.fromkeys(_rate(r) for r in arm["learning_rates"])) for arm in arms]),
         ("held-out loss before", [format_number(arm["base_loss"]) for arm in arms]),
         ("held-out loss", [format_number(arm["eval_loss"]) for arm in arms]),
@@ -93,6 +95,12 @@ def comparison_lines(arms: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]
         ("perplexity", [format_number(arm["perplexity"], 2) for arm in arms]),
         ("exact match", [format_share(arm["exact_match"]) for arm in arms]),
         ("95 % interval of exact match", [_span(arm["exact_match_interval"], format_share) for arm in arms]),
+        ("held-out preference accuracy", [format_share(arm.get("preference_accuracy")) for arm in arms]),
+        (
+            "95 % interval of the accuracy",
+            [_span(arm.get("preference_accuracy_interval"), format_share) for arm in arms],
+        ),
+        ("held-out pairs, chosen answer likelier", [format_share(arm.get("likelier")) for arm in arms]),
         ("training loss", [format_number(arm["train_loss"]) for arm in arms]),
         ("peak memory", [format_bytes(arm["peak_bytes"]) for arm in arms]),
         ("peak memory, reserved", [format_bytes(arm.get("reserved_bytes")) for arm in arms]),

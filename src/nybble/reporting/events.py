@@ -75,6 +75,18 @@ def predicted_line(label: str, record: Mapping[str, Any], events: Events) -> lis
     return [Line(label, [steps[0], steps[-1]], [predicted / 1e6] * 2, GREY, ":")]
 
 
+def figure_points(events: Events, name: str) -> Points:
+    """The steps, and what the objective reported under `name`; empty if it reports no such figure."""
+    known = [(e["step"], figures[name]) for e in events if name in (figures := _figures_of(e))]
+    return [step for step, _ in known], [value for _, value in known]
+
+
+def _figures_of(event: Mapping[str, Any]) -> Mapping[str, float]:
+    figures = event.get("figures")
+    found = figures if isinstance(figures, Mapping) else {}
+    return {name: value for name, value in found.items() if _is_number(value)}
+
+
 def loss_points(events: Events) -> Points:
     """The steps, and the training loss."""
     trained = [event for event in events if event.get("loss") is not None]

@@ -54,7 +54,8 @@ _KINDS = {"answer": "answers", "call": "tool calls", "end": "ends of turns", "te
 def ledger_lines(ledger: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Pairs of label and count; counts that an older record lacks are omitted."""
     lines = [(label, _show(name, ledger[name])) for label, name in _LINES if name in ledger]
-    lines += _preferences(ledger.get("preferences") or {})
+    counts = ledger.get("preferences")
+    lines += _preferences(counts) if isinstance(counts, Mapping) else []
     kinds = ledger.get("tokens_by_kind", {})
     lines += [(f"tokens learned: {_KINDS.get(kind, kind)}", format_count(n)) for kind, n in kinds.items()]
     for name, part in ledger.get("sets", {}).items():

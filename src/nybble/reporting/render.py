@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nybble.reporting.events import (
+    figure_points,
     held_out_points,
     loss_points,
     memory_points,
@@ -17,7 +18,7 @@ from nybble.reporting.events import (
 )
 from nybble.reporting.ledger import ledger_lines
 from nybble.reporting.pages import fill, of_record
-from nybble.reporting.plots import BLUE, GREY, ORANGE, Line, draw
+from nybble.reporting.plots import BLUE, GREEN, GREY, ORANGE, Line, draw
 from nybble.run.directory import read_lines, read_record
 from nybble.storage.atomic import write_text
 from nybble.units import format_bytes, format_count, format_number, format_seconds, format_share
@@ -75,6 +76,22 @@ def _comparison(record: Mapping[str, Any]) -> list[Figure]:
     ]
     if base.get("exact_match") is not None:
         rows.append(("exact match", format_share(base["exact_match"]), format_share(tuned.get("exact_match"))))
+    return rows + preference_figures(base.get("preferences") or {}, tuned.get("preferences") or {})
+
+
+def preference_figures(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> list[Figure]:
+    """What held-out pairs or rated answers say; empty without them."""
+    rows: list[Figure] = []
+    if tuned.get("likelier") is not None:
+        what = "held-out pairs whose chosen answer is likelier"
+        rows.append((what, format_share(base.get("likelier")), format_share(tuned["likelier"])))
+    if tuned.get("accuracy") is not None:
+        low, high = tuned.get("accuracy_low"), tuned.get("accuracy_high")
+        span = "" if low is None or high is None else f" ({format_share(low)} to {format_share(high)})"
+        was = format_share(base.get("accuracy"))
+        rows.append(("held-out preference accuracy (95 % interval)", was, format_share(tuned["accuracy"]) + span))
+    if tuned.get("margin") is not None:
+        rows.append(("reward margin", format_number(base.get("margin"), 3), format_number(tuned["margin"], 3)))
     return rows
 
 
@@ -161,7 +178,29 @@ def _plots(record: Mapping[str, Any], events: list[dict[str, Any]]) -> list[tupl
         name="memory",
     )
     speed = draw([Line("tokens/s", *speed_points(events), GREY)], "step", "tokens/s", from_zero=True, name="speed")
-    return [(title, svg) for title, svg in (("Loss", loss), ("Memory", memory), ("Speed", speed)) if svg]
+    titled = (("Loss", loss), *_preference_plots(events), ("Memory", memory), ("Speed", speed))
+    return [(title, svg) for title, svg in titled if svg]
+
+
+def _preference_plots(events: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Rewards of the answers, and how often the chosen one has the higher; empty drawings for other objectives."""
+    rewards = draw(
+        [
+            Line("chosen (or good) answers", *figure_points(events, "rewards/chosen"), GREEN),
+            Line("rejected (or bad) answers", *figure_points(events, "rewards/rejected"), ORANGE, "--"),
+        ],
+        "step",
+        "reward",
+        name="rewards",
+    )
+    accuracy = draw(
+        [Line("right order", *figure_points(events, "rewards/accuracies"), BLUE)],
+        "step",
+        "share of pairs in the right order",
+        from_zero=True,
+        name="accuracy",
+    )
+    return [("Rewards", rewards), ("Preference accuracy", accuracy)]
 
 
 def recipe_lines(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
