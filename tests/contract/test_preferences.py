@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import SequentialSampler
 
-from nybble.data import IGNORED, Example, Groups
+from nybble.data import IGNORED, Example, FlatBatch, Groups, PadBatch
 from nybble.hardware import detect_device
 from nybble.models import attach, swap_blocks
 from nybble.recipe import LoraSection, PreferencesSection, TrainingSection
@@ -76,13 +76,13 @@ def trained(
         "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "logging_steps": 1, "optim": "adamw_torch",
         "output_dir": str(folder), "max_grad_norm": 1.0, "weight_decay": 0.0, "adam_beta2": 0.999,
     }  # fmt: skip
-    steps = settings.pop("steps", STEPS)
+    steps, memory = settings.pop("steps", STEPS), settings.pop("step_memory", None)
     run = RunDirectory(folder)
     run.create()
     train_model(
         model, tokenizer, Groups(examples), TrainingSection(**values | settings), run=run,
         device=detect_device("cpu"), compute_dtype=torch.float32, max_steps=steps, observer=Silent(),
-        objective=objective,
+        objective=objective, step_memory=memory,
     )  # fmt: skip
     return read_lines(folder / "events.jsonl")
 
@@ -220,3 +220,84 @@ def test_fifty_steps_are_those_of_trl(
     assert max(apart) <= 1e-5 + 1e-5 * abs(expected[0]["loss"])
     for name in set(logged[0]["figures"]) & set(expected[0]):
         assert logged[-1]["figures"][name] == pytest.approx(expected[-1][name], rel=1e-3, abs=1e-4), name
+
+
+def _gradients(
+    model: Any, objective: Any, examples: Sequence[Example], collate: Any
+) -> tuple[float, list[torch.Tensor]]:
+    batch = objective.collate(collate([Groups([e])[0] for e in examples]))
+    places = tuple(range(len(examples)))
+    sizes = batch["answer_lengths"]
+    n_pairs = len(sizes) // 2
+    counts = (torch.tensor(float(n_pairs)), torch.tensor(float(len(batch["targets"]))))
+    loss, _figures = objective(model, {**batch, **objective.beside(places)}, counts)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    return loss.item(), list(torch.autograd.grad(loss, weights))
+
+
+@pytest.mark.parametrize("settings", [{"objective": "dpo", "rpo_alpha": 0.5, "ld_alpha": 0.2}, {"objective": "orpo"}])
+def test_a_shared_prompt_rows_apart_and_padded_rows_give_the_same(settings: dict[str, Any], shared_data: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = shared_data / "models" / "stories260K"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = [{k: tokenizer(v)["input_ids"] for k, v in row.items()} for row in texts(4)]
+    examples = [pair(r["prompt"], r["chosen"][1:], r["rejected"][1:], n) for n, r in enumerate(ids, 1)]
+    section = PreferencesSection(**settings)
+    found = []
+    for collate in (FlatBatch(), FlatBatch(trees=False), PadBatch(0)):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        if isinstance(collate, FlatBatch):
+            swap_blocks(model, "float32")
+        torch.manual_seed(1)
+        model = attach(model, LoraSection(r=4, lora_dropout=0.0, target_modules="all-linear"), "a/base")
+        torch.manual_seed(2)
+        start = Start(model)
+        with torch.no_grad():
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter += 0.02 * torch.randn(parameter.shape)
+        reference = Reference(examples, 2, AnswerScorer(model, tokenizer, torch.float32, section.ld_alpha), start)
+        reference.complete(model, range(4))
+        found.append(_gradients(model, PairObjective(section, reference), examples, collate))
+    shared, apart, padded = found
+    for loss, gradients in (apart, padded):
+        assert loss == pytest.approx(shared[0], rel=1e-5)
+        largest = max(float(g.abs().max()) for g in shared[1])
+        assert max(float((a - b).abs().max()) for a, b in zip(gradients, shared[1], strict=True)) < 2e-5 * largest
+
+
+def test_what_runs_out_of_memory_is_repeated_with_the_same_result(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from nybble.recipe import StepMemory
+
+    base = shared_data / "models" / "stories260K"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = [{k: tokenizer(v)["input_ids"] for k, v in row.items()} for row in texts()]
+    examples = [pair(r["prompt"], r["chosen"][1:], r["rejected"][1:], n) for n, r in enumerate(ids, 1)]
+    memory = StepMemory((1, 10_000), ((1, *[1] * 5),) * 2, 0)
+    call = PairObjective.__call__
+    left = []
+    for name, fails in (("whole", 0), ("torn", 2)):
+        calls: list[int] = []
+
+        def run_out(self: PairObjective, *given: Any, fails: int = fails, calls: list[int] = calls) -> Any:
+            done = call(self, *given)
+            calls.append(1)
+            if len(calls) == fails:
+                raise torch.OutOfMemoryError("HIP out of memory")
+            return done
+
+        monkeypatch.setattr(PairObjective, "__call__", run_out)
+        bare = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        swap_blocks(bare, "float32")
+        torch.manual_seed(1)
+        model = attach(bare, LoraSection(r=4, lora_dropout=0.1, target_modules="all-linear"), "a/base")
+        objective = objective_of(PreferencesSection(objective="dpo"), model, tokenizer, examples)
+        how = {"steps": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "step_memory": memory}
+        trained(model, tokenizer, examples, objective, tmp_path / name, **how)
+        assert len(calls) == (5 if fails else 4)
+        left.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*left, strict=True))
