@@ -22,7 +22,7 @@ from bench.harness import Option, run
 from nybble.exporting.gguf import write_gguf
 from nybble.exporting.importance import measure_importance
 from nybble.exporting.mixes import MIXES
-from nybble.exporting.stock_gguf import read_tensors
+from nybble.exporting.stock_gguf import tensors_of
 from nybble.models import find_model
 from nybble.recipe import ModelSection
 
@@ -60,7 +60,7 @@ def measure(asked: Namespace) -> dict[str, Any]:
             return write_gguf(source, tokenizer, stops, place, outtype, lambda done, of: None, matrix)
 
         def add(kind: str, how: str, tensors: list[dict[str, Any]]) -> None:
-            model.load_state_dict(read_tensors(str(folder), str(file), tensors), strict=False)
+            model.load_state_dict(dict(tensors_of(str(folder), str(file), tensors)), strict=False)
             got = [_log_probabilities(model, row) for row in held_out]
             kl = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(expected, got, strict=True)])
             figures = {"mean_kl": float(kl.mean()), "worst_kl": float(kl.max()), "loss": _loss(got, held_out)}

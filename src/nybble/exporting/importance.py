@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nybble.exporting.stock import class_of
 
-_SMALL = 1_000_000_000  # bytes of the files up to which the sums are those of a model in float32
+SMALL = 1_000_000_000  # bytes of the files up to which the sums are those of a model in float32
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def measure_importance(
     folder: Path, rows: Sequence[Sequence[int]], progress: Callable[[int, int], None]
 ) -> dict[str, Tensor]:
     """Mean squares of the inputs of each linear layer, `(in_features,) float32`, by the name of its weight."""
-    is_small = sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= _SMALL
+    is_small = sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= SMALL
     sums: dict[str, Tensor] = {}
     with tempfile.TemporaryDirectory(prefix="nybble-importance-") as scratch:
         model: Any = (

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nybble.data import fixed_clock
+from nybble.exporting.importance import SMALL
 from nybble.exporting.merging import Compared
 from nybble.exporting.verify import Limits, Reference
 from nybble.hardware import detect_device
@@ -55,17 +57,13 @@ def quantized_figures(
 
 
 def _measure(reference: Reference, folder: Path, file: Path, tensors: list[dict[str, Any]]) -> dict[str, Any]:
-    from safetensors.torch import save_file
+    from nybble.exporting.stock_gguf import write_decoded
 
-    from nybble.exporting.stock_gguf import read_tensors
-
+    # In float32, or as a large model is run anyway.
+    is_small = sum(one.stat().st_size for one in folder.glob("*.safetensors")) <= SMALL
+    dtype = torch.float32 if is_small else torch.bfloat16
     with tempfile.TemporaryDirectory(prefix="nybble-decoded-") as scratch:
-        for small in folder.iterdir():
-            if small.is_file() and not small.name.endswith((".safetensors", ".index.json")):
-                shutil.copy(small, scratch)
-        decoded = read_tensors(str(folder), str(file), tensors)
-        save_file(decoded, Path(scratch) / "model.safetensors", metadata={"format": "pt"})
-        del decoded
+        write_decoded(str(folder), str(file), tensors, Path(scratch), dtype)
         figures = reference.measure(Path(scratch), "gguf", Limits(), "cpu").to_json()
     return {name: figures[name] for name in _FIGURES}
 

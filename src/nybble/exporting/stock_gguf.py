@@ -15,6 +15,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +48,22 @@ UNREADABLE = (ValueError, KeyError, StrictDataclassError)
 _SMALL = 1_000_000_000  # parameters up to which both are compared in float32
 
 
-def compare_logits(folder: Any, file: Any, ids_of_texts: list[list[int]]) -> dict[str, float]:
+def logits_of(model: Any, ids_of_texts: list[list[int]]) -> list[Any]:
+    """Of each text, `(tokens, vocabulary) float32`."""
+    return [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float().cpu() for ids in ids_of_texts]
+
+
+def compare_logits(of_folder: list[Any], of_file: list[Any]) -> dict[str, float]:
     """Largest difference of logits, mean and worst KL."""
     worst_logit = worst_kl = kl_sum = 0.0
     count = 0
-    for ids in ids_of_texts:
-        x, y = (model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float() for model in (folder, file))
+    for x, y in zip(of_folder, of_file, strict=True):
         worst_logit = max(worst_logit, float((x - y).abs().max()))
         p, q = torch.log_softmax(x, dim=-1), torch.log_softmax(y, dim=-1)
         kl = (p.exp() * (p - q)).sum(dim=-1)
         worst_kl = max(worst_kl, float(kl.max()))
         kl_sum += float(kl.sum())
-        count += len(ids)
+        count += len(x)
     return {"max_logit_difference": worst_logit, "mean_kl": kl_sum / count, "worst_kl": worst_kl}
 
 
@@ -79,29 +84,38 @@ def undone(weight: Any, changes: list[Any]) -> Any:
     return weight
 
 
-def read_tensors(folder: str, file: str, tensors: list[dict[str, Any]]) -> dict[str, Any]:
-    """The tensors of the file by their names in the checkpoint; a tower's come from the checkpoint."""
+def tensors_of(folder: str, file: str, tensors: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """The tensors of the file by their names in the checkpoint, one at a time; a tower's come from the checkpoint."""
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    read = {}
     for one in tensors:
         if one["place"] is not None:
             tensor = stored[one["place"]]
             weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-            read[one["name"]] = undone(weight, one["changes"]).contiguous()
+            yield one["name"], undone(weight, one["changes"]).contiguous()
     towers = {one["name"] for one in tensors if one["place"] is None}
     for shard in Path(folder).glob("*.safetensors"):
         with safe_open(shard, framework="pt") as held:
-            read |= {name: held.get_tensor(name) for name in towers.intersection(held.keys())}
-    return read
+            for name in towers.intersection(held.keys()):
+                yield name, held.get_tensor(name)
+
+
+def write_decoded(folder: str, file: str, tensors: list[dict[str, Any]], out: Path, dtype: Any) -> None:
+    """Write the folder's model with every tensor of its language model from the file, each to a file of its own."""
+    for small in Path(folder).iterdir():
+        if small.is_file() and not small.name.endswith((".safetensors", ".index.json")):
+            shutil.copy(small, out)
+    places = {}
+    for number, (name, weight) in enumerate(tensors_of(folder, file, tensors)):
+        places[name] = f"tensor-{number}.safetensors"
+        save_file({name: weight.to(dtype)}, out / places[name], metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": places}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def model_of_tensors(folder: str, file: str, tensors: list[dict[str, Any]], dtype: Any) -> Any:
     """The folder's model with every tensor of its language model from the file."""
     with tempfile.TemporaryDirectory() as scratch:
-        for small in Path(folder).glob("*.json"):
-            if not small.name.endswith(".index.json"):
-                shutil.copy(small, scratch)
-        save_file(read_tensors(folder, file, tensors), Path(scratch) / "model.safetensors", metadata={"format": "pt"})
+        write_decoded(folder, file, tensors, Path(scratch), dtype)
         model, info = class_of(folder).from_pretrained(scratch, dtype=dtype, output_loading_info=True)
     if info["missing_keys"]:
         raise ValueError(f"the file lacks {', '.join(sorted(info['missing_keys'])[:3])}")
@@ -157,13 +171,16 @@ def main() -> None:
     with torch.no_grad():
         own = class_of(folder).from_pretrained(folder, dtype="auto").eval()
         dtype = torch.float32 if sum(p.numel() for p in own.parameters()) <= _SMALL else torch.bfloat16
+        asked = [one for one in ids if one]
+        expected = logits_of(own.to(dtype), asked)
+        del own  # one model at a time
         own_config = AutoConfig.from_pretrained(folder)
         loaded = model_of_loader(where, own_config, dtype) if own_config.get_text_config() is own_config else None
         answers["reader"] = "gguf" if loaded is None else "transformers"
         if loaded is None:
             tensors = json.loads(Path(tensors_file).read_text(encoding="utf-8"))
             loaded = model_of_tensors(folder, file, tensors, dtype)
-        answers |= compare_logits(own.to(dtype), loaded, [one for one in ids if one])
+        answers |= compare_logits(expected, logits_of(loaded, asked))
     print(json.dumps(answers), file=answers_file, flush=True)
 
 
