@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nybble.data import Prepared
+from nybble.data import Prepared, supervised
 from nybble.errors import RowsError
 
 Call = Callable[..., Any]
@@ -296,3 +296,19 @@ def test_pairs_are_held_out_and_not_learned_as_well(prepare: Call) -> None:
     held = {tuple(e.input_ids) for e in done.held_out}
     assert not held & {tuple(e.input_ids) for e in done.train}
     assert all(e.is_pair for e in done.held_out)
+
+
+def test_pairs_and_rated_answers_as_supervised_rows(prepare: Call, template: str) -> None:
+    rows = [{"prompt": [ASK], "chosen": [YES], "rejected": [NO]}, {"prompt": [ASK], "chosen": [NO], "rejected": [YES]}]
+    pairs = prepare(rows, objective="dpo", chat_template=template).train
+    alone = prepare(rows, data_format="preference", chat_template=template).train
+    assert [e.is_pair for e in alone] == [False, False]
+    for mine, wanted in zip(supervised(pairs), alone, strict=True):
+        for name in ("input_ids", "labels", "segments", "spans", "n_stops", "n_answers", "prompt_ids", "n_trained"):
+            assert getattr(mine, name) == getattr(wanted, name)
+    assert [e.input_ids for e in supervised(pairs)[1:]] == [alone[1].input_ids]
+    rated = prepare(rows, objective="kto", chat_template=template).train
+    assert [e.input_ids for e in supervised(rated)] == [e.input_ids for e in alone]
+    bad = {"prompt": [ASK], "completion": [NO], "label": False}
+    assert len(supervised(prepare([bad], objective="kto", chat_template=template).train)) == 1  # better than none
+    assert supervised(alone) is alone

@@ -9,6 +9,7 @@ from nybble.data.rows import Rows, read_rows
 from nybble.data.shapes import Turn
 from nybble.data.show import ShownRow, Stretch, show_rows
 from nybble.data.store import Examples
+from nybble.data.supervised import supervised
 from nybble.data.templates import clock_arguments, fixed_clock, render_chat
 from nybble.data.tokens import IGNORED, adds_bos
 
@@ -40,4 +41,5 @@ __all__ = [
     "render_chat",
     "rows_cache",
     "show_rows",
+    "supervised",
 ]

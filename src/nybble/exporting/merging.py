@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from nybble.data import Example, Prepared, examine_rows, fixed_clock
+from nybble.data import Example, Prepared, examine_rows, fixed_clock, supervised
 from nybble.errors import CannotRunError, InputError, ModelError, RecipeError
 from nybble.exporting.arithmetic import AdapterDelta, merged_bytes, write_merged
 from nybble.exporting.card import merged_card
@@ -291,11 +291,11 @@ def find_rows(tuned: Artifact, recipe: Recipe, *, is_run: bool, watch: Observer)
     objective = recipe.preferences.objective
     prepared = examine_rows(data, recipe.evaluation, tokenizer, recipe.training.seed, objective=objective)
     if not is_run:
-        return Compared("given", prepared.train, prepared)
+        return Compared("given", supervised(prepared.train), prepared)
     if prepared.held_out:
-        return Compared("held-out", prepared.held_out, prepared)
+        return Compared("held-out", supervised(prepared.held_out), prepared)
     watch.note("no rows were held out, so the comparison uses rows that were trained on")
-    return Compared("trained", prepared.train, prepared)
+    return Compared("trained", supervised(prepared.train), prepared)
 
 
 def _ask_adapter(job: _Merge, reference: Reference, compared: Compared) -> tuple[Any, Any]:
