@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 import nybble
-from nybble import bundled
 from nybble.errors import RecipeError
 from nybble.run.directory import read_lines
 from nybble.storage.cache import Cache
@@ -186,56 +183,3 @@ def test_training_goes_on_from_an_adapter_which_is_the_reference(settings: Calla
 def test_a_probe_is_refused(settings: Callable[..., dict[str, Any]]) -> None:
     with pytest.raises(RecipeError, match=r"a probe compares supervised losses; objective kto has none"):
         nybble.probe(settings("kto", "probe"))
-
-
-@pytest.mark.nightly
-def test_answers_become_short_and_stay_right(tmp_path: Path) -> None:
-    """A demo that learned short answers and ones that say everything twice prefers the short ones after dpo."""
-    rows = [json.loads(line) for line in bundled.train_rows_path().read_text().splitlines()]
-    held = [json.loads(line) for line in bundled.heldout_rows_path().read_text().splitlines()][:60]
-    prompt = re.compile(r"\[INST\] (.*) \[/INST\]")
-
-    def write(name: str, made: Iterable[dict[str, Any]]) -> str:
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in made))
-        return str(tmp_path / name)
-
-    def asked(row: dict[str, Any]) -> str:
-        found = prompt.search(row["text"])
-        assert found
-        return found[1]
-
-    supervised = [
-        {"prompt": asked(r), "completion": r["answer"] if i % 2 else f"{r['answer']} {r['answer']}"}
-        for i, r in enumerate(rows)
-    ]
-    pairs, held_pairs = (
-        [{"prompt": asked(r), "chosen": r["answer"], "rejected": f"{r['answer']} {r['answer']}"} for r in part]
-        for part in (rows[:400], held)
-    )
-    common = {
-        **yaml.safe_load(bundled.recipe_path().read_text()), "model_name_or_path": str(bundled.base_path()),
-        "chat_template": "inst", "device": "cpu", "report_to": "none",
-    }  # fmt: skip
-    first = {"dataset_name": write("sft.jsonl", supervised), "output_dir": str(tmp_path / "sft"), "eval_fraction": 0}
-    nybble.train(common, {**first, "num_train_epochs": 4, "n_samples": 0}, observer=None)
-    second = {
-        "dataset_name": write("pairs.jsonl", pairs), "eval_dataset_name": write("held.jsonl", held_pairs),
-        "output_dir": str(tmp_path / "dpo"), "objective": "dpo", "adapter_name_or_path": str(tmp_path / "sft"),
-        "num_train_epochs": 1, "learning_rate": 2e-4, "n_samples": 60, "max_new_tokens": 24,
-    }  # fmt: skip
-    record = nybble.train(_without_lora(common), second, observer=None)
-    answers = {asked(row): row["answer"] for row in held}
-    shown = read_lines(tmp_path / "dpo" / "samples.jsonl")
-    samples = [(next(a for q, a in answers.items() if q in s["prompt"]), s) for s in shown]
-    exact = {side: sum(s[side] == right for right, s in samples) for side in ("base", "tuned")}
-    twice = {side: sum(s[side].count(".") > 1 for _right, s in samples) for side in ("base", "tuned")}
-    assert len(samples) == 60
-    assert twice["base"] > 15
-    assert twice["tuned"] <= 3
-    assert exact["tuned"] >= exact["base"] + 10
-    assert record.evaluation_tuned.preferences.accuracy > 0.9
-
-
-def _without_lora(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The shape of the adapters is that of those that training goes on from."""
-    return {name: value for name, value in recipe.items() if name != "lora"}
