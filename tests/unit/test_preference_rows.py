@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def sides(prepare: Call, tok: Any) -> Call:
         ({"prompt": [ASK], "chosen": "Yes", "rejected": "No"}, "<s>u:Q|a:", "Yes</s>", "No</s>"),
         ({"prompt": "Q", "chosen": [YES], "rejected": [NO]}, "<s>u:Q|a:", "Yes</s>", "No</s>"),
         ({"chosen": [ASK, YES], "rejected": [ASK, NO]}, "<s>u:Q|a:", "Yes</s>", "No</s>"),
+        ({"chosen": json.dumps([ASK, YES]), "rejected": json.dumps([ASK, NO])}, "<s>u:Q|a:", "Yes</s>", "No</s>"),
         ({"prompt": "Q", "chosen": [ASK, YES], "rejected": [ASK, NO]}, "<s>u:Q|a:", "Yes</s>", "No</s>"),
         ({"prompt": [ASK], "chosen": [ASK, YES], "rejected": [ASK, NO]}, "<s>u:Q|a:", "Yes</s>", "No</s>"),
         ({"chosen": [*BEFORE, YES], "rejected": [*BEFORE, NO]}, "<s>u:Q|a:P</s>u:R|a:", "Yes</s>", "No</s>"),

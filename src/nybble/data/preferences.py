@@ -155,9 +155,10 @@ def _forms(reader: RowReader, has_template: bool) -> tuple[Form, Form]:
                 f"{reader.where}: column {reader.layout.columns[role]!r} is of type {type(value).__name__}, neither "
                 "text nor messages; repair the row"
             )
-    if isinstance(values[0], str) != isinstance(values[1], str):
+    are_text = [isinstance(value, str) and not value.lstrip().startswith("[{") for value in values]
+    if are_text[0] != are_text[1]:
         raise RowsError(f"{reader.where}: one of its answers is text and the other messages; repair the row")
-    if isinstance(values[0], str):
+    if are_text[0]:
         return _with_text_answers(reader, roles, has_template)
     answers = [_messages(reader, role) for role in ("chosen", "rejected")]
     prompt = _prompt_turns(reader, roles, answers)
