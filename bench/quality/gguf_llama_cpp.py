@@ -23,9 +23,9 @@ from bench.harness import Option, run
 from nybble.bundled import base_path
 from nybble.errors import NybbleError
 from nybble.exporting.gguf import write_gguf
-from nybble.exporting.gguf_families import FAMILIES
 from nybble.exporting.verify import TEXTS
 from nybble.models import find_model
+from nybble.models.gguf_families import FAMILIES
 from nybble.recipe import ModelSection
 from tools.families import write_tiny
 

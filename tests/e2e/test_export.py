@@ -21,10 +21,10 @@ from nybble.bundled import base_path
 from nybble.data import encode_prompt
 from nybble.errors import ModelError
 from nybble.exporting import gguf as module
-from nybble.exporting.gguf_families import FAMILIES, changed
 from nybble.exporting.importance import measure_importance
 from nybble.exporting.ollama import modelfile, ollama_template
 from nybble.exporting.stock_gguf import undone
+from nybble.models.gguf_families import FAMILIES, changed
 from tools.families import tiny_config, write_tiny
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from math import pi, prod
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from nybble.errors import CannotRunError, ModelError
 from nybble.exporting.arithmetic import AdapterDelta
-from nybble.exporting.gguf_families import FAMILIES, Change, Family, changed, changes_of, head_dim, rotation
 from nybble.exporting.mixes import LAST_FALLBACK, MIXES, choose_types
 from nybble.exporting.vocabulary import read_vocabulary
 from nybble.kernels.kquants import fit_blocks
 from nybble.models import BaseWeights, ModelSource
+from nybble.models.gguf_families import FAMILIES, Change, Family, changed, changes_of, rotation
+from nybble.models.gguf_layout import add_settings, name_map, place_of, rotary_factors, text_name
 from nybble.quant.kquants import FORMATS, encode_blocks
 
 if TYPE_CHECKING:
@@ -115,11 +116,9 @@ def write_gguf(
     writer.add_name(source.folder.name)
     writer.add_file_type(getattr(gguf.LlamaFileType, f"MOSTLY_{outtype.upper()}"))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    for setting, value in {**_settings(config), **(family.settings(config) if family.settings else {})}.items():
-        is_scaling = setting == "rope_scaling_type"
-        getattr(writer, f"add_{setting}")(gguf.RopeScalingType(value) if is_scaling else value)
+    add_settings(gguf, writer, family, config)
     read_vocabulary(tokenizer, config.vocab_size).write(writer, tokenizer, stop_tokens)
-    extra = _rotary_factors(config)
+    extra = rotary_factors(config)
     with BaseWeights(source) as base:
         kind = "F16" if outtype in MIXES else outtype.upper()
         placed = _places(gguf, base, family, getattr(gguf.GGMLQuantizationType, kind))
@@ -159,7 +158,7 @@ def write_adapter_gguf(source: ModelSource, folder: Path, file: Path) -> None:
     gguf = check_gguf(source)
     config = source.config.get_text_config()
     family = FAMILIES[config.model_type]
-    names = _name_map(gguf, family, config)
+    names = name_map(gguf, family, config)
     with AdapterDelta(folder) as delta:
         more = "DoRA adapters" if delta.is_dora else "adapters with whole modules or rows of tokens"
         if delta.is_dora or delta.saved() or delta.rows:
@@ -174,12 +173,12 @@ def write_adapter_gguf(source: ModelSource, folder: Path, file: Path) -> None:
         alpha = delta.scalings[modules[0]] * delta.ranks[modules[0]]
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
         for module in modules:
-            place = names.get_name(_text_name(module))
+            place = names.get_name(text_name(module))
             if place is None:
                 raise ModelError(f"{folder}: GGUF has no place for {module}")
             a, b = delta.factors(module)
             b *= delta.scalings[module] * delta.ranks[module] / alpha
-            changes = changes_of(family, f"{_text_name(module)}.weight", config)
+            changes = changes_of(family, f"{text_name(module)}.weight", config)
             writer.add_tensor(f"{place}.weight.lora_a", changed(a, _of_columns(changes)).contiguous().numpy())
             writer.add_tensor(f"{place}.weight.lora_b", changed(b, _of_rows(changes)).contiguous().numpy())
         writer.write_header_to_file()
@@ -202,89 +201,6 @@ def _numpy() -> Any:
     return numpy
 
 
-def _name_map(gguf: Any, family: Family, config: Any) -> Any:
-    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
-    return gguf.get_tensor_name_map(number, config.num_hidden_layers)
-
-
-def _settings(config: Any) -> dict[str, Any]:
-    """The settings that all architectures have, by their names in GGUFWriter."""
-    width = head_dim(config)
-    rope = rotation(config)
-    settings = {
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "block_count": config.num_hidden_layers,
-        "feed_forward_length": getattr(config, "intermediate_size", None),
-        "head_count": config.num_attention_heads,
-        "head_count_kv": vars(config).get("num_key_value_heads"),
-        "key_length": width,
-        "value_length": width,
-        "layer_norm_rms_eps": getattr(config, "rms_norm_eps", None),
-        "vocab_size": config.vocab_size,
-        "rope_dimension_count": int(width * (rope.get("partial_rotary_factor") or 1.0)),
-        "rope_freq_base": rope["rope_theta"],
-        **_rotary_scaling(rope),
-    }
-    for name in ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"):
-        if settings["layer_norm_rms_eps"] is None and hasattr(config, name):
-            settings["layer_norm_eps"] = getattr(config, name)
-    return {name: value for name, value in settings.items() if value is not None}
-
-
-def _rotary_scaling(rope: dict[str, Any]) -> dict[str, Any]:
-    kind = rope.get("rope_type", "default")
-    if kind == "linear":
-        return {"rope_scaling_type": "linear", "rope_scaling_factor": rope["factor"]}
-    if kind == "yarn":
-        return {
-            "rope_scaling_type": "yarn",
-            "rope_scaling_factor": rope["factor"],
-            "rope_scaling_orig_ctx_len": rope["original_max_position_embeddings"],
-        }
-    if kind == "longrope":
-        return {"rope_scaling_type": "longrope"}
-    return {}
-
-
-def _rotary_factors(config: Any) -> dict[str, np.ndarray[Any, Any]]:
-    """Divisors of the rotary frequencies, each `(half of the rotated dimensions,) float32`, by their place."""
-    rope = rotation(config)
-    kind = rope.get("rope_type", "default")
-    if kind == "llama3":
-        return {"rope_freqs.weight": _llama3_factors(rope, head_dim(config))}
-    if kind == "proportional":
-        # Of a head some dimensions are not rotated: their waves are so long that they never turn.
-        half = config.per_layer_config[list(config.layer_types).index("full_attention")].head_dim // 2
-        turning = int(2 * half * rope.get("partial_rotary_factor", 1.0) / 2)
-        return {"rope_freqs.weight": _numpy().array([1.0] * turning + [1e30] * (half - turning), dtype="float32")}
-    if kind == "longrope":
-        named = {"rope_factors_long.weight": "long_factor", "rope_factors_short.weight": "short_factor"}
-        return {place: _numpy().array(rope[factors], dtype="float32") for place, factors in named.items()}
-    return {}
-
-
-def _llama3_factors(rope: dict[str, Any], width: int) -> np.ndarray[Any, Any]:
-    """Llama-3's, which stretch long waves."""
-    low = rope["low_freq_factor"]
-    high = rope["high_freq_factor"]
-    context = rope["original_max_position_embeddings"]
-    factors = []
-    for i in range(0, width, 2):
-        turns = context / (2 * pi * rope["rope_theta"] ** (i / width))  # within the original context
-        smooth = min(1.0, max(0.0, (turns - low) / (high - low)))
-        factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
-    return _numpy().array(factors, dtype="float32")  # type: ignore[no-any-return]
-
-
-def _text_name(name: str) -> str:
-    """The name of a tensor of a multimodal checkpoint in the language model alone."""
-    for prefix in ("model.language_model.", "language_model.model."):
-        if name.startswith(prefix):
-            return f"model.{name.removeprefix(prefix)}"
-    return name.removeprefix("language_model.")
-
-
 def _is_left_out(name: str) -> bool:
     return any(part in name for part in _LEFT_OUT)
 
@@ -295,8 +211,8 @@ def _places(gguf: Any, base: BaseWeights, family: Family, wanted: Any) -> list[_
     is_tied = config.tie_word_embeddings or family.tied
     names = [name for name in base.names() if not _is_left_out(name)]
     both = is_tied and any("embed_tokens." in name or "word_embeddings." in name for name in names)
-    names = [name for name in names if not (both and _text_name(name).startswith("lm_head."))]
-    places = _name_map(gguf, family, config)
+    names = [name for name in names if not (both and text_name(name).startswith("lm_head."))]
+    places = name_map(gguf, family, config)
     return [_placed(gguf, base, family, name, places, wanted, is_tied=is_tied) for name in names]
 
 
@@ -305,9 +221,9 @@ def _placed(
 ) -> _Placed:
     """Matrices whose rows are not whole blocks become float16, vectors and kernels of convolutions float32."""
     config = base.source.config.get_text_config()
-    own = _text_name(name)
+    own = text_name(name)
     changes = changes_of(family, own, config)
-    place = "token_embd.weight" if is_tied and own == "lm_head.weight" else _place(places, own)
+    place = "token_embd.weight" if is_tied and own == "lm_head.weight" else place_of(places, own)
     if place is None:
         raise ModelError(f"GGUF has no place for the tensor {name}")
     shape = [size for dimension, size in enumerate(base.shape(name)) if ("squeeze", dimension) not in changes]
@@ -317,13 +233,6 @@ def _placed(
     else:
         kind = wanted if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] == 0 else kinds.F16
     return _Placed(name, place, tuple(shape), kind, changes)
-
-
-def _place(places: Any, name: str) -> str | None:
-    """Where a tensor is written. Two kinds of parameters are called otherwise than the package expects."""
-    renamed = name.replace(".dt_bias", ".dt_proj.bias").replace(".layer_scalar", ".layer_scalar.weight")
-    place: str | None = places.get_name(renamed, try_suffixes=(".weight", ".bias"))
-    return place
 
 
 def _mixed(gguf: Any, placed: list[_Placed], mix: str, architecture: str) -> list[_Placed]:
@@ -343,8 +252,8 @@ def _mixed(gguf: Any, placed: list[_Placed], mix: str, architecture: str) -> lis
 
 def _importance_of(one: _Placed, importance: Mapping[str, Tensor]) -> Tensor | None:
     """Of the columns as they are written. Embeddings that are the head as well are seen as the head."""
-    name = "lm_head.weight" if one.place in ("token_embd.weight", "output.weight") else _text_name(one.name)
-    found = {_text_name(key): value for key, value in importance.items()}.get(name)
+    name = "lm_head.weight" if one.place in ("token_embd.weight", "output.weight") else text_name(one.name)
+    found = {text_name(key): value for key, value in importance.items()}.get(name)
     if found is None or found.shape != one.shape[-1:]:
         return None
     return changed(found.unsqueeze(0), _of_columns(one.changes))[0]

@@ -99,12 +99,12 @@ def find_model(section: ModelSection) -> ModelSource:
     if quantization and not quantization.get("load_in_4bit"):
         method = quantization.get("quant_method")
         raise ModelError(f"{folder}: stored as {method!r}; give the 16-bit model, or one in bitsandbytes' 4-bit format")
-    # A local folder is named by its full path: an adapter must find its base from any working directory.
-    return ModelSource(str(folder.resolve()) if Path(name).is_dir() else name, folder, config, quantization)
+    # A local model is named by its full path: an adapter must find its base from any working directory.
+    return ModelSource(str(Path(name).resolve()) if Path(name).exists() else name, folder, config, quantization)
 
 
 def find_folder(name: str, revision: str | None = None, *, with_weights: bool = True, with_code: bool = False) -> Path:
-    """The local folder for a path or a hub id; weights and code of a hub id are fetched only if asked for.
+    """The local folder for a path, a GGUF file or a hub id; weights and code of a hub id are fetched only if asked for.
 
     Raises:
         ModelError: a path that does not exist, or a hub id that does not.
@@ -113,8 +113,10 @@ def find_folder(name: str, revision: str | None = None, *, with_weights: bool = 
     path = as_path(name, ModelError)
     if path.is_dir():
         return path
-    if path.exists():
-        raise ModelError(f"{name} is a file; give the folder that holds config.json")
+    if path.is_file():
+        from nybble.models.gguf_base import folder_of_gguf  # builds models, of configs that are checked here
+
+        return folder_of_gguf(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(f"model folder {name!r} does not exist; give a folder that exists, or a hub id")
     return _download(name, revision, [*_FILES, *([_WEIGHTS] * with_weights), *(["*.py"] * with_code)])

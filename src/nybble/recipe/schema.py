@@ -44,7 +44,7 @@ class ModelSection(Section):
 
     model_name_or_path: str = setting(
         "",
-        "Folder or hub id of the base model.",
+        "Folder, GGUF file or hub id of the base model.",
         unset="none; it must be given",
         aliases=("model", "model_name", "base_model", "model_id"),
         neutral=True,

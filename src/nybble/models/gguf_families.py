@@ -1,4 +1,4 @@
-"""Which families can be written as GGUF, under which architecture of llama.cpp, and what differs from transformers.
+"""The families that GGUF is written and read for: their architecture in llama.cpp, what differs from transformers.
 
 Names of tensors are those of the `gguf` package. Here stand the other facts: the settings that llama.cpp reads for an
 architecture, and how a tensor of it is arranged. They are those of llama.cpp's own converter and of its loader
@@ -55,6 +55,21 @@ def changed(weight: Tensor, changes: list[Change]) -> Tensor:
             weight = weight.squeeze(value)
         else:
             weight = -torch.exp(weight)
+    return weight
+
+
+def restored(weight: Tensor, changes: list[Change]) -> Tensor:
+    """The inverse of `changed`: a tensor of a file as a checkpoint has it."""
+    for kind, value in reversed(changes):
+        if kind in ("rows", "columns"):
+            back = torch.argsort(torch.as_tensor(value))
+            weight = weight[back] if kind == "rows" else weight[:, back]
+        elif kind == "plus":
+            weight = weight - value
+        elif kind == "squeeze":
+            weight = weight.unsqueeze(value)
+        else:
+            weight = torch.log(-weight)
     return weight
 
 
