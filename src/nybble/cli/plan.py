@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,7 +35,11 @@ def plan(
     ] = None,
     profile: Annotated[
         str | None,
-        typer.Option("--device-profile", metavar="NAME", help="Plan for a device that is not here, as mi300x."),
+        typer.Option(
+            "--device-profile",
+            metavar="NAME",
+            help="Plan for a device that is not here, as mi300x; --device takes such a name too.",
+        ),
     ] = None,
     largest: Annotated[
         bool, typer.Option("--largest", help="Also find the largest max_length and the largest known model that fit.")
@@ -55,6 +60,8 @@ def plan(
     """
     if memory is not None:
         overrides["memory_budget"] = memory
+    if not _is_here(overrides.get("device")):
+        profile = profile or str(overrides.pop("device"))
     resolved = load_recipe(recipe, overrides)
     check_spelling(resolved.model.model_name_or_path)
     if link_rate is not None and processes is None:
@@ -77,6 +84,11 @@ def plan(
             print("\n".join(shared.lines()))
     if not made.fits:
         raise refusal(made)
+
+
+def _is_here(device: Any) -> bool:
+    """Whether `--device` names a device of this machine, as a training takes it, and not one by its maker's name."""
+    return device is None or re.fullmatch(r"auto|cpu|(cuda|hip)(:.*)?", str(device)) is not None
 
 
 def _shown_at_work() -> AbstractContextManager[Any]:

@@ -59,9 +59,10 @@ class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return pointwise.rope(x, cos, sin, False)  # type: ignore[no-any-return]
+        return pointwise.direct_rope(x, cos, sin)(x, cos, sin, False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         cos, sin = ctx.saved_tensors
-        return pointwise.rope(grad.contiguous(), cos, sin, True), None, None
+        grad = grad.contiguous()
+        return pointwise.direct_rope(grad, cos, sin)(grad, cos, sin, True), None, None

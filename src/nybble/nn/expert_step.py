@@ -139,7 +139,7 @@ class _Activated:
         self._name = experts.activation
         if self._name is not None:
             self._gate, self._up = (half.contiguous() for half in y.chunk(2, dim=-1))
-            self.h = pointwise.gated(self._gate, self._up, self._name)
+            self.h = pointwise.direct(self._gate, self._up).gated(self._gate, self._up, self._name)
             return
         if not needs_gradient:
             self.h = experts.activate(y)
@@ -153,7 +153,7 @@ class _Activated:
         """The gradient of the first projection's output; `dh` and what is kept are overwritten."""
         if self._name is None:
             return torch.autograd.grad(self._h, self._y, dh)[0]
-        pointwise.gated_backward_(dh, self._gate, self._up, self._name)
+        pointwise.direct(dh, self._gate, self._up).gated_backward_(dh, self._gate, self._up, self._name)
         return torch.cat([self._gate, self._up], dim=-1)
 
 

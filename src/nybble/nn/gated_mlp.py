@@ -70,6 +70,10 @@ def _gate_and_up(
     return gate, up, [kept for _, kept in made]
 
 
+def _gated(gate: Tensor, up: Tensor, block: GatedMlp) -> Tensor:
+    return pointwise.direct(gate, up).gated(gate, up, block.activation)
+
+
 def _without_gradients(x: Tensor, block: GatedMlp) -> Tensor:
     if 0 < block.tile_rows < len(x):
         y = x.new_empty(len(x), block.down.layer.out_features)
@@ -77,7 +81,7 @@ def _without_gradients(x: Tensor, block: GatedMlp) -> Tensor:
             y[part] = _without_gradients(x[part], tile)
         return y
     gate, up, _ = _gate_and_up(x, block.inputs, generating=True)
-    return product(pointwise.direct(gate, up).gated(gate, up, block.activation), block.down, generating=True)[0]
+    return product(_gated(gate, up, block), block.down, generating=True)[0]
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -142,11 +146,11 @@ def _forward(x: Tensor, block: GatedMlp, needs_y: bool) -> tuple[Tensor, Tensor,
     """y (or a stand-in where y is not needed), gate, up, and what the backward pass of each adapter needs."""
     gate, up, kept = _gate_and_up(x, block.inputs)
     if needs_y:
-        y, kept_down = product(pointwise.gated(gate, up, block.activation), block.down)
+        y, kept_down = product(_gated(gate, up, block), block.down)
     else:
         y = x.new_zeros(()).expand(len(x), block.down.layer.out_features)
         adapter = block.down.adapter
-        kept_down = saved_for_backward(pointwise.gated(gate, up, block.activation), adapter) if adapter else None
+        kept_down = saved_for_backward(_gated(gate, up, block), adapter) if adapter else None
     return y, gate, up, [*kept, kept_down]
 
 
@@ -164,10 +168,10 @@ def _backward(
     behind: list[Tensor] = []
     if block.down.adapter and kept[-1]:
         # dh must include the adapter's part before h overwrites it, and dA needs that h.
-        product_of = pointwise.gated(gate, up, block.activation)
+        product_of = _gated(gate, up, block)
         behind += adapter_gradients(grad, product_of, block.down.adapter, kept[-1], h)
         del product_of
-    pointwise.gated_backward_(h, gate, up, block.activation)
+    pointwise.direct(h, gate, up).gated_backward_(h, gate, up, block.activation)
     del h
     slopes = (torch.cat([gate, up], dim=-1),) if len(block.inputs) == 1 else (gate, up)
     dx: Tensor | None = None

@@ -196,7 +196,8 @@ def adapter_gradients(
     da = wide_product(dxa.t(), _dropped(x, adapter), adapter.a.dtype)
     if dx is not None and adapter.dropout:
         spread = workspace.take(tuple(dx.shape), dx, dx.dtype)
-        pointwise.dropout_add_(dx, torch.mm(dxa, kept.a, out=spread), adapter.dropout, adapter.seed)
+        torch.mm(dxa, kept.a, out=spread)
+        pointwise.direct(dx, spread).dropout_add_(dx, spread, adapter.dropout, adapter.seed)
     elif dx is not None:
         dx.addmm_(dxa, kept.a)
     r = len(adapter.a)
@@ -241,7 +242,7 @@ def _dropped(x: Tensor, adapter: Adapter) -> Tensor:
     if not adapter.dropout:
         return x
     out = workspace.take(tuple(x.shape), x, x.dtype)
-    pointwise.dropout(x, adapter.dropout, adapter.seed, out)
+    pointwise.direct(x, out).dropout(x, adapter.dropout, adapter.seed, out)
     return out
 
 

@@ -21,12 +21,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor:
-        y, rstd = pointwise.rms_norm(x, weight, eps, unit_offset)
+        y, rstd = pointwise.direct(x).rms_norm(x, weight, eps, unit_offset)
         ctx.save_for_backward(x, weight, rstd)
         ctx.unit_offset = unit_offset
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight, rstd = ctx.saved_tensors
-        return pointwise.rms_norm_backward(grad.contiguous(), x, weight, rstd, ctx.unit_offset), None, None, None
+        grad = grad.contiguous()
+        backward = pointwise.direct(grad, x).rms_norm_backward
+        return backward(grad, x, weight, rstd, ctx.unit_offset), None, None, None

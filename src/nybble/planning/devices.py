@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 
 import torch
 
@@ -138,15 +139,24 @@ _LINKS = {
 
 
 def named_profile(name: str) -> Profile:
-    """The profile of a device that this machine need not have.
+    """The profile of a device that this machine need not have, by its key or as its maker writes it.
 
     Raises:
         InputError: the name is not in the list.
     """
-    key = name.lower().replace("_", "-").replace(" ", "-")
-    if key not in PROFILES:
-        raise InputError(f"--device-profile {name!r} is not known; known: {', '.join(PROFILES)}")
-    return PROFILES[key]
+    by_name = {_letters(spelling): profile for key, profile in PROFILES.items() for spelling in (key, profile.name)}
+    found = by_name.get(_letters(name))
+    if found is None:
+        near = get_close_matches(_letters(name), by_name, n=1)
+        known = ", ".join(PROFILES)
+        hint = f"did you mean {by_name[near[0]].name!r}?" if near else f"known: {known}"
+        raise InputError(f"--device-profile {name!r} is not known; {hint}")
+    return found
+
+
+def _letters(name: str) -> str:
+    """What two spellings of a name have in common: "MI250, one GCD" and "mi250-gcd" name one device."""
+    return "".join(c for c in name.lower().replace("one gcd", "gcd") if c.isalnum())
 
 
 def profile_of(device: Device, n_beside: int = 1) -> Profile:

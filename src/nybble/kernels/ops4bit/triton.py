@@ -6,7 +6,6 @@ waves. Tensors on the CPU are taken where Triton interprets (TRITON_INTERPRET=1)
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from nybble.kernels.ops4bit import triton_kernels as kernels
 from nybble.kernels.ops4bit.torch import LowRank, multiply_dense
+from nybble.kernels.triton_launch import Launch
 from nybble.quant import PackedWeight, codebook
 from nybble.quant.codebooks import dynamic_codebook
 from nybble.quant.feedback import descend, feed_back  # columns one after another: the products take the time
@@ -41,18 +41,8 @@ def dequantize(weight: PackedWeight, out: Tensor) -> None:
     if not out.is_contiguous():
         raise ValueError(f"out must be contiguous, got strides {out.stride()}")
     n = weight.n_elements
-    tile, warps = _shape("dequantize", out.device)
-    with on(out.device):
-        kernels.dequantize[_grid(n, tile * kernels.CHUNK.value)](
-            *_packed(weight),
-            as_bits(out),
-            n,
-            nested=weight.is_nested,
-            log_block=_log2(weight.block_size),
-            tile=tile,
-            num_warps=warps,
-            **kernels.OPTIONS,
-        )
+    tile, launch = _decoder(weight.is_nested, _log2(weight.block_size), wave_of(out.device))
+    launch(_grid(n, tile * kernels.CHUNK.value), *_packed(weight), out, n)
 
 
 def most_rows(dtype: torch.dtype, weight: PackedWeight) -> int:
@@ -67,25 +57,8 @@ def multiply(x: Tensor, weight: PackedWeight, low_rank: LowRank | None = None) -
         raise ValueError(f"x must be contiguous (1..{MAX_ROWS}, {k}), got {tuple(x.shape)} with strides {x.stride()}")
     n_rows = x.shape[0]
     out = x.new_empty(n_rows, n)
-    aligned = k % 8 == 0
-    tile, warps = _shape("gemv" if aligned and n_rows <= 2 else "gemv many", x.device)
-    with on(x.device):
-        kernels.gemv[_grid(n, kernels.GEMV_OUTPUTS)](
-            as_bits(x),
-            *_packed(weight),
-            as_bits(out),
-            n,
-            k,
-            n_rows,
-            nested=weight.is_nested,
-            log_block=_log2(weight.block_size),
-            aligned=aligned,
-            rows=1 << (n_rows - 1).bit_length(),
-            outputs=kernels.GEMV_OUTPUTS,
-            tile=tile,
-            num_warps=warps,
-            **kernels.OPTIONS,
-        )
+    launch = _gemv(weight.is_nested, _log2(weight.block_size), k % 8 == 0, n_rows, wave_of(x.device))
+    launch(_grid(n, kernels.GEMV_OUTPUTS), x, *_packed(weight), out, n, k, n_rows)
     return out if low_rank is None else low_rank.added(out, x)
 
 
@@ -95,20 +68,8 @@ def search_scales(flat: Tensor, quant_type: str, block_size: int, signed: bool) 
     n, blocks = flat.numel(), -(-flat.numel() // block_size)
     scales = flat.new_empty(blocks, dtype=torch.float32)
     factors, ladder = _factors(signed, flat.device), _ladder(quant_type, flat.device)
-    tile, warps = _shape("search_scales", flat.device)
-    with on(flat.device):
-        kernels.search_scales[_grid(blocks, tile)](
-            flat,
-            factors,
-            *ladder[:2],
-            scales,
-            n,
-            factors.numel(),
-            block_size=block_size,
-            tile=tile,
-            num_warps=warps,
-            **kernels.OPTIONS,
-        )
+    tile, launch = _encoder("search_scales", block_size, wave_of(flat.device))
+    launch(_grid(blocks, tile), flat, factors, *ladder[:2], scales, n, factors.numel())
     return scales
 
 
@@ -119,23 +80,10 @@ def nested_codes(
     flat = flat.contiguous()
     n, blocks = flat.numel(), -(-flat.numel() // block_size)
     codes = flat.new_empty(blocks, dtype=torch.uint8)
-    tile, warps = _shape("nested_codes", flat.device)
-    with on(flat.device):
-        kernels.nested_codes[_grid(blocks, tile)](
-            flat,
-            scales.contiguous(),
-            nested_absmax.contiguous(),
-            nested_offset,
-            *_dynamic_table(flat.device),
-            *_ladder(quant_type, flat.device)[:2],
-            codes,
-            n,
-            neighbours=NEIGHBOURS,
-            block_size=block_size,
-            tile=tile,
-            num_warps=warps,
-            **kernels.OPTIONS,
-        )
+    tile, launch = _encoder("nested_codes", block_size, wave_of(flat.device))
+    tables = (*_dynamic_table(flat.device), *_ladder(quant_type, flat.device)[:2])
+    steps = (scales.contiguous(), nested_absmax.contiguous(), nested_offset)
+    launch(_grid(blocks, tile), flat, *steps, *tables, codes, n)
     return codes
 
 
@@ -145,20 +93,8 @@ def nearest_codes(flat: Tensor, quant_type: str, block_size: int, scales: Tensor
     n = flat.numel()
     packed = flat.new_empty((n + 1) // 2, dtype=torch.uint8)
     _, midpoints, order = _ladder(quant_type, flat.device)
-    tile, warps = _shape("nearest_codes", flat.device)
-    with on(flat.device):
-        kernels.nearest_codes[_grid(packed.numel(), tile)](
-            flat,
-            scales.contiguous(),
-            order,
-            midpoints,
-            packed,
-            n,
-            log_block=_log2(block_size),
-            tile=tile,
-            num_warps=warps,
-            **kernels.OPTIONS,
-        )
+    tile, launch = _encoder("nearest_codes", block_size, wave_of(flat.device))
+    launch(_grid(packed.numel(), tile), flat, scales.contiguous(), order, midpoints, packed, n)
     return packed
 
 
@@ -175,34 +111,49 @@ def _packed(weight: PackedWeight) -> tuple[Tensor, ...]:
     return packed, absmax, table, nested.contiguous(), offset, values
 
 
-def as_bits(tensor: Tensor) -> Tensor:
-    """bfloat16 as int16: the kernels round and widen it themselves."""
-    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
-
-
-def _grid(items: int, per_program: int) -> tuple[int]:
-    return (-(-items // per_program),)
+def _grid(items: int, per_program: int) -> tuple[int, int]:
+    return -(-items // per_program), 1
 
 
 def _log2(block_size: int) -> int:
     return block_size.bit_length() - 1
 
 
-def _shape(kernel: str, device: torch.device) -> tuple[int, int]:
-    """Tile and number of waves of a kernel's launch."""
-    launch = kernels.LAUNCHES[kernel]
-    return launch.tile, launch.warps[wave_of(device)]
+@cache
+def _decoder(nested: bool, log_block: int, wave: int) -> tuple[int, Launch]:
+    """Chunks of a program, and the launch."""
+    constants = {"nested": nested, "log_block": log_block}
+    return _tile("dequantize"), Launch(kernels.dequantize, {**constants, **_shape("dequantize", wave)})
+
+
+@cache
+def _gemv(nested: bool, log_block: int, aligned: bool, n_rows: int, wave: int) -> Launch:
+    constants = {"nested": nested, "log_block": log_block, "aligned": aligned, "rows": 1 << (n_rows - 1).bit_length()}
+    shape = _shape("gemv" if aligned and n_rows <= 2 else "gemv many", wave)
+    return Launch(kernels.gemv, {**constants, "outputs": kernels.GEMV_OUTPUTS, **shape})
+
+
+@cache
+def _encoder(name: str, block_size: int, wave: int) -> tuple[int, Launch]:
+    """Blocks or bytes of a program, and the launch."""
+    block = {"log_block": _log2(block_size)} if name == "nearest_codes" else {"block_size": block_size}
+    constants = {"neighbours": NEIGHBOURS, **block} if name == "nested_codes" else block
+    return _tile(name), Launch(getattr(kernels, name), {**constants, **_shape(name, wave)}, reads_bits=False)
+
+
+def _tile(kernel: str) -> int:
+    return kernels.LAUNCHES[kernel].tile
+
+
+def _shape(kernel: str, wave: int) -> dict[str, object]:
+    """Tile and number of waves of a kernel's launch, and the compiler's options."""
+    return {"tile": _tile(kernel), "num_warps": kernels.LAUNCHES[kernel].warps[wave], **kernels.OPTIONS}
 
 
 @cache
 def wave_of(device: torch.device) -> int:
     """Threads in a wave."""
     return 32 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).warp_size)
-
-
-def on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
 @cache

@@ -7,6 +7,8 @@ and bfloat16, mixed types, memory with gaps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,18 @@ def _backend(first: Tensor, *others: Tensor) -> PointwiseBackend:
 
 def direct(first: Tensor, *others: Tensor) -> PointwiseBackend:
     """For activations like these: the backend itself where nobody traces or differentiates, else the operators."""
-    return _backend(first, *others) if is_eager(first, *others) else REGISTERED
+    return _backend(first, *others) if is_eager(first, *others) and not first.is_meta else REGISTERED
+
+
+def direct_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Callable[[Tensor, Tensor, Tensor, bool], Tensor]:
+    """`direct(..).rope` for heads and rows of x that may lie apart."""
+    return _rope_backend(x, cos, sin).rope if is_eager(x, cos, sin) and not x.is_meta else REGISTERED.rope
+
+
+def _rope_backend(x: Tensor, cos: Tensor, sin: Tensor) -> PointwiseBackend:
+    each_row = cos.shape == sin.shape == (x.shape[0], cos.shape[-1])
+    fits = each_row and x.dtype in TOLERANCES and x.stride(-1) == 1 and x.numel() > 0
+    return dispatcher.code("rows", x.device) if fits else _REFERENCE
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -83,8 +96,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor, softcap: float) -> Tensor:
 @torch.library.custom_op("nybble::rope", mutates_args=())
 def rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """x `(n, heads, width)` turned to its positions, or back."""
-    each_row = cos.shape == sin.shape == (x.shape[0], cos.shape[-1])
-    return (_backend(x[:1, :1]) if each_row else _REFERENCE).rope(x, cos, sin, inverse)  # heads and rows may lie apart
+    return _rope_backend(x, cos, sin).rope(x, cos, sin, inverse)
 
 
 @rms_norm.register_fake
