@@ -62,9 +62,29 @@ def interval(seeds: Sequence[Sums]) -> Interval | None:
     values = [math.fsum(sums.totals) / math.fsum(sums.weights) for sums in seeds]
     value = fmean(values)
     of_rows = fmean(_half_width(sums, own) ** 2 for sums, own in zip(seeds, values, strict=True))
-    of_seeds = student_t(len(seeds) - 1) * stdev(values) / math.sqrt(len(seeds)) if len(seeds) > 1 else 0.0
-    half = math.sqrt(of_rows + of_seeds**2)
+    half = math.hypot(math.sqrt(of_rows), _noise_of_seeds(values))
     return Interval(value, value - half, value + half)
+
+
+def share_interval(seeds: Sequence[Sequence[bool]]) -> Interval | None:
+    """The share of rows that are right, by Wilson's interval, which says something where all or none are; None: no row.
+
+    Wilson, Probable inference, the law of succession, and statistical inference, JASA 22 (1927). The noise of several
+    seeds is added.
+    """
+    if not seeds or any(not rows for rows in seeds):
+        return None
+    shares = [fmean(rows) for rows in seeds]
+    share, n, z = fmean(shares), len(seeds[0]), 1.96
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    noise = _noise_of_seeds(shares)
+    low, high = share - math.hypot(share - middle + half, noise), share + math.hypot(middle + half - share, noise)
+    return Interval(share, max(0.0, low), min(1.0, high))
+
+
+def _noise_of_seeds(values: Sequence[float]) -> float:
+    return student_t(len(values) - 1) * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def _half_width(sums: Sums, ratio: float) -> float:

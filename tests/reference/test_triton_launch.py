@@ -102,3 +102,32 @@ def test_who_takes_tritons_launch_over_sees_every_launch(
     for _ in range(2):
         launch((2, 1), usual, usual, usual, 2048)
     assert others == [kernels.gated, kernels.gated]
+
+
+@pytest.mark.parametrize("operator", ["rows", "dequantize_4bit", "gemv_4bit", "quantize_4bit"])
+def test_a_backend_that_errs_in_its_second_launches_is_not_taken(operator: str) -> None:
+    from nybble.kernels.dispatch import TABLE
+
+    family = TABLE[operator].backends
+    reference = family["cuda"][-1].load()
+    seen: list[str] = []
+
+    class Wrong:
+        """The reference, whose operators fail where a test has called them before."""
+
+        def __getattr__(self, name: str) -> Any:
+            def call(*arguments: Any, **options: Any) -> Any:
+                seen.append(name)
+                if seen.count(name) > calls.get(name, 1 << 30):
+                    raise ArithmeticError(name)
+                return getattr(reference, name)(*arguments, **options)
+
+            return call
+
+    calls: dict[str, int] = {}
+    test = family["cpu"][0].test  # once, to count
+    assert test(Wrong(), torch.device("cpu")) is None
+    calls.update({name: seen.count(name) for name in seen})
+    seen.clear()
+    with pytest.raises(ArithmeticError):
+        family["cuda"][0].test(Wrong(), torch.device("cpu"))

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from nybble.intervals import Interval, Sums, interval, student_t
+from nybble.intervals import Interval, Sums, interval, share_interval, student_t
 
 
 def within(degrees: int, t: float) -> float:
@@ -50,6 +50,31 @@ def test_seeds_add_their_own_noise() -> None:
 def test_of_one_row_nothing_can_be_said() -> None:
     assert interval([Sums([1.0], [1])]) is None
     assert interval([]) is None
+
+
+def test_a_share_worked_by_hand() -> None:
+    # Wilson: (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n), z = 1.96.
+    found = share_interval([[True] * 8 + [False] * 2])
+    assert found is not None
+    assert (found.value, found.low, found.high) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)
+    assert share_interval([]) is None
+    assert share_interval([[]]) is None
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_share_of_all_or_none_is_not_certain(right: bool) -> None:
+    few, many = share_interval([[right] * 6]), share_interval([[right] * 600])
+    assert few is not None
+    assert many is not None
+    assert few.value == many.value == float(right)
+    assert few.high - few.low == pytest.approx(0.39, abs=0.01)
+    assert many.high - many.low < 0.01
+    noisy = share_interval([[True] * 4, [True, True, True, False], [True, True, False, False]])
+    assert noisy is not None
+    calm = share_interval([[True, True, True, False]])
+    assert calm is not None
+    assert noisy.value == calm.value
+    assert noisy.low < calm.low
 
 
 def test_a_difference_over_the_same_rows_is_surer_than_two_intervals() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from nybble.comparison.arms import ArmPlan, Trial
 from nybble.comparison.child import TrialEnding
-from nybble.intervals import Interval, Sums, interval
+from nybble.intervals import Interval, Sums, interval, share_interval
 from nybble.run.directory import RunDirectory, read_lines, read_record
 
 # Figures of run.json that are averaged over seeds; of the others, the largest or the first counts.
@@ -153,7 +153,6 @@ def _figures(
     answered = [j.right for j in judged if j.right is not None]
     predicted = [p["predicted_bytes"] for record in records for p in record["phases"].values() if p["predicted_bytes"]]
     packed = first["model"].get("packed_elements")
-    right = interval(answered)
     means = {name: _mean([record[name] for record in records]) for name in _MEANS}
     return means | {
         "learning_rates": tuple(_rate(record) for record in records),
@@ -162,7 +161,7 @@ def _figures(
         "eval_loss_interval": interval([j.loss for j in judged]),
         "perplexity": _mean([t["perplexity"] for t in tuned]),
         "exact_match": _mean([t["exact_match"] for t in tuned]),
-        "exact_match_interval": Interval(right.value, max(0.0, right.low), min(1.0, right.high)) if right else None,
+        "exact_match_interval": share_interval([[bool(row) for row in one.totals] for one in answered]),
         **_preferences(tuned),
         "peak_bytes": max(record["peak_bytes"] for record in records),
         "reserved_bytes": max((r["reserved_bytes"] for r in records if r.get("reserved_bytes")), default=None),

@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 from statistics import fmean
 
 from nybble.data import IGNORED, Example
-from nybble.intervals import Sums, interval
+from nybble.intervals import share_interval
 from nybble.recipe import PreferencesSection
 from nybble.run.record import PreferenceFigures
 
@@ -50,14 +50,14 @@ class HeldOutPreferences:
             chosen = [own[0] for own, is_good in zip(rewards, labels, strict=True) if is_good]
             rejected = [own[0] for own, is_good in zip(rewards, labels, strict=True) if not is_good]
             right = [own[0] > 0 if is_good else own[0] < 0 for own, is_good in zip(rewards, labels, strict=True)]
-        noise = interval([Sums([float(one) for one in right], [1.0] * len(right))])
+        noise = share_interval([right])
         means = [fmean(values) if values else None for values in (chosen, rejected)]
         return PreferenceFigures(
             n_rows=len(found),
             likelier=likelier,
             accuracy=fmean(right),
-            accuracy_low=None if noise is None else max(0.0, noise.low),
-            accuracy_high=None if noise is None else min(1.0, noise.high),
+            accuracy_low=None if noise is None else noise.low,
+            accuracy_high=None if noise is None else noise.high,
             chosen_reward=means[0],
             rejected_reward=means[1],
             margin=None if means[0] is None or means[1] is None else means[0] - means[1],
