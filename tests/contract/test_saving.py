@@ -351,7 +351,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[int, float]], None]
         loss_of = loop.loss_of
 
         def spoiled(t: loop.Training, *arguments: Any) -> Any:
-            return loss_of(t, *arguments) * factors.get(t.state.step + 1, 1.0)
+            loss, figures = loss_of(t, *arguments)
+            return loss * factors.get(t.state.step + 1, 1.0), figures
 
         monkeypatch.setattr(loop, "loss_of", spoiled)
 

@@ -25,6 +25,7 @@ from nybble.exporting.importance import measure_importance
 from nybble.exporting.ollama import modelfile, ollama_template
 from nybble.exporting.stock_gguf import undone
 from nybble.models.gguf_families import FAMILIES, changed
+from nybble.models.gguf_layout import rotary_factors
 from tools.families import tiny_config, write_tiny
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
@@ -147,7 +148,7 @@ def test_long_rotations_of_phi3_have_both_factors_and_the_scale_of_attention() -
     settings = FAMILIES["phi3"].settings
     assert settings is not None
     assert settings(config)["rope_scaling_attn_factors"] == pytest.approx((1 + 5 / 12) ** 0.5)  # log2 of 32 and 4096
-    factors = module._rotary_factors(config)
+    factors = rotary_factors(config)
     assert factors["rope_factors_long.weight"].tolist() == [2.0] * 8
     assert factors["rope_factors_short.weight"].tolist() == [1.0] * 8
 
@@ -305,7 +306,7 @@ def test_llama3_factors_divide_the_frequencies_as_transformers_does() -> None:
         "original_max_position_embeddings": 8192,
     }
     config = LlamaConfig(hidden_size=512, num_attention_heads=4, head_dim=128, rope_parameters=rope)
-    factors = module._rotary_factors(config)["rope_freqs.weight"]
+    factors = rotary_factors(config)["rope_freqs.weight"]
     assert factors is not None
     expected, _scale = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     plain = 1 / 500000.0 ** (torch.arange(0, 128, 2) / 128)
@@ -313,7 +314,7 @@ def test_llama3_factors_divide_the_frequencies_as_transformers_does() -> None:
 
 
 def test_the_adapter_alone_has_the_places_and_the_scale(
-    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+    nybble: Callable[..., Any], models: Callable[[str], Path], rows_file: Path, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file
 
@@ -334,7 +335,7 @@ def test_the_adapter_alone_has_the_places_and_the_scale(
 
 
 def test_adapters_of_unequal_rank_and_alpha_have_one_alpha_in_the_file(
-    nybble: Callable[..., Any], tiny_llama: Callable[..., Path], rows_file: Path, tmp_path: Path
+    nybble: Callable[..., Any], models: Callable[[str], Path], rows_file: Path, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file
 

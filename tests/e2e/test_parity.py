@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nybble.kernels.pointwise import ops as pointwise
+from nybble.kernels import dispatcher
 
 SETTINGS = {"max_steps": 4, "parity_steps": 3, "lora_dropout": 0.1, "n_samples": 0, "eval_fraction": 0}
 # Relative differences of loss and gradients.
@@ -44,8 +44,9 @@ def test_paths_agree(nybble: Callable[..., Any], flags: list[object], method: st
 def test_a_wrong_path_stops_before_it_is_trained_on(
     nybble: Callable[..., Any], flags: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = pointwise.rms_norm_backward
-    monkeypatch.setattr(pointwise, "rms_norm_backward", lambda *args: -right(*args))
+    rows = dispatcher.code("rows", torch.device("cpu"))
+    right = rows.rms_norm_backward
+    monkeypatch.setattr(rows, "rms_norm_backward", lambda *args: -right(*args))
     done = nybble("train", *flags)
     assert done.code == 3
     assert "step 1: the fast path gives loss" in done.err

@@ -176,7 +176,12 @@ FAULTS: dict[str, Callable[[Patch, str], None]] = {
         patch, ROWS[path], "dropout", lambda right, x, p, seed, out: right(x, p, seed + 1, out)
     ),
     "LoRA": lambda patch, _: _transposed_adapter(patch),
-    "MLP": lambda patch, _: _around(patch, pointwise, "gated", lambda right, gate, up, kind: right(up, gate, kind)),
+    "MLP": lambda patch, _: _around(
+        patch,
+        dispatcher.code("rows", torch.device("cpu")),
+        "gated",
+        lambda right, gate, up, kind: right(up, gate, kind),
+    ),
     "torch's attention": lambda patch, _: _leaking_mask(patch),
     "attention of rows": lambda patch, path: _leaking_documents(patch, path),
     "loss": lambda patch, _: _around(

@@ -118,6 +118,7 @@ class Reference:
         self._examples = examples
         self._scorer = scorer
         self._start = start
+        self._is_computed = False  # for all examples, beforehand
         self.values = torch.full((len(examples), n_answers), float("nan"))
 
     def of(self, places: Sequence[int]) -> Tensor:
@@ -147,15 +148,19 @@ class Reference:
                 if kept and processes.is_main:
                     kept.write(part, own)
             progress(first + len(own), len(self._examples))
+        self._is_computed = True
         return n_cached
 
     def complete(self, model: Any, places: Sequence[int]) -> None:
-        """Compute what is not known of the examples at `places`, with the weights that training started from."""
-        left = [place for place in places if bool(self.values[place].isnan().any())]
-        if left and self._start is not None:
+        """Compute the examples at `places`, those of a step, with the weights that training started from.
+
+        What an earlier step found is not used: it was computed among other rows, so its last bits may differ, and a run
+        that is resumed does not have it.
+        """
+        if not self._is_computed and self._start is not None:
             with self._start.put_back(model):
-                for first, sums in self._scorer(model, _At(self._examples, left)):
-                    self.values[left[first : first + len(sums)]] = torch.tensor(sums)
+                for first, sums in self._scorer(model, _At(self._examples, places)):
+                    self.values[list(places[first : first + len(sums)])] = torch.tensor(sums)
 
     def divergence(self, model: Any, places: Sequence[int]) -> Tensor:
         """The mean log-ratio of the answers of these examples, each behind the prompt of the next; a scalar."""
